@@ -1,0 +1,1 @@
+"""The implementations behind the operators; `select` chooses among them."""

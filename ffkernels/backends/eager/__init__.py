@@ -1,0 +1,9 @@
+"""The layer step in closed form, in plain PyTorch: right on every device, and the default where nothing faster is.
+
+It works through the rows in blocks that stay in cache, so that the activities of a large batch are never all there at
+once, and through the weight gradient in panels that the optimizer consumes while they are warm.
+"""
+
+from .step import linear_forward, linear_step_, unsupported
+
+__all__ = ["linear_forward", "linear_step_", "unsupported"]

@@ -1,0 +1,78 @@
+"""The joint batch: positive rows, then negative ones, worked through in blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Block(NamedTuple):
+    """Some rows of a joint batch: one or two ranges of it, in order."""
+
+    ranges: tuple[slice, ...]
+
+    def take(self, values: Tensor | None) -> Tensor | None:
+        """These rows of `values` `[rows, ...]`."""
+        if values is None:
+            return None
+        parts = [values[r] for r in self.ranges]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def first_half(self, values: Tensor | None) -> Tensor | None:
+        """The entries of `values` `[pairs]` for a block of whole pairs."""
+        if values is None:
+            return None
+        rows = self.ranges[0]
+        return values[rows] if len(self.ranges) == 2 else values[: rows.stop // 2]
+
+    def put(self, values: Tensor, into: Tensor) -> None:
+        """Writes these rows of `into`."""
+        start = 0
+        for r in self.ranges:
+            into[r] = values[start : start + r.stop - r.start]
+            start += r.stop - r.start
+
+
+def blocks(n_pos: int, n_neg: int, block_rows: int, paired: bool) -> Iterator[Block]:
+    """Blocks of about `block_rows` rows that cover the batch; each holds whole pairs where the loss compares pairs."""
+    n = n_pos + n_neg
+    if n <= block_rows:
+        yield Block((slice(0, n),))
+    elif paired:
+        half = max(1, block_rows // 2)
+        for start in range(0, n_pos, half):
+            stop = min(start + half, n_pos)
+            yield Block((slice(start, stop), slice(n_pos + start, n_pos + stop)))
+    else:
+        for first, last in ((0, n_pos), (n_pos, n)):
+            for start in range(first, last, block_rows):
+                yield Block((slice(start, min(start + block_rows, last)),))
+
+
+def input_rows(block: Block, x_pos: Tensor, x_neg: Tensor) -> Tensor:
+    """The block's input rows; a view where they lie together in memory."""
+    n_pos = x_pos.shape[0]
+    parts = []
+    for r in block.ranges:
+        if r.start < n_pos:
+            parts.append(x_pos[r.start : r.stop])
+        if r.stop > n_pos:
+            parts.append(x_neg[max(0, r.start - n_pos) : r.stop - n_pos])
+    if len(parts) == 2:
+        joined = _joined(*parts)
+        return torch.cat(parts) if joined is None else joined
+    return parts[0] if parts else x_pos
+
+
+def _joined(a: Tensor, b: Tensor) -> Tensor | None:
+    """One view over both where `b`'s rows follow `a`'s in the same memory."""
+    follows = (
+        a.dtype == b.dtype
+        and a.stride() == b.stride()
+        and a.data_ptr() + a.shape[0] * a.stride(0) * a.element_size() == b.data_ptr()
+        and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+    )
+    return a.as_strided((a.shape[0] + b.shape[0], a.shape[1]), a.stride()) if follows else None

@@ -1,0 +1,141 @@
+"""The two operators, put together from the layer, the objective and the gradient."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ...objective import Objective
+from .batch import blocks, input_rows
+from .gradient import Gradient
+from .layer import Layer
+
+if TYPE_CHECKING:
+    from ..select import Request
+
+# Elements of the activities in one block of rows (4 MB of float32): what later passes over them read from cache.
+BLOCK_ELEMENTS = 1 << 20
+# A batch of up to this many elements is one block, so that its weight gradient need not be summed over blocks.
+SINGLE_BLOCK_ELEMENTS = 1 << 22
+
+
+def unsupported(request: Request) -> str | None:
+    """Eager PyTorch runs everything."""
+    return None
+
+
+def linear_forward(
+    x_pos: Tensor,
+    x_neg: Tensor,
+    input_sumsq: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: str,
+    eps: float,
+    eps_mode: str,
+    activation: str,
+    compute_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """See `ops.SCHEMAS`."""
+    layer = Layer(weight, bias, norm, eps, eps_mode, activation, compute_dtype)
+    n_pos, n = x_pos.shape[0], x_pos.shape[0] + x_neg.shape[0]
+    y, sumsq = x_pos.new_empty(n, layer.width, dtype=compute_dtype), weight.new_empty(n)
+    for block in blocks(n_pos, n - n_pos, _block_rows(n, layer.width), paired=False):
+        in_place = block.take(y) if compute_dtype == weight.dtype else None
+        rows = layer.rows(input_rows(block, x_pos, x_neg), block.take(input_sumsq))
+        activity, _, q = layer.forward(rows, in_place)
+        block.put(q, sumsq)
+        if activity is not in_place:
+            block.put(activity, y)
+    return y, sumsq
+
+
+def linear_step_(
+    x_pos: Tensor,
+    x_neg: Tensor,
+    is_positive: Tensor | None,
+    input_sumsq: Tensor | None,
+    sample_weight: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: str,
+    eps: float,
+    eps_mode: str,
+    activation: str,
+    compute_dtype: torch.dtype,
+    goodness: str,
+    threshold_pos: float,
+    threshold_neg: float,
+    threshold: Tensor | None,
+    loss: str,
+    maximize: bool,
+    reduction: str,
+    temperature: float,
+    alpha: float,
+    rule: str,
+    weight_state: list[Tensor],
+    weight_hyper: list[float],
+    weight_lr: Tensor | None,
+    bias_state: list[Tensor],
+    bias_hyper: list[float],
+    bias_lr: Tensor | None,
+    y: Tensor | None,
+    sumsq: Tensor,
+    loss_out: Tensor,
+) -> None:
+    """See `ops.SCHEMAS`."""
+    objective = Objective(goodness, (threshold_pos, threshold_neg), loss, maximize, reduction, temperature, alpha)
+    layer = Layer(weight, bias, norm, eps, eps_mode, activation, compute_dtype)
+    n_pos, n = x_pos.shape[0], x_pos.shape[0] + x_neg.shape[0]
+    counts: tuple[float | Tensor, float | Tensor] = (n_pos, n - n_pos)
+    if is_positive is None:
+        is_positive = torch.arange(n, device=weight.device) < n_pos
+    else:
+        counts = (is_positive.sum(), (~is_positive).sum())
+    per_row_threshold = threshold is not None and threshold.dim() == 1
+
+    gradient = Gradient(layer, weight, bias, _scale_for(compute_dtype, objective, n, layer.width))
+    loss_out.zero_()
+    for block in blocks(n_pos, n - n_pos, _block_rows(n, layer.width), objective.paired):
+        rows = layer.rows(input_rows(block, x_pos, x_neg), block.take(input_sumsq))
+        activity, z, q = layer.forward(rows)
+        block.put(q, sumsq)
+        if y is not None:
+            block.put(activity, y)
+        side = block.take(is_positive)
+        assert side is not None
+        terms = objective.terms(
+            q,
+            layer.width,
+            side,
+            counts,
+            # A pair loss has one weight for each pair, and the block's first range is that of its pairs.
+            block.first_half(sample_weight) if objective.paired else block.take(sample_weight),
+            block.take(threshold) if per_row_threshold else threshold,
+        )
+        loss_out.add_(terms.loss)
+        gradient.add(rows, activity, z, terms.coefficient)
+
+    gradient.apply(
+        rule,
+        weight_state,
+        weight_hyper,
+        weight_lr if weight_lr is not None else (weight_hyper or [0.0])[0],
+        bias_state,
+        bias_hyper,
+        bias_lr if bias_lr is not None else (bias_hyper or [0.0])[0],
+    )
+
+
+def _block_rows(rows: int, width: int) -> int:
+    return rows if rows * width <= SINGLE_BLOCK_ELEMENTS else max(64, BLOCK_ELEMENTS // width)
+
+
+def _scale_for(compute_dtype: torch.dtype, objective: Objective, rows: int, width: int) -> float:
+    """A power of two that brings coefficients near one, where float16 would lose them; they carry 1 / (rows width)."""
+    if compute_dtype != torch.float16:
+        return 1.0
+    return 2.0 ** round(math.log2(max(rows, 1) * (width if objective.goodness == "mean" else 1)))

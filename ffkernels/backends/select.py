@@ -1,0 +1,65 @@
+"""Chooses the backend a call runs on, and says why the others were passed over.
+
+A backend is a module with the functions that `ops.SCHEMAS` lists, and `unsupported(request)`, which returns None or
+the reason why it cannot run a call. `BACKENDS` names them in order of preference.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib import import_module
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+BACKENDS = {"eager": "ffkernels.backends.eager"}
+VARIABLE = "FFKERNELS_BACKEND"
+
+
+class Request(NamedTuple):
+    """What a backend needs to know of a call to say whether it can run it; a forward pass has no loss and no rule."""
+
+    device: torch.device
+    dtype: torch.dtype
+    compute_dtype: torch.dtype
+    activation: str
+    loss: str | None = None
+    rule: str | None = None
+
+
+def load(name: str) -> ModuleType:
+    """The module of a backend. Import errors surface here: a backend that cannot be imported cannot be forced."""
+    return import_module(BACKENDS[name])
+
+
+def verdicts(request: Request) -> dict[str, str | None]:
+    """For each backend in order of preference: None where it can run the call, else the reason why not."""
+    return {name: load(name).unsupported(request) for name in BACKENDS}
+
+
+def choose(request: Request, backend: str | None) -> str:
+    """The backend for a call: the one forced by `backend` or the environment, else the first that can run it.
+
+    Raises:
+        ValueError: where the forced backend does not exist or cannot run the call.
+    """
+    forced, source = forced_backend(backend)
+    if forced is None:
+        for name in BACKENDS:
+            if load(name).unsupported(request) is None:
+                return name
+        raise ValueError(f"no backend can run this call: {verdicts(request)}")
+    if forced not in BACKENDS:
+        raise ValueError(f"{source}={forced!r} is not a backend of this installation; accepted: {', '.join(BACKENDS)}")
+    reason = load(forced).unsupported(request)
+    if reason is not None:
+        raise ValueError(f"{source}={forced!r} cannot run this call: {reason}")
+    return forced
+
+
+def forced_backend(backend: str | None) -> tuple[str | None, str]:
+    """The backend that is forced, if any, and where that was said."""
+    if backend is not None:
+        return backend, "backend"
+    return os.environ.get(VARIABLE) or None, VARIABLE

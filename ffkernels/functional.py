@@ -1,0 +1,261 @@
+"""The public functions: check the arguments, choose a backend, call the operator, hand back the result."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import ops, optim
+from . import validation as check
+from .backends import select
+from .objective import Objective
+
+DEFAULT_OBJECTIVE = Objective()
+
+
+@dataclass(frozen=True, eq=False)
+class StepResult:
+    """What a layer step leaves behind; device tensors, none of them with a gradient.
+
+    Attributes:
+        y: `[rows, out]` activities of the joint batch: recomputed with the updated weights (`outputs="post"`), those
+            before the update ("pre"), or None ("none"). In the compute dtype.
+        sumsq: `[rows]` sums of squares of `y`'s rows (of the activities before the update where `y` is None);
+            the next layer's `input_sumsq`.
+        goodness: `[rows]` goodness before the update.
+        loss: 0-dim, before the update.
+        n_pos: how many rows are positive; None where `is_positive` says it.
+        is_positive: `[rows]` as it came, or None: then the first `n_pos` rows are positive.
+    """
+
+    y: Tensor | None
+    sumsq: Tensor
+    goodness: Tensor
+    loss: Tensor
+    n_pos: int | None
+    is_positive: Tensor | None = None
+
+    @property
+    def pos(self) -> Tensor | None:
+        """`[n_pos, out]` activities of the positive rows. With `is_positive` given, picking them waits for the device."""
+        return self._side(self.y, True)
+
+    @property
+    def neg(self) -> Tensor | None:
+        """`[n_neg, out]` activities of the negative rows."""
+        return self._side(self.y, False)
+
+    @property
+    def goodness_pos(self) -> Tensor:
+        """`[n_pos]` goodness of the positive rows."""
+        return self._side(self.goodness, True)  # type: ignore[return-value]
+
+    @property
+    def goodness_neg(self) -> Tensor:
+        """`[n_neg]` goodness of the negative rows."""
+        return self._side(self.goodness, False)  # type: ignore[return-value]
+
+    def _side(self, values: Tensor | None, positive: bool) -> Tensor | None:
+        if values is None:
+            return None
+        if self.is_positive is not None:
+            return values[self.is_positive if positive else ~self.is_positive]
+        return values[: self.n_pos] if positive else values[self.n_pos :]
+
+
+def linear_step_(
+    x_pos: Tensor,
+    x_neg: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    optimizer: Optimizer | None,
+    *,
+    objective: Objective = DEFAULT_OBJECTIVE,
+    norm: str = "l2",
+    eps: float = 1e-4,
+    eps_mode: str = "add",
+    activation: str = "relu",
+    outputs: str = "post",
+    compute_dtype: torch.dtype | None = None,
+    sample_weight: Tensor | None = None,
+    is_positive: Tensor | None = None,
+    input_sumsq: Tensor | None = None,
+    backend: str | None = None,
+) -> StepResult:
+    """One Forward-Forward step of one linear layer: updates `weight` and `bias` in place, without autograd.
+
+    With `r_i` the scale that normalises row `x_i`: `z_i = r_i W x_i + b`, `y_i = act(z_i)`, `q_i = sum_j y_ij^2`; the
+    objective makes the row coefficient `c_i = 2 dLoss/dq_i` from `q`, and then
+    `dW = sum_i c_i r_i (y_i act'(z_i)) x_i^T`, `db = sum_i c_i (y_i act'(z_i))` go into the optimizer's rule
+    (Hinton, "The Forward-Forward Algorithm", 2022). Rows with `c_i` exactly zero, which are most rows once a sum goodness
+    saturates, are left out of the update's product; that changes nothing but the time.
+
+    Args:
+        x_pos: `[n_pos, in]` un-normalised positive rows, in the weight's dtype or the compute dtype.
+        x_neg: `[n_neg, in]` negative rows; None with `is_positive`.
+        weight: `[out, in]` float32 or float64 parameter.
+        bias: `[out]` parameter, or None.
+        optimizer: the `torch.optim` object that holds both. SGD, Adam and AdamW run fused on its own state; any other
+            gets `.grad` filled and its `step()` called. None: only `.grad` is filled.
+        objective: goodness, threshold and loss.
+        norm: "l2" (`norm(x)`), "rms" (`sqrt(mean x^2)`) or "none".
+        eps: >= 0; `eps_mode` says where it goes: "add" `x / (norm + eps)`, "clamp" `x / max(norm, eps)`,
+            "inside" `x / sqrt(norm^2 + eps)`. A row of zeros stays zero.
+        activation: "relu", "leaky_relu" (0.01), "gelu" (exact), "silu" or "identity".
+        outputs: "post", "pre" or "none": which activities the result carries.
+        compute_dtype: torch.bfloat16 or torch.float16: the products' operands are rounded to it, sums and masters stay
+            float32. None: autocast's dtype where autocast is on, else the weight's.
+        sample_weight: `[rows]` factors of the rows' losses, positives first (`[pairs]` for pair losses).
+        is_positive: `[rows]` bool; `x_pos` is then the joint batch in any order.
+        input_sumsq: `[rows]` sums of squares of the input rows where they are known (`StepResult.sumsq` of the layer below).
+        backend: forces a backend; so does the environment variable FFKERNELS_BACKEND.
+
+    Raises:
+        ValueError, TypeError: for an argument that does not fit, before anything is written.
+    """
+    check.layer_options(norm, eps, eps_mode, activation)
+    check.one_of("outputs", outputs, check.OUTPUTS)
+    check.layer_tensors(weight, bias)
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        check.trainable(name, parameter)
+        check.not_overlapping(name, parameter)
+    compute = check.compute_dtype_of(compute_dtype, weight)
+    check.rows_of("x_pos", x_pos, weight, compute)
+    if (x_neg is None) != (is_positive is not None):
+        came = "neither" if x_neg is None else "both"
+        raise ValueError(f"of x_neg and is_positive came {came}; accepted: one of the two")
+    if x_neg is None:
+        x_neg = x_pos[:0]
+    else:
+        check.rows_of("x_neg", x_neg, weight, compute)
+        if x_neg.dtype != x_pos.dtype:
+            raise TypeError(f"x_neg is {x_neg.dtype}; accepted: {x_pos.dtype}, as x_pos is")
+    n_pos, rows = x_pos.shape[0], x_pos.shape[0] + x_neg.shape[0]
+    if is_positive is not None:
+        check.vector("is_positive", is_positive, rows, torch.bool, weight.device)
+    check.objective_for(objective, rows, n_pos if is_positive is None else None, weight)
+    if sample_weight is not None:
+        entries = rows // 2 if objective.paired else rows
+        check.vector("sample_weight", sample_weight, entries, weight.dtype, weight.device)
+    if input_sumsq is not None:
+        check.vector("input_sumsq", input_sumsq, rows, weight.dtype, weight.device)
+    update = optim.plan(optimizer, weight, bias)
+    request = select.Request(weight.device, weight.dtype, compute, activation, objective.loss, update.rule)
+    chosen = select.choose(request, backend)
+
+    order = None
+    if is_positive is not None and objective.paired:
+        order, n_pos = _sides_in_order(is_positive)
+        x_pos, x_neg = x_pos[order[:n_pos]], x_pos[order[n_pos:]]
+        input_sumsq = None if input_sumsq is None else input_sumsq[order]
+
+    width = weight.shape[0]
+    layer = (weight, bias, norm, float(eps), eps_mode, activation, compute)
+    y = weight.new_empty(rows, width, dtype=compute) if outputs == "pre" else None
+    sumsq, loss = weight.new_empty(rows), weight.new_empty(())
+    with torch.no_grad(), _without_autocast(weight.device):
+        ops.linear_step_(
+            x_pos,
+            x_neg,
+            is_positive if order is None else None,
+            input_sumsq,
+            sample_weight,
+            *layer,
+            *objective.operands(),
+            *update.operands(),
+            y,
+            sumsq,
+            loss,
+            chosen,
+        )
+        update.finish()
+        goodness = objective.goodness_of(sumsq, width)
+        if outputs == "post":
+            y, sumsq = ops.linear_forward(x_pos, x_neg, input_sumsq, *layer, chosen)
+        if order is not None:
+            back = order.argsort()
+            y, sumsq, goodness = None if y is None else y[back], sumsq[back], goodness[back]
+    return StepResult(y, sumsq, goodness, loss, n_pos if is_positive is None else None, is_positive)
+
+
+def linear_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: str = "l2",
+    eps: float = 1e-4,
+    eps_mode: str = "add",
+    activation: str = "relu",
+    compute_dtype: torch.dtype | None = None,
+    input_sumsq: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`y = act(r W x + b)` `[rows, out]` in the compute dtype, and the sums of squares of its rows `[rows]`.
+
+    The arguments are those of `linear_step_`. The result carries no gradient.
+
+    Raises:
+        ValueError, TypeError: for an argument that does not fit.
+    """
+    check.layer_options(norm, eps, eps_mode, activation)
+    check.layer_tensors(weight, bias)
+    compute = check.compute_dtype_of(compute_dtype, weight)
+    check.rows_of("x", x, weight, compute)
+    if input_sumsq is not None:
+        check.vector("input_sumsq", input_sumsq, x.shape[0], weight.dtype, weight.device)
+    chosen = select.choose(select.Request(weight.device, weight.dtype, compute, activation), backend)
+    with torch.no_grad(), _without_autocast(weight.device):
+        return ops.linear_forward(
+            x, x[:0], input_sumsq, weight, bias, norm, float(eps), eps_mode, activation, compute, chosen
+        )
+
+
+def explain(
+    weight: Tensor,
+    optimizer: Optimizer | None = None,
+    *,
+    objective: Objective = DEFAULT_OBJECTIVE,
+    activation: str = "relu",
+    compute_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> str:
+    """Says which backend a layer step with these arguments runs on, why each other one is passed over, and how the update runs.
+
+    Raises:
+        ValueError: where a forced backend cannot run it, as the step itself would.
+    """
+    check.layer_tensors(weight, None)
+    compute = check.compute_dtype_of(compute_dtype, weight)
+    rule, update = optim.fused_rule(optimizer)
+    request = select.Request(weight.device, weight.dtype, compute, activation, objective.loss, rule)
+    chosen = select.choose(request, backend)
+    forced, source = select.forced_backend(backend)
+    because = "first that can run it" if forced is None else f"forced by {source}"
+    lines = [f"backend: {chosen} ({because}) for {weight.dtype} on {weight.device}, products in {compute}"]
+    for name, reason in select.verdicts(request).items():
+        if name != chosen:
+            lines.append(f"  passed over: {name}: {reason or 'comes later in the order of preference'}")
+    return "\n".join([*lines, f"update: {update}"])
+
+
+def _sides_in_order(is_positive: Tensor) -> tuple[Tensor, int]:
+    """Indices that put positives first and negatives behind them, each side in its order; and the number of positives."""
+    positive, negative = is_positive.nonzero().squeeze(1), (~is_positive).nonzero().squeeze(1)
+    if len(positive) != len(negative):
+        raise ValueError(
+            f"is_positive marks {len(positive)} positive and {len(negative)} negative rows, which a pair loss "
+            "cannot pair; accepted: equally many"
+        )
+    return torch.cat([positive, negative]), len(positive)
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast has had its say in the compute dtype; inside the operator it would round again."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()

@@ -1,0 +1,251 @@
+"""Modules: one Forward-Forward layer, and a stack of them that trains layer by layer without a backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from . import functional, negatives
+from . import validation as check
+from .functional import DEFAULT_OBJECTIVE, StepResult
+from .normalisation import row_scale
+from .objective import Objective
+
+
+class FFLinear(nn.Linear):
+    """A linear layer `y = act(W normalise(x) + b)` that learns from its own goodness.
+
+    Parameters, their initialisation and their names in `state_dict` are those of `torch.nn.Linear`. The options are
+    those of `linear_step_`, and plain attributes: they can be changed at any time.
+
+    Raises:
+        ValueError, TypeError: for an option outside what `linear_step_` accepts.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        objective: Objective = DEFAULT_OBJECTIVE,
+        norm: str = "l2",
+        eps: float = 1e-4,
+        eps_mode: str = "add",
+        activation: str = "relu",
+        outputs: str = "post",
+        compute_dtype: torch.dtype | None = None,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check.layer_options(norm, eps, eps_mode, activation)
+        check.one_of("outputs", outputs, check.OUTPUTS)
+        if not isinstance(objective, Objective):
+            raise TypeError(f"objective={objective!r} is not an ffkernels.Objective")
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.objective = objective
+        self.norm = norm
+        self.eps = eps
+        self.eps_mode = eps_mode
+        self.activation = activation
+        self.outputs = outputs
+        self.compute_dtype = compute_dtype
+        self.backend = backend
+
+    def _options(self) -> dict[str, Any]:
+        names = ("norm", "eps", "eps_mode", "activation", "compute_dtype", "backend")
+        return {name: getattr(self, name) for name in names}
+
+    def activity(self, x: Tensor, input_sumsq: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Activities `[rows, out]` of rows `x` `[rows, in]`, and their sums of squares `[rows]`."""
+        return functional.linear_forward(x, self.weight, self.bias, input_sumsq=input_sumsq, **self._options())
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Activities `[rows, out]`; they carry no gradient."""
+        return self.activity(input)[0]
+
+    def goodness(self, x: Tensor) -> Tensor:
+        """Goodness `[rows]` of rows `x` `[rows, in]`."""
+        return self.objective.goodness_of(self.activity(x)[1], self.out_features)
+
+    def step(self, x_pos: Tensor, x_neg: Tensor | None, optimizer: Optimizer | None, **options: Any) -> StepResult:
+        """One training step, `ffkernels.linear_step_`; `options` go there and override the layer's own."""
+        own = {"objective": self.objective, "outputs": self.outputs, **self._options()}
+        return functional.linear_step_(x_pos, x_neg, self.weight, self.bias, optimizer, **{**own, **options})
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, norm={self.norm}, activation={self.activation}, outputs={self.outputs}"
+
+
+class FFNetwork(nn.Module):
+    """Forward-Forward layers on top of each other; each normalises what the one below hands on.
+
+    Args:
+        layers: the layers, first one first; `out_features` of each must be `in_features` of the next.
+
+    Raises:
+        TypeError, ValueError: for no layers, for one that is not an `FFLinear`, and for widths that do not fit.
+    """
+
+    def __init__(self, layers: Iterable[FFLinear]) -> None:
+        super().__init__()
+        layers = list(layers)
+        for i, layer in enumerate(layers):
+            if not isinstance(layer, FFLinear):
+                raise TypeError(f"layers[{i}] is a {type(layer).__name__}; accepted: ffkernels.FFLinear")
+            if i and layer.in_features != layers[i - 1].out_features:
+                raise ValueError(
+                    f"layers[{i}] has in_features={layer.in_features}; accepted: {layers[i - 1].out_features}, "
+                    "the width of the layer below"
+                )
+        if not layers:
+            raise ValueError("layers is empty; accepted: at least one FFLinear")
+        self.layers = nn.ModuleList(layers)
+
+    def __iter__(self) -> Any:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def step(
+        self,
+        x_pos: Tensor,
+        x_neg: Tensor | None,
+        optimizers: Optimizer | Sequence[Optimizer | None] | None,
+        **options: Any,
+    ) -> list[StepResult]:
+        """One step of every layer on a minibatch; each hands its activities to the next as its `outputs` says.
+
+        Args:
+            x_pos, x_neg: rows of both sides, as in `linear_step_`.
+            optimizers: one for all layers, or a sequence with one for each.
+            options: further arguments of `linear_step_` for every layer (`sample_weight`, `is_positive`).
+
+        Returns:
+            One result per layer. The last one's `y` is None: nobody needs it, so it is not computed.
+        """
+        results = []
+        sumsq = None
+        is_positive = options.get("is_positive")
+        last = len(self.layers) - 1
+        for i, (layer, optimizer) in enumerate(zip(self.layers, self._optimizers(optimizers), strict=True)):
+            if i < last and layer.outputs == "none":
+                raise ValueError(f"layers[{i}].outputs='none' but a layer comes after it; accepted: 'post' or 'pre'")
+            outputs = "none" if i == last else layer.outputs
+            result = layer.step(x_pos, x_neg, optimizer, outputs=outputs, input_sumsq=sumsq, **options)
+            results.append(result)
+            if i < last:
+                sumsq = result.sumsq
+                x_pos, x_neg = (result.y, None) if is_positive is not None else (result.pos, result.neg)
+        return results
+
+    def train_layerwise(
+        self,
+        x_pos: Tensor,
+        x_neg: Tensor,
+        optimizers: Optimizer | Sequence[Optimizer | None] | None,
+        steps: int,
+        **options: Any,
+    ) -> list[Tensor]:
+        """Trains the layers one after the other, each for `steps` steps on the same fixed rows.
+
+        Returns:
+            The losses of each layer, `[steps]`, before the step that they belong to.
+        """
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"steps={steps!r} is not an integer >= 1")
+        losses = []
+        for layer, optimizer in zip(self.layers, self._optimizers(optimizers), strict=True):
+            results = [layer.step(x_pos, x_neg, optimizer, outputs="none", **options) for _ in range(steps)]
+            losses.append(torch.stack([result.loss for result in results]))
+            x_pos, x_neg = layer(x_pos), layer(x_neg)
+        return losses
+
+    def _optimizers(
+        self, optimizers: Optimizer | Sequence[Optimizer | None] | None
+    ) -> Sequence[Optimizer | None]:
+        if optimizers is None or isinstance(optimizers, Optimizer):
+            return [optimizers] * len(self.layers)
+        if len(optimizers) != len(self.layers):
+            raise ValueError(f"optimizers has {len(optimizers)} entries; accepted: one optimizer, or {len(self.layers)}")
+        return optimizers
+
+    def _pass(self, x: Tensor) -> Iterable[tuple[FFLinear, Tensor, Tensor]]:
+        sumsq = None
+        for layer in self.layers:
+            x, sumsq = layer.activity(x, sumsq)
+            yield layer, x, sumsq
+
+    def activities(self, x: Tensor) -> list[Tensor]:
+        """Activities `[rows, out]` of every layer."""
+        return [y for _, y, _ in self._pass(x)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Activities `[rows, out]` of the last layer; they carry no gradient."""
+        return self.activities(x)[-1]
+
+    def goodness(self, x: Tensor) -> Tensor:
+        """Goodness `[rows, layers]` of every layer."""
+        per_layer = [layer.objective.goodness_of(sumsq, layer.out_features) for layer, _, sumsq in self._pass(x)]
+        return torch.stack(per_layer, dim=1)
+
+    def predict(
+        self, x: Tensor, num_classes: int = 10, layers: Sequence[int] | None = None, label_value: float = 1.0
+    ) -> Tensor:
+        """The label `[rows]` (int64) under which the network finds each row best.
+
+        Each label in turn is overlaid on the first `num_classes` columns; the goodness of `layers` is summed (Hinton
+        2022, section 3.3, leaves out the first). Layers that minimise positives count with the opposite sign.
+
+        Args:
+            x: `[rows, in]`; what its label field holds does not matter.
+            num_classes: K, labels and columns of the label field.
+            layers: indices of the layers that count; None for all.
+            label_value: the value that marks a label.
+        """
+        chosen = self._chosen(layers, default=range(len(self.layers)))
+        sign = torch.tensor([1.0 if self.layers[i].objective.maximize else -1.0 for i in chosen], device=x.device)
+        totals = []
+        for label in range(num_classes):
+            labels = torch.full((len(x),), label, device=x.device)
+            goodness = self.goodness(negatives.overlay_label(x, labels, num_classes, label_value))
+            totals.append((goodness[:, chosen] * sign).sum(1))
+        return torch.stack(totals, dim=1).argmax(1)
+
+    def features(self, x: Tensor, layers: Sequence[int] | None = None, num_classes: int = 10) -> Tensor:
+        """Normalised activities of `layers` under the neutral label, side by side, for a linear classifier.
+
+        Each layer's activities are scaled by its own norm option, as the layer above would see them (rms for "none").
+
+        Args:
+            x: `[rows, in]`.
+            layers: indices; None for all but the first (Hinton 2022, section 3.3), or the only one.
+            num_classes: columns of the label field.
+
+        Returns:
+            `[rows, sum of widths]` in the weights' dtype.
+        """
+        chosen = self._chosen(layers, default=range(min(1, len(self.layers) - 1), len(self.layers)))
+        passed = list(self._pass(negatives.neutral_label(x, num_classes)))
+        features = []
+        for i in chosen:
+            layer, y, sumsq = passed[i]
+            norm = layer.norm if layer.norm != "none" else "rms"
+            scale = row_scale(sumsq, layer.out_features, norm, layer.eps, layer.eps_mode)
+            features.append(y.to(scale.dtype) * scale.unsqueeze(1))
+        return torch.cat(features, dim=1)
+
+    def _chosen(self, layers: Sequence[int] | None, default: Iterable[int]) -> list[int]:
+        if layers is None:
+            return list(default)
+        count = len(self.layers)
+        wrong = [i for i in layers if isinstance(i, bool) or not isinstance(i, int) or not -count <= i < count]
+        if wrong or not len(layers):
+            raise ValueError(f"layers={list(layers)!r}; accepted: indices of {count} layers")
+        return [i % count for i in layers]

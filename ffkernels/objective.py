@@ -1,0 +1,211 @@
+"""The objective: from a layer's sums of squares to its loss and to the coefficient each row has in the update.
+
+Everything here is plain PyTorch on vectors of one number per row. Kernels never look inside: they hand over the
+sums of squares `q` and multiply each row of activities by the coefficient `c` that comes back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Threshold = float | tuple[float, float] | Tensor
+
+
+class LossFunction(NamedTuple):
+    """A loss of one logit `t` (large `t` = badly classified), its slope, and whether `t` belongs to a row or to a pair."""
+
+    value: Callable[[Tensor], Tensor]
+    slope: Callable[[Tensor], Tensor]
+    paired: bool
+
+
+def softplus(t: Tensor) -> Tensor:
+    """log(1 + e^t) without overflow, and without the linear shortcut of `F.softplus` that costs digits in float64."""
+    return -F.logsigmoid(-t)
+
+
+def silu_slope(t: Tensor) -> Tensor:
+    """d/dt of t sigmoid(t)."""
+    sigmoid = torch.sigmoid(t)
+    return sigmoid * (1 + t * (1 - sigmoid))
+
+
+LOSSES = {
+    "logistic": LossFunction(softplus, torch.sigmoid, paired=False),
+    "symba": LossFunction(softplus, torch.sigmoid, paired=True),
+    "swish": LossFunction(F.silu, silu_slope, paired=True),
+}
+GOODNESS = ("mean", "sum", "norm")
+REDUCTIONS = ("mean", "sum_of_means")
+
+
+class RowTerms(NamedTuple):
+    """Per row: goodness, and the coefficient `c = 2 dLoss/dq`; and the (part of the) loss, a 0-dim tensor."""
+
+    goodness: Tensor
+    coefficient: Tensor
+    loss: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Objective:
+    """What a layer learns: goodness above the threshold for positive rows and below it for negative ones.
+
+    With `q` the sum of squared activities of a row (Hinton, "The Forward-Forward Algorithm", 2022, section 2):
+
+    * goodness `g = q / width` ("mean"), `q` ("sum") or `sqrt(q)` ("norm");
+    * sign `s = -1` for positive and `+1` for negative rows, swapped when `maximize=False`;
+    * "logistic": `l_i = softplus(s_i (g_i - threshold_i) / temperature)` per row;
+    * "symba" (Lee and Song, 2023): `l_i = softplus(-alpha (g_pos_i - g_neg_i))` per pair of the i-th rows of both sides;
+    * "swish": the same with `t sigmoid(t)` for the softplus;
+    * reduction: the mean over all rows ("mean"), or the mean over positives plus that over negatives ("sum_of_means");
+      pair losses take the mean over pairs under either name.
+
+    Args:
+        goodness: "mean", "sum" or "norm".
+        threshold: a number, a (positive, negative) pair of numbers, or a tensor: 0-dim, or one value for each row of
+            the joint batch. A tensor is read at every step, so it can be changed in place between steps.
+        loss: "logistic", "symba" or "swish".
+        maximize: whether positive rows get a high goodness (True) or a low one.
+        reduction: "mean" or "sum_of_means".
+        temperature: divides the logit of row losses; > 0.
+        alpha: scale of the pair losses; > 0.
+
+    Raises:
+        ValueError, TypeError: for a value outside these, and for a threshold that is not finite.
+    """
+
+    goodness: str = "mean"
+    threshold: Threshold = 2.0
+    loss: str = "logistic"
+    maximize: bool = True
+    reduction: str = "mean"
+    temperature: float = 1.0
+    alpha: float = 4.0
+
+    def __post_init__(self) -> None:
+        for name, accepted in (("goodness", GOODNESS), ("loss", tuple(LOSSES)), ("reduction", REDUCTIONS)):
+            if getattr(self, name) not in accepted:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(map(repr, accepted))}")
+        if not isinstance(self.maximize, bool):
+            raise TypeError(f"maximize={self.maximize!r} is not a bool")
+        for name in ("temperature", "alpha"):
+            value = getattr(self, name)
+            if not _is_number(value) or not 0 < value < math.inf:
+                raise ValueError(f"{name}={value!r} is not a positive finite number")
+        if self.paired and self.temperature != 1:
+            raise ValueError(f"temperature={self.temperature!r} has no meaning for loss={self.loss!r}: use alpha")
+        self._check_threshold()
+
+    def _check_threshold(self) -> None:
+        threshold = self.threshold
+        if isinstance(threshold, Tensor):
+            if not threshold.is_floating_point() or threshold.dim() > 1:
+                raise TypeError(
+                    f"threshold is a {threshold.dtype} tensor of shape {tuple(threshold.shape)}; accepted: "
+                    "a floating-point tensor, 0-dim or with one value for each row"
+                )
+            if not bool(threshold.isfinite().all()):
+                raise ValueError("threshold holds NaN or infinity; accepted: finite values")
+            return
+        values = threshold if isinstance(threshold, tuple) else (threshold,)
+        if len(values) > 2 or not values or not all(_is_number(v) for v in values):
+            raise TypeError(f"threshold={threshold!r} is not a number, a (positive, negative) pair or a tensor")
+        if not all(math.isfinite(v) for v in values):
+            raise ValueError(f"threshold={threshold!r} is not finite")
+
+    @property
+    def paired(self) -> bool:
+        """Whether the loss compares the i-th positive with the i-th negative row."""
+        return LOSSES[self.loss].paired
+
+    def goodness_of(self, sumsq: Tensor, width: int) -> Tensor:
+        """Goodness of rows with sums of squares `sumsq` in a layer of `width` units; same shape and dtype."""
+        if self.goodness == "mean":
+            return sumsq / width
+        return sumsq.sqrt() if self.goodness == "norm" else sumsq
+
+    def thresholds(self) -> tuple[float, float]:
+        """The thresholds of both sides as numbers; what stands here for a tensor threshold is not used."""
+        if isinstance(self.threshold, Tensor):
+            return 0.0, 0.0
+        return self.threshold if isinstance(self.threshold, tuple) else (self.threshold, self.threshold)
+
+    def operands(self) -> tuple[object, ...]:
+        """The objective as the operators take it: `ops.SCHEMAS`."""
+        tensor = self.threshold if isinstance(self.threshold, Tensor) else None
+        pos, neg = (float(v) for v in self.thresholds())
+        numbers = (float(self.temperature), float(self.alpha))
+        return self.goodness, pos, neg, tensor, self.loss, self.maximize, self.reduction, *numbers
+
+    def terms(
+        self,
+        sumsq: Tensor,
+        width: int,
+        is_positive: Tensor,
+        counts: tuple[float | Tensor, float | Tensor],
+        sample_weight: Tensor | None = None,
+        threshold: Tensor | None = None,
+    ) -> RowTerms:
+        """Goodness, update coefficient and loss of some rows of a batch.
+
+        Args:
+            sumsq: `[rows]` sums of squared activities.
+            width: units of the layer.
+            is_positive: `[rows]` bool. For pair losses the first half is positive, the second its partners.
+            counts: how many positive and negative rows the *whole* batch has; the divisors of the reduction.
+            sample_weight: `[rows]`, or `[rows / 2]` for pair losses.
+            threshold: 0-dim or `[rows]`; None for the numbers of this objective.
+        """
+        goodness = self.goodness_of(sumsq, width)
+        loss = LOSSES[self.loss]
+        if loss.paired:
+            half = sumsq.shape[0] // 2
+            scale = -self.alpha if self.maximize else self.alpha
+            logit = scale * (goodness[:half] - goodness[half:])
+            weight = _reciprocal(counts[0], sumsq)
+        else:
+            if threshold is None:
+                threshold = _by_side(is_positive, *self.thresholds(), sumsq)
+            sign = _by_side(is_positive, -1.0, 1.0, sumsq)
+            scale = sign * ((1 if self.maximize else -1) / self.temperature)
+            logit = scale * (goodness - threshold)
+            if self.reduction == "mean":
+                weight = _reciprocal(counts[0] + counts[1], sumsq)
+            else:
+                weight = _by_side(is_positive, *(_reciprocal(count, sumsq) for count in counts), sumsq)
+        if sample_weight is not None:
+            weight = weight * sample_weight
+        slope = weight * scale * loss.slope(logit)
+        if loss.paired:
+            slope = torch.cat([slope, -slope])
+        if self.goodness == "norm":
+            # The slope of a root at zero is infinite, but such a row has no activity to move.
+            coefficient = torch.where(sumsq > 0, slope / goodness, 0.0)
+        else:
+            coefficient = slope * (2 / width if self.goodness == "mean" else 2)
+        return RowTerms(goodness, coefficient, (weight * loss.value(logit)).sum())
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _reciprocal(count: float | Tensor, like: Tensor) -> float | Tensor:
+    """1 / count; 1 for an empty side, which has no rows to weigh."""
+    return 1 / count.to(like.dtype).clamp(min=1) if isinstance(count, Tensor) else 1 / max(count, 1)
+
+
+def _by_side(is_positive: Tensor, positive: float | Tensor, negative: float | Tensor, like: Tensor) -> float | Tensor:
+    """`[rows]` of `positive` or `negative` in `like`'s dtype; a plain number where both are the same."""
+    if not isinstance(positive, Tensor) and positive == negative:
+        return positive
+    pick = [v.to(like.dtype) if isinstance(v, Tensor) else like.new_full((), v) for v in (positive, negative)]
+    return torch.where(is_positive, *pick)

@@ -1,0 +1,75 @@
+"""The operators: their schemas and fakes, and the one list of what a backend implements.
+
+Both are defined for every device; the backend that a call runs on travels in its last argument, chosen by
+`backends.select`. Schemas are written by hand, which costs a fraction of what `torch.library.custom_op` does per call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import select
+
+# How a layer turns rows into activities.
+_LAYER = "str norm, float eps, str eps_mode, str activation, ScalarType compute_dtype"
+# How sums of squares turn into a loss and a coefficient per row: the fields of `Objective`; `threshold` overrides both numbers.
+_OBJECTIVE = (
+    "str goodness, float threshold_pos, float threshold_neg, Tensor? threshold, str loss, bool maximize, "
+    "str reduction, float temperature, float alpha"
+)
+# How the gradient turns into new parameters: `optim.RULES`.
+_UPDATE = (
+    "str rule, Tensor(c!)[] weight_state, float[] weight_hyper, Tensor? weight_lr, "
+    "Tensor(d!)[] bias_state, float[] bias_hyper, Tensor? bias_lr"
+)
+
+SCHEMAS = {
+    # The rows of x_pos [n_pos, in] followed by those of x_neg [n_neg, in] are the joint batch; input_sumsq [rows],
+    # weight [out, in], bias [out] -> y [rows, out] in the compute dtype, its sums of squares [rows].
+    "linear_forward": (
+        "(Tensor x_pos, Tensor x_neg, Tensor? input_sumsq, Tensor weight, Tensor? bias, "
+        f"{_LAYER}, str backend) -> (Tensor, Tensor)"
+    ),
+    # One whole layer step on the joint batch. Written: weight and bias (or, under the rule
+    # "grad", their gradients), optimizer state, sumsq [rows], loss [], and where given y [rows, out], the activities
+    # before the update. With is_positive [rows], x_pos is the joint batch and x_neg has no rows.
+    "linear_step_": (
+        "(Tensor x_pos, Tensor x_neg, Tensor? is_positive, Tensor? input_sumsq, Tensor? sample_weight, "
+        f"Tensor(a!) weight, Tensor(b!)? bias, {_LAYER}, {_OBJECTIVE}, {_UPDATE}, "
+        "Tensor(e!)? y, Tensor(f!) sumsq, Tensor(g!) loss_out, str backend) -> ()"
+    ),
+}
+
+_library = torch.library.Library("ffkernels", "DEF")
+
+
+def _linear_forward_fake(
+    x_pos: Tensor, x_neg: Tensor, input_sumsq: Tensor | None, weight: Tensor, bias: Tensor | None, *args: Any
+) -> tuple[Tensor, Tensor]:
+    compute_dtype = args[4]
+    rows = x_pos.shape[0] + x_neg.shape[0]
+    return x_pos.new_empty(rows, weight.shape[0], dtype=compute_dtype), weight.new_empty(rows)
+
+
+def _linear_step_fake(*args: Any) -> None:
+    return None
+
+
+def _run_on_backend(name: str) -> Any:
+    def run(*args: Any) -> Any:
+        return getattr(select.load(args[-1]), name)(*args[:-1])
+
+    return run
+
+
+for _name, _schema in SCHEMAS.items():
+    _library.define(_name + _schema)
+    _library.impl(_name, _run_on_backend(_name), "CompositeExplicitAutograd")
+torch.library.register_fake("ffkernels::linear_forward", _linear_forward_fake, lib=_library)
+torch.library.register_fake("ffkernels::linear_step_", _linear_step_fake, lib=_library)
+
+linear_forward = torch.ops.ffkernels.linear_forward.default
+linear_step_ = torch.ops.ffkernels.linear_step_.default

@@ -1,0 +1,127 @@
+"""The definition of a layer step, by autograd: slow, obvious, and what every backend is held against.
+
+It follows Hinton, "The Forward-Forward Algorithm" (2022), section 2, line by line, in whatever dtype it is given, and
+shares no code with the backends.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .functional import StepResult
+from .objective import Objective
+
+ACTIVATIONS = {
+    "relu": F.relu,
+    "leaky_relu": F.leaky_relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "identity": lambda z: z,
+}
+
+
+def normalise(x: Tensor, norm: str, eps: float, eps_mode: str) -> Tensor:
+    """Rows of `x` `[rows, in]` divided by their norm; rows of zeros stay zero."""
+    if norm == "none":
+        return x
+    square = (x * x).mean(1, keepdim=True) if norm == "rms" else (x * x).sum(1, keepdim=True)
+    if eps_mode == "add":
+        length = square.sqrt() + eps
+    elif eps_mode == "clamp":
+        length = torch.maximum(square.sqrt(), torch.full_like(square, eps))
+    else:
+        length = (square + eps).sqrt()
+    return torch.where(square == 0, torch.zeros_like(x), x / length)
+
+
+def linear_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, norm: str, eps: float, eps_mode: str, activation: str
+) -> Tensor:
+    """`act(normalise(x) W^T + b)` `[rows, out]`, differentiable."""
+    z = normalise(x, norm, eps, eps_mode) @ weight.T
+    return ACTIVATIONS[activation](z if bias is None else z + bias)
+
+
+def goodness_of(y: Tensor, goodness: str) -> Tensor:
+    """`[rows]` goodness of activities `y` `[rows, out]`."""
+    if goodness == "mean":
+        return (y * y).mean(1)
+    if goodness == "sum":
+        return (y * y).sum(1)
+    return torch.linalg.vector_norm(y, dim=1)
+
+
+def loss_of(goodness: Tensor, is_positive: Tensor, objective: Objective, sample_weight: Tensor | None) -> Tensor:
+    """The objective's loss of rows with this goodness `[rows]`; differentiable, 0-dim."""
+    positive, negative = goodness[is_positive], goodness[~is_positive]
+    flip = 1 if objective.maximize else -1
+    if objective.loss in ("symba", "swish"):
+        logit = -objective.alpha * flip * (positive - negative)
+        losses = softplus(logit) if objective.loss == "symba" else F.silu(logit)
+        return _mean(losses if sample_weight is None else losses * sample_weight)
+    threshold = objective.threshold
+    if isinstance(threshold, Tensor):
+        theta = threshold.to(goodness.dtype).expand(goodness.shape)
+        theta_pos, theta_neg = theta[is_positive], theta[~is_positive]
+    else:
+        theta_pos, theta_neg = threshold if isinstance(threshold, tuple) else (threshold, threshold)
+    losses_pos = softplus(-flip * (positive - theta_pos) / objective.temperature)
+    losses_neg = softplus(flip * (negative - theta_neg) / objective.temperature)
+    if sample_weight is not None:
+        losses_pos = losses_pos * sample_weight[is_positive]
+        losses_neg = losses_neg * sample_weight[~is_positive]
+    if objective.reduction == "mean":
+        return _mean(torch.cat([losses_pos, losses_neg]))
+    return _mean(losses_pos) + _mean(losses_neg)
+
+
+def softplus(t: Tensor) -> Tensor:
+    """`log(1 + e^t)`, stable and exact to rounding at any `t`."""
+    return torch.logaddexp(t, torch.zeros_like(t))
+
+
+def linear_step_(
+    x_pos: Tensor,
+    x_neg: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    optimizer: Optimizer,
+    *,
+    objective: Objective,
+    norm: str = "l2",
+    eps: float = 1e-4,
+    eps_mode: str = "add",
+    activation: str = "relu",
+    outputs: str = "post",
+    sample_weight: Tensor | None = None,
+    is_positive: Tensor | None = None,
+) -> StepResult:
+    """`ffkernels.linear_step_` by `loss.backward()` and `optimizer.step()`, in the weight's dtype."""
+    x = x_pos if x_neg is None else torch.cat([x_pos, x_neg])
+    side = torch.arange(len(x), device=x.device) < len(x_pos) if is_positive is None else is_positive
+
+    def forward() -> Tensor:
+        return linear_forward(x, weight, bias, norm=norm, eps=eps, eps_mode=eps_mode, activation=activation)
+
+    y = forward()
+    goodness = goodness_of(y, objective.goodness)
+    loss = loss_of(goodness, side, objective, sample_weight)
+    weight.grad = None
+    if bias is not None:
+        bias.grad = None
+    loss.backward()
+    optimizer.step()
+    with torch.no_grad():
+        handed_on = forward() if outputs == "post" else y.detach()
+    sumsq = (handed_on * handed_on).sum(1)
+    n_pos = len(x_pos) if is_positive is None else None
+    y_out = None if outputs == "none" else handed_on
+    return StepResult(y_out, sumsq, goodness.detach(), loss.detach(), n_pos, is_positive)
+
+
+def _mean(losses: Tensor) -> Tensor:
+    """The mean; 0 for no rows."""
+    return losses.sum() / max(len(losses), 1)

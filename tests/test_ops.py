@@ -1,0 +1,142 @@
+"""The operators as PyTorch sees them: schemas, fakes, and the choice of a backend."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import ffkernels as ff
+from ffkernels import ops, optim
+from ffkernels.backends import select
+
+from .steps import OPTIMIZERS, problem
+
+
+def forward_arguments(compute_dtype: torch.dtype, sumsq: bool) -> tuple:
+    p = problem(dtype=torch.float32)
+    known = torch.cat([p.x_pos, p.x_neg]).square().sum(1) if sumsq else None
+    return (p.x_pos, p.x_neg, known, p.weight, p.bias, "l2", 1e-4, "add", "relu", compute_dtype, "eager")
+
+
+def step_arguments(optimizer: str, bias: bool, compute_dtype: torch.dtype, objective: ff.Objective) -> tuple:
+    p = problem(dtype=torch.float32, bias=bias, optimizer=optimizer)
+    rows = len(p.x_pos) + len(p.x_neg)
+    update = optim.plan(p.optimizer, p.weight, p.bias)
+    layer = (p.weight.detach(), None if p.bias is None else p.bias.detach(), "l2", 1e-4, "add", "relu", compute_dtype)
+    written = (torch.zeros(rows, 7, dtype=compute_dtype), torch.zeros(rows), torch.zeros(()))
+    head = (p.x_pos, p.x_neg, None, None, None)
+    return (*head, *layer, *objective.operands(), *update.operands(), *written, "eager")
+
+
+@pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sumsq", [False, True])
+def test_opcheck_forward(compute_dtype, sumsq):
+    # No derivative is registered: the result carries no gradient.
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    with torch.no_grad():
+        torch.library.opcheck(ops.linear_forward, forward_arguments(compute_dtype, sumsq), test_utils=checks)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "sgd-momentum", "adam", "adamw", "rmsprop"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_opcheck_step(optimizer, bias):
+    torch.library.opcheck(ops.linear_step_, step_arguments(optimizer, bias, torch.float32, ff.Objective()))
+
+
+@pytest.mark.parametrize(
+    ("compute_dtype", "objective"),
+    [(torch.bfloat16, ff.Objective(loss="symba")), (torch.float32, ff.Objective(threshold=torch.tensor(2.0)))],
+)
+def test_opcheck_step_variants(compute_dtype, objective):
+    torch.library.opcheck(ops.linear_step_, step_arguments("adam", True, compute_dtype, objective))
+
+
+def test_fakes_have_the_shapes_and_dtypes_of_the_real_thing():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        x, weight = torch.empty(5, 3), torch.empty(4, 3)
+        y, sumsq = ff.linear_forward(x, weight, compute_dtype=torch.bfloat16)
+    assert (y.shape, y.dtype, sumsq.shape, sumsq.dtype) == ((5, 4), torch.bfloat16, (5,), torch.float32)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_explain(name):
+    p = problem(optimizer=name, dtype=torch.float32)
+    text = ff.explain(p.weight, p.optimizer, compute_dtype=torch.bfloat16)
+    assert "backend: eager (first that can run it) for torch.float32 on cpu, products in torch.bfloat16" in text
+    assert ("fused" in text) == (name not in ("rmsprop", "adam-amsgrad"))
+
+
+class Picky:
+    """A backend that runs relu only."""
+
+    @staticmethod
+    def unsupported(request: select.Request) -> str | None:
+        return None if request.activation == "relu" else f"activation {request.activation!r} has no kernel"
+
+    @staticmethod
+    def linear_forward(x_pos, x_neg, input_sumsq, weight, *rest):
+        return x_pos.new_full((len(x_pos), len(weight)), 7.0), x_pos.new_zeros(len(x_pos))
+
+
+def test_the_first_backend_that_can_run_a_call_runs_it(monkeypatch):
+    monkeypatch.setattr(select, "BACKENDS", {"picky": "picky", **select.BACKENDS})
+    load = select.load
+    monkeypatch.setattr(select, "load", lambda name: Picky if name == "picky" else load(name))
+    p = problem()
+    assert (ff.linear_forward(p.x_pos, p.weight)[0] == 7).all()
+    assert not (ff.linear_forward(p.x_pos, p.weight, activation="gelu")[0] == 7).any()
+    assert not (ff.linear_forward(p.x_pos, p.weight, backend="eager")[0] == 7).any()
+    assert "passed over: eager: comes later" in ff.explain(p.weight)
+    assert "passed over: picky: activation 'gelu' has no kernel" in ff.explain(p.weight, activation="gelu")
+    with pytest.raises(ValueError, match="backend='picky' cannot run this call: activation 'gelu' has no kernel"):
+        ff.linear_forward(p.x_pos, p.weight, activation="gelu", backend="picky")
+    monkeypatch.setenv("FFKERNELS_BACKEND", "picky")
+    assert "forced by FFKERNELS_BACKEND" in ff.explain(p.weight)
+    with pytest.raises(ValueError, match="FFKERNELS_BACKEND='picky' cannot run this call"):
+        ff.explain(p.weight, activation="gelu")
+
+
+@pytest.mark.parametrize("how", ["argument", "environment"])
+def test_an_unknown_backend_fails_loudly_and_changes_nothing(how, monkeypatch):
+    p = problem()
+    before = p.weight.detach().clone()
+    if how == "environment":
+        monkeypatch.setenv("FFKERNELS_BACKEND", "cudnn")
+    name = {"argument": "backend", "environment": "FFKERNELS_BACKEND"}[how]
+    with pytest.raises(ValueError, match=f"{name}='cudnn' is not a backend of this installation; accepted: eager"):
+        ff.linear_step_(
+            p.x_pos, p.x_neg, p.weight, p.bias, p.optimizer, backend="cudnn" if how == "argument" else None
+        )
+    assert torch.equal(p.weight, before) and not p.optimizer.state
+
+
+def test_imports_and_works_with_torch_alone():
+    """With every other package hidden, the package trains a step."""
+    code = """
+import sys
+import importlib.abc
+
+class Hide(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"triton", "numpy", "matplotlib", "tqdm", "zarr", "hypothesis", "pytest"}:
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Hide())
+import torch
+import ffkernels as ff
+import ffkernels.cli, ffkernels.experiments.train
+net = ff.FFNetwork([ff.FFLinear(12, 8), ff.FFLinear(8, 4)])
+x = torch.rand(6, 12)
+optimizer = torch.optim.Adam(net.parameters())
+losses = [sum(float(r.loss) for r in net.step(x, x.flip(1), optimizer)) for _ in range(50)]
+assert losses[-1] < losses[0], losses
+assert "numpy" not in sys.modules
+print("trained")
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "trained", done.stderr

@@ -1,0 +1,150 @@
+"""The caller's optimizer: its state, its groups, its schedulers, and what does not run fused."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch.optim import SGD, Adam, AdamW
+
+import ffkernels as ff
+from ffkernels import optim, reference
+
+from .steps import OPTIMIZERS, Problem, assert_same_state, error, problem
+
+FUSED = [name for name in OPTIMIZERS if name not in ("rmsprop", "adam-amsgrad")]
+
+
+def step(p: Problem, by=ff.linear_step_, **options):
+    return by(p.x_pos, p.x_neg, p.weight, p.bias, p.optimizer, objective=ff.Objective(), **options)
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_state_dict_loads_into_a_plain_optimizer(name):
+    """Ten steps here, then ten of plain torch on the loaded state, equal twenty of plain torch."""
+    ours = problem(optimizer=name)
+    theirs = ours.copy()
+    for _ in range(10):
+        step(ours), step(theirs, reference.linear_step_)
+    assert ours.weight.grad is None, "the fused update leaves .grad alone"
+    taken_over = ours.copy()
+    for _ in range(10):
+        step(taken_over, reference.linear_step_), step(theirs, reference.linear_step_)
+    assert_same_state(taken_over, theirs, 1e-9)
+    for _ in range(10):
+        step(ours)
+    assert_same_state(ours, theirs, 1e-9)
+
+
+@pytest.mark.parametrize("kind", [SGD, Adam, AdamW])
+@pytest.mark.parametrize("scheduled", ["number", "tensor"])
+def test_schedulers(kind, scheduled):
+    ours = problem()
+    theirs = ours.copy()
+    schedulers = []
+    made = []
+    for p in (ours, theirs):
+        lr = 0.05 if scheduled == "number" else torch.tensor(0.05)
+        # Plain SGD refuses nothing about a tensor lr; Adam wants foreach off for one.
+        extra = {} if kind is SGD else {"foreach": False, "eps": 1e-3}
+        optimizer = kind([p.weight, p.bias], lr=lr, **extra)
+        schedulers.append(torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5))
+        made.append(p._replace(optimizer=optimizer))
+    ours, theirs = made
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(4):
+            step(ours), step(theirs, reference.linear_step_)
+            for scheduler in schedulers:
+                scheduler.step()
+    assert_same_state(ours, theirs, 1e-7 if scheduled == "tensor" else 1e-10)
+
+
+def test_weight_and_bias_in_groups_of_their_own():
+    ours = problem()
+    theirs = ours.copy()
+    made = [
+        p._replace(
+            optimizer=SGD([{"params": [p.weight], "weight_decay": 0.1}, {"params": [p.bias], "lr": 0.7}], lr=0.1)
+        )
+        for p in (ours, theirs)
+    ]
+    for _ in range(3):
+        step(made[0]), step(made[1], reference.linear_step_)
+    assert_same_state(*made, 1e-10)
+
+
+def test_one_optimizer_for_several_layers_moves_only_the_layer_that_steps():
+    first, second = problem(), problem(in_features=7)
+    parameters = [first.weight, first.bias, second.weight, second.bias]
+    for kind in (torch.optim.RMSprop, SGD, Adam):
+        optimizer = kind(parameters, lr=0.1)
+        second.weight.grad = torch.ones_like(second.weight)
+        before = second.weight.detach().clone()
+        moved = first.weight.detach().clone()
+        step(first._replace(optimizer=optimizer))
+        assert torch.equal(second.weight, before)
+        assert torch.equal(second.weight.grad, torch.ones_like(before)), "a gradient that waits stays"
+        assert not torch.equal(first.weight, moved)
+        assert second.weight not in optimizer.state
+
+
+class Doubled(SGD):
+    """A subclass may do anything in `step`."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.sub_(2 * p.grad)
+
+
+def test_subclasses_and_hooks_run_their_own_step():
+    ours = problem()
+    before = ours.weight.detach().clone()
+    step(ours._replace(optimizer=Doubled([ours.weight, ours.bias], lr=0.1)))
+    assert error(before - 2 * ours.weight.grad, ours.weight) < 1e-15
+
+    hooked = problem()
+    calls = []
+    hooked.optimizer.register_step_post_hook(lambda *_: calls.append(1))
+    step(hooked)
+    assert calls == [1]
+    assert optim.fused_rule(hooked.optimizer)[0] == "grad"
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_a_failed_step_leaves_everything_as_it_was(name, monkeypatch):
+    from ffkernels.backends.eager import gradient
+
+    p = problem(optimizer=name)
+    step(p)
+    kept = {key: value.clone() for key, value in _everything(p).items()}
+
+    def fail(self, *args):
+        raise MemoryError("no more")
+
+    monkeypatch.setattr(gradient.Gradient, "_panel", fail)
+    with pytest.raises(MemoryError):
+        step(p)
+    fresh = problem(optimizer=name)
+    with pytest.raises(MemoryError):
+        step(fresh)
+    assert not fresh.optimizer.state
+    assert all(torch.equal(value, kept[key]) for key, value in _everything(p).items())
+
+
+def _everything(p: Problem):
+    from .steps import state_of
+
+    return state_of(p)
+
+
+def test_updates_bump_the_version_counter():
+    """Autograd must notice that a tensor saved for backward has been written."""
+    p = problem()
+    before = p.weight._version
+    step(p)
+    assert p.weight._version > before

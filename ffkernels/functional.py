@@ -143,6 +143,7 @@ def linear_step_(
         check.vector("sample_weight", sample_weight, entries, weight.dtype, weight.device)
     if input_sumsq is not None:
         check.vector("input_sumsq", input_sumsq, rows, weight.dtype, weight.device)
+    check.optimizer_object(optimizer)
     update = optim.plan(optimizer, weight, bias)
     request = select.Request(weight.device, weight.dtype, compute, activation, objective.loss, update.rule)
     chosen = select.choose(request, backend)
@@ -172,6 +173,7 @@ def linear_step_(
             loss,
             chosen,
         )
+        torch.autograd.graph.increment_version(update.written())
         update.finish()
         goodness = objective.goodness_of(sumsq, width)
         if outputs == "post":
@@ -230,6 +232,7 @@ def explain(
         ValueError: where a forced backend cannot run it, as the step itself would.
     """
     check.layer_tensors(weight, None)
+    check.optimizer_object(optimizer)
     compute = check.compute_dtype_of(compute_dtype, weight)
     rule, update = optim.fused_rule(optimizer)
     request = select.Request(weight.device, weight.dtype, compute, activation, objective.loss, rule)

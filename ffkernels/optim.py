@@ -51,6 +51,11 @@ class Plan:
         bias = (self.bias.state, self.bias.hyper, self.bias.lr) if self.bias is not None else ([], [], None)
         return self.rule, self.weight.state, self.weight.hyper, self.weight.lr, *bias
 
+    def written(self) -> list[Tensor]:
+        """The tensors that the operator writes."""
+        parameters = [] if self.rule == "grad" else [slot.parameter for slot in self.slots]
+        return parameters + [tensor for slot in self.slots for tensor in slot.state]
+
     def finish(self) -> None:
         """After the operator has run: hand new state, or the gradients, to the optimizer."""
         if self.rule == "grad":

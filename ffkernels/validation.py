@@ -9,6 +9,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from .objective import Objective
 
@@ -94,6 +95,12 @@ def vector(name: str, value: object, length: int, dtype: torch.dtype, device: to
     if value.dtype != dtype:
         raise TypeError(f"{name} is {value.dtype}; accepted: {dtype}")
     _same_device(name, value, device)
+
+
+def optimizer_object(optimizer: object) -> None:
+    """Raises TypeError unless it is a `torch.optim` optimizer or None."""
+    if optimizer is not None and not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer is a {type(optimizer).__name__}; accepted: a torch.optim.Optimizer, or None")
 
 
 def trainable(name: str, parameter: Tensor | None) -> None:

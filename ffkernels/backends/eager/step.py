@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +19,8 @@ if TYPE_CHECKING:
 BLOCK_ELEMENTS = 1 << 20
 # A batch of up to this many elements is one block, so that its weight gradient need not be summed over blocks.
 SINGLE_BLOCK_ELEMENTS = 1 << 22
+# Below this many rows a product no longer runs at its full rate.
+MIN_BLOCK_ROWS = 64
 
 
 def unsupported(request: Request) -> str | None:
@@ -97,7 +98,7 @@ def linear_step_(
         counts = (is_positive.sum(), (~is_positive).sum())
     per_row_threshold = threshold is not None and threshold.dim() == 1
 
-    gradient = Gradient(layer, weight, bias, _scale_for(compute_dtype, objective, n, layer.width))
+    gradient = Gradient(layer, weight, bias)
     loss_out.zero_()
     for block in blocks(n_pos, n - n_pos, _block_rows(n, layer.width), objective.paired):
         rows = layer.rows(input_rows(block, x_pos, x_neg), block.take(input_sumsq))
@@ -131,11 +132,5 @@ def linear_step_(
 
 
 def _block_rows(rows: int, width: int) -> int:
-    return rows if rows * width <= SINGLE_BLOCK_ELEMENTS else max(64, BLOCK_ELEMENTS // width)
+    return rows if rows * width <= SINGLE_BLOCK_ELEMENTS else max(MIN_BLOCK_ROWS, BLOCK_ELEMENTS // width)
 
-
-def _scale_for(compute_dtype: torch.dtype, objective: Objective, rows: int, width: int) -> float:
-    """A power of two that brings coefficients near one, where float16 would lose them; they carry 1 / (rows width)."""
-    if compute_dtype != torch.float16:
-        return 1.0
-    return 2.0 ** round(math.log2(max(rows, 1) * (width if objective.goodness == "mean" else 1)))

@@ -1,0 +1,170 @@
+"""Every bad input is named, with what came and what is accepted, and changes nothing."""
+
+from __future__ import annotations
+
+import math
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD
+
+import ffkernels as ff
+
+from .steps import problem, state_of
+
+INF = float("inf")
+
+
+def with_threshold(value):
+    return lambda p: {"objective": ff.Objective(threshold=value)}
+
+
+BAD_STEPS = {
+    # name: (what is wrong, the error, words of its message)
+    "x_pos not a tensor": (lambda p: {"x_pos": [[1.0]]}, TypeError, "x_pos is a list"),
+    "x_pos integer": (lambda p: {"x_pos": p.x_pos.long()}, TypeError, "x_pos is torch.int64; accepted: torch.float64"),
+    "x_pos other dtype": (lambda p: {"x_pos": p.x_pos.float()}, TypeError, "x_pos is torch.float32"),
+    "x_pos image": (lambda p: {"x_pos": p.x_pos.view(6, 1, 5)}, ValueError, r"x_pos has shape \(6, 1, 5\).*flatten"),
+    "x_pos too narrow": (lambda p: {"x_pos": p.x_pos[:, 1:]}, ValueError, "x_pos has 4 columns but weight is"),
+    "x_pos sparse": (lambda p: {"x_pos": p.x_pos.to_sparse()}, TypeError, "x_pos has layout"),
+    "x_pos elsewhere": (lambda p: {"x_pos": p.x_pos.to("meta")}, ValueError, "x_pos is on meta but weight is on cpu"),
+    "x_neg too wide": (lambda p: {"x_neg": torch.ones(6, 6).double()}, ValueError, "x_neg has 6 columns"),
+    "x_neg missing": (lambda p: {"x_neg": None}, ValueError, "of x_neg and is_positive came neither"),
+    "both x_neg and mask": (
+        lambda p: {"is_positive": torch.ones(12, dtype=torch.bool)}, ValueError, "came both"
+    ),
+    "mask of numbers": (
+        lambda p: {"x_neg": None, "is_positive": torch.ones(6)}, TypeError, "is_positive is torch.float32"
+    ),
+    "mask of other length": (
+        lambda p: {"x_neg": None, "is_positive": torch.ones(5, dtype=torch.bool)}, ValueError, r"shape \(5,\)"
+    ),
+    "mask that cannot be paired": (
+        lambda p: {
+            "x_neg": None,
+            "is_positive": torch.tensor([True, True, True, True, False, False]),
+            "objective": ff.Objective(loss="symba"),
+        },
+        ValueError,
+        "4 positive and 2 negative",
+    ),
+    "weight half": (lambda p: {"weight": nn.Parameter(p.weight.half())}, TypeError, "weight is torch.float16.*compute"),
+    "weight vector": (lambda p: {"weight": p.weight[0]}, ValueError, "weight has shape"),
+    "weight not trainable": (lambda p: {"weight": p.weight.detach()}, ValueError, "weight has requires_grad=False"),
+    "weight not a leaf": (lambda p: {"weight": p.weight * 1}, ValueError, "is_leaf=False"),
+    "weight without columns": (
+        lambda p: {"weight": nn.Parameter(torch.ones(3, 0).double()), "x_pos": p.x_pos[:, :0]}, ValueError, "at least 1"
+    ),
+    "weight expanded": (
+        lambda p: {"weight": nn.Parameter(torch.ones(1, 5).double().expand(7, 5))}, ValueError, "not expanded"
+    ),
+    "bias too long": (lambda p: {"bias": nn.Parameter(torch.ones(8).double())}, ValueError, r"bias has shape \(8,\)"),
+    "bias other dtype": (lambda p: {"bias": nn.Parameter(torch.ones(7))}, TypeError, "bias is torch.float32"),
+    "optimizer of other parameters": (
+        lambda p: {"optimizer": SGD([nn.Parameter(torch.ones(2))], lr=0.1)},
+        ValueError,
+        r"optimizer \(SGD of 1 parameters\) does not hold weight \(7, 5\)",
+    ),
+    "optimizer without the bias": (
+        lambda p: {"optimizer": SGD([p.weight], lr=0.1)}, ValueError, "does not hold bias"
+    ),
+    "optimizer not one": (lambda p: {"optimizer": 0.1}, TypeError, "optimizer is a float"),
+    "objective a name": (lambda p: {"objective": "logistic"}, TypeError, "objective='logistic'"),
+    "threshold of other rows": (with_threshold(torch.ones(3)), ValueError, r"threshold has shape \(3,\).*12 rows"),
+    "unequal pairs": (
+        lambda p: {"objective": ff.Objective(loss="symba"), "x_neg": p.x_neg[1:]}, ValueError, "6 positive and 5 negative"
+    ),
+    "norm": (lambda p: {"norm": "l1"}, ValueError, "norm='l1' is not one of 'l2', 'rms', 'none'"),
+    "eps negative": (lambda p: {"eps": -1e-4}, ValueError, "eps=-0.0001"),
+    "eps nan": (lambda p: {"eps": math.nan}, ValueError, "eps=nan"),
+    "eps a string": (lambda p: {"eps": "1e-4"}, TypeError, "eps='1e-4'"),
+    "eps_mode": (lambda p: {"eps_mode": "outside"}, ValueError, "eps_mode='outside'"),
+    "activation": (lambda p: {"activation": "tanh"}, ValueError, "activation='tanh' is not one of 'relu'"),
+    "outputs": (lambda p: {"outputs": "all"}, ValueError, "outputs='all'"),
+    "compute_dtype of float64": (lambda p: {"compute_dtype": torch.bfloat16}, TypeError, "compute_dtype=torch.bfloat16"),
+    "compute_dtype integer": (lambda p: {"compute_dtype": torch.int8}, TypeError, "compute_dtype=torch.int8"),
+    "sample_weight too short": (lambda p: {"sample_weight": torch.ones(6).double()}, ValueError, r"accepted: \(12,\)"),
+    "sample_weight other dtype": (lambda p: {"sample_weight": torch.ones(12)}, TypeError, "sample_weight is"),
+    "input_sumsq too short": (lambda p: {"input_sumsq": torch.ones(6).double()}, ValueError, "input_sumsq has shape"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_STEPS)
+def test_bad_step(name):
+    change, kind, words = BAD_STEPS[name]
+    p = problem(optimizer="adam")
+    ff.linear_step_(p.x_pos, p.x_neg, p.weight, p.bias, p.optimizer)
+    before = {key: value.clone() for key, value in state_of(p).items()}
+    arguments = {"x_pos": p.x_pos, "x_neg": p.x_neg, "weight": p.weight, "bias": p.bias, "optimizer": p.optimizer}
+    with pytest.raises(kind, match=words):
+        ff.linear_step_(**{**arguments, **change(p)})
+    assert all(torch.equal(value, before[key]) for key, value in state_of(p).items())
+    assert p.weight.grad is None
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "words"),
+    [
+        ({"goodness": "max"}, ValueError, "goodness='max' is not one of 'mean', 'sum', 'norm'"),
+        ({"loss": "hinge"}, ValueError, "loss='hinge'"),
+        ({"reduction": "sum"}, ValueError, "reduction='sum'"),
+        ({"maximize": 1}, TypeError, "maximize=1"),
+        ({"threshold": math.nan}, ValueError, "threshold=nan is not finite"),
+        ({"threshold": (1.0, INF)}, ValueError, "is not finite"),
+        ({"threshold": torch.tensor([1.0, math.nan])}, ValueError, "threshold holds NaN or infinity"),
+        ({"threshold": torch.tensor(2)}, TypeError, "threshold is a torch.int64 tensor"),
+        ({"threshold": torch.ones(2, 2)}, TypeError, r"shape \(2, 2\)"),
+        ({"threshold": "2"}, TypeError, "threshold='2'"),
+        ({"threshold": (1.0, 2.0, 3.0)}, TypeError, "threshold="),
+        ({"temperature": 0}, ValueError, "temperature=0 is not a positive"),
+        ({"temperature": INF}, ValueError, "temperature=inf"),
+        ({"temperature": 2.0, "loss": "swish"}, ValueError, "temperature=2.0 has no meaning for loss='swish'"),
+        ({"alpha": -1.0}, ValueError, "alpha=-1.0"),
+    ],
+)
+def test_bad_objective(options, kind, words):
+    with pytest.raises(kind, match=words):
+        ff.Objective(**options)
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "words"),
+    [
+        (lambda: ff.FFLinear(3, 4, norm="max"), ValueError, "norm='max'"),
+        (lambda: ff.FFLinear(3, 4, objective=2.0), TypeError, "objective=2.0"),
+        (lambda: ff.FFLinear(3, 4, outputs="later"), ValueError, "outputs='later'"),
+        (lambda: ff.FFNetwork([]), ValueError, "layers is empty"),
+        (lambda: ff.FFNetwork([nn.Linear(3, 4)]), TypeError, r"layers\[0\] is a Linear"),
+        (lambda: ff.FFNetwork([ff.FFLinear(3, 4), ff.FFLinear(5, 2)]), ValueError, "in_features=5; accepted: 4"),
+    ],
+)
+def test_bad_modules(make, kind, words):
+    with pytest.raises(kind, match=words):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda net, x: net.step(x, x, [None]), "optimizers has 1 entries; accepted: one optimizer, or 2"),
+        (lambda net, x: net.train_layerwise(x, x, None, 0), "steps=0 is not an integer >= 1"),
+        (lambda net, x: net.predict(x, 12), "num_classes"),
+        (lambda net, x: net.predict(x, 3, layers=[2]), r"layers=\[2\]; accepted: indices of 2 layers"),
+        (lambda net, x: net.features(x, layers=[], num_classes=3), r"layers=\[\]"),
+        (lambda net, x: net.predict(x, 3, label_value=math.nan), "value"),
+    ],
+)
+def test_bad_network_calls(call, words):
+    net = ff.FFNetwork([ff.FFLinear(11, 4), ff.FFLinear(4, 2)])
+    before = pickle.dumps(net.state_dict())
+    with pytest.raises(ValueError, match=words):
+        call(net, torch.rand(5, 11))
+    assert pickle.dumps(net.state_dict()) == before
+
+
+def test_a_layer_that_hands_nothing_on_cannot_have_one_above():
+    net = ff.FFNetwork([ff.FFLinear(11, 4, outputs="none"), ff.FFLinear(4, 2)])
+    with pytest.raises(ValueError, match=r"layers\[0\].outputs='none'"):
+        net.step(torch.rand(5, 11), torch.rand(5, 11), None)

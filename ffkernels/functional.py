@@ -39,32 +39,31 @@ class StepResult:
     n_pos: int | None
     is_positive: Tensor | None = None
 
+    def sides(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Positive and negative rows of `values` `[rows, ...]`. With `is_positive`, picking waits for the device."""
+        if self.is_positive is not None:
+            return values[self.is_positive], values[~self.is_positive]
+        return values[: self.n_pos], values[self.n_pos :]
+
     @property
     def pos(self) -> Tensor | None:
-        """`[n_pos, out]` activities of the positive rows. With `is_positive` given, picking them waits for the device."""
-        return self._side(self.y, True)
+        """`[n_pos, out]` activities of the positive rows."""
+        return None if self.y is None else self.sides(self.y)[0]
 
     @property
     def neg(self) -> Tensor | None:
         """`[n_neg, out]` activities of the negative rows."""
-        return self._side(self.y, False)
+        return None if self.y is None else self.sides(self.y)[1]
 
     @property
     def goodness_pos(self) -> Tensor:
         """`[n_pos]` goodness of the positive rows."""
-        return self._side(self.goodness, True)  # type: ignore[return-value]
+        return self.sides(self.goodness)[0]
 
     @property
     def goodness_neg(self) -> Tensor:
         """`[n_neg]` goodness of the negative rows."""
-        return self._side(self.goodness, False)  # type: ignore[return-value]
-
-    def _side(self, values: Tensor | None, positive: bool) -> Tensor | None:
-        if values is None:
-            return None
-        if self.is_positive is not None:
-            return values[self.is_positive if positive else ~self.is_positive]
-        return values[: self.n_pos] if positive else values[self.n_pos :]
+        return self.sides(self.goodness)[1]
 
 
 def linear_step_(
@@ -91,8 +90,8 @@ def linear_step_(
     With `r_i` the scale that normalises row `x_i`: `z_i = r_i W x_i + b`, `y_i = act(z_i)`, `q_i = sum_j y_ij^2`; the
     objective makes the row coefficient `c_i = 2 dLoss/dq_i` from `q`, and then
     `dW = sum_i c_i r_i (y_i act'(z_i)) x_i^T`, `db = sum_i c_i (y_i act'(z_i))` go into the optimizer's rule
-    (Hinton, "The Forward-Forward Algorithm", 2022). Rows with `c_i` exactly zero, which are most rows once a sum goodness
-    saturates, are left out of the update's product; that changes nothing but the time.
+    (Hinton, "The Forward-Forward Algorithm", 2022). Rows with `c_i` exactly zero, which are most rows once a sum
+    goodness saturates, are left out of the update's product; that changes nothing but the time.
 
     Args:
         x_pos: `[n_pos, in]` un-normalised positive rows, in the weight's dtype or the compute dtype.
@@ -111,7 +110,8 @@ def linear_step_(
             float32. None: autocast's dtype where autocast is on, else the weight's.
         sample_weight: `[rows]` factors of the rows' losses, positives first (`[pairs]` for pair losses).
         is_positive: `[rows]` bool; `x_pos` is then the joint batch in any order.
-        input_sumsq: `[rows]` sums of squares of the input rows where they are known (`StepResult.sumsq` of the layer below).
+        input_sumsq: `[rows]` sums of squares of the input rows where they are known: `StepResult.sumsq` of the layer
+            below.
         backend: forces a backend; so does the environment variable FFKERNELS_BACKEND.
 
     Raises:
@@ -226,7 +226,7 @@ def explain(
     compute_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> str:
-    """Says which backend a layer step with these arguments runs on, why each other one is passed over, and how the update runs.
+    """Says which backend a layer step runs on, why each other one is passed over, and how the update runs.
 
     Raises:
         ValueError: where a forced backend cannot run it, as the step itself would.
@@ -247,7 +247,7 @@ def explain(
 
 
 def _sides_in_order(is_positive: Tensor) -> tuple[Tensor, int]:
-    """Indices that put positives first and negatives behind them, each side in its order; and the number of positives."""
+    """Indices that put positives before negatives, each side in its order; and the number of positives."""
     positive, negative = is_positive.nonzero().squeeze(1), (~is_positive).nonzero().squeeze(1)
     if len(positive) != len(negative):
         raise ValueError(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -107,8 +107,8 @@ class FFNetwork(nn.Module):
             raise ValueError("layers is empty; accepted: at least one FFLinear")
         self.layers = nn.ModuleList(layers)
 
-    def __iter__(self) -> Any:
-        return iter(self.layers)
+    def __iter__(self) -> Iterator[FFLinear]:
+        return iter(cast("Iterable[FFLinear]", self.layers))
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -134,7 +134,7 @@ class FFNetwork(nn.Module):
         sumsq = None
         is_positive = options.get("is_positive")
         last = len(self.layers) - 1
-        for i, (layer, optimizer) in enumerate(zip(self.layers, self._optimizers(optimizers), strict=True)):
+        for i, (layer, optimizer) in enumerate(zip(self, self._optimizers(optimizers), strict=True)):
             if i < last and layer.outputs == "none":
                 raise ValueError(f"layers[{i}].outputs='none' but a layer comes after it; accepted: 'post' or 'pre'")
             outputs = "none" if i == last else layer.outputs
@@ -142,7 +142,8 @@ class FFNetwork(nn.Module):
             results.append(result)
             if i < last:
                 sumsq = result.sumsq
-                x_pos, x_neg = (result.y, None) if is_positive is not None else (result.pos, result.neg)
+                assert result.y is not None
+                x_pos, x_neg = (result.y, None) if is_positive is not None else result.sides(result.y)
         return results
 
     def train_layerwise(
@@ -161,24 +162,24 @@ class FFNetwork(nn.Module):
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ValueError(f"steps={steps!r} is not an integer >= 1")
         losses = []
-        for layer, optimizer in zip(self.layers, self._optimizers(optimizers), strict=True):
+        for layer, optimizer in zip(self, self._optimizers(optimizers), strict=True):
             results = [layer.step(x_pos, x_neg, optimizer, outputs="none", **options) for _ in range(steps)]
             losses.append(torch.stack([result.loss for result in results]))
             x_pos, x_neg = layer(x_pos), layer(x_neg)
         return losses
 
-    def _optimizers(
-        self, optimizers: Optimizer | Sequence[Optimizer | None] | None
-    ) -> Sequence[Optimizer | None]:
+    def _optimizers(self, optimizers: Optimizer | Sequence[Optimizer | None] | None) -> Sequence[Optimizer | None]:
         if optimizers is None or isinstance(optimizers, Optimizer):
             return [optimizers] * len(self.layers)
         if len(optimizers) != len(self.layers):
-            raise ValueError(f"optimizers has {len(optimizers)} entries; accepted: one optimizer, or {len(self.layers)}")
+            raise ValueError(
+                f"optimizers has {len(optimizers)} entries; accepted: one optimizer, or {len(self.layers)}"
+            )
         return optimizers
 
     def _pass(self, x: Tensor) -> Iterable[tuple[FFLinear, Tensor, Tensor]]:
         sumsq = None
-        for layer in self.layers:
+        for layer in self:
             x, sumsq = layer.activity(x, sumsq)
             yield layer, x, sumsq
 
@@ -210,7 +211,7 @@ class FFNetwork(nn.Module):
             label_value: the value that marks a label.
         """
         chosen = self._chosen(layers, default=range(len(self.layers)))
-        sign = torch.tensor([1.0 if self.layers[i].objective.maximize else -1.0 for i in chosen], device=x.device)
+        sign = torch.tensor([1.0 if layer.objective.maximize else -1.0 for layer in self], device=x.device)[chosen]
         totals = []
         for label in range(num_classes):
             labels = torch.full((len(x),), label, device=x.device)

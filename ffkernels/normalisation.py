@@ -14,8 +14,8 @@ def row_sumsq(x: Tensor, dtype: torch.dtype) -> Tensor:
 def row_scale(sumsq: Tensor, width: int, norm: str, eps: float, eps_mode: str) -> Tensor:
     """`[rows]` factors `r` that normalise rows with these sums of squares; 0 for a row of zeros, whatever eps is.
 
-    With `n = sqrt(sumsq)` ("l2") or `sqrt(sumsq / width)` ("rms"): `1 / (n + eps)` ("add"), `1 / max(n, eps)` ("clamp"),
-    `1 / sqrt(n^2 + eps)` ("inside").
+    With `n = sqrt(sumsq)` ("l2") or `sqrt(sumsq / width)` ("rms"): `1 / (n + eps)` ("add"), `1 / max(n, eps)`
+    ("clamp"), `1 / sqrt(n^2 + eps)` ("inside").
     """
     square = sumsq / width if norm == "rms" else sumsq
     if eps_mode == "inside":

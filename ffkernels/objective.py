@@ -19,7 +19,7 @@ Threshold = float | tuple[float, float] | Tensor
 
 
 class LossFunction(NamedTuple):
-    """A loss of one logit `t` (large `t` = badly classified), its slope, and whether `t` belongs to a row or to a pair."""
+    """A loss of one logit `t` (large: badly classified), its slope, and whether `t` belongs to a row or to a pair."""
 
     value: Callable[[Tensor], Tensor]
     slope: Callable[[Tensor], Tensor]
@@ -63,7 +63,7 @@ class Objective:
     * goodness `g = q / width` ("mean"), `q` ("sum") or `sqrt(q)` ("norm");
     * sign `s = -1` for positive and `+1` for negative rows, swapped when `maximize=False`;
     * "logistic": `l_i = softplus(s_i (g_i - threshold_i) / temperature)` per row;
-    * "symba" (Lee and Song, 2023): `l_i = softplus(-alpha (g_pos_i - g_neg_i))` per pair of the i-th rows of both sides;
+    * "symba" (Lee and Song, 2023): `l_i = softplus(-alpha (g_pos_i - g_neg_i))` per pair of the sides' i-th rows;
     * "swish": the same with `t sigmoid(t)` for the softplus;
     * reduction: the mean over all rows ("mean"), or the mean over positives plus that over negatives ("sum_of_means");
       pair losses take the mean over pairs under either name.
@@ -166,21 +166,21 @@ class Objective:
         """
         goodness = self.goodness_of(sumsq, width)
         loss = LOSSES[self.loss]
+        scale: float | Tensor
         if loss.paired:
             half = sumsq.shape[0] // 2
             scale = -self.alpha if self.maximize else self.alpha
             logit = scale * (goodness[:half] - goodness[half:])
             weight = _reciprocal(counts[0], sumsq)
         else:
-            if threshold is None:
-                threshold = _by_side(is_positive, *self.thresholds(), sumsq)
-            sign = _by_side(is_positive, -1.0, 1.0, sumsq)
-            scale = sign * ((1 if self.maximize else -1) / self.temperature)
-            logit = scale * (goodness - threshold)
+            theta = _by_side(is_positive, *self.thresholds(), sumsq) if threshold is None else threshold
+            scale = _by_side(is_positive, -1.0, 1.0, sumsq) * ((1 if self.maximize else -1) / self.temperature)
+            logit = scale * (goodness - theta)
             if self.reduction == "mean":
                 weight = _reciprocal(counts[0] + counts[1], sumsq)
             else:
-                weight = _by_side(is_positive, *(_reciprocal(count, sumsq) for count in counts), sumsq)
+                pos, neg = (_reciprocal(count, sumsq) for count in counts)
+                weight = _by_side(is_positive, pos, neg, sumsq)
         if sample_weight is not None:
             weight = weight * sample_weight
         slope = weight * scale * loss.slope(logit)
@@ -207,5 +207,5 @@ def _by_side(is_positive: Tensor, positive: float | Tensor, negative: float | Te
     """`[rows]` of `positive` or `negative` in `like`'s dtype; a plain number where both are the same."""
     if not isinstance(positive, Tensor) and positive == negative:
         return positive
-    pick = [v.to(like.dtype) if isinstance(v, Tensor) else like.new_full((), v) for v in (positive, negative)]
-    return torch.where(is_positive, *pick)
+    pos, neg = (v.to(like.dtype) if isinstance(v, Tensor) else like.new_full((), v) for v in (positive, negative))
+    return torch.where(is_positive, pos, neg)

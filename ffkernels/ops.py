@@ -15,7 +15,7 @@ from .backends import select
 
 # How a layer turns rows into activities.
 _LAYER = "str norm, float eps, str eps_mode, str activation, ScalarType compute_dtype"
-# How sums of squares turn into a loss and a coefficient per row: the fields of `Objective`; `threshold` overrides both numbers.
+# How sums of squares turn into a loss and row coefficients: `Objective`'s fields; `threshold` overrides both numbers.
 _OBJECTIVE = (
     "str goodness, float threshold_pos, float threshold_neg, Tensor? threshold, str loss, bool maximize, "
     "str reduction, float temperature, float alpha"

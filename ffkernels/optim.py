@@ -16,8 +16,8 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 # What each rule's `state` and `hyper` lists hold; `lr` as a tensor comes beside them and overrides the number.
 RULES = {
-    "sgd": "state: [momentum_buffer] or []; hyper: lr, momentum, dampening, nesterov, weight_decay, maximize, first_step",
-    "adam": "state: [exp_avg, exp_avg_sq, step]; hyper: lr, beta1, beta2, eps, weight_decay, decoupled, maximize",
+    "sgd": "state: [momentum_buffer] or []; hyper: lr, momentum, dampening, nesterov, decay, maximize, first_step",
+    "adam": "state: [exp_avg, exp_avg_sq, step]; hyper: lr, beta1, beta2, eps, decay, decoupled, maximize",
     "grad": "state: [gradient], written instead of the parameter; hyper: []",
 }
 
@@ -137,7 +137,9 @@ def _group_of(optimizer: Optimizer, parameter: Tensor, name: str) -> dict[str, A
     )
 
 
-def _slot(parameter: Tensor, state: list[Tensor], group: dict[str, Any], hyper: list[float], new: dict[str, Tensor]) -> Slot:
+def _slot(
+    parameter: Tensor, state: list[Tensor], group: dict[str, Any], hyper: list[float], new: dict[str, Tensor]
+) -> Slot:
     lr = group["lr"]
     is_tensor = isinstance(lr, Tensor)
     return Slot(parameter, state, [0.0 if is_tensor else float(lr), *hyper], lr if is_tensor else None, new)

@@ -6,6 +6,8 @@ shares no code with the backends.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,7 +16,7 @@ from torch.optim import Optimizer
 from .functional import StepResult
 from .objective import Objective
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "leaky_relu": F.leaky_relu,
     "gelu": F.gelu,
@@ -63,13 +65,13 @@ def loss_of(goodness: Tensor, is_positive: Tensor, objective: Objective, sample_
         losses = softplus(logit) if objective.loss == "symba" else F.silu(logit)
         return _mean(losses if sample_weight is None else losses * sample_weight)
     threshold = objective.threshold
-    if isinstance(threshold, Tensor):
-        theta = threshold.to(goodness.dtype).expand(goodness.shape)
-        theta_pos, theta_neg = theta[is_positive], theta[~is_positive]
+    theta = torch.empty_like(goodness)
+    if isinstance(threshold, tuple):
+        theta[is_positive], theta[~is_positive] = threshold[0], threshold[1]
     else:
-        theta_pos, theta_neg = threshold if isinstance(threshold, tuple) else (threshold, threshold)
-    losses_pos = softplus(-flip * (positive - theta_pos) / objective.temperature)
-    losses_neg = softplus(flip * (negative - theta_neg) / objective.temperature)
+        theta[:] = threshold
+    losses_pos = softplus(-flip * (positive - theta[is_positive]) / objective.temperature)
+    losses_neg = softplus(flip * (negative - theta[~is_positive]) / objective.temperature)
     if sample_weight is not None:
         losses_pos = losses_pos * sample_weight[is_positive]
         losses_neg = losses_neg * sample_weight[~is_positive]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
-# Adam and RMSprop divide by the root of squared gradients: with a small eps, gradients that cancel to rounding noise come
-# out as full steps in a random direction, under which no two ways of summing agree.
+# Adam and RMSprop divide by the root of squared gradients: with a small eps, gradients that cancel to rounding noise
+# come out as full steps in a random direction, under which no two ways of summing agree.
 OPTIMIZERS: dict[str, Callable[[Iterable[Tensor]], Optimizer]] = {
     "sgd": lambda p: SGD(p, lr=0.1),
     "sgd-decay": lambda p: SGD(p, lr=0.1, weight_decay=0.05, maximize=True),

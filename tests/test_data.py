@@ -1,6 +1,6 @@
 import gzip
-import struct
 import json
+import struct
 import subprocess
 import sys
 import types

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from itertools import pairwise
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ def network(outputs: str = "post", **options: object) -> ff.FFNetwork:
     torch.manual_seed(1)
     widths = [12, 9, 7, 6]
     options = {"dtype": torch.float64, "norm": "rms", **options}
-    return ff.FFNetwork([ff.FFLinear(a, b, outputs=outputs, **options) for a, b in zip(widths, widths[1:])])
+    return ff.FFNetwork([ff.FFLinear(a, b, outputs=outputs, **options) for a, b in pairwise(widths)])
 
 
 def sides(rows: int = 10) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,7 +67,14 @@ def test_layerwise_training_is_each_layer_alone():
         optimizer = SGD(layer.parameters(), lr=0.5)
         for k in range(6):
             expected = reference.linear_step_(
-                pos, neg, layer.weight, layer.bias, optimizer, objective=layer.objective, norm="rms", outputs="post"
+                pos,
+                neg,
+                layer.weight,
+                layer.bias,
+                optimizer,
+                objective=layer.objective,
+                norm="rms",
+                outputs="post",
             )
             assert error(losses[i][k], expected.loss) < 1e-10
         pos, neg = expected.pos, expected.neg

@@ -25,7 +25,15 @@ def step_arguments(optimizer: str, bias: bool, compute_dtype: torch.dtype, objec
     p = problem(dtype=torch.float32, bias=bias, optimizer=optimizer)
     rows = len(p.x_pos) + len(p.x_neg)
     update = optim.plan(p.optimizer, p.weight, p.bias)
-    layer = (p.weight.detach(), None if p.bias is None else p.bias.detach(), "l2", 1e-4, "add", "relu", compute_dtype)
+    layer = (
+        p.weight.detach(),
+        None if p.bias is None else p.bias.detach(),
+        "l2",
+        1e-4,
+        "add",
+        "relu",
+        compute_dtype,
+    )
     written = (torch.zeros(rows, 7, dtype=compute_dtype), torch.zeros(rows), torch.zeros(()))
     head = (p.x_pos, p.x_neg, None, None, None)
     return (*head, *layer, *objective.operands(), *update.operands(), *written, "eager")
@@ -48,7 +56,10 @@ def test_opcheck_step(optimizer, bias):
 
 @pytest.mark.parametrize(
     ("compute_dtype", "objective"),
-    [(torch.bfloat16, ff.Objective(loss="symba")), (torch.float32, ff.Objective(threshold=torch.tensor(2.0)))],
+    [
+        (torch.bfloat16, ff.Objective(loss="symba")),
+        (torch.float32, ff.Objective(threshold=torch.tensor(2.0))),
+    ],
 )
 def test_opcheck_step_variants(compute_dtype, objective):
     torch.library.opcheck(ops.linear_step_, step_arguments("adam", True, compute_dtype, objective))
@@ -109,9 +120,7 @@ def test_an_unknown_backend_fails_loudly_and_changes_nothing(how, monkeypatch):
         monkeypatch.setenv("FFKERNELS_BACKEND", "cudnn")
     name = {"argument": "backend", "environment": "FFKERNELS_BACKEND"}[how]
     with pytest.raises(ValueError, match=f"{name}='cudnn' is not a backend of this installation; accepted: eager"):
-        ff.linear_step_(
-            p.x_pos, p.x_neg, p.weight, p.bias, p.optimizer, backend="cudnn" if how == "argument" else None
-        )
+        ff.linear_step_(p.x_pos, p.x_neg, p.weight, p.bias, p.optimizer, backend="cudnn" if how == "argument" else None)
     assert torch.equal(p.weight, before) and not p.optimizer.state
 
 

@@ -206,7 +206,12 @@ def test_threshold_tensor_is_read_at_every_step():
     for value in (1.0, 3.0):
         threshold.fill_(value)
         a = ff.linear_step_(
-            ours.x_pos, ours.x_neg, ours.weight, ours.bias, ours.optimizer, objective=ff.Objective(threshold=threshold)
+            ours.x_pos,
+            ours.x_neg,
+            ours.weight,
+            ours.bias,
+            ours.optimizer,
+            objective=ff.Objective(threshold=threshold),
         )
         b = reference.linear_step_(
             theirs.x_pos, theirs.x_neg, theirs.weight, theirs.bias, theirs.optimizer,

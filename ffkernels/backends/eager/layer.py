@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +19,10 @@ _INV_SQRT_2PI = 0.3989422804014327
 
 
 class Activation(NamedTuple):
-    """`forward(z)` may overwrite `z`; `gated(y, z)` is `y act'(z)`, a new tensor unless that is `y` itself."""
+    """`forward(z)` may overwrite `z`; `gated(y, z)` is `y act'(z)`, or `y` itself; `z` is there if `keeps_z`."""
 
     forward: Callable[[Tensor], Tensor]
-    gated: Callable[[Tensor, Tensor], Tensor]
+    gated: Callable[[Tensor, Any], Tensor]
     keeps_z: bool
 
 

@@ -133,4 +133,3 @@ def linear_step_(
 
 def _block_rows(rows: int, width: int) -> int:
     return rows if rows * width <= SINGLE_BLOCK_ELEMENTS else max(MIN_BLOCK_ROWS, BLOCK_ELEMENTS // width)
-

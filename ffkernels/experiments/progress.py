@@ -1,0 +1,58 @@
+"""What a training run shows while it works: a bar where tqdm is installed and someone watches, and a line per epoch."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+try:
+    from tqdm import tqdm
+except ImportError:
+    tqdm = None
+
+SECONDS_BETWEEN_LOOKS = 0.5
+
+
+class Progress:
+    """Counts steps from `done` to `total`; writes to stderr."""
+
+    def __init__(self, total: int, done: int = 0) -> None:
+        self._bar: Any = None
+        if tqdm is not None:
+            # disable=None: no bar where stderr is not a terminal
+            self._bar = tqdm(total=total, initial=done, disable=None, unit="step", dynamic_ncols=True)
+        self._steps = 0
+        self._looked = time.monotonic()
+
+    def step(self, describe: Callable[[], str]) -> None:
+        """One step is done. `describe` may wait for the device, so it is called only every now and then."""
+        self._steps += 1
+        now = time.monotonic()
+        if self._bar is None or self._bar.disable or now - self._looked < SECONDS_BETWEEN_LOOKS:
+            return
+        self._show(describe())
+
+    def _show(self, text: str) -> None:
+        self._bar.set_postfix_str(text, refresh=False)
+        self._bar.update(self._steps)
+        self._steps = 0
+        self._looked = time.monotonic()
+
+    def line(self, text: str) -> None:
+        """A line that stays."""
+        if self._bar is None:
+            print(text, file=sys.stderr, flush=True)
+        else:
+            self._bar.update(self._steps)
+            self._steps = 0
+            self._bar.write(text, file=sys.stderr)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.close()

@@ -149,3 +149,32 @@ print("trained")
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "trained", done.stderr
+
+
+@pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("optimizer", ["sgd", "sgd-momentum", "adam", "adamw", "adam-on-device", "rmsprop"])
+@pytest.mark.parametrize("is_positive", [False, True])
+def test_a_step_on_a_device_never_waits_for_it(compute_dtype, optimizer, is_positive):
+    """Meta tensors hold no values: whatever would bring one back to the host raises."""
+    from ffkernels.backends import eager
+
+    on_device = optimizer == "adam-on-device"
+    arguments = list(step_arguments("adam" if on_device else optimizer, True, compute_dtype, ff.Objective()))
+    if is_positive:
+        arguments[1], arguments[2] = arguments[1][:0], torch.ones(6, dtype=torch.bool)
+        arguments[-4], arguments[-3] = arguments[-4][:6], arguments[-3][:6]
+
+    def to_meta(value):
+        if isinstance(value, list):
+            return [to_meta(v) for v in value]
+        # Adam keeps its step count on the host unless it is capturable or fused.
+        is_step_count = isinstance(value, torch.Tensor) and value.dim() == 0
+        return value.to("meta") if isinstance(value, torch.Tensor) and (on_device or not is_step_count) else value
+
+    arguments = [to_meta(value) for value in arguments]
+    arguments[-2] = arguments[-2].to("meta")
+    with torch.no_grad():
+        eager.linear_step_(*arguments[:-1])
+        eager.linear_forward(*arguments[:2], None, *arguments[5:12])
+    with pytest.raises(RuntimeError):
+        arguments[-2].item()

@@ -22,6 +22,7 @@ class Preset:
     """One recipe. Labels are overlaid one-hot with value 1; layers are counted from 0.
 
     Attributes:
+        name: what the command line calls it.
         source: where its numbers come from, and where it departs from there.
         hidden: widths of the layers.
         epochs: passes over the training set; the learning rates are constant for the first half of them, then fall
@@ -42,6 +43,7 @@ class Preset:
             is always tested.
     """
 
+    name: str
     source: str
     hidden: tuple[int, ...]
     epochs: int
@@ -68,29 +70,32 @@ class Preset:
         return Objective(goodness=self.goodness, threshold=float(threshold), loss=self.loss, alpha=self.alpha)
 
 
-PRESETS = {
-    "quick": Preset(
-        source="Small and fast, made for this package: pairs of positive and hard negative rows under the swish loss "
-        "(loss and alpha as in dah33's exploration of Forward-Forward losses), Adam, the loewex classifier with Adam.",
-        hidden=(500, 500),
-        epochs=6,
-        layers=Rule("adam", lr=2e-3),
-        classifier=Rule("adam", lr=1e-3),
-        loss="swish",
-        alpha=6.0,
-        negatives="classifier",
-    ),
-    "loewex": Preset(
-        source="github.com/loeweX/Forward-Forward, after Hinton's Matlab code. Departures: 60 epochs for its 100, all of "
-        "the training images for 50 000 of them, the true gradient of the ReLU, and no peer normalisation (its 0.03).",
-        hidden=(1000, 1000, 1000),
-        epochs=60,
-        layers=Rule("sgd", lr=1e-3, momentum=0.9, weight_decay=3e-4),
-        classifier=Rule("sgd", lr=1e-2, momentum=0.9, weight_decay=3e-3),
-        goodness="sum",
-        threshold=None,
-        init="fan_out",
-        goodness_layers=(1, 2),
-        goodness_every=10,
-    ),
-}
+QUICK = Preset(
+    name="quick",
+    source="Small and fast, made for this package: pairs of positive and hard negative rows under the swish loss "
+    "(loss and alpha as in dah33's exploration of Forward-Forward losses), Adam, the loewex classifier with Adam.",
+    hidden=(500, 500),
+    epochs=6,
+    layers=Rule("adam", lr=2e-3),
+    classifier=Rule("adam", lr=1e-3),
+    loss="swish",
+    alpha=6.0,
+    negatives="classifier",
+)
+
+LOEWEX = Preset(
+    name="loewex",
+    source="github.com/loeweX/Forward-Forward, after Hinton's Matlab code. Departures: 60 epochs for its 100, all of "
+    "the training images for 50 000 of them, the true gradient of the ReLU, and no peer normalisation (its 0.03).",
+    hidden=(1000, 1000, 1000),
+    epochs=60,
+    layers=Rule("sgd", lr=1e-3, momentum=0.9, weight_decay=3e-4),
+    classifier=Rule("sgd", lr=1e-2, momentum=0.9, weight_decay=3e-3),
+    goodness="sum",
+    threshold=None,
+    init="fan_out",
+    goodness_layers=(1, 2),
+    goodness_every=10,
+)
+
+PRESETS = {preset.name: preset for preset in (QUICK, LOEWEX)}

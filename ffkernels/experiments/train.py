@@ -91,7 +91,7 @@ class Trainer:
 
     def settings(self) -> dict[str, Any]:
         """All that decides the numbers of this run, as plain values."""
-        recipe = {name: value for name, value in asdict(self.preset).items() if name not in ("source", "epochs")}
+        recipe = {name: value for name, value in asdict(self.preset).items() if name != "source"}
         return {
             **recipe,
             "epochs": self.epochs,

@@ -1,0 +1,193 @@
+"""The command line: `python -m ffkernels train | info`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+from . import Objective, __version__, explain
+from .experiments import data, picture, presets, train
+
+PROGRAM = "python -m ffkernels"
+COMPUTE_DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEVICES = ("auto", "cpu", "cuda", "mps")
+USER_ERROR, INTERRUPTED = 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit code: 0, 2 for what the user can mend, 130 after Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments, argv)
+    except (UserError, OSError) as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print(f"{PROGRAM}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+class UserError(Exception):
+    """Something the user can mend; its text is all they need to see."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=PROGRAM, description="Forward-Forward on fast, exact kernels.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    recipes = "\n".join(f"  {name}: {preset.source}" for name, preset in presets.PRESETS.items())
+    command = commands.add_parser(
+        "train",
+        help="train a network on labelled images",
+        description=f"Trains a network; writes metrics, a checkpoint after every epoch, and a picture.\n\npresets:\n{recipes}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(run=_train)
+    command.add_argument("--preset", choices=presets.PRESETS, default="quick", help="the recipe (%(default)s)")
+    command.add_argument("--data", default="mnist", help="mnist, fashion-mnist or a folder of IDX files (%(default)s)")
+    command.add_argument("--device", choices=DEVICES, default="auto", help="auto: cuda or mps where there is one, else cpu")
+    command.add_argument("--compute-dtype", choices=COMPUTE_DTYPES, default="float32",
+                         help="of the products' operands; weights and sums stay float32 (%(default)s)")
+    command.add_argument("--epochs", type=int, help="instead of the preset's")
+    command.add_argument("--seed", type=int, default=0, help="of weights, order and negatives (%(default)s)")
+    command.add_argument("--output", type=Path, help="folder for metrics, checkpoint and picture (runs/PRESET-DATA)")
+    command.add_argument("--no-picture", action="store_true", help="draw none")
+    existing = command.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true",
+                          help="go on from the checkpoint in the output folder, if there is one, to the very numbers of a run without a stop")
+    existing.add_argument("--overwrite", action="store_true", help="start anew over the run in the output folder")
+
+    command = commands.add_parser("info", help="versions, devices, and which backends run on them")
+    command.set_defaults(run=_info)
+    return parser
+
+
+def _train(arguments: argparse.Namespace, argv: list[str]) -> int:
+    trainer, output = _prepare(arguments)
+    with_picture = not arguments.no_picture
+    if with_picture and not picture.available():
+        _say(picture.MISSING)
+        with_picture = False
+    with _StopOnInterrupt() as stop:
+        finished = train.train(trainer, output, stop)
+    if not finished:
+        _say_stopped(trainer, output, argv)
+        return INTERRUPTED
+    files = {"metrics": output / train.METRICS, "checkpoint": output / train.CHECKPOINT}
+    if with_picture:
+        files = {"picture": output / picture.PICTURE, **files}
+        picture.draw(trainer, files["picture"])
+    print(picture.title(trainer))
+    for name, path in files.items():
+        print(f"{name + ':':<12}{path}")
+    return 0
+
+
+def _prepare(arguments: argparse.Namespace) -> tuple[train.Trainer, Path]:
+    """Everything that can be wrong with what the user asked for shows here, before anything is written."""
+    try:
+        device = _device(arguments.device)
+        trainer = train.Trainer(
+            presets.PRESETS[arguments.preset],
+            data.load(arguments.data),
+            seed=arguments.seed,
+            epochs=arguments.epochs,
+            device=device,
+            compute_dtype=COMPUTE_DTYPES[arguments.compute_dtype],
+        )
+        first = trainer.net.layers[0]
+        _say(explain(first.weight, trainer.net_optimizer, objective=first.objective, activation=first.activation,
+                     compute_dtype=first.compute_dtype).partition("\n")[0])
+        output = arguments.output or Path("runs", f"{arguments.preset}-{trainer.data.name}")
+        if arguments.resume:
+            resumed = train.resume(trainer, output)
+            _say(f"going on after epoch {len(trainer.rows)}" if resumed else f"no checkpoint in {output}: starting anew")
+        elif (output / train.CHECKPOINT).exists() and not arguments.overwrite:
+            raise UserError(f"{output} holds a run already: --resume goes on with it, --overwrite starts anew, "
+                            "--output names another folder")
+    except ValueError as error:
+        raise UserError(error) from error
+    return trainer, output
+
+
+def _device(name: str) -> torch.device:
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(name for name, here in available.items() if here)
+    if not available[name]:
+        raise UserError(f"--device {name}: torch {torch.__version__} finds none on this machine")
+    return torch.device(name)
+
+
+class _StopOnInterrupt:
+    """While entered, the first Ctrl-C only makes `self()` True; a second one interrupts as always."""
+
+    def __enter__(self) -> Callable[[], bool]:
+        self._asked = False
+        self._before = signal.signal(signal.SIGINT, self._first)
+        return lambda: self._asked
+
+    def __exit__(self, *error: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _first(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+        signal.signal(signal.SIGINT, self._before)
+        # A handler may run in the middle of a print, which sys.stderr does not stand.
+        os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
+
+
+def _say_stopped(trainer: train.Trainer, output: Path, argv: list[str]) -> None:
+    again = shlex.join([*PROGRAM.split(), *(a for a in argv if a not in ("--resume", "--overwrite")), "--resume"])
+    kept = f"{len(trainer.rows)} of {trainer.epochs} epochs are kept in {output / train.CHECKPOINT}"
+    _say(f"stopped; {kept if trainer.rows else 'no epoch was finished'}. To go on:\n  {again}")
+
+
+def _info(arguments: argparse.Namespace, argv: list[str]) -> int:
+    print(f"ffkernels {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
+    for package in ("torch", "triton", "numpy", "tqdm", "matplotlib", "zarr"):
+        print(f"  {package:<11}{_version(package)}")
+    cpu = torch.backends.cpu.get_cpu_capability()
+    devices = {"cpu": f"{cpu}, {torch.get_num_threads()} threads"}
+    if torch.cuda.is_available():
+        devices["cuda"] = torch.cuda.get_device_name()
+    if torch.backends.mps.is_available():
+        devices["mps"] = "Apple GPU"
+    for device, description in devices.items():
+        print(f"{device}: {description}")
+        for name, dtype in COMPUTE_DTYPES.items():
+            print(f"  {name}: {_backends(device, dtype)}")
+    return 0
+
+
+def _backends(device: str, compute_dtype: torch.dtype | None) -> str:
+    """What a step of a small layer with Adam would run on."""
+    weight = torch.nn.Parameter(torch.zeros(2, 2, device=device))
+    try:
+        text = explain(weight, torch.optim.Adam([weight]), objective=Objective(), compute_dtype=compute_dtype)
+    except ValueError as error:
+        return str(error)
+    return text.replace("\n", "\n    ")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -128,14 +128,8 @@ def test_imports_and_works_with_torch_alone():
     """With every other package hidden, the package trains a step."""
     code = """
 import sys
-import importlib.abc
-
-class Hide(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"triton", "numpy", "matplotlib", "tqdm", "zarr", "hypothesis", "pytest"}:
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, Hide())
+for name in ("triton", "numpy", "matplotlib", "tqdm", "numcodecs", "hypothesis", "pytest"):
+    sys.modules[name] = None
 import torch
 import ffkernels as ff
 import ffkernels.cli, ffkernels.experiments.train
@@ -144,7 +138,6 @@ x = torch.rand(6, 12)
 optimizer = torch.optim.Adam(net.parameters())
 losses = [sum(float(r.loss) for r in net.step(x, x.flip(1), optimizer)) for _ in range(50)]
 assert losses[-1] < losses[0], losses
-assert "numpy" not in sys.modules
 print("trained")
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)

@@ -96,9 +96,7 @@ def options_for(peer: Peer, out: int, n_pos: int, n_neg: int) -> dict[str, Any]:
 def test_step_is_the_peers_step(peer: Peer, shape: tuple[int, int, int, int], bias: bool) -> None:
     width, out, n_pos, n_neg = shape
     generator = torch.Generator().manual_seed(sum(shape) + bias)
-    batches = [
-        (rows_of(generator, n_pos, width), rows_of(generator, n_neg, width) * 0.8) for _ in range(STEPS)
-    ]
+    batches = [(rows_of(generator, n_pos, width), rows_of(generator, n_neg, width) * 0.8) for _ in range(STEPS)]
     theirs = layer_for(peer, torch.cat(batches[0]), out, bias, generator)
     ours = clone(theirs)
     start = theirs.weight.detach().clone()
@@ -107,9 +105,7 @@ def test_step_is_the_peers_step(peer: Peer, shape: tuple[int, int, int, int], bi
     for step, (x_pos, x_neg) in enumerate(batches):
         with torch.no_grad():
             loss = peer.losses(x_pos, x_neg, theirs.weight, theirs.bias, stable_softplus)[0]
-        y_pos, y_neg = peer.step(
-            x_pos, x_neg, theirs.weight, theirs.bias, their_optimizer, softplus=stable_softplus
-        )
+        y_pos, y_neg = peer.step(x_pos, x_neg, theirs.weight, theirs.bias, their_optimizer, softplus=stable_softplus)
         result = ff.linear_step_(x_pos, x_neg, ours.weight, ours.bias, our_optimizer, **options)
         assert_close(result.loss, loss * 1.0, f"step {step}: loss")
         assert_close(ours.weight, theirs.weight, f"step {step}: weight")
@@ -256,8 +252,7 @@ def small(case: Case) -> tuple[Case, list[Batch]]:
     case = replace(case, sizes=(30, *(12 for _ in case.sizes[1:])), rows=10)
     generator = torch.Generator().manual_seed(8)
     batches = [
-        (rows_of(generator, 10, 30).float(), rows_of(generator, 10, 30).float())
-        for _ in range(case.proof_steps)
+        (rows_of(generator, 10, 30).float(), rows_of(generator, 10, 30).float()) for _ in range(case.proof_steps)
     ]
     return case, batches
 

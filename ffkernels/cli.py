@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return arguments.run(arguments, argv)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, FloatingPointError) as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
@@ -51,13 +51,14 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "train",
         help="train a network on labelled images",
-        description=f"Trains a network; writes metrics, a checkpoint after every epoch, and a picture.\n\npresets:\n{recipes}",
+        description="Trains a network; writes metrics, a checkpoint after every epoch, and a picture.\n\n"
+        f"presets:\n{recipes}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.set_defaults(run=_train)
     command.add_argument("--preset", choices=presets.PRESETS, default="quick", help="the recipe (%(default)s)")
     command.add_argument("--data", default="mnist", help="mnist, fashion-mnist or a folder of IDX files (%(default)s)")
-    command.add_argument("--device", choices=DEVICES, default="auto", help="auto: cuda or mps where there is one, else cpu")
+    command.add_argument("--device", choices=DEVICES, default="auto", help="auto: cuda, else mps, else cpu (auto)")
     command.add_argument("--compute-dtype", choices=COMPUTE_DTYPES, default="float32",
                          help="of the products' operands; weights and sums stay float32 (%(default)s)")
     command.add_argument("--epochs", type=int, help="instead of the preset's")
@@ -66,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--no-picture", action="store_true", help="draw none")
     existing = command.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true",
-                          help="go on from the checkpoint in the output folder, if there is one, to the very numbers of a run without a stop")
+                          help="go on from the checkpoint in the output folder, if there is one")
     existing.add_argument("--overwrite", action="store_true", help="start anew over the run in the output folder")
 
     command = commands.add_parser("info", help="versions, devices, and which backends run on them")
@@ -89,7 +90,7 @@ def _train(arguments: argparse.Namespace, argv: list[str]) -> int:
     if with_picture:
         files = {"picture": output / picture.PICTURE, **files}
         picture.draw(trainer, files["picture"])
-    print(picture.title(trainer))
+    print(train.summary(trainer))
     for name, path in files.items():
         print(f"{name + ':':<12}{path}")
     return 0
@@ -107,13 +108,15 @@ def _prepare(arguments: argparse.Namespace) -> tuple[train.Trainer, Path]:
             device=device,
             compute_dtype=COMPUTE_DTYPES[arguments.compute_dtype],
         )
-        first = trainer.net.layers[0]
-        _say(explain(first.weight, trainer.net_optimizer, objective=first.objective, activation=first.activation,
-                     compute_dtype=first.compute_dtype).partition("\n")[0])
+        first = next(iter(trainer.net))
+        explanation = explain(first.weight, trainer.net_optimizer, objective=first.objective,
+                              activation=first.activation, compute_dtype=first.compute_dtype)
+        _say(explanation.partition("\n")[0])
         output = arguments.output or Path("runs", f"{arguments.preset}-{trainer.data.name}")
         if arguments.resume:
             resumed = train.resume(trainer, output)
-            _say(f"going on after epoch {len(trainer.rows)}" if resumed else f"no checkpoint in {output}: starting anew")
+            done = f"{output}: {len(trainer.rows)} of {trainer.epochs} epochs are done"
+            _say(done if resumed else f"{output}: no checkpoint, starting anew")
         elif (output / train.CHECKPOINT).exists() and not arguments.overwrite:
             raise UserError(f"{output} holds a run already: --resume goes on with it, --overwrite starts anew, "
                             "--output names another folder")
@@ -157,7 +160,7 @@ def _say_stopped(trainer: train.Trainer, output: Path, argv: list[str]) -> None:
 
 def _info(arguments: argparse.Namespace, argv: list[str]) -> int:
     print(f"ffkernels {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
-    for package in ("torch", "triton", "numpy", "tqdm", "matplotlib", "zarr"):
+    for package in ("torch", "triton", "numpy", "tqdm", "matplotlib", "numcodecs"):
         print(f"  {package:<11}{_version(package)}")
     cpu = torch.backends.cpu.get_cpu_capability()
     devices = {"cpu": f"{cpu}, {torch.get_num_threads()} threads"}

@@ -166,14 +166,54 @@ def test_rows_with_zero_coefficient_are_left_out_exactly(monkeypatch):
 
 def test_neighbouring_sides_are_not_copied():
     """Two halves of one tensor are worked on where they lie."""
-    from ffkernels.backends.eager.batch import blocks, input_rows
+    from ffkernels.backends.eager.batch import joined
 
     joint = torch.randn(7, 3)
-    (block,) = blocks(4, 3, 100, paired=False)
-    assert input_rows(block, joint[:4], joint[4:]).data_ptr() == joint.data_ptr()
-    apart = input_rows(block, joint[:4], joint[4:].clone())
+    assert joined([joint[:4], joint[4:]]).data_ptr() == joint.data_ptr()
+    apart = joined([joint[:4], joint[4:].clone()])
     assert apart.data_ptr() != joint.data_ptr() and torch.equal(apart, joint)
-    assert torch.equal(input_rows(block, joint[:4], joint[1:4]), torch.cat([joint[:4], joint[1:4]]))
+    assert torch.equal(joined([joint[:4], joint[1:4]]), torch.cat([joint[:4], joint[1:4]]))
+
+
+@pytest.mark.parametrize("rows", [1, 9, 40])
+@pytest.mark.parametrize("columns", [slice(0, 4), slice(17, 20), slice(36, 40), slice(0, 0), slice(0, 40)])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("blocked", [False, True])
+@pytest.mark.parametrize("saturated", [False, True])
+def test_sides_that_differ_in_a_label_field(rows, columns, activation, blocked, saturated, monkeypatch):
+    """Twins share their products where they differ in few columns; the numbers are those of the definition."""
+    if blocked:
+        monkeypatch.setattr(eager_step, "SINGLE_BLOCK_ELEMENTS", 8)
+        monkeypatch.setattr(eager_step, "MIN_BLOCK_ROWS", 7)
+        monkeypatch.setattr(eager_step, "BLOCK_ELEMENTS", 8)
+    ours = problem(rows, rows, 40, 12, optimizer="adam")
+    ours.x_neg.copy_(ours.x_pos)
+    ours.x_neg[:, columns] = torch.randn(rows, columns.stop - columns.start, dtype=torch.float64)
+    objective = ff.Objective()
+    if saturated:
+        ours.weight.data *= 40
+        threshold = float(ff.linear_forward(ours.x_pos, ours.weight, activation=activation)[1].median())
+        objective = ff.Objective(goodness="sum", threshold=threshold, temperature=0.1)
+    for outputs in ("post", "none"):
+        compare(ours, ours.copy(), objective=objective, activation=activation, outputs=outputs)
+
+
+def test_twins_are_told_from_strangers():
+    from ffkernels.backends.eager.batch import label_field
+
+    x = torch.rand(30, 64)
+    marked = ff.overlay_label(x, torch.arange(30) % 5, 5)
+    other = ff.overlay_label(x, (torch.arange(30) + 1) % 5, 5)
+    assert label_field(marked, other) == slice(0, 5)
+    assert label_field(marked, other.flip(0)) is None
+    assert label_field(marked, marked.clone()) == slice(0, 0)
+    stranger = other.clone()
+    stranger[29, 63] += 1
+    assert label_field(marked, stranger) is None
+    unknown = marked.clone()
+    unknown[3, 40] = torch.nan
+    assert label_field(unknown, unknown.clone()) == slice(40, 41), "NaN equals nothing"
+    assert label_field(marked, other[:20]) is None
 
 
 def test_no_optimizer_fills_the_gradient_only():

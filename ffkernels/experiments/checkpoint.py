@@ -48,7 +48,8 @@ def load(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{path}: format {content['format']}, but this version reads format {FORMAT}")
         saved, state = content["settings"], content["state"]
     except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: damaged, or no checkpoint of a training run ({type(error).__name__}: {error})") from error
+        found = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path}: damaged, or no checkpoint of a training run ({found})") from error
     differences = [
         f"{name} {saved.get(name)!r}, now {settings.get(name)!r}"
         for name in dict.fromkeys([*settings, *saved])

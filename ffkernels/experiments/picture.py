@@ -1,18 +1,34 @@
-"""One picture of a finished run: error over epochs, goodness of both sides, first-layer features. Needs matplotlib."""
+"""One picture of a finished run: error over epochs, goodness of both sides, first-layer features."""
 
 from __future__ import annotations
 
 import importlib.util
+import math
 from pathlib import Path
+from typing import Any
 
-from .train import Trainer
+import torch
+from torch import Tensor
+
+from ..objective import Objective
+from .train import Row, Trainer, summary
 
 PICTURE = "picture.png"
-MISSING = "matplotlib is not installed, so there will be no picture: pip install matplotlib"
+MISSING = "matplotlib is not installed, so there will be no picture: pip install 'ffkernels[train]'"
 
 POSITIVE, NEGATIVE, INK, FAINT = "#1b7f79", "#d1495b", "#222222", "#9a9a9a"
-BINS = 80
-GRID = (8, 12)  # features shown: rows, columns
+STYLE: Any = {
+    "axes.edgecolor": FAINT,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10,
+    "font.size": 9,
+    "legend.frameon": False,
+    "text.color": INK,
+}
+BINS = 70
+TILES = 10  # features shown in each direction
 
 
 def available() -> bool:
@@ -29,29 +45,24 @@ def draw(trainer: Trainer, path: Path) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    style = {"axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": FAINT, "axes.titlesize": 11,
-             "axes.titlelocation": "left", "legend.frameon": False, "font.size": 10, "text.color": INK}
-    with rc_context(style):
-        figure = Figure(figsize=(14, 8.2), layout="constrained")
-        figure.suptitle(title(trainer), x=0.01, ha="left", fontsize=14)
-        left, right = figure.subfigures(1, 2, width_ratios=(1, 1.12), wspace=0.03)
-        curves, histograms = left.subfigures(2, 1, height_ratios=(1, 0.35 + 0.35 * len(trainer.net)))
-        _error_curves(curves.subplots(), trainer.rows)
-        _goodness_histograms(histograms.subplots(len(trainer.net), 1, squeeze=False)[:, 0], trainer)
-        _features(right.subplots(), trainer)
+    layers = len(trainer.net)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(14, 8), layout="constrained")
+        figure.suptitle(f"Forward-Forward: {summary(trainer)}", x=0.01, ha="left", fontsize=12)
+        grid = figure.add_gridspec(1 + layers, 3, width_ratios=(1.5, 1, 3.1), height_ratios=(2, *[1] * layers))
+        _error_curves(figure.add_subplot(grid[0, :2]), trainer.rows)
+        sides = trainer.test_goodness()
+        for i, layer in enumerate(trainer.net):
+            positive, negative = (side[:, i] for side in sides)
+            axes = figure.add_subplot(grid[1 + i, 0])
+            axes.set_title(f"Layer {i + 1}: goodness of test images")
+            _goodness_histogram(axes, positive, negative, layer.objective)
+            if i == 0:
+                axes.legend(fontsize=8)
+            axes = figure.add_subplot(grid[1 + i, 1])
+            _difference_histogram(axes, positive - negative, layer.objective.maximize)
+        _features(figure.add_subplot(grid[:, 2]), next(iter(trainer.net)).weight, trainer.data.num_classes)
         figure.savefig(path, dpi=120)
-
-
-def title(trainer: Trainer) -> str:
-    """What was trained on what, to which error, in how long."""
-    last = trainer.rows[-1]
-    widths = "-".join(str(width) for width in (trainer.net.layers[0].in_features, *trainer.preset.hidden))
-    seconds = sum(row["seconds"] for row in trainer.rows)
-    return (
-        f"Forward-Forward on {trainer.data.name}, preset {trainer.preset.name}, {widths}: test error "
-        f"{last['test_error_classifier']:.2%} by classifier, {last['test_error_goodness']:.2%} by goodness, "
-        f"{len(trainer.rows)} epochs in {seconds:.0f} s"
-    )
 
 
 def _error_curves(axes: Any, rows: list[Row]) -> None:
@@ -72,39 +83,50 @@ def _error_curves(axes: Any, rows: list[Row]) -> None:
     axes.legend()
 
 
-def _goodness_histograms(all_axes: Any, trainer: Trainer) -> None:
-    sides = trainer.test_goodness()
-    for i, (axes, layer) in enumerate(zip(all_axes, trainer.net.layers, strict=True)):
-        both = torch.stack([side[:, i] for side in sides])
-        # The outermost thousandth would squeeze the rest into a corner.
-        low, high = both.quantile(0.001).item(), both.quantile(0.999).item()
-        for values, label, color in zip(both, ("positive", "negative"), (POSITIVE, NEGATIVE), strict=True):
-            axes.hist(values.clamp(low, high).tolist(), BINS, (low, high), label=label, color=color, alpha=0.65)
-        if not layer.objective.paired:
-            axes.axvline(layer.objective.threshold, color=INK, linestyle=":", label="threshold")
-        axes.set_yticks([])
-        axes.spines["left"].set_visible(False)
-        axes.set_title(f"Layer {i + 1}: goodness of test images")
-    all_axes[0].legend()
-    kind = trainer.net.layers[0].objective.goodness
-    all_axes[-1].set_xlabel(f"{kind} of squared activities; positive: right label, negative: a wrong one")
+def _goodness_histogram(axes: Any, positive: Tensor, negative: Tensor, objective: Objective) -> None:
+    low, high = _range(torch.cat([positive, negative]))
+    for values, label, color in ((positive, "right label", POSITIVE), (negative, "wrong label", NEGATIVE)):
+        axes.hist(values.clamp(low, high).tolist(), BINS, (low, high), label=label, color=color, alpha=0.6)
+    if not objective.paired:
+        axes.axvline(objective.thresholds()[0], color=INK, linestyle=":", label="threshold")
+    _without_counts(axes)
 
 
-def _features(axes: Any, trainer: Trainer) -> None:
-    """The weights of the first units, each scaled by its own largest, as one mosaic of images."""
-    weight = trainer.net.layers[0].weight.detach().cpu()
-    axes.imshow(mosaic(weight, trainer.data.num_classes).numpy(), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
+def _difference_histogram(axes: Any, difference: Tensor, maximize: bool) -> None:
+    low, high = _range(difference)
+    right = (difference > 0) if maximize else (difference < 0)
+    axes.hist(difference.clamp(low, high).tolist(), BINS, (low, high), color=FAINT)
+    axes.axvline(0, color=INK, linestyle=":")
+    axes.set_title(f"right minus wrong ({right.float().mean().item():.1%} correct)")
+    _without_counts(axes)
+
+
+def _range(values: Tensor) -> tuple[float, float]:
+    """Where all but the outermost thousandths lie, which would squeeze the rest into a corner."""
+    low, high = values.quantile(0.001).item(), values.quantile(0.999).item()
+    return low, max(high, low + 1e-6)
+
+
+def _without_counts(axes: Any) -> None:
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
+
+
+def _features(axes: Any, weight: Tensor, label_pixels: int) -> None:
+    image = mosaic(weight.detach().cpu(), label_pixels).tolist()
+    axes.imshow(image, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
     axes.set_axis_off()
-    axes.set_title("First layer: weights (red +, blue -; label pixels left out)")
+    axes.set_title("Weights of the first layer, largest first (red +, blue -; label pixels left out)")
 
 
 def mosaic(weight: Tensor, label_pixels: int) -> Tensor:
-    """Weights `[units, pixels]` of the first units as images in a grid, scaled to -1..1 each; NaN where nothing is shown."""
-    rows, columns = GRID
+    """The units `[units, pixels]` with the largest weights as a grid of images, each scaled to -1..1; NaN is blank."""
     side = math.isqrt(weight.shape[1])
-    tiles = torch.full((rows * columns, side + 1, side + 1), math.nan)
-    shown = weight[: len(tiles), : side * side].clone()
-    shown[:, :label_pixels] = math.nan
-    shown /= shown.abs().nan_to_num().amax(1, keepdim=True).clamp(min=torch.finfo(shown.dtype).tiny)
-    tiles[: len(shown), :side, :side] = shown.view(-1, side, side)
-    return tiles.view(rows, columns, side + 1, side + 1).transpose(1, 2).reshape(rows * (side + 1), -1)
+    images = weight[:, : side * side].clone()
+    images[:, :label_pixels] = 0
+    images = images[images.norm(dim=1).argsort(descending=True)[: TILES**2]]
+    images /= images.abs().amax(1, keepdim=True).clamp(min=torch.finfo(images.dtype).tiny)
+    images[:, :label_pixels] = math.nan
+    tiles = torch.full((TILES**2, side + 1, side + 1), math.nan)
+    tiles[: len(images), :side, :side] = images.view(-1, side, side)
+    return tiles.view(TILES, TILES, side + 1, side + 1).transpose(1, 2).flatten(2).flatten(0, 1)

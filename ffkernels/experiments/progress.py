@@ -1,11 +1,10 @@
-"""What a training run shows while it works: a bar where tqdm is installed and someone watches, and a line per epoch."""
+"""What a run shows while it works: a line per epoch, and a bar where tqdm is installed and stderr is a terminal."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 try:
@@ -53,6 +52,6 @@ class Progress:
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._bar is not None:
             self._bar.close()

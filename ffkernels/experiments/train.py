@@ -1,8 +1,8 @@
 """The training loop: layers by Forward-Forward on labelled images, a linear classifier alongside.
 
-The images stay on the device as uint8; minibatches, labels and negatives are made there. Nothing in a step waits for the
-device. All that an epoch draws comes from a generator seeded by (seed, epoch), so a run that goes on from a checkpoint
-gives the numbers of one that was never stopped.
+The images stay on the device as uint8; minibatches, labels and negatives are made there, and nothing in a step waits
+for the device. All that an epoch draws comes from a generator seeded by (seed, epoch), so a run that goes on from a
+checkpoint gives the numbers of one that was never stopped.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import math
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
-from .. import FFLinear, FFNetwork, overlay_label, wrong_label
+from .. import FFLinear, FFNetwork, StepResult, overlay_label, wrong_label
 from . import checkpoint
 from .data import Dataset
 from .presets import Preset, Rule
@@ -72,11 +72,10 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.net = _network(preset, data.train_images.shape[1], compute_dtype)
-        features = self.net.features(torch.zeros(1, data.train_images.shape[1]), num_classes=data.num_classes)
-        self.classifier = nn.Linear(features.shape[1], data.num_classes, bias=False)
-        nn.init.zeros_(self.classifier.weight)
         self.net.to(device)
-        self.classifier.to(device)
+        features = self.net.features(_as_input(self.train_images[:1]), num_classes=data.num_classes)
+        self.classifier = nn.Linear(features.shape[1], data.num_classes, bias=False, device=device)
+        nn.init.zeros_(self.classifier.weight)
         self.net_optimizer = _optimizer(preset.layers, self.net)
         self.classifier_optimizer = _optimizer(preset.classifier, self.classifier)
         self.rows: list[Row] = []
@@ -120,8 +119,8 @@ class Trainer:
         """Trains one epoch, tests, and adds the epoch's row of metrics to `rows`.
 
         Args:
-            after_step: called after every step with a function that describes the epoch so far; where it returns True,
-                the epoch is given up.
+            after_step: called after every step with a function that describes the epoch so far; returns whether to
+                give the epoch up.
 
         Returns:
             The row; None where the epoch was given up.
@@ -131,7 +130,7 @@ class Trainer:
         """
         start = time.monotonic()
         epoch = len(self.rows) + 1
-        factor = min(1.0, 2 * (self.epochs + 1 - epoch) / self.epochs)
+        factor = self.lr_factor(epoch)
         self._set_lr(factor)
         totals = self._train(epoch, after_step)
         if totals is None:
@@ -152,6 +151,10 @@ class Trainer:
         }
         self.rows.append(row)
         return row
+
+    def lr_factor(self, epoch: int) -> float:
+        """What the learning rates are multiplied by in an epoch (from 1): 1 for the first half, then linear to 0."""
+        return min(1.0, 2 * (self.epochs + 1 - epoch) / self.epochs)
 
     def _set_lr(self, factor: float) -> None:
         rules = ((self.preset.layers, self.net_optimizer), (self.preset.classifier, self.classifier_optimizer))
@@ -202,11 +205,11 @@ class Trainer:
             wrong += (predict(_as_input(images)) != labels).sum()
         return int(wrong) / len(self.test_labels)
 
-    def _test_batches(self) -> Any:
-        return zip(self.test_images.split(EVALUATION_ROWS), self.test_labels.split(EVALUATION_ROWS), strict=True)
+    def _test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        yield from zip(self.test_images.split(EVALUATION_ROWS), self.test_labels.split(EVALUATION_ROWS), strict=True)
 
     def test_goodness(self) -> tuple[Tensor, Tensor]:
-        """Goodness of the test images under their right label and under a uniformly drawn wrong one: two `[N, layers]`."""
+        """Goodness `[N, layers]` of the test images, under their right label and under a uniformly drawn wrong one."""
         classes = self.data.num_classes
         generator = torch.Generator(self.device).manual_seed(self.seed)
         right, wrong = [], []
@@ -218,14 +221,14 @@ class Trainer:
 
 
 class Totals:
-    """Sums over an epoch, kept on the device: per layer the loss and the goodness of both sides, and the wrong guesses."""
+    """Sums over an epoch, on the device: per layer the loss and the goodness of both sides, and the wrong guesses."""
 
     def __init__(self, layers: int, device: torch.device) -> None:
         self._layers = torch.zeros(layers, 3, device=device)
         self._wrong = torch.zeros((), device=device)
         self._rows = 0
 
-    def add(self, results: list[Any], wrong: Tensor) -> None:
+    def add(self, results: list[StepResult], wrong: Tensor) -> None:
         """Adds a minibatch: the layers' step results, and `[rows]` which guesses were wrong."""
         rows = len(wrong)
         terms = [(r.loss, r.goodness_pos.mean(), r.goodness_neg.mean()) for r in results]
@@ -260,6 +263,17 @@ def describe_test(row: Row) -> str:
     return text if by_goodness is None else f"{text}, {by_goodness:.2%} by goodness"
 
 
+def summary(trainer: Trainer) -> str:
+    """What a finished run has come to."""
+    seconds = sum(row["seconds"] for row in trainer.rows)
+    widths = "-".join(str(width) for width in (trainer.train_images.shape[1], *trainer.preset.hidden))
+    dtype = str(trainer.compute_dtype or torch.float32).removeprefix("torch.")
+    return (
+        f"{trainer.preset.name} ({widths}) on {trainer.data.name}: {describe_test(trainer.rows[-1])}; "
+        f"{len(trainer.rows)} epochs in {seconds:.0f} s on {trainer.device.type}, {dtype} products"
+    )
+
+
 def train(trainer: Trainer, output: Path, should_stop: Callable[[], bool] = lambda: False) -> bool:
     """Trains the epochs that are still to do; after each writes metrics and checkpoint into the folder `output`.
 
@@ -273,6 +287,9 @@ def train(trainer: Trainer, output: Path, should_stop: Callable[[], bool] = lamb
     """
     output.mkdir(parents=True, exist_ok=True)
     settings = trainer.settings()
+    if not trainer.rows:
+        # A later --resume must not find the run that this one replaces.
+        (output / CHECKPOINT).unlink(missing_ok=True)
     write_metrics(output, trainer.rows)
     done = len(trainer.rows) * trainer.steps_per_epoch
     with Progress(trainer.epochs * trainer.steps_per_epoch, done) as progress:

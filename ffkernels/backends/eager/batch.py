@@ -8,6 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# Sides whose rows differ in at most this share of the columns share the product over the others.
+SHARED_FIELD = 1 / 8
+
 
 class Block(NamedTuple):
     """Some rows of a joint batch: one or two ranges of it, in order."""
@@ -52,8 +55,8 @@ def blocks(n_pos: int, n_neg: int, block_rows: int, paired: bool) -> Iterator[Bl
                 yield Block((slice(start, min(start + block_rows, last)),))
 
 
-def input_rows(block: Block, x_pos: Tensor, x_neg: Tensor) -> Tensor:
-    """The block's input rows; a view where they lie together in memory."""
+def input_parts(block: Block, x_pos: Tensor, x_neg: Tensor) -> list[Tensor]:
+    """The block's input rows: those of the positive side, those of the negative side, or both."""
     n_pos = x_pos.shape[0]
     parts = []
     for r in block.ranges:
@@ -61,18 +64,41 @@ def input_rows(block: Block, x_pos: Tensor, x_neg: Tensor) -> Tensor:
             parts.append(x_pos[r.start : r.stop])
         if r.stop > n_pos:
             parts.append(x_neg[max(0, r.start - n_pos) : r.stop - n_pos])
-    if len(parts) == 2:
-        joined = _joined(*parts)
-        return torch.cat(parts) if joined is None else joined
-    return parts[0] if parts else x_pos
+    return parts or [x_pos]
 
 
-def _joined(a: Tensor, b: Tensor) -> Tensor | None:
-    """One view over both where `b`'s rows follow `a`'s in the same memory."""
+def joined(parts: list[Tensor]) -> Tensor:
+    """The parts as one; a view where they lie together in memory."""
+    if len(parts) == 1:
+        return parts[0]
+    a, b = parts
     follows = (
         a.dtype == b.dtype
         and a.stride() == b.stride()
         and a.data_ptr() + a.shape[0] * a.stride(0) * a.element_size() == b.data_ptr()
         and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
     )
-    return a.as_strided((a.shape[0] + b.shape[0], a.shape[1]), a.stride()) if follows else None
+    if follows:
+        return a.as_strided((a.shape[0] + b.shape[0], a.shape[1]), a.stride())
+    return torch.cat(parts)
+
+
+def may_share(x_pos: Tensor, x_neg: Tensor) -> bool:
+    """Whether the first rows of both sides differ in so few columns that the sides may share their products.
+
+    To find out, values must be on the host, so a device never shares.
+    """
+    if x_pos.device.type != "cpu" or x_pos.shape != x_neg.shape or not len(x_pos):
+        return False
+    return int((x_pos[0] != x_neg[0]).sum()) <= x_pos.shape[1] * SHARED_FIELD
+
+
+def label_field(x_pos: Tensor, x_neg: Tensor) -> slice | None:
+    """The columns outside which both sides hold the same numbers, or None where those are too many to gain from it."""
+    if not may_share(x_pos, x_neg):
+        return None
+    columns = (x_pos != x_neg).any(0).nonzero()
+    if not len(columns):
+        return slice(0, 0)
+    first, last = int(columns[0]), int(columns[-1]) + 1
+    return slice(first, last) if last - first <= x_pos.shape[1] * SHARED_FIELD else None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import rules
-from .layer import Layer, Rows
+from .layer import LabelField, Layer, Rows
 
 # Elements of the weight gradient (4 MB of float32) that are there at once: the update rule reads them from cache.
 PANEL_ELEMENTS = 1 << 20
@@ -17,11 +17,16 @@ LEAVE_OUT_SHARE = 0.2
 
 
 class Pending(NamedTuple):
-    """A block's product `dz^T x` before it is formed, and the power of two that `dz` was divided by (or None)."""
+    """A block's gradient before it is formed: `dz^T x`, and in the columns of a label field `negative^T change` on top.
+
+    `exponent`: the power of two that `dz` was divided by, or None.
+    """
 
     dz: Tensor
     x: Tensor
     exponent: Tensor | None
+    negative: Tensor | None
+    field: LabelField | None
 
 
 class Gradient:
@@ -41,10 +46,14 @@ class Gradient:
         """Adds a block's rows. May overwrite `y`."""
         if self.pending is not None:
             self._sum_pending()
-        x, r = rows
-        kept = _rows_in_doubt(coefficient)
+        x, r, field = rows
+        kept = _rows_in_doubt(coefficient if field is None else coefficient.view(2, -1).any(0))
         if kept is not None:
-            x, y, coefficient = x[kept], y[kept], coefficient[kept]
+            x = x[kept]
+            if field is not None:
+                field = LabelField(field.columns, field.change[kept])
+                kept = torch.cat([kept, kept + len(rows.operand)])
+            y, coefficient = y[kept], coefficient[kept]
             z = None if z is None else z[kept]
             r = None if r is None else r[kept]
         dz = self.layer.activation.gated(y, z).mul_(coefficient.unsqueeze(1))
@@ -52,12 +61,17 @@ class Gradient:
             self.bias_sum.add_(dz.sum(0))
         if r is not None:
             dz.mul_(r.unsqueeze(1))
-        exponent = None
+        exponent = negative = None
         if self.layer.products.compute_dtype == torch.float16 and dz.numel():
             # Coefficients carry 1 / (rows width) and a loss's slope: float16 needs them brought near one.
             exponent = torch.frexp(dz.abs().amax()).exponent
             dz = torch.ldexp(dz, -exponent)
-        self.pending = Pending(self.layer.products.operand(dz), x, exponent)
+        operand = self.layer.products.operand
+        if field is not None:
+            # x_neg = x_pos + change: the two sides' products with what they have in common are one.
+            positive, negative = dz[: len(x)], dz[len(x) :]
+            dz, negative = positive.add_(negative), operand(negative)
+        self.pending = Pending(operand(dz), x, exponent, negative, field)
 
     def apply(
         self,
@@ -108,13 +122,17 @@ class Gradient:
 
     def _form(self, rows: slice, out: Tensor, accumulate: bool) -> Tensor:
         assert self.pending is not None
-        dz, x, exponent = self.pending
+        dz, x, exponent, negative, field = self.pending
         dz, products = dz[:, rows].t(), self.layer.products
         if exponent is None:
-            return products.into(out, dz, x, accumulate)
-        if not accumulate:
-            return products.into(out, dz, x).mul_(torch.ldexp(torch.ones_like(out[0, 0]), exponent))
-        return out.add_(torch.ldexp(products.into(torch.empty_like(out), dz, x), exponent))
+            products.into(out, dz, x, accumulate)
+        else:
+            product = products.into(torch.empty_like(out), dz, x)
+            out.copy_(torch.ldexp(product, exponent).add_(out) if accumulate else torch.ldexp(product, exponent))
+        if field is not None and negative is not None:
+            in_field = out[:, field.columns]
+            in_field.add_(products.into(torch.empty_like(in_field), negative[:, rows].t(), field.change))
+        return out
 
 
 def _rows_in_doubt(coefficient: Tensor) -> Tensor | None:

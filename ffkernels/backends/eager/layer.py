@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...normalisation import row_scale, row_sumsq
 from ...objective import silu_slope
+from .batch import joined, label_field
 from .products import Products
 
 LEAKY_SLOPE = 0.01
@@ -41,11 +42,25 @@ ACTIVATIONS = {
 }
 
 
+class LabelField(NamedTuple):
+    """Where negative rows differ from their positive twins: a range of columns, and by how much `[pairs, columns]`."""
+
+    columns: slice
+    change: Tensor
+
+
 class Rows(NamedTuple):
-    """A block of input rows as the products take it, and the row scale that their results still need (or None)."""
+    """A block of input rows as the products take it.
+
+    Attributes:
+        operand: `[rows, in]`; where both sides are the same images under other labels, `[pairs, in]`: the positive ones.
+        scale: `[rows]`, what the products' results are still to be multiplied by, or None.
+        field: the negative rows of the pairs, or None.
+    """
 
     operand: Tensor
     scale: Tensor | None
+    field: LabelField | None
 
 
 class Layer:
@@ -69,23 +84,41 @@ class Layer:
         self.width = weight.shape[0]
         self.dtype = weight.dtype
 
-    def rows(self, x: Tensor, sumsq: Tensor | None) -> Rows:
-        """`x` as an operand. `W (r x) = r (W x)`, so the scale waits for the product unless `x` is rounded anyway."""
+    def rows(self, parts: list[Tensor], sumsq: Tensor | None) -> Rows:
+        """The rows of one or both sides as operands. `W (r x) = r (W x)`, so the row scale waits for the product."""
+        columns = None
+        # Float16 has no room for rows of any length: they are scaled before they are rounded.
+        scale_first = self.products.compute_dtype == torch.float16 and parts[0].dtype == self.dtype
+        if len(parts) == 2 and not scale_first:
+            columns = label_field(*parts)
         scale = None
+        if columns is None:
+            parts = [joined(parts)]
         if self.normalisation[0] != "none":
-            sumsq = row_sumsq(x, self.dtype) if sumsq is None else sumsq
-            scale = row_scale(sumsq, x.shape[1], *self.normalisation)
-            if self.products.rounds and x.dtype == self.dtype:
-                x, scale = x * scale.unsqueeze(1), None
-        return Rows(self.products.operand(x), scale)
+            if sumsq is None:
+                sumsq = torch.cat([row_sumsq(x, self.dtype) for x in parts])
+            scale = row_scale(sumsq, parts[0].shape[1], *self.normalisation)
+            if scale_first:
+                parts, scale = [parts[0] * scale.unsqueeze(1)], None
+        operand, field = self.products.operand(parts[0]), None
+        if columns is not None:
+            field = LabelField(columns, self.products.operand(parts[1][:, columns]) - operand[:, columns])
+        return Rows(operand, scale, field)
 
     def forward(self, rows: Rows, out: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
         """`y = act(r W x + b)` `[rows, out]`, `z` where the activation's slope needs it, and `y`'s sums of squares.
 
         `out` (of the weight's dtype) receives `y` where the activation works in place.
         """
-        z = self.weight.new_empty(len(rows.operand), self.width, dtype=self.dtype) if out is None else out
-        self.products.into(z, rows.operand, self.weight)
+        pairs = len(rows.operand)
+        if out is None:
+            out = self.weight.new_empty(pairs if rows.field is None else 2 * pairs, self.width, dtype=self.dtype)
+        z = out
+        self.products.into(z[:pairs], rows.operand, self.weight)
+        if rows.field is not None:
+            columns, change = rows.field
+            z[pairs:] = z[:pairs]
+            self.products.into(z[pairs:], change, self.weight[columns], accumulate=True)
         if rows.scale is not None and self.bias is not None:
             torch.addcmul(self.bias, z, rows.scale.unsqueeze(1), out=z)
         elif rows.scale is not None:

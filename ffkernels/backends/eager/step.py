@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...objective import Objective
-from .batch import blocks, input_rows
+from .batch import blocks, input_parts, may_share
 from .gradient import Gradient
 from .layer import Layer
 
@@ -44,12 +44,12 @@ def linear_forward(
     layer = Layer(weight, bias, norm, eps, eps_mode, activation, compute_dtype)
     n_pos, n = x_pos.shape[0], x_pos.shape[0] + x_neg.shape[0]
     y, sumsq = x_pos.new_empty(n, layer.width, dtype=compute_dtype), weight.new_empty(n)
-    for block in blocks(n_pos, n - n_pos, _block_rows(n, layer.width), paired=False):
-        in_place = block.take(y) if compute_dtype == weight.dtype else None
-        rows = layer.rows(input_rows(block, x_pos, x_neg), block.take(input_sumsq))
+    for block in blocks(n_pos, n - n_pos, _block_rows(n, layer.width), may_share(x_pos, x_neg)):
+        in_place = block.take(y) if compute_dtype == weight.dtype and len(block.ranges) == 1 else None
+        rows = layer.rows(input_parts(block, x_pos, x_neg), block.take(input_sumsq))
         activity, _, q = layer.forward(rows, in_place)
         block.put(q, sumsq)
-        if activity is not in_place:
+        if in_place is None or activity is not in_place:
             block.put(activity, y)
     return y, sumsq
 
@@ -100,8 +100,9 @@ def linear_step_(
 
     gradient = Gradient(layer, weight, bias)
     loss_out.zero_()
-    for block in blocks(n_pos, n - n_pos, _block_rows(n, layer.width), objective.paired):
-        rows = layer.rows(input_rows(block, x_pos, x_neg), block.take(input_sumsq))
+    in_pairs = objective.paired or may_share(x_pos, x_neg)
+    for block in blocks(n_pos, n - n_pos, _block_rows(n, layer.width), in_pairs):
+        rows = layer.rows(input_parts(block, x_pos, x_neg), block.take(input_sumsq))
         activity, z, q = layer.forward(rows)
         block.put(q, sumsq)
         if y is not None:

@@ -1,0 +1,326 @@
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import ffkernels as ff
+from ffkernels.experiments import checkpoint, picture
+from ffkernels.experiments.presets import LOEWEX, PRESETS, QUICK, Preset, Rule
+from ffkernels.experiments.train import CHECKPOINT, METRICS, Trainer, hard_label, resume, train
+
+from .toy_data import toy_data
+
+SMALL_QUICK = replace(QUICK, hidden=(40, 30), batch_size=50)
+# A sum goodness over few units: the rates of the wide network are too small for so few steps.
+SMALL_LOEWEX = replace(LOEWEX, hidden=(40, 30, 30), batch_size=50, layers=Rule("sgd", 3e-3, 0.9, 3e-4), goodness_every=2)
+PRESETS_IN_SMALL = [pytest.param(SMALL_QUICK, id="quick"), pytest.param(SMALL_LOEWEX, id="loewex")]
+
+
+@pytest.fixture(scope="module")
+def data():
+    return toy_data()
+
+
+def numbers(rows: list[dict]) -> list[dict]:
+    return [{key: value for key, value in row.items() if "seconds" not in key} for row in rows]
+
+
+def tensors(value: object, path: str = "") -> dict[str, Tensor]:
+    """All tensors in nested dicts and lists, by their path."""
+    if isinstance(value, Tensor):
+        return {path: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    return {name: tensor for key, item in items for name, tensor in tensors(item, f"{path}/{key}").items()}
+
+
+def assert_same_run(one: Trainer, other: Trainer) -> None:
+    assert numbers(one.rows) == numbers(other.rows)
+    mine, theirs = tensors(one.state()), tensors(other.state())
+    assert mine.keys() == theirs.keys()
+    for name in mine:
+        assert torch.equal(mine[name], theirs[name]), name
+
+
+def stop_after(steps: int):
+    calls = iter(range(1, steps + 1))
+    return lambda: next(calls, steps) >= steps
+
+
+@pytest.mark.parametrize("preset", PRESETS_IN_SMALL)
+def test_it_learns(preset: Preset, data, tmp_path) -> None:
+    trainer = Trainer(preset, data, epochs=8)
+    assert trainer.classifier_error() > 0.8
+    assert train(trainer, tmp_path)
+    last = trainer.rows[-1]
+    assert last["test_error_classifier"] < 0.1
+    assert last["test_error_goodness"] < 0.1
+    for positive, negative in zip(last["goodness_pos"], last["goodness_neg"], strict=True):
+        assert positive > negative
+
+
+@pytest.mark.parametrize("preset", PRESETS_IN_SMALL)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("stop", [5, 12, 19, 24, 36])  # inside each epoch of 12 steps, and at the ends of two
+def test_a_stopped_run_goes_on_to_the_same_numbers(preset: Preset, dtype, stop: int, data, tmp_path) -> None:
+    def fresh() -> Trainer:
+        return Trainer(preset, data, epochs=3, seed=5, compute_dtype=dtype)
+
+    whole = fresh()
+    assert train(whole, tmp_path / "whole")
+    stopped = fresh()
+    assert train(stopped, tmp_path / "parts", stop_after(stop)) == (stop == 36)
+    assert len(stopped.rows) == stop // 12
+
+    resumed = fresh()
+    assert resume(resumed, tmp_path / "parts") == (stop >= 12)
+    assert train(resumed, tmp_path / "parts")
+    assert_same_run(whole, resumed)
+    written = [[json.loads(line) for line in (tmp_path / run / METRICS).open()] for run in ("whole", "parts")]
+    assert numbers(written[0]) == numbers(written[1]) == numbers(whole.rows)
+    assert [row["epoch"] for row in written[1]] == [1, 2, 3]
+
+
+def test_seeds_differ_and_repeat(data, tmp_path) -> None:
+    runs = [Trainer(SMALL_QUICK, data, epochs=1, seed=seed) for seed in (1, 1, 2)]
+    for run in runs:
+        train(run, tmp_path)
+    assert_same_run(runs[0], runs[1])
+    assert runs[0].rows[0]["loss"] != runs[2].rows[0]["loss"]
+
+
+def test_a_run_does_not_touch_the_global_generator(data) -> None:
+    before = torch.get_rng_state()
+    Trainer(SMALL_QUICK, data, epochs=1).run_epoch(lambda describe: False)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_metrics_are_those_of_the_network(data) -> None:
+    """With a learning rate of 0 the averages over an epoch must be what the unchanged network gives on all the data."""
+    still = Rule("sgd", lr=0.0)
+    preset = replace(SMALL_LOEWEX, layers=still, classifier=still, batch_size=70)
+    trainer = Trainer(preset, data, epochs=1)
+    row = trainer.run_epoch(lambda describe: False)
+    assert row is not None
+    x = ff.overlay_label(data.train_images.float() / 255, data.train_labels)
+    goodness = trainer.net.goodness(x).mean(0)
+    torch.testing.assert_close(torch.tensor(row["goodness_pos"]), goodness)
+    assert row["train_error_classifier"] == pytest.approx((data.train_labels != 0).float().mean().item())
+    assert row["test_error_classifier"] == (data.test_labels != 0).sum().item() / 200
+
+    test = data.test_images.float() / 255
+    candidates = [trainer.net.goodness(ff.overlay_label(test, torch.full((200,), k)))[:, 1:].sum(1) for k in range(10)]
+    wrong = torch.stack(candidates).argmax(0) != data.test_labels
+    assert row["test_error_goodness"] == wrong.sum().item() / 200
+
+
+def test_goodness_is_tested_every_few_epochs_and_at_the_end(data, tmp_path) -> None:
+    trainer = Trainer(SMALL_LOEWEX, data, epochs=3)
+    train(trainer, tmp_path)
+    assert [row["test_error_goodness"] is None for row in trainer.rows] == [True, False, False]
+
+
+def test_learning_rates_are_constant_then_fall_to_0(tmp_path) -> None:
+    trainer = Trainer(SMALL_QUICK, toy_data(20, 10), epochs=8)
+    rates = []
+
+    def after_step(describe) -> bool:
+        optimizers = (trainer.net_optimizer, trainer.classifier_optimizer)
+        rates.append([optimizer.param_groups[0]["lr"] for optimizer in optimizers])
+        return False
+
+    while not trainer.finished:
+        trainer.run_epoch(after_step)
+    factors = [1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+    assert rates == [[SMALL_QUICK.layers.lr * factor, SMALL_QUICK.classifier.lr * factor] for factor in factors]
+    assert [row["lr"] for row in trainer.rows] == [lr for lr, _ in rates]
+
+
+def test_first_step_is_the_presets(data) -> None:
+    """One loewex step written out with autograd: threshold at the width, rms norm, SGD on all layers at once."""
+    preset = replace(SMALL_LOEWEX, batch_size=600)
+    trainer = Trainer(preset, data, epochs=1, seed=3)
+    for layer in trainer.net:
+        width = layer.out_features
+        assert layer.bias.eq(0).all()
+        assert layer.weight.std().item() == pytest.approx(1 / math.sqrt(width), rel=0.1)
+    weights = [layer.weight.detach().clone().requires_grad_() for layer in trainer.net]
+    seen: list[Tensor] = []
+    step = trainer.net.step
+    trainer.net.step = lambda pos, neg, optimizer: seen.extend((pos, neg)) or step(pos, neg, optimizer)  # type: ignore
+    trainer.run_epoch(lambda describe: False)
+    pos, neg = seen
+    assert torch.equal(pos[:, 10:], neg[:, 10:])
+    assert (pos[:, :10].sum(1) == 1).all()
+    assert (neg[:, :10].sum(1) == 1).all()
+    assert (pos[:, :10].argmax(1) != neg[:, :10].argmax(1)).all()
+    h, sign = torch.cat([pos, neg]), torch.cat([-torch.ones(600), torch.ones(600)])
+    for layer, weight in zip(trainer.net, weights, strict=True):
+        h = h / (h.square().mean(1, keepdim=True).sqrt() + 1e-8)
+        h = (h @ weight.T).relu()
+        loss = torch.nn.functional.softplus(sign * (h.square().sum(1) - len(weight))).mean()
+        (gradient,) = torch.autograd.grad(loss, weight)
+        expected = weight - 3e-3 * (gradient + 3e-4 * weight)
+        torch.testing.assert_close(layer.weight, expected)
+        h = h.detach()
+
+
+def test_hard_labels_follow_the_classifier_and_are_never_right() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0]).repeat(40_000, 1)
+    labels = torch.full((40_000,), 1)
+    drawn = hard_label(logits, labels, generator)
+    share = drawn.bincount(minlength=4) / 40_000
+    odds = torch.tensor([2.0, -math.inf, 0.0, -1.0]).softmax(0)
+    assert share[1] == 0
+    torch.testing.assert_close(share, odds, rtol=0, atol=0.01)
+
+
+def test_hard_labels_stand_extreme_logits() -> None:
+    logits = torch.tensor([[1e4, 0.0, -1e4], [-1e4, 1e4, -1e4], [0.0, 0.0, 1e30]])
+    assert hard_label(logits, torch.tensor([0, 1, 1])).tolist()[0::2] == [1, 2]
+    labels = torch.tensor([0, 1, 1]).repeat(500)
+    assert (hard_label(logits.repeat(500, 1), labels) != labels).all()
+
+
+def test_divergence_is_an_error_and_keeps_what_was_there(data, tmp_path) -> None:
+    trainer = Trainer(SMALL_QUICK, data, epochs=2)
+    train(trainer, tmp_path, stop_after(12))
+    kept = (tmp_path / CHECKPOINT).read_bytes()
+    with torch.no_grad():
+        next(iter(trainer.net)).weight.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="epoch 2: the training has diverged"):
+        train(trainer, tmp_path)
+    assert (tmp_path / CHECKPOINT).read_bytes() == kept
+
+
+@pytest.mark.parametrize(("option", "value"), [("seed", -1), ("seed", 2**32), ("epochs", 0)])
+def test_numbers_out_of_range(option: str, value: int, data) -> None:
+    with pytest.raises(ValueError, match=f"{option}={value} is not"):
+        Trainer(SMALL_QUICK, data, **{option: value})
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"seed": 2}, "seed 1, now 2"),
+        ({"epochs": 3}, "epochs 2, now 3"),
+        ({"compute_dtype": torch.bfloat16}, "compute_dtype 'None', now 'torch.bfloat16'"),
+        ({"preset": replace(SMALL_QUICK, alpha=5.0)}, "alpha 6.0, now 5.0"),
+        ({"data": toy_data(seed=1)}, "data 'toy"),
+        ({"preset": replace(SMALL_QUICK, layers=Rule("adam", lr=1e-3))}, "layers"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_other_settings_are_refused_and_named(change: dict, named: str, data, tmp_path) -> None:
+    settings = {"preset": SMALL_QUICK, "data": data, "seed": 1, "epochs": 2}
+    train(Trainer(**settings), tmp_path, stop_after(12))
+    kept = (tmp_path / CHECKPOINT).read_bytes()
+    other = Trainer(**{**settings, **change})
+    weight = next(iter(other.net)).weight.detach().clone()
+    with pytest.raises(ValueError, match=named) as error:
+        resume(other, tmp_path)
+    assert str(tmp_path / CHECKPOINT) in str(error.value)
+    assert str(error.value).count("now") == 1
+    assert torch.equal(next(iter(other.net)).weight, weight)
+    assert (tmp_path / CHECKPOINT).read_bytes() == kept
+
+
+@pytest.mark.parametrize("damage", ["short", "empty", "one bit", "text", "other file"])
+def test_damaged_checkpoints_are_refused(damage: str, data, tmp_path) -> None:
+    trainer = Trainer(SMALL_QUICK, data, epochs=2)
+    train(trainer, tmp_path, stop_after(12))
+    path = tmp_path / CHECKPOINT
+    content = bytearray(path.read_bytes())
+    if damage == "other file":
+        torch.save({"weights": torch.zeros(3)}, path)
+    else:
+        content[len(content) // 2] ^= 1
+        damaged = {"short": content[:-100], "empty": b"", "one bit": content, "text": b"hello"}[damage]
+        path.write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt: damaged"):
+        resume(Trainer(SMALL_QUICK, data, epochs=2), tmp_path)
+
+
+def test_a_new_run_removes_the_old_checkpoint(data, tmp_path) -> None:
+    train(Trainer(SMALL_QUICK, data, epochs=1), tmp_path)
+    train(Trainer(SMALL_QUICK, data, epochs=1), tmp_path, stop_after(3))
+    assert not resume(Trainer(SMALL_QUICK, data, epochs=1), tmp_path)
+    assert (tmp_path / METRICS).read_text() == ""
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def fail(file) -> None:
+        file.write(b"half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.write_atomically(path, fail)
+    assert path.read_bytes() == b"old"
+    checkpoint.write_atomically(path, lambda file: file.write(b"new"))
+    assert path.read_bytes() == b"new"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_make_networks(name: str, data) -> None:
+    trainer = Trainer(PRESETS[name], toy_data(20, 10), epochs=1)
+    assert [layer.out_features for layer in trainer.net] == list(PRESETS[name].hidden)
+    row = trainer.run_epoch(lambda describe: False)
+    assert row is not None
+    assert all(map(math.isfinite, row["loss"]))
+
+
+def test_runs_without_optional_packages() -> None:
+    code = """
+import sys
+for name in ("numpy", "tqdm", "matplotlib"):
+    sys.modules[name] = None
+from ffkernels import cli
+from ffkernels.experiments import data, picture, presets, progress, train
+with progress.Progress(2) as shown:
+    shown.step(lambda: "")
+    shown.line("a line")
+print(picture.available())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("False\n", "a line\n")
+
+
+@pytest.mark.parametrize("preset", PRESETS_IN_SMALL)
+def test_picture(preset: Preset, data, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.image import imread
+
+    trainer = Trainer(preset, data, epochs=2)
+    train(trainer, tmp_path)
+    picture.draw(trainer, tmp_path / "picture.png")
+    image = torch.from_numpy(imread(tmp_path / "picture.png"))[..., :3]
+    assert image.shape[0] > 600
+    assert image.shape[1] > 1000
+    # Curves below the title on the left, features on the right: neither is blank.
+    for part in (image[60:, : image.shape[1] // 2], image[60:, image.shape[1] // 2 :]):
+        assert 0.02 < (part.amin(2) < 0.95).float().mean() < 0.9
+
+
+def test_mosaic_shows_the_largest_units_first_without_label_pixels() -> None:
+    weight = torch.zeros(3, 16)
+    weight[:, :2] = 9.0  # label pixels
+    weight[0, 5], weight[1, 6], weight[2, 7] = 1.0, -4.0, 2.0
+    image = picture.mosaic(weight, 2)
+    assert image.shape == (5 * picture.TILES, 5 * picture.TILES)
+    tiles = [image[:4, 5 * i : 5 * i + 4].flatten() for i in range(4)]
+    for tile, (place, value) in zip(tiles, ((6, -1.0), (7, 1.0), (5, 1.0)), strict=False):
+        expected = torch.zeros(16)
+        expected[place] = value
+        assert tile[:2].isnan().all()
+        assert torch.equal(tile[2:], expected[2:])
+    assert tiles[3].isnan().all()

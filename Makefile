@@ -9,7 +9,7 @@ PIP := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
 .PHONY: mnist test lint bench clean
 
 mnist: $(VENV)/train
-	$(VENV)/bin/python -m ffkernels train --preset quick --data mnist
+	$(VENV)/bin/python -m ffkernels train --preset quick --data mnist --resume
 
 test: $(VENV)/test
 	$(VENV)/bin/python -m pytest

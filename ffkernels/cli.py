@@ -59,15 +59,20 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--preset", choices=presets.PRESETS, default="quick", help="the recipe (%(default)s)")
     command.add_argument("--data", default="mnist", help="mnist, fashion-mnist or a folder of IDX files (%(default)s)")
     command.add_argument("--device", choices=DEVICES, default="auto", help="auto: cuda, else mps, else cpu (auto)")
-    command.add_argument("--compute-dtype", choices=COMPUTE_DTYPES, default="float32",
-                         help="of the products' operands; weights and sums stay float32 (%(default)s)")
+    command.add_argument(
+        "--compute-dtype",
+        choices=COMPUTE_DTYPES,
+        default="float32",
+        help="of the products' operands; weights and sums stay float32 (%(default)s)",
+    )
     command.add_argument("--epochs", type=int, help="instead of the preset's")
     command.add_argument("--seed", type=int, default=0, help="of weights, order and negatives (%(default)s)")
     command.add_argument("--output", type=Path, help="folder for metrics, checkpoint and picture (runs/PRESET-DATA)")
     command.add_argument("--no-picture", action="store_true", help="draw none")
     existing = command.add_mutually_exclusive_group()
-    existing.add_argument("--resume", action="store_true",
-                          help="go on from the checkpoint in the output folder, if there is one")
+    existing.add_argument(
+        "--resume", action="store_true", help="go on from the checkpoint in the output folder, if there is one"
+    )
     existing.add_argument("--overwrite", action="store_true", help="start anew over the run in the output folder")
 
     command = commands.add_parser("info", help="versions, devices, and which backends run on them")
@@ -109,8 +114,13 @@ def _prepare(arguments: argparse.Namespace) -> tuple[train.Trainer, Path]:
             compute_dtype=COMPUTE_DTYPES[arguments.compute_dtype],
         )
         first = next(iter(trainer.net))
-        explanation = explain(first.weight, trainer.net_optimizer, objective=first.objective,
-                              activation=first.activation, compute_dtype=first.compute_dtype)
+        explanation = explain(
+            first.weight,
+            trainer.net_optimizer,
+            objective=first.objective,
+            activation=first.activation,
+            compute_dtype=first.compute_dtype,
+        )
         _say(explanation.partition("\n")[0])
         output = arguments.output or Path("runs", f"{arguments.preset}-{trainer.data.name}")
         if arguments.resume:
@@ -118,8 +128,10 @@ def _prepare(arguments: argparse.Namespace) -> tuple[train.Trainer, Path]:
             done = f"{output}: {len(trainer.rows)} of {trainer.epochs} epochs are done"
             _say(done if resumed else f"{output}: no checkpoint, starting anew")
         elif (output / train.CHECKPOINT).exists() and not arguments.overwrite:
-            raise UserError(f"{output} holds a run already: --resume goes on with it, --overwrite starts anew, "
-                            "--output names another folder")
+            raise UserError(
+                f"{output} holds a run already: --resume goes on with it, --overwrite starts anew, "
+                "--output names another folder"
+            )
     except ValueError as error:
         raise UserError(error) from error
     return trainer, output

@@ -4,6 +4,8 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -57,7 +59,7 @@ def checkpoint_of(output: str) -> dict:
 
 
 def rows_of(output: str) -> list[dict]:
-    rows = [json.loads(line) for line in Path(output, METRICS).open()]
+    rows = [json.loads(line) for line in Path(output, METRICS).read_text().splitlines()]
     return [{key: value for key, value in row.items() if "seconds" not in key} for row in rows]
 
 
@@ -74,7 +76,8 @@ def assert_same_run(one: str, other: str) -> None:
                 assert torch.equal(value, states[1][part]["state"][index][name]), (part, index, name)
 
 
-def interrupt_at(monkeypatch, step: int) -> None:
+@contextmanager
+def interrupt_at(monkeypatch, step: int) -> Iterator[None]:
     """Ctrl-C within this step, counted from 1."""
     show, left = progress.Progress.step, [step]
 
@@ -84,7 +87,9 @@ def interrupt_at(monkeypatch, step: int) -> None:
             os.kill(os.getpid(), signal.SIGINT)
         show(self, describe)
 
-    monkeypatch.setattr(progress.Progress, "step", hooked)
+    with monkeypatch.context() as patch:
+        patch.setattr(progress.Progress, "step", hooked)
+        yield
 
 
 def test_train_says_where_everything_is(arguments, capsys) -> None:
@@ -129,26 +134,22 @@ def test_killed_and_resumed_run_gives_the_same_numbers(step: int, arguments) -> 
 def test_killed_between_checkpoint_and_metrics(arguments, monkeypatch) -> None:
     """The checkpoint knows of an epoch that the metrics file does not, and the other way round after a broken disk."""
     assert cli.main([*arguments, "--output", "whole"]) == 0
-    interrupt_at(monkeypatch, STEPS + 2)
     for left_behind in ("", '{"epoch": 1}\n{"epoch": 2}\n{"ep'):
-        assert cli.main([*arguments, "--output", "cut", "--overwrite"]) == 130
+        with interrupt_at(monkeypatch, STEPS + 2):
+            assert cli.main([*arguments, "--output", "cut", "--overwrite"]) == 130
         Path("cut", METRICS).write_text(left_behind)
-        monkeypatch.undo()
         assert cli.main([*arguments, "--output", "cut", "--resume"]) == 0
         assert_same_run("whole", "cut")
-        interrupt_at(monkeypatch, STEPS + 2)
 
 
 def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(arguments, capsys, monkeypatch) -> None:
     before = signal.getsignal(signal.SIGINT)
-    interrupt_at(monkeypatch, 2 * STEPS + 1)
-    assert cli.main([*arguments, "--output", "cut here"]) == 130
+    with interrupt_at(monkeypatch, 2 * STEPS + 1):
+        assert cli.main([*arguments, "--output", "cut here"]) == 130
     assert signal.getsignal(signal.SIGINT) is before
     out, err = capsys.readouterr()
     assert out == ""
     assert "2 of 3 epochs are kept in cut here/checkpoint.pt" in err
-    monkeypatch.undo()
-    monkeypatch.chdir(Path("cut here").absolute().parent)
     words = shlex.split(err.splitlines()[-1])
     assert words[:3] == ["python", "-m", "ffkernels"]
     assert words[-1] == "--resume"
@@ -158,8 +159,8 @@ def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(arguments, capsys, monkeypat
 
 
 def test_ctrl_c_before_the_first_checkpoint(arguments, capsys, monkeypatch) -> None:
-    interrupt_at(monkeypatch, 1)
-    assert cli.main([*arguments, "--output", "cut", "--overwrite"]) == 130
+    with interrupt_at(monkeypatch, 1):
+        assert cli.main([*arguments, "--output", "cut", "--overwrite"]) == 130
     err = capsys.readouterr().err
     assert "no epoch was finished" in err
     assert "--overwrite" not in err

@@ -86,7 +86,7 @@ def _error_curves(axes: Any, rows: list[Row]) -> None:
 def _goodness_histogram(axes: Any, positive: Tensor, negative: Tensor, objective: Objective) -> None:
     low, high = _range(torch.cat([positive, negative]))
     for values, label, color in ((positive, "right label", POSITIVE), (negative, "wrong label", NEGATIVE)):
-        axes.hist(values.clamp(low, high).tolist(), BINS, (low, high), label=label, color=color, alpha=0.6)
+        axes.hist(values.clamp(low, high).tolist(), BINS, range=(low, high), label=label, color=color, alpha=0.6)
     if not objective.paired:
         axes.axvline(objective.thresholds()[0], color=INK, linestyle=":", label="threshold")
     _without_counts(axes)
@@ -95,7 +95,7 @@ def _goodness_histogram(axes: Any, positive: Tensor, negative: Tensor, objective
 def _difference_histogram(axes: Any, difference: Tensor, maximize: bool) -> None:
     low, high = _range(difference)
     right = (difference > 0) if maximize else (difference < 0)
-    axes.hist(difference.clamp(low, high).tolist(), BINS, (low, high), color=FAINT)
+    axes.hist(difference.clamp(low, high).tolist(), BINS, range=(low, high), color=FAINT)
     axes.axvline(0, color=INK, linestyle=":")
     axes.set_title(f"right minus wrong ({right.float().mean().item():.1%} correct)")
     _without_counts(axes)

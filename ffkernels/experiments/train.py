@@ -70,11 +70,10 @@ class Trainer:
         self.test_images, self.test_labels = data.test_images.to(device), data.test_labels.to(device)
         # Drawn on the CPU, so that a run starts from the same weights on every device.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.net = _network(preset, data.train_images.shape[1], compute_dtype)
-        self.net.to(device)
-        features = self.net.features(_as_input(self.train_images[:1]), num_classes=data.num_classes)
-        self.classifier = nn.Linear(features.shape[1], data.num_classes, bias=False, device=device)
+            torch.default_generator.manual_seed(seed)
+            self.net = _network(preset, data.train_images.shape[1], compute_dtype).to(device)
+            features = self.net.features(_as_input(self.train_images[:1]), num_classes=data.num_classes)
+            self.classifier = nn.Linear(features.shape[1], data.num_classes, bias=False).to(device)
         nn.init.zeros_(self.classifier.weight)
         self.net_optimizer = _optimizer(preset.layers, self.net)
         self.classifier_optimizer = _optimizer(preset.classifier, self.classifier)
@@ -120,7 +119,7 @@ class Trainer:
 
         Args:
             after_step: called after every step with a function that describes the epoch so far; returns whether to
-                give the epoch up.
+                give the epoch up, which is not done once all its steps are.
 
         Returns:
             The row; None where the epoch was given up.
@@ -177,7 +176,7 @@ class Trainer:
             x_pos, x_neg = overlay_label(x, labels, classes), overlay_label(x, wrong, classes)
             results = self.net.step(x_pos, x_neg, self.net_optimizer)
             totals.add(results, logits.argmax(1) != labels)
-            if after_step(totals.describe):
+            if after_step(totals.describe) and totals.rows < len(order):
                 return None
         return totals
 
@@ -226,7 +225,7 @@ class Totals:
     def __init__(self, layers: int, device: torch.device) -> None:
         self._layers = torch.zeros(layers, 3, device=device)
         self._wrong = torch.zeros((), device=device)
-        self._rows = 0
+        self.rows = 0
 
     def add(self, results: list[StepResult], wrong: Tensor) -> None:
         """Adds a minibatch: the layers' step results, and `[rows]` which guesses were wrong."""
@@ -234,16 +233,16 @@ class Totals:
         terms = [(r.loss, r.goodness_pos.mean(), r.goodness_neg.mean()) for r in results]
         self._layers += rows * torch.stack([term for layer in terms for term in layer]).view(-1, 3)
         self._wrong += wrong.sum()
-        self._rows += rows
+        self.rows += rows
 
     def averages(self) -> Row:
         """Per row, as numbers; waits for the device."""
-        loss, goodness_pos, goodness_neg = (self._layers / self._rows).T.tolist()
+        loss, goodness_pos, goodness_neg = (self._layers / self.rows).T.tolist()
         return {
             "loss": loss,
             "goodness_pos": goodness_pos,
             "goodness_neg": goodness_neg,
-            "train_error_classifier": self._wrong.item() / self._rows,
+            "train_error_classifier": self._wrong.item() / self.rows,
         }
 
     def describe(self) -> str:

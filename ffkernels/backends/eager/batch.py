@@ -8,8 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...normalisation import row_sumsq
+
 # Sides whose rows differ in at most this share of the columns share the product over the others.
 SHARED_FIELD = 1 / 8
+PROBED_ROWS = 64
 
 
 class Block(NamedTuple):
@@ -97,8 +100,17 @@ def label_field(x_pos: Tensor, x_neg: Tensor) -> slice | None:
     """The columns outside which both sides hold the same numbers, or None where those are too many to gain from it."""
     if not may_share(x_pos, x_neg):
         return None
-    columns = (x_pos != x_neg).any(0).nonzero()
-    if not len(columns):
-        return slice(0, 0)
-    first, last = int(columns[0]), int(columns[-1]) + 1
-    return slice(first, last) if last - first <= x_pos.shape[1] * SHARED_FIELD else None
+    # Some rows tell where the field is; outside it every row must agree, or nothing is shared.
+    some = slice(None, None, max(1, len(x_pos) // PROBED_ROWS))
+    columns = (x_pos[some] != x_neg[some]).any(0).nonzero()
+    field = slice(int(columns[0]), int(columns[-1]) + 1) if len(columns) else slice(0, 0)
+    if field.stop - field.start > x_pos.shape[1] * SHARED_FIELD:
+        return None
+    outside = (slice(None, field.start), slice(field.stop, None))
+    return field if all(torch.equal(x_pos[:, part], x_neg[:, part]) for part in outside) else None
+
+
+def twins_sumsq(sides: list[Tensor], field: slice, dtype: torch.dtype) -> Tensor:
+    """`[2 pairs]` sums of squares of rows that agree outside `field`."""
+    common = row_sumsq(sides[0][:, : field.start], dtype) + row_sumsq(sides[0][:, field.stop :], dtype)
+    return torch.cat([common + row_sumsq(x[:, field], dtype) for x in sides])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...normalisation import row_scale, row_sumsq
 from ...objective import silu_slope
-from .batch import joined, label_field
+from .batch import joined, label_field, twins_sumsq
 from .products import Products
 
 LEAKY_SLOPE = 0.01
@@ -53,7 +53,7 @@ class Rows(NamedTuple):
     """A block of input rows as the products take it.
 
     Attributes:
-        operand: `[rows, in]`; where both sides are the same images under other labels, `[pairs, in]`: the positive ones.
+        operand: `[rows, in]`; for twins, which differ in a label field only, `[pairs, in]`: the positive ones.
         scale: `[rows]`, what the products' results are still to be multiplied by, or None.
         field: the negative rows of the pairs, or None.
     """
@@ -91,16 +91,15 @@ class Layer:
         scale_first = self.products.compute_dtype == torch.float16 and parts[0].dtype == self.dtype
         if len(parts) == 2 and not scale_first:
             columns = label_field(*parts)
+        x = joined(parts) if columns is None else parts[0]
         scale = None
-        if columns is None:
-            parts = [joined(parts)]
         if self.normalisation[0] != "none":
             if sumsq is None:
-                sumsq = torch.cat([row_sumsq(x, self.dtype) for x in parts])
-            scale = row_scale(sumsq, parts[0].shape[1], *self.normalisation)
+                sumsq = row_sumsq(x, self.dtype) if columns is None else twins_sumsq(parts, columns, self.dtype)
+            scale = row_scale(sumsq, x.shape[1], *self.normalisation)
             if scale_first:
-                parts, scale = [parts[0] * scale.unsqueeze(1)], None
-        operand, field = self.products.operand(parts[0]), None
+                x, scale = x * scale.unsqueeze(1), None
+        operand, field = self.products.operand(x), None
         if columns is not None:
             field = LabelField(columns, self.products.operand(parts[1][:, columns]) - operand[:, columns])
         return Rows(operand, scale, field)

@@ -124,7 +124,7 @@ def _prepare(arguments: argparse.Namespace) -> tuple[train.Trainer, Path]:
         _say(explanation.partition("\n")[0])
         output = arguments.output or Path("runs", f"{arguments.preset}-{trainer.data.name}")
         if arguments.resume:
-            resumed = train.resume(trainer, output)
+            resumed = _resume(trainer, output)
             done = f"{output}: {len(trainer.rows)} of {trainer.epochs} epochs are done"
             _say(done if resumed else f"{output}: no checkpoint, starting anew")
         elif (output / train.CHECKPOINT).exists() and not arguments.overwrite:
@@ -135,6 +135,13 @@ def _prepare(arguments: argparse.Namespace) -> tuple[train.Trainer, Path]:
     except ValueError as error:
         raise UserError(error) from error
     return trainer, output
+
+
+def _resume(trainer: train.Trainer, output: Path) -> bool:
+    try:
+        return train.resume(trainer, output)
+    except ValueError as error:
+        raise UserError(f"{error}; --overwrite starts anew") from error
 
 
 def _device(name: str) -> torch.device:

@@ -194,7 +194,7 @@ def test_a_run_is_not_overwritten_unasked(arguments, capsys) -> None:
     assert cli.main([*arguments, "--output", "out"]) == 2
     assert_one_line(capsys, "out holds a run already", "--resume", "--overwrite")
     assert cli.main([*arguments, "--output", "out", "--resume"]) == 2
-    assert_one_line(capsys, "out/checkpoint.pt: a run with other settings: seed 1, now 0")
+    assert_one_line(capsys, "out/checkpoint.pt: a run with other settings: seed 1, now 0; --overwrite")
     assert checkpoint_of("out")["settings"] == before
     assert cli.main([*arguments, "--output", "out", "--overwrite"]) == 0
     assert checkpoint_of("out")["settings"]["seed"] == 0
@@ -204,7 +204,7 @@ def test_damaged_checkpoint(arguments, capsys) -> None:
     Path("out").mkdir()
     Path("out", CHECKPOINT).write_bytes(b"PK\3\4 and no more")
     assert cli.main([*arguments, "--output", "out", "--resume"]) == 2
-    assert_one_line(capsys, "out/checkpoint.pt: damaged")
+    assert_one_line(capsys, "out/checkpoint.pt: damaged", "--overwrite starts anew")
 
 
 @pytest.mark.parametrize(

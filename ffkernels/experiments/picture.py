@@ -97,7 +97,7 @@ def _difference_histogram(axes: Any, difference: Tensor, maximize: bool) -> None
     right = (difference > 0) if maximize else (difference < 0)
     axes.hist(difference.clamp(low, high).tolist(), BINS, range=(low, high), color=FAINT)
     axes.axvline(0, color=INK, linestyle=":")
-    axes.set_title(f"right minus wrong ({right.float().mean().item():.1%} correct)")
+    axes.set_title(f"right minus wrong ({right.float().mean().item():.1%})")
     _without_counts(axes)
 
 

@@ -11,7 +11,7 @@ PIP := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
 mnist: $(VENV)/train
 	$(VENV)/bin/python -m ffkernels train --preset quick --data mnist --resume
 
-test: $(VENV)/test
+test: $(VENV)/test $(VENV)/peers
 	$(VENV)/bin/python -m pytest
 
 lint: $(VENV)/lint
@@ -39,7 +39,7 @@ $(VENV)/test: $(VENV)/train
 	$(PIP) install --editable ".[test]"
 	touch $@
 
-# Contenders of the benchmark, without their own dependencies.
+# Contenders of the benchmark, which the tests also hold this package against; without their own dependencies.
 $(VENV)/peers: $(VENV)/core
 	$(PIP) install --no-deps fflib==0.3.0
 	touch $@

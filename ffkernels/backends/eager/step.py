@@ -100,8 +100,9 @@ def linear_step_(
 
     gradient = Gradient(layer, weight, bias)
     loss_out.zero_()
-    in_pairs = objective.paired or may_share(x_pos, x_neg)
-    for block in blocks(n_pos, n - n_pos, _block_rows(n, layer.width), in_pairs):
+    block_rows = _block_rows(n, layer.width)
+    in_pairs = objective.paired or (n > block_rows and may_share(x_pos, x_neg))
+    for block in blocks(n_pos, n - n_pos, block_rows, in_pairs):
         rows = layer.rows(input_parts(block, x_pos, x_neg), block.take(input_sumsq))
         activity, z, q = layer.forward(rows)
         block.put(q, sumsq)

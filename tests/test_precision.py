@@ -170,3 +170,24 @@ def test_tiny_coefficients_survive_float16():
     ff.linear_step_(b.x_pos, b.x_neg, b.weight, b.bias, None, **options)
     assert torch.finfo(torch.float16).tiny > 10 * 2 / (2048 * 256)
     assert error(a.weight.grad, b.weight.grad) < 2 * torch.finfo(torch.float16).eps
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("rounded", [False, True], ids=["float32 input", "rounded input"])
+def test_twins_in_low_precision(dtype, rounded):
+    """Sides that differ in a label field only, as they come and already in the compute dtype."""
+    made = problem(40, 40, 64, 24, dtype=torch.float32)
+    made.x_pos.copy_(made.x_pos.to(dtype))
+    made.x_neg.copy_(made.x_pos)
+    made.x_neg[:, :5] = torch.randn(40, 5).to(dtype)
+    exact = made.copy(torch.float64)
+    low = made.copy()
+    if rounded:
+        low = low._replace(x_pos=low.x_pos.to(dtype), x_neg=low.x_neg.to(dtype))
+    options = {"objective": ff.Objective(), "outputs": "pre"}
+    a = gradients(low, ff.linear_step_, compute_dtype=dtype, **options)
+    b = gradients(exact, reference.linear_step_, **options)
+    for name, value in b.items():
+        assert error(a[name], value) < 2 * torch.finfo(dtype).eps, name
+    field = slice(0, 5)
+    assert error(a["dW"][:, field], b["dW"][:, field]) < 2 * torch.finfo(dtype).eps

@@ -131,7 +131,8 @@ class Gradient:
             out.copy_(torch.ldexp(product, exponent).add_(out) if accumulate else torch.ldexp(product, exponent))
         if field is not None and negative is not None:
             in_field = out[:, field.columns]
-            in_field.add_(products.into(torch.empty_like(in_field), negative[:, rows].t(), field.change))
+            product = products.into(torch.empty_like(in_field), negative[:, rows].t(), field.change)
+            in_field.add_(product if exponent is None else torch.ldexp(product, exponent))
         return out
 
 

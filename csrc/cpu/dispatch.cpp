@@ -1,0 +1,56 @@
+// Chooses the instruction set when the library is loaded.
+#include <atomic>
+#include <cstring>
+
+#include "interface.h"
+#include "kernels.h"
+
+namespace {
+
+struct Choice {
+    const ffk::Kernels* kernels;
+    bool runs_here;
+};
+
+#if defined(__x86_64__)
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+const Choice choices[] = {
+    {&ffk::avx512, has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")
+                       && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw")},
+    {&ffk::avx2, has_avx2()},
+    {&ffk::baseline, true},
+};
+#else
+const Choice choices[] = {{&ffk::baseline, true}};
+#endif
+
+const ffk::Kernels* first_choice() {
+    for (const Choice& choice : choices)
+        if (choice.runs_here) return choice.kernels;
+    return nullptr;
+}
+
+std::atomic<const ffk::Kernels*> chosen{first_choice()};
+
+}  // namespace
+
+extern "C" {
+
+int ffk_interface() { return ffk::INTERFACE; }
+
+const char* ffk_instruction_set() { return chosen.load()->name; }
+
+int ffk_limit(const char* name) {
+    for (const Choice& choice : choices)
+        if (std::strcmp(choice.kernels->name, name) == 0 && choice.runs_here) {
+            chosen = choice.kernels;
+            return 0;
+        }
+    return 1;
+}
+
+int ffk_linear_forward(const ffk::Call* call) { return chosen.load()->linear_forward(*call); }
+
+int ffk_linear_step(const ffk::Call* call) { return chosen.load()->linear_step(*call); }
+
+}  // extern "C"

@@ -1,0 +1,91 @@
+// The two operators, compiled once for each instruction set (FFK_SET names it).
+#include "kernels.h"
+
+#include "forward.h"
+#include "objective.h"
+#include "update.h"
+
+namespace {
+
+// Calls `body` twice: to count what it takes, and with memory of that size; 1 where there is none.
+template <class F>
+int with_memory(F body) {
+    Memory count{nullptr};
+    body(count, false);
+    Memory memory{ffk::workspace(count.used)};
+    if (memory.base == nullptr) return 1;
+    body(memory, true);
+    return 0;
+}
+
+// As large as any block is.
+Block largest_block(const ffk::Call& call, int64_t blocks, Field field) {
+    Block b{};
+    for (int side = 0; side < 2; side++) b.rows[side] = pieces(call.rows[side], blocks);
+    b.field = field;
+    b.negative = field.twins ? up_to(b.rows[0], LANES) : b.rows[0];
+    return b;
+}
+
+int linear_forward(const ffk::Call& call) {
+    const int64_t rows = call.rows[0] + call.rows[1], blocks = larger(1, pieces(rows, BLOCK_ROWS));
+    const Field field = label_field(call);
+    return with_memory([&](Memory& memory, bool real) {
+        const Forward forward(call, largest_block(call, blocks, field), false, memory);
+        for (int64_t index = 0; real && index < blocks; index++) forward.run(block_of(call, index, blocks, field), nullptr);
+    });
+}
+
+// Coefficients per column; returns the block's part of the loss.
+double coefficients(const Objective& objective, const Block& block, const float* sumsq, float* coefficient) {
+    double loss = 0;
+    std::memset(coefficient, 0, size_t(block.columns()) * 4);
+    if (objective.paired()) {
+        for (int64_t i = 0; i < block.rows[0]; i++) {
+            const int64_t other = block.column(1, i);
+            Terms pos, neg;
+            objective.of_pair(block.start[0] + i, sumsq[i], sumsq[other], pos, neg);
+            coefficient[i] = pos.coefficient, coefficient[other] = neg.coefficient;
+            loss += pos.loss;
+        }
+        return loss;
+    }
+    for (int side = 0; side < 2; side++)
+        for (int64_t i = 0; i < block.rows[side]; i++) {
+            const int64_t at = (side ? objective.call.rows[0] : 0) + block.start[side] + i, column = block.column(side, i);
+            const Terms terms = objective.of_row(at, sumsq[column]);
+            coefficient[column] = terms.coefficient;
+            loss += terms.loss;
+        }
+    return loss;
+}
+
+int linear_step(const ffk::Call& call) {
+    const int64_t rows = call.rows[0] + call.rows[1];
+    const int64_t rows_at_once = rows * call.out <= SINGLE_BLOCK ? larger(1, rows) : larger(BLOCK_ROWS, SINGLE_BLOCK / 4 / call.out);
+    const int64_t blocks = larger(1, pieces(rows, rows_at_once));
+    const Field field = label_field(call);
+    const Objective objective(call);
+    return with_memory([&](Memory& memory, bool real) {
+        const Block largest = largest_block(call, blocks, field);
+        const Forward forward(call, largest, true, memory);
+        Update update(call, largest, blocks, memory);
+        float* y_t = memory.take(up_to(call.out, TILE_ROWS) * forward.stride);
+        float* coefficient = memory.take(largest.columns());
+        if (!real) return;
+        double loss = 0;
+        for (int64_t index = 0; index < blocks; index++) {
+            const Block block = block_of(call, index, blocks, field);
+            forward.run(block, y_t);
+            loss += coefficients(objective, block, forward.sumsq, coefficient);
+            update.run(block, index, coefficient, forward.scale, y_t, forward.stride);
+        }
+        *call.loss = float(loss);
+    });
+}
+
+}  // namespace
+
+#define FFK_TEXT_OF(name) #name
+#define FFK_TEXT(name) FFK_TEXT_OF(name)
+const ffk::Kernels ffk::FFK_SET{FFK_TEXT(FFK_SET), linear_forward, linear_step};

@@ -1,0 +1,15 @@
+// What each instruction set's copy of the kernels offers.
+#pragma once
+#include "interface.h"
+
+namespace ffk {
+
+struct Kernels {
+    const char* name;
+    int (*linear_forward)(const Call&);
+    int (*linear_step)(const Call&);
+};
+
+extern const Kernels avx512, avx2, baseline;
+
+}  // namespace ffk

@@ -1,0 +1,71 @@
+// From sums of squares to row coefficients and the loss: ffkernels/objective.py, Objective.terms, row by row.
+#pragma once
+#include "interface.h"
+#include "vector.h"
+
+namespace {
+
+inline float sigmoid(float t) { return 1 / (1 + __builtin_expf(-t)); }
+
+inline float softplus(float t) {
+    return (t > 0 ? t : 0) + __builtin_log1pf(__builtin_expf(t > 0 ? -t : t));
+}
+
+struct Terms {
+    float coefficient, loss;
+};
+
+struct Objective {
+    const ffk::Call& call;
+    float divisor[2];  // how many rows (or pairs) share the weight of one, for negative and positive rows
+
+    explicit Objective(const ffk::Call& c) : call(c) {
+        const int64_t rows = c.rows[0] + c.rows[1];
+        int64_t positives = c.rows[0];
+        if (c.is_positive != nullptr) {
+            positives = 0;
+            for (int64_t i = 0; i < rows; i++) positives += c.is_positive[i] != 0;
+        }
+        const bool whole = c.reduction == ffk::REDUCE_MEAN;
+        divisor[1] = float(larger(1, paired() ? c.rows[0] : whole ? rows : positives));
+        divisor[0] = float(larger(1, whole ? rows : rows - positives));
+    }
+
+    bool paired() const { return call.loss_kind != ffk::LOGISTIC; }
+
+    float goodness(float q) const {
+        if (call.goodness == ffk::GOODNESS_MEAN) return q / float(call.out);
+        return call.goodness == ffk::GOODNESS_NORM ? __builtin_sqrtf(q) : q;
+    }
+
+    // 2 dg/dq, where the slope of a root at zero is taken for zero: such a row has no activity to move.
+    float slope(float q, float g) const {
+        if (call.goodness == ffk::GOODNESS_MEAN) return 2 / float(call.out);
+        return call.goodness == ffk::GOODNESS_NORM ? (q > 0 ? 1 / g : 0) : 2;
+    }
+
+    Terms of_row(int64_t i, float q) const {
+        const bool positive = call.is_positive != nullptr ? call.is_positive[i] != 0 : i < call.rows[0];
+        const float scale = ((positive == (call.maximize != 0)) ? -1 : 1) / float(call.temperature);
+        float theta = float(positive ? call.threshold_pos : call.threshold_neg);
+        if (call.threshold != nullptr) theta = call.threshold[call.threshold_is_one ? 0 : i];
+        float weight = 1 / divisor[positive];
+        if (call.sample_weight != nullptr) weight *= call.sample_weight[i];
+        const float g = goodness(q), t = scale * (g - theta);
+        return {weight * scale * sigmoid(t) * slope(q, g), weight * softplus(t)};
+    }
+
+    // The i-th positive row against the i-th negative one: both coefficients, and the loss in the first.
+    void of_pair(int64_t i, float q_pos, float q_neg, Terms& pos, Terms& neg) const {
+        const float scale = float(call.maximize ? -call.alpha : call.alpha);
+        float weight = 1 / divisor[1];
+        if (call.sample_weight != nullptr) weight *= call.sample_weight[i];
+        const float g_pos = goodness(q_pos), g_neg = goodness(q_neg), t = scale * (g_pos - g_neg), s = sigmoid(t);
+        const bool swish = call.loss_kind == ffk::SWISH;
+        const float common = weight * scale * (swish ? s * (1 + t * (1 - s)) : s);
+        pos = {common * slope(q_pos, g_pos), weight * (swish ? t * s : softplus(t))};
+        neg = {-common * slope(q_neg, g_neg), 0};
+    }
+};
+
+}  // namespace

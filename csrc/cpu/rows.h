@@ -1,0 +1,94 @@
+// Rows of the batch: where they lie, what they weigh, and their copies in the layouts that the products stream.
+#pragma once
+#include "interface.h"
+#include "tile.h"
+
+namespace {
+
+// One input row as float32 operands: bfloat16 is widened, and float32 rounded where the products are bfloat16 ones.
+struct Row {
+    const void* at;
+    bool is_bfloat16, rounds;
+
+    float operator[](int64_t k) const {
+        if (is_bfloat16) return from_bfloat16(static_cast<const uint16_t*>(at)[k]);
+        const float value = static_cast<const float*>(at)[k];
+        return rounds ? rounded(value) : value;
+    }
+
+    // The row itself where its numbers are its operands, else its operands in `scratch` `[n]`.
+    const float* operands(int64_t n, float* scratch) const {
+        if (!is_bfloat16 && !rounds) return static_cast<const float*>(at);
+        for (int64_t k = 0; k < n; k++) scratch[k] = (*this)[k];
+        return scratch;
+    }
+
+    float exact(int64_t k) const {
+        return is_bfloat16 ? (*this)[k] : static_cast<const float*>(at)[k];
+    }
+};
+
+inline Row row_of(const ffk::Call& call, int side, int64_t i) {
+    const int64_t bytes = call.x_bfloat16 ? 2 : 4;
+    const char* base = static_cast<const char*>(call.x[side]);
+    return {base + i * call.x_stride[side] * bytes, call.x_bfloat16 != 0, call.bfloat16 != 0};
+}
+
+// Of the row as it came: normalisation is not a product, and is not rounded.
+inline float sum_of_squares(const Row& row, int64_t n) {
+    vec total[4] = {};
+    int64_t k = 0;
+    if (!row.is_bfloat16) {
+        const float* x = static_cast<const float*>(row.at);
+        for (; k + 4 * LANES <= n; k += 4 * LANES)
+            for (int v = 0; v < 4; v++) {
+                const vec part = load(x + k + v * LANES);
+                total[v] += part * part;
+            }
+    }
+    float rest = 0;
+    for (; k < n; k++) rest += row.exact(k) * row.exact(k);
+    return sum((total[0] + total[1]) + (total[2] + total[3])) + rest;
+}
+
+// ffkernels/normalisation.py, row_scale.
+inline float row_scale(const ffk::Call& call, float sumsq) {
+    if (call.norm == ffk::NORM_NONE) return 1;
+    if (sumsq == 0) return 0;
+    const float square = call.norm == ffk::NORM_RMS ? sumsq / float(call.in) : sumsq, eps = float(call.eps);
+    if (call.eps_mode == ffk::EPS_INSIDE) return 1 / __builtin_sqrtf(square + eps);
+    const float norm = __builtin_sqrtf(square);
+    if (call.eps_mode == ffk::EPS_CLAMP) return 1 / (norm < eps ? eps : norm);
+    return 1 / (norm + eps);
+}
+
+// Up to LANES rows become the columns of a panel: panel[k * width + lane] = rows[lane][k], zeros beyond `valid`.
+inline void pack_columns(const float* const* rows, int valid, int64_t depth, float* panel, int64_t width) {
+    for (int lane = 0; lane < LANES; lane += 4) {
+        int64_t k = 0;
+        if (lane + 4 <= valid)
+            for (; k + 4 <= depth; k += 4) {
+                quad q[4];
+                for (int i = 0; i < 4; i++) q[i] = *reinterpret_cast<const quad_in_memory*>(rows[lane + i] + k);
+                transpose(q[0], q[1], q[2], q[3]);
+                for (int i = 0; i < 4; i++)
+                    *reinterpret_cast<quad_in_memory*>(panel + (k + i) * width + lane) = q[i];
+            }
+        for (; k < depth; k++)
+            for (int i = lane; i < lane + 4; i++) panel[k * width + i] = i < valid ? rows[i][k] : 0;
+    }
+}
+
+// A row becomes row `k` of every panel; zeros beyond its end.
+inline void pack_row(const float* row, const Panels& panels, int64_t k, float* packed) {
+    for (int64_t p = 0; p < panels.count(); p++) {
+        const int64_t width = panels.vectors(p) * LANES, first = p * PANEL;
+        const int64_t valid = smaller(width, panels.columns - first);
+        float* into = packed + panels.offset(p) + k * width;
+        int64_t j = 0;
+        for (; j + LANES <= valid; j += LANES) store(into + j, load(row + first + j));
+        for (; j < width; j++) into[j] = j < valid ? row[first + j] : 0;
+    }
+}
+
+}  // namespace

@@ -1,0 +1,98 @@
+// The one inner loop of every product: a tile of C = A B stays in registers while A and B stream past it.
+#pragma once
+#include "vector.h"
+
+namespace {
+
+// How deep a tile goes before it moves on: A's rows and B's panel of that depth stay in the nearest caches.
+constexpr int64_t DEPTH = 400;
+// How many rows of B's panel are on their way while one is multiplied.
+constexpr int64_t AHEAD = 8;
+
+// A's rows for one tile. A tile at the edge reads its last row several times and writes only `valid` rows.
+struct TileRows {
+    const float* row[TILE_ROWS];
+    int valid;
+
+    TileRows(const float* a, int64_t stride, int64_t rows) : valid(int(smaller(rows, TILE_ROWS))) {
+        for (int m = 0; m < TILE_ROWS; m++) row[m] = a + smaller(m, valid - 1) * stride;
+    }
+};
+
+template <int NV>
+struct Tile {
+    vec at[TILE_ROWS][NV];
+
+    __attribute__((always_inline)) void clear() {
+#pragma GCC unroll 16
+        for (int m = 0; m < TILE_ROWS; m++)
+#pragma GCC unroll 4
+            for (int v = 0; v < NV; v++) at[m][v] = vec{};
+    }
+
+    // `c`: [TILE_ROWS, NV * LANES], to be read or written once the tile is multiplied; rows beyond the valid ones may hold anything.
+    __attribute__((always_inline)) static void expect(const float* c, int64_t stride) {
+        for (int m = 0; m < TILE_ROWS; m++)
+            for (int v = 0; v < NV; v++) __builtin_prefetch(c + m * stride + v * LANES, 1);
+    }
+
+    __attribute__((always_inline)) void add(const float* c, int64_t stride) {
+#pragma GCC unroll 16
+        for (int m = 0; m < TILE_ROWS; m++)
+#pragma GCC unroll 4
+            for (int v = 0; v < NV; v++) at[m][v] += load(c + m * stride + v * LANES);
+    }
+
+    __attribute__((always_inline)) void write(float* c, int64_t stride) const {
+#pragma GCC unroll 16
+        for (int m = 0; m < TILE_ROWS; m++)
+#pragma GCC unroll 4
+            for (int v = 0; v < NV; v++) store(c + m * stride + v * LANES, at[m][v]);
+    }
+
+    // += A[:, first : first + depth] B; `b`: [depth, NV * LANES].
+    __attribute__((always_inline)) void multiply(const TileRows& a, int64_t first, const float* b, int64_t depth) {
+        const float* row[TILE_ROWS];
+        for (int m = 0; m < TILE_ROWS; m++) row[m] = a.row[m] + first;
+        for (int64_t k = 0; k < depth; k++, b += NV * LANES) {
+            vec column[NV];
+#pragma GCC unroll 4
+            for (int v = 0; v < NV; v++) {
+                column[v] = load(b + v * LANES);
+                __builtin_prefetch(b + (AHEAD * NV + v) * LANES);
+            }
+#pragma GCC unroll 16
+            for (int m = 0; m < TILE_ROWS; m++) {
+                const vec element = broadcast(row[m][k]);
+#pragma GCC unroll 4
+                for (int v = 0; v < NV; v++) at[m][v] += element * column[v];
+            }
+        }
+    }
+};
+
+// Panels of B are PANEL columns wide; the last is as many vectors wide as the rest needs.
+struct Panels {
+    int64_t columns, depth;
+
+    int64_t count() const { return pieces(columns, PANEL); }
+    int64_t padded() const { return up_to(columns, LANES); }
+    int vectors(int64_t panel) const { return int(smaller(TILE_VECTORS, pieces(columns - panel * PANEL, LANES))); }
+    int64_t elements() const { return padded() * depth; }
+    int64_t offset(int64_t panel) const { return panel * PANEL * depth; }
+};
+
+template <int N>
+struct Constant {
+    static constexpr int value = N;
+};
+
+// Calls `f` with the panel's number of vectors as a constant.
+template <class F>
+inline void with_vectors(int vectors, F f) {
+    if (vectors == TILE_VECTORS) f(Constant<TILE_VECTORS>{});
+    else if (vectors == 2) f(Constant<2>{});
+    else f(Constant<1>{});
+}
+
+}  // namespace

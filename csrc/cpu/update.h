@@ -1,0 +1,234 @@
+// The backward half: dW = sum_i (c_i r_i y_i act'(z_i)) x_i^T, tile by tile, each handed to the optimizer's rule while it is in registers.
+#pragma once
+#include "block.h"
+#include "rules.h"
+
+namespace {
+
+struct Update {
+    const ffk::Call& call;
+    Chunks chunks;
+    Rule weight_rule, bias_rule;
+    int64_t blocks;
+    int64_t depth_stride;      // of the left operand's rows
+    int64_t sum_stride;        // of the gradient's rows
+    float* packed;             // the kept rows of X in panels
+    float* field_packed;       // the same for the change in the twins' label field, of the panels that it touches
+    int32_t* kept;             // operands whose coefficient is not zero, in order
+    float* weight_of[2];       // per kept operand: c r; for twins of the positive and of the negative row
+    float* bias_weight_of[2];  // per kept operand: c
+    float* sum;                // [out, in]: the gradient over earlier blocks, if there are several
+    float* bias_sum;           // [out]: likewise
+    float* scratch;            // per worker: an unpacked row, or the left operands of a chunk and its unfinished sums
+    int64_t scratch_size, left_size;
+
+    Update(const ffk::Call& c, const Block& largest, int64_t block_count, Memory& memory)
+        : call(c), chunks(c.out, largest.operands()), weight_rule(c.rule, c.weight_update), bias_rule(c.bias != nullptr ? c.rule : int32_t(ffk::GRAD), c.bias_update),
+          blocks(block_count), depth_stride(stride_for(largest.operands())), sum_stride(stride_for(c.in)) {
+        const int64_t rows = largest.operands();
+        const Field field = largest.field;
+        packed = memory.take(rows * up_to(call.in, LANES));
+        field_packed = memory.take(field.count ? rows * (up_to(field.count, PANEL) + PANEL) : 0);
+        kept = reinterpret_cast<int32_t*>(memory.take(rows));
+        for (int side = 0; side < 2; side++)
+            weight_of[side] = memory.take(rows), bias_weight_of[side] = memory.take(rows);
+        sum = memory.take(blocks > 1 ? up_to(call.out, TILE_ROWS) * sum_stride : 0);
+        bias_sum = memory.take(call.out);
+        left_size = chunks.rows * depth_stride * (field.twins ? 2 : 1);
+        scratch_size = up_to(larger(call.in, left_size + (rows > DEPTH && blocks == 1 ? chunks.rows * sum_stride : 0)), 16);
+        scratch = memory.take(scratch_size * call.threads);
+    }
+
+    // `coefficient`, `scale`: per column of `y_t` [out, stride], whose entries are y act'(z).
+    void run(const Block& block, int64_t index, const float* coefficient, const float* scale, const float* y_t, int64_t stride) {
+        const int64_t depth = choose(block, coefficient, scale);
+        const int workers = workers_for(call, larger(1, depth) * call.in * call.out);
+        const Panels panels{call.in, depth};
+        pack(block, panels, workers);
+        parallel(chunks.count(), workers, [&](int64_t chunk, int worker) {
+            float* left = scratch + worker * scratch_size;
+            float* negative = left + chunks.rows * depth_stride;
+            form(block, index, chunk, depth, y_t, stride, left, negative);
+            with_rule([&](auto kind) {
+                constexpr int KIND = decltype(kind)::value;
+                if (call.bias != nullptr && index == blocks - 1) update_bias<KIND>(chunk);
+                multiply<KIND>(block, index, chunk, panels, left, negative, left + left_size);
+            });
+        });
+        if (index == blocks - 1 && call.rule == ffk::ADAM) {
+            *call.weight_update.state[2] += 1;
+            if (call.bias != nullptr) *call.bias_update.state[2] += 1;
+        }
+    }
+
+    template <class F>
+    void with_rule(F f) const {
+        if (call.rule == ffk::ADAM) f(Constant<ffk::ADAM>{});
+        else if (call.rule == ffk::SGD) f(Constant<ffk::SGD>{});
+        else f(Constant<ffk::GRAD>{});
+    }
+
+    // Operands in doubt; the others' part of the gradient is exactly zero.
+    int64_t choose(const Block& block, const float* coefficient, const float* scale) {
+        int64_t depth = 0;
+        for (int64_t i = 0; i < block.operands(); i++) {
+            const int64_t other = block.field.twins ? block.column(1, i) : i;
+            const float c = coefficient[i], c_other = coefficient[other];
+            if (c == 0 && c_other == 0) continue;
+            kept[depth] = int32_t(i);
+            weight_of[0][depth] = c * scale[i], bias_weight_of[0][depth] = c;
+            weight_of[1][depth] = c_other * scale[other], bias_weight_of[1][depth] = c_other;
+            depth++;
+        }
+        return depth;
+    }
+
+    void pack(const Block& block, const Panels& panels, int workers) const {
+        parallel(pieces(panels.depth, LANES), workers, [&](int64_t group, int worker) {
+            for (int64_t k = group * LANES; k < smaller(panels.depth, (group + 1) * LANES); k++) {
+                int64_t i = kept[k];
+                const int side = i < block.rows[0] ? 0 : 1;
+                if (side) i -= block.rows[0];
+                const Row row = row_of(call, side, block.start[side] + i);
+                pack_row(row.operands(call.in, scratch + worker * scratch_size), panels, k, packed);
+                if (block.field.count) pack_change(block, panels, k, row, row_of(call, 1, block.start[1] + i));
+            }
+        });
+    }
+
+    void pack_change(const Block& block, const Panels& panels, int64_t k, const Row& positive, const Row& negative) const {
+        const int64_t first = block.field.first, last = first + block.field.count - 1;
+        for (int64_t p = first / PANEL; p <= last / PANEL; p++) {
+            const int64_t width = panels.vectors(p) * LANES;
+            float* into = field_panel(block, panels, p) + k * width;
+            for (int64_t j = 0; j < width; j++) {
+                const int64_t column = p * PANEL + j;
+                into[j] = column >= first && column <= last ? negative[column] - positive[column] : 0;
+            }
+        }
+    }
+
+    float* field_panel(const Block& block, const Panels& panels, int64_t panel) const {
+        return field_packed + panels.offset(panel) - panels.offset(block.field.first / PANEL);
+    }
+
+    bool touches_field(const Block& block, int64_t panel) const {
+        return block.field.count && panel >= block.field.first / PANEL
+            && panel <= (block.field.first + block.field.count - 1) / PANEL;
+    }
+
+    // The product's left operands: [units, depth] of c r y act'(z); for twins both rows' together, and the negative ones' apart.
+    void form(
+        const Block& block, int64_t index, int64_t chunk, int64_t depth, const float* y_t, int64_t stride, float* left, float* negative
+    ) const {
+        for (int64_t o = 0; o < chunks.size(chunk); o++) {
+            const int64_t unit = chunks.first(chunk) + o;
+            const float* y = y_t + unit * stride;
+            float* to = left + o * depth_stride;
+            gather(y, depth, depth == block.operands(), to);
+            float bias = dot(to, bias_weight_of[0], depth);
+            for (int64_t k = 0; k < depth; k++) to[k] *= weight_of[0][k];
+            if (block.field.twins) {
+                float* below = negative + o * depth_stride;
+                gather(y + block.negative, depth, depth == block.operands(), below);
+                bias += dot(below, bias_weight_of[1], depth);
+                for (int64_t k = 0; k < depth; k++) below[k] *= weight_of[1][k];
+                for (int64_t k = 0; k < depth; k++) to[k] += below[k];
+                if (call.bfloat16) round_all(below, depth);
+            }
+            if (call.bfloat16) round_all(to, depth);
+            bias_sum[unit] = index ? bias_sum[unit] + bias : bias;
+        }
+    }
+
+    void gather(const float* from, int64_t depth, bool everything, float* to) const {
+        if (everything) std::memcpy(to, from, size_t(depth) * 4);
+        else
+            for (int64_t k = 0; k < depth; k++) to[k] = from[kept[k]];
+    }
+
+    static float dot(const float* a, const float* b, int64_t n) {
+        vec total[2] = {};
+        int64_t k = 0;
+        for (; k + 2 * LANES <= n; k += 2 * LANES)
+            for (int v = 0; v < 2; v++) total[v] += load(a + k + v * LANES) * load(b + k + v * LANES);
+        float rest = 0;
+        for (; k < n; k++) rest += a[k] * b[k];
+        return ::sum(total[0] + total[1]) + rest;
+    }
+
+    static void round_all(float* values, int64_t n) {
+        for (int64_t k = 0; k < n; k++) values[k] = rounded(values[k]);
+    }
+
+    template <int KIND>
+    void update_bias(int64_t chunk) const {
+        const int64_t first = chunks.first(chunk);
+        float* const* state = call.bias_update.state;
+        bias_rule.apply<KIND>(bias_sum + first, chunks.size(chunk), call.bias + first, at(state[0], first), at(state[1], first));
+    }
+
+    static float* at(float* values, int64_t offset) { return values != nullptr ? values + offset : nullptr; }
+
+    template <int KIND>
+    void multiply(
+        const Block& block, int64_t index, int64_t chunk, const Panels& panels, const float* left, const float* negative, float* own_sum
+    ) const {
+        const int64_t first = chunks.first(chunk), size = chunks.size(chunk);
+        float* unfinished = blocks > 1 ? sum + first * sum_stride : own_sum;
+        for (int64_t k = 0; k == 0 || k < panels.depth; k += DEPTH) {
+            const int64_t depth = smaller(DEPTH, panels.depth - k);
+            const bool last_part = k + depth == panels.depth, last = last_part && index == blocks - 1;
+            for (int64_t p = 0; p < panels.count(); p++)
+                with_vectors(panels.vectors(p), [&](auto vectors) {
+                    constexpr int NV = decltype(vectors)::value;
+                    for (int64_t o = 0; o < size; o += TILE_ROWS) {
+                        const TileRows a(left + o * depth_stride, depth_stride, size - o);
+                        float* to = unfinished + o * sum_stride + p * PANEL;
+                        Tile<NV> tile;
+                        if (last) prefetch<KIND>(first + o, a.valid, p * PANEL, NV);
+                        if (!last || k > 0 || index > 0) tile.expect(to, sum_stride);
+                        tile.clear();
+                        tile.multiply(a, k, packed + panels.offset(p) + k * NV * LANES, depth);
+                        if (k > 0 || index > 0) tile.add(to, sum_stride);
+                        if (last_part && touches_field(block, p)) {
+                            const TileRows b(negative + o * depth_stride, depth_stride, size - o);
+                            tile.multiply(b, 0, field_panel(block, panels, p), panels.depth);
+                        }
+                        if (!last) {
+                            tile.write(to, sum_stride);
+                            continue;
+                        }
+                        float finished[TILE_ROWS * PANEL];
+                        tile.write(finished, PANEL);
+                        apply<KIND>(finished, first + o, a.valid, p * PANEL, smaller(NV * LANES, call.in - p * PANEL));
+                    }
+                });
+        }
+    }
+
+    // What the rule will read arrives while the tile is being multiplied.
+    template <int KIND>
+    void prefetch(int64_t unit, int valid, int64_t column, int vectors) const {
+        float* const* state = call.weight_update.state;
+        for (int m = 0; m < valid; m++)
+            for (int v = 0; v < vectors; v++) {
+                const int64_t at = (unit + m) * call.in + column + v * LANES;
+                if (KIND != ffk::GRAD) __builtin_prefetch(call.weight + at, 1);
+                if (state[0] != nullptr) __builtin_prefetch(state[0] + at, 1);
+                if (KIND == ffk::ADAM) __builtin_prefetch(state[1] + at, 1);
+            }
+    }
+
+    template <int KIND>
+    void apply(const float* gradient, int64_t unit, int valid, int64_t column, int64_t columns) const {
+        const Rule rule = weight_rule;
+        float* const* state = call.weight_update.state;
+        for (int m = 0; m < valid; m++) {
+            const int64_t first = (unit + m) * call.in + column;
+            rule.apply<KIND>(gradient + m * PANEL, columns, call.weight + first, at(state[0], first), at(state[1], first));
+        }
+    }
+};
+
+}  // namespace

@@ -1,0 +1,74 @@
+// One source for every instruction set: GCC's and Clang's vector extensions, and the tile that each set's registers hold.
+// Everything here has internal linkage: a copy compiled for one set must never be linked into the code of another.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+// A tile's accumulators, one row of B's vectors and one broadcast element of A share the register file.
+#if defined(__AVX512F__)
+constexpr int LANES = 16, TILE_ROWS = 9, TILE_VECTORS = 3;
+#elif defined(__AVX2__)
+constexpr int LANES = 8, TILE_ROWS = 4, TILE_VECTORS = 3;
+#elif defined(__aarch64__)
+constexpr int LANES = 4, TILE_ROWS = 8, TILE_VECTORS = 3;
+#else
+constexpr int LANES = 4, TILE_ROWS = 4, TILE_VECTORS = 2;
+#endif
+constexpr int PANEL = TILE_VECTORS * LANES;
+
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef float vec_in_memory __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef float quad __attribute__((vector_size(16)));
+typedef float quad_in_memory __attribute__((vector_size(16), aligned(4), may_alias));
+
+inline vec load(const float* p) { return *reinterpret_cast<const vec_in_memory*>(p); }
+inline void store(float* p, vec v) { *reinterpret_cast<vec_in_memory*>(p) = v; }
+inline vec broadcast(float a) { return a - vec{}; }
+
+inline vec square_root(vec v) {
+    for (int i = 0; i < LANES; i++) v[i] = __builtin_sqrtf(v[i]);
+    return v;
+}
+
+inline float sum(vec v) {
+    float total = 0;
+    for (int i = 0; i < LANES; i++) total += v[i];
+    return total;
+}
+
+// Rows of four become columns of four.
+inline void transpose(quad& a, quad& b, quad& c, quad& d) {
+    const quad ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+    const quad cd = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+    a = __builtin_shufflevector(ab, cd, 0, 1, 4, 5);
+    b = __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+    c = __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5);
+    d = __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7);
+}
+
+inline float from_bfloat16(uint16_t bits) {
+    const uint32_t wide = uint32_t(bits) << 16;
+    float value;
+    std::memcpy(&value, &wide, 4);
+    return value;
+}
+
+// To nearest, ties to even; NaN stays NaN.
+inline uint16_t to_bfloat16(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    if (value != value) return 0x7fc0;
+    return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+inline float rounded(float value) { return from_bfloat16(to_bfloat16(value)); }
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+inline int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+}  // namespace

@@ -1,0 +1,9 @@
+"""The layer step in compiled code for CPUs: `csrc/cpu`, called through ctypes.
+
+Tiles of the forward product get scale, bias, activation and sum of squares while they are in registers; tiles of the
+weight gradient go to the optimizer's rule from there. Where the library was not built, calls go to the next backend.
+"""
+
+from .step import linear_forward, linear_step_, unsupported
+
+__all__ = ["linear_forward", "linear_step_", "unsupported"]

@@ -1,0 +1,201 @@
+"""The two operators: tensors in, one call of the compiled library."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .library import Call, Update, load
+
+if TYPE_CHECKING:
+    from ..select import Request
+
+# The order of csrc/cpu/interface.h's enumerations.
+_NORMS = ("none", "l2", "rms")
+_EPS_MODES = ("add", "clamp", "inside")
+_ACTIVATIONS = ("relu", "leaky_relu", "identity")
+_GOODNESS = ("mean", "sum", "norm")
+_LOSSES = ("logistic", "symba", "swish")
+_REDUCTIONS = ("mean", "sum_of_means")
+_RULES = ("grad", "sgd", "adam")
+
+
+def unsupported(request: Request) -> str | None:
+    """Why the compiled library cannot run a call, or None."""
+    if request.device.type != "cpu":
+        return f"runs on the CPU, not on {request.device.type}"
+    if load().library is None:
+        return load().reason
+    if request.dtype != torch.float32:
+        return f"{request.dtype} parameters: has float32 ones"
+    if request.compute_dtype == torch.float16:
+        return "torch.float16 products: has float32 and bfloat16 ones"
+    if request.compute_dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "torch.bfloat16 products: has none yet for the unit that this CPU has for them"
+    if request.activation not in _ACTIVATIONS:
+        return f"activation {request.activation!r}: has {', '.join(_ACTIVATIONS)}"
+    for kind, name, known in (("loss", request.loss, _LOSSES), ("rule", request.rule, _RULES)):
+        if name is not None and name not in known:
+            return f"{kind} {name!r}: has {', '.join(known)}"
+    return None
+
+
+def linear_forward(
+    x_pos: Tensor,
+    x_neg: Tensor,
+    input_sumsq: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: str,
+    eps: float,
+    eps_mode: str,
+    activation: str,
+    compute_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """See `ops.SCHEMAS`."""
+    n = x_pos.shape[0] + x_neg.shape[0]
+    y, sumsq = x_pos.new_empty(n, weight.shape[0], dtype=compute_dtype), weight.new_empty(n)
+    operands = _Operands()
+    call = _layer(operands, x_pos, x_neg, input_sumsq, weight, bias, norm, eps, eps_mode, activation, compute_dtype)
+    call.y, call.sumsq = y.data_ptr(), sumsq.data_ptr()
+    operands.run("ffk_linear_forward", call)
+    return y, sumsq
+
+
+def linear_step_(
+    x_pos: Tensor,
+    x_neg: Tensor,
+    is_positive: Tensor | None,
+    input_sumsq: Tensor | None,
+    sample_weight: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: str,
+    eps: float,
+    eps_mode: str,
+    activation: str,
+    compute_dtype: torch.dtype,
+    goodness: str,
+    threshold_pos: float,
+    threshold_neg: float,
+    threshold: Tensor | None,
+    loss: str,
+    maximize: bool,
+    reduction: str,
+    temperature: float,
+    alpha: float,
+    rule: str,
+    weight_state: list[Tensor],
+    weight_hyper: list[float],
+    weight_lr: Tensor | None,
+    bias_state: list[Tensor],
+    bias_hyper: list[float],
+    bias_lr: Tensor | None,
+    y: Tensor | None,
+    sumsq: Tensor,
+    loss_out: Tensor,
+) -> None:
+    """See `ops.SCHEMAS`."""
+    operands = _Operands()
+    call = _layer(operands, x_pos, x_neg, input_sumsq, weight, bias, norm, eps, eps_mode, activation, compute_dtype)
+    call.y, call.sumsq, call.loss = (None if y is None else y.data_ptr()), sumsq.data_ptr(), loss_out.data_ptr()
+    call.is_positive = operands.read(is_positive)
+    call.sample_weight = operands.read(sample_weight)
+    if threshold is not None:
+        call.threshold = operands.read(threshold.to(weight.dtype))
+        call.threshold_is_one = threshold.dim() == 0
+    call.threshold_pos, call.threshold_neg = threshold_pos, threshold_neg
+    call.temperature, call.alpha, call.maximize = temperature, alpha, maximize
+    call.goodness, call.loss_kind = _GOODNESS.index(goodness), _LOSSES.index(loss)
+    call.reduction, call.rule = _REDUCTIONS.index(reduction), _RULES.index(rule)
+    _set_update(operands, call.weight_update, rule, weight_state, weight_hyper, weight_lr)
+    if bias is not None:
+        _set_update(operands, call.bias_update, rule, bias_state, bias_hyper, bias_lr)
+    operands.run("ffk_linear_step", call)
+
+
+class _Operands:
+    """Addresses of tensors in row-major order: their own, or those of copies, which live until the call is over."""
+
+    def __init__(self) -> None:
+        self.copies: list[Tensor] = []
+        self.written: list[tuple[Tensor, Tensor]] = []
+
+    def read(self, tensor: Tensor | None) -> int | None:
+        if tensor is None:
+            return None
+        if not tensor.is_contiguous():
+            tensor = tensor.contiguous()
+            self.copies.append(tensor)
+        return tensor.data_ptr()
+
+    def rows(self, x: Tensor) -> tuple[int, int]:
+        """Address and row stride of `x` `[rows, in]`."""
+        if x.stride(1) != 1 and x.shape[1] > 1:
+            x = x.contiguous()
+            self.copies.append(x)
+        return x.data_ptr(), x.stride(0)
+
+    def write(self, tensor: Tensor | None) -> int | None:
+        if tensor is None or tensor.is_contiguous():
+            return None if tensor is None else tensor.data_ptr()
+        copy = tensor.contiguous()
+        self.written.append((tensor, copy))
+        return copy.data_ptr()
+
+    def run(self, name: str, call: Call) -> None:
+        library = load().library
+        assert library is not None
+        if getattr(library, name)(ctypes.byref(call)) != 0:
+            raise MemoryError(f"no memory for a layer step of {call.out} x {call.in_} on {sum(call.rows)} rows")
+        for tensor, copy in self.written:
+            tensor.copy_(copy)
+
+
+def _layer(
+    operands: _Operands,
+    x_pos: Tensor,
+    x_neg: Tensor,
+    input_sumsq: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: str,
+    eps: float,
+    eps_mode: str,
+    activation: str,
+    compute_dtype: torch.dtype,
+) -> Call:
+    call = Call()
+    for side, x in enumerate((x_pos, x_neg)):
+        call.x[side], call.x_stride[side] = operands.rows(x)
+        call.rows[side] = x.shape[0]
+    call.out, call.in_ = weight.shape
+    call.input_sumsq = operands.read(input_sumsq)
+    call.weight, call.bias = operands.write(weight), operands.write(bias)
+    call.norm, call.eps_mode, call.eps = _NORMS.index(norm), _EPS_MODES.index(eps_mode), eps
+    call.activation = _ACTIVATIONS.index(activation)
+    call.x_bfloat16, call.bfloat16 = x_pos.dtype == torch.bfloat16, compute_dtype == torch.bfloat16
+    call.threads = torch.get_num_threads()
+    return call
+
+
+def _set_update(
+    operands: _Operands, update: Update, rule: str, state: list[Tensor], hyper: list[float], lr: Tensor | None
+) -> None:
+    """The fields of `optim.RULES`."""
+    for i, tensor in enumerate(state):
+        update.state[i] = operands.write(tensor)
+    if rule == "grad":
+        return
+    update.lr = hyper[0] if lr is None else float(lr)
+    names: tuple[str, ...]
+    if rule == "sgd":
+        names = ("momentum", "dampening", "nesterov", "weight_decay", "maximize", "first_step")
+    else:
+        names = ("beta1", "beta2", "eps", "weight_decay", "decoupled", "maximize")
+    integers: Any = ("nesterov", "maximize", "first_step", "decoupled")
+    for name, value in zip(names, hyper[1:], strict=True):
+        setattr(update, name, int(value) if name in integers else value)

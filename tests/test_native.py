@@ -1,0 +1,254 @@
+"""The compiled CPU backend: against the definition in float64, on every instruction set of this CPU."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ffkernels as ff
+from ffkernels import reference
+from ffkernels.backends import select
+from ffkernels.backends.native import library
+
+from .steps import OPTIMIZERS, Problem, assert_same_state, error, problem, state_of
+from .test_step import LAYOUTS, objectives, specification
+
+LOADED = library.load()
+pytestmark = pytest.mark.skipif(LOADED.library is None, reason=LOADED.reason)
+needs_library = pytestmark
+
+BUILT_IN = library.instruction_set()
+SETS = [
+    name for name in ("avx512", "avx2", "baseline") if LOADED.library and LOADED.library.ffk_limit(name.encode()) == 0
+]
+if LOADED.library:
+    LOADED.library.ffk_limit(BUILT_IN.encode())
+
+NEAR = 5e-5  # of float32 numbers that went through a few steps, in the Frobenius norm
+FLOOR = 0.1  # the least norm that counts: differences of goodness cancel to the rounding of goodness
+
+
+@pytest.fixture(params=SETS)
+def instruction_set(request):
+    assert LOADED.library.ffk_limit(request.param.encode()) == 0
+    yield request.param
+    LOADED.library.ffk_limit(BUILT_IN.encode())
+
+
+def in_float64(options: dict) -> dict:
+    """Options whose tensors are widened, for the definition."""
+    wide = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in options.items()}
+    objective = wide["objective"]
+    if isinstance(objective.threshold, torch.Tensor):
+        wide["objective"] = replace(objective, threshold=objective.threshold.double())
+    return wide
+
+
+def compare(ours: Problem, steps: int = 2, x_neg_is_there: bool = True, **options: object) -> None:
+    """Steps by the library, and by the definition in float64 and in float32, whose own error is part of the budget."""
+    exact, plain = ours.copy(torch.float64), ours.copy()
+    for _ in range(steps):
+        a, b, c = (
+            step(p.x_pos, p.x_neg if x_neg_is_there else None, p.weight, p.bias, p.optimizer, **given)
+            for step, p, given in (
+                (ff.linear_step_, ours, {**options, "backend": "native"}),
+                (reference.linear_step_, exact, in_float64(options)),
+                (reference.linear_step_, plain, options),
+            )
+        )
+        for name in ("y", "sumsq", "goodness", "loss"):
+            budget = NEAR + 4 * error(getattr(c, name), getattr(b, name), FLOOR)
+            assert error(getattr(a, name), getattr(b, name), FLOOR) <= budget, name
+    actual, expected, torchs = state_of(ours), state_of(exact), state_of(plain)
+    assert actual.keys() == expected.keys()
+    for key, value in expected.items():
+        assert error(actual[key], value, FLOOR) <= NEAR + 4 * error(torchs[key], value, FLOOR), key
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    data=st.data(),
+    options=specification.filter(lambda o: o["activation"] not in ("gelu", "silu")),
+    objective=objectives,
+    optimizer=st.sampled_from(list(OPTIMIZERS)),
+    shape=st.tuples(st.integers(1, 70), st.integers(1, 40)),
+    rows=st.tuples(*[st.integers(0, 70)] * 2),
+    bias=st.booleans(),
+    weighted=st.booleans(),
+    mixed=st.booleans(),
+    instruction_set=st.sampled_from(SETS),
+    threads=st.sampled_from([1, 3]),
+    seed=st.integers(0, 2**20),
+)
+def test_agrees_with_the_definition(
+    data, options, objective, optimizer, shape, rows, bias, weighted, mixed, instruction_set, threads, seed
+):
+    torch.manual_seed(seed)
+    n_pos, n_neg = (rows[0], rows[0]) if objective.paired else rows
+    n = n_pos + n_neg
+    if isinstance(objective.threshold, torch.Tensor):
+        objective = replace(objective, threshold=objective.threshold.float())
+    if not objective.paired and data.draw(st.booleans()):
+        objective = replace(objective, threshold=torch.rand(n) * 4)
+    ours = problem(n_pos, n_neg, *shape, optimizer=optimizer, bias=bias, dtype=torch.float32)
+    ours.weight.data /= shape[0] ** 0.5
+    ours.x_pos[: n_pos // 4] = 0
+    options = {**options, "objective": objective}
+    if weighted:
+        options["sample_weight"] = torch.rand(n // 2 if objective.paired else n)
+    if mixed:
+        order = torch.randperm(n)
+        ours = ours._replace(x_pos=torch.cat([ours.x_pos, ours.x_neg])[order])
+        options["is_positive"] = (torch.arange(n) < n_pos)[order]
+    before = torch.get_num_threads()
+    LOADED.library.ffk_limit(instruction_set.encode())
+    torch.set_num_threads(threads)
+    try:
+        compare(ours, x_neg_is_there=not mixed, **options)
+    finally:
+        torch.set_num_threads(before)
+        LOADED.library.ffk_limit(BUILT_IN.encode())
+
+
+# Beyond one depth of a tile, one chunk of units, one block of rows; in vectors that are and are not whole.
+LARGE = [(450, 380, 130, 70), (300, 300, 900, 50), (4300, 4300, 37, 530), (513, 513, 512, 96), (700, 0, 20, 1000)]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd-momentum", "adam", "rmsprop"])
+@pytest.mark.parametrize("shape", LARGE)
+def test_large_shapes(shape, optimizer, instruction_set):
+    ours = problem(*shape, optimizer=optimizer, dtype=torch.float32)
+    ours.weight.data /= shape[2] ** 0.5
+    compare(ours, steps=2, objective=ff.Objective(threshold=0.5), outputs="pre")
+
+
+@pytest.mark.parametrize("rows", [1, 9, 130, 4200])
+@pytest.mark.parametrize("columns", [slice(0, 10), slice(90, 101), slice(501, 512), slice(0, 0), slice(40, 300)])
+@pytest.mark.parametrize("saturated", [False, True])
+def test_sides_that_differ_in_a_label_field(rows, columns, saturated, instruction_set):
+    ours = problem(rows, rows, 512, 530 if rows > 4000 else 40, optimizer="adam", dtype=torch.float32)
+    ours.weight.data /= 512**0.5
+    ours.x_neg.copy_(ours.x_pos)
+    ours.x_neg[:, columns] = torch.randn(rows, columns.stop - columns.start)
+    objective = ff.Objective(goodness="sum", threshold=20.0, temperature=0.02 if saturated else 5.0)
+    compare(ours, steps=1, objective=objective, norm="none", outputs="pre")
+
+
+def test_rows_with_zero_coefficient_are_left_out_exactly(instruction_set):
+    """Half of the rows have no say: their values, infinity among them, reach no sum of the update."""
+    ours = problem(60, 60, 30, 50, dtype=torch.float32)
+    theirs = ours.copy()
+    objective = ff.Objective(goodness="sum", threshold=torch.cat([torch.full((60,), -1e6), torch.full((60,), 30.0)]))
+    ff.linear_step_(
+        ours.x_pos,
+        ours.x_neg,
+        ours.weight,
+        ours.bias,
+        ours.optimizer,
+        objective=objective,
+        norm="none",
+        backend="native",
+    )
+    ff.linear_step_(
+        theirs.x_pos * 1e3,
+        theirs.x_neg,
+        theirs.weight,
+        theirs.bias,
+        theirs.optimizer,
+        objective=objective,
+        norm="none",
+        backend="native",
+    )
+    assert_same_state(ours, theirs, 0)
+
+
+@pytest.mark.parametrize("shape", [(200, 200, 300, 200), (4300, 4300, 37, 530), (64, 64, 100, 5)])
+def test_the_number_of_threads_changes_no_bit(shape, instruction_set):
+    made = problem(*shape, optimizer="adam", dtype=torch.float32)
+    runs, before = [], torch.get_num_threads()
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        try:
+            run = made.copy()
+            results = [
+                ff.linear_step_(run.x_pos, run.x_neg, run.weight, run.bias, run.optimizer, backend="native")
+                for _ in range(2)
+            ]
+        finally:
+            torch.set_num_threads(before)
+        runs.append([*state_of(run).values(), *(t for r in results for t in (r.y, r.sumsq, r.loss))])
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_layouts(layout, dtype):
+    made = problem(9, 5, 40, 30, dtype=torch.float32)
+    compute = None if dtype == torch.float32 else dtype
+    ours = made._replace(x_pos=LAYOUTS[layout](made.x_pos.to(dtype)), x_neg=LAYOUTS[layout](made.x_neg.to(dtype)))
+    theirs = made.copy()._replace(x_pos=ours.x_pos.contiguous(), x_neg=ours.x_neg.contiguous())
+    if compute is not None and select.load("native").unsupported(
+        select.Request(made.weight.device, torch.float32, compute, "relu")
+    ):
+        pytest.skip("bfloat16 products run elsewhere on this CPU")
+    for p in (ours, theirs):
+        ff.linear_step_(p.x_pos, p.x_neg, p.weight, p.bias, p.optimizer, compute_dtype=compute, backend="native")
+    assert_same_state(ours, theirs, 0)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_transposed_weight(optimizer):
+    made = problem(20, 20, 30, 40, optimizer=optimizer, dtype=torch.float32)
+    weight = torch.nn.Parameter(made.weight.detach().t().contiguous().t())
+    compare(
+        made._replace(weight=weight, optimizer=OPTIMIZERS[optimizer]([weight, made.bias])), objective=ff.Objective()
+    )
+
+
+def test_it_is_the_default_for_what_it_has():
+    p = problem(dtype=torch.float32)
+    assert "backend: native" in ff.explain(p.weight, p.optimizer)
+    assert "float64" in ff.explain(p.weight.double(), None)
+    for options in ({"activation": "gelu"}, {"compute_dtype": torch.float16}):
+        assert "backend: eager" in ff.explain(p.weight, p.optimizer, **options)
+        with pytest.raises(ValueError, match="native"):
+            ff.linear_step_(p.x_pos, p.x_neg, p.weight, p.bias, p.optimizer, backend="native", **options)
+
+
+def test_no_memory_is_an_error_and_changes_nothing():
+    p = problem(dtype=torch.float32)
+    before = {name: value.clone() for name, value in state_of(p).items()}
+    positive = torch.ones(1, dtype=torch.bool)
+    call = library.Call(in_=2**44, out=7, threads=1, is_positive=positive.data_ptr(), weight=p.weight.data_ptr())
+    call.rows[0] = 1
+    assert LOADED.library.ffk_linear_step(ctypes.byref(call)) == 1
+    assert all(torch.equal(value, before[name]) for name, value in state_of(p).items())
+
+
+def test_a_library_from_other_sources_is_refused(monkeypatch):
+    monkeypatch.setattr(library, "INTERFACE", library.INTERFACE + 1)
+    library.load.cache_clear()
+    try:
+        assert "built from other sources" in library.load().reason
+        p = problem(dtype=torch.float32)
+        assert "backend: eager" in ff.explain(p.weight, p.optimizer)
+    finally:
+        monkeypatch.undo()
+        library.load.cache_clear()
+
+
+def test_without_the_library_the_reason_is_told(monkeypatch):
+    monkeypatch.setattr(library, "NAME", "none.so")
+    monkeypatch.setattr(library, "build_record", lambda: {"reason": "FFKERNELS_BUILD=off"})
+    library.load.cache_clear()
+    try:
+        assert library.describe() == ["the compiled library was not built: FFKERNELS_BUILD=off"]
+    finally:
+        monkeypatch.undo()
+        library.load.cache_clear()

@@ -1,0 +1,151 @@
+"""From the rows' sums of squares to their loss and to the coefficient that each has in the update."""
+
+import triton
+import triton.language as tl
+
+from .common import sigmoid
+
+
+@triton.jit
+def softplus(t):
+    """log(1 + e^t), exact to rounding at any t: log1p by Kahan's quotient, in which the error of `1 + e` cancels."""
+    e = tl.exp(-tl.abs(t))
+    one_more = 1.0 + e
+    log1p = tl.where(one_more == 1.0, e, tl.log(one_more) * (e / (one_more - 1.0)))
+    return tl.where(t < 0, 0.0, t) + log1p
+
+
+@triton.jit
+def value_and_slope(t, LOSS: tl.constexpr):
+    """A loss of the logit `t` and its slope: `objective.LOSSES`."""
+    s = sigmoid(t)
+    if LOSS == "swish":
+        value = t * s
+        slope = s * (1.0 + t * sigmoid(-t))
+    else:
+        tl.static_assert(LOSS == "logistic" or LOSS == "symba")
+        value = softplus(t)
+        slope = s
+    return value, slope
+
+
+@triton.jit
+def sum_of_partials(partials, n_partials, i, here, rows, PARTIALS: tl.constexpr):
+    """`[len(i)]` finished sums of squares, added in a fixed order: at once where PARTIALS (a power of two) holds
+    all the column blocks, one after the other where it is 0."""
+    if PARTIALS == 0:
+        total = tl.zeros(i.shape, tl.float32)
+        for block in range(n_partials):
+            total += tl.load(partials + tl.cast(block, tl.int64) * rows + i, mask=here, other=0.0)
+    else:
+        block = tl.arange(0, PARTIALS)[:, None]
+        at = partials + block.to(tl.int64) * rows + i[None, :]
+        total = tl.sum(tl.load(at, mask=(block < n_partials) & here[None, :], other=0.0), axis=0)
+    return total
+
+
+@triton.jit
+def goodness_of(sumsq, width, GOODNESS: tl.constexpr):
+    """`Objective.goodness_of`."""
+    if GOODNESS == "mean":
+        goodness = sumsq / width
+    elif GOODNESS == "norm":
+        goodness = tl.sqrt_rn(sumsq)
+    else:
+        tl.static_assert(GOODNESS == "sum")
+        goodness = sumsq
+    return goodness
+
+
+@triton.jit
+def row_terms(
+    i, here,  # rows of the joint batch, and which of them there are
+    partials, n_partials,  # [n_partials, rows]
+    is_positive, n_positive, sample_weight, threshold,  # [rows], [], [rows or pairs], [] or [rows]; each may be None
+    n_pos, rows, width,
+    threshold_pos, threshold_neg, logit_scale, share_pos, share_neg,
+    GOODNESS: tl.constexpr, LOSS: tl.constexpr, THRESHOLD_PER_ROW: tl.constexpr, PARTIALS: tl.constexpr,
+):  # fmt: skip
+    """Sums of squares, coefficients `c = 2 dLoss/dq` and losses of rows `i`: `Objective.terms`.
+
+    `logit_scale` is 1/temperature or alpha, with a minus where positives are minimised; `share_*` one over the number
+    of rows that the side's losses are averaged over. `n_positive` overrides the shares by the counts of both sides.
+    """
+    q = sum_of_partials(partials, n_partials, i, here, rows, PARTIALS)
+    goodness = goodness_of(q, width, GOODNESS)
+    if LOSS == "logistic":
+        if is_positive is None:
+            positive = i < n_pos
+        else:
+            positive = tl.load(is_positive + i, mask=here, other=0) != 0
+        if threshold is None:
+            theta = tl.where(positive, threshold_pos, threshold_neg)
+        elif THRESHOLD_PER_ROW:
+            theta = tl.load(threshold + i, mask=here, other=0.0).to(tl.float32)
+        else:
+            theta = tl.load(threshold).to(tl.float32)
+        if n_positive is not None:
+            count = tl.load(n_positive).to(tl.float32)
+            share_pos = 1.0 / tl.maximum(count, 1.0)
+            share_neg = 1.0 / tl.maximum(rows - count, 1.0)
+        slope_of_logit = tl.where(positive, -logit_scale, logit_scale)
+        logit = slope_of_logit * (goodness - theta)
+        share = tl.where(positive, share_pos, share_neg)
+        entry = i
+        counted = here
+    else:
+        # Row i of one side and row i of the other share a logit, and have opposite slopes.
+        positive = i < n_pos
+        partner = tl.where(positive, i + n_pos, i - n_pos)
+        other = goodness_of(sum_of_partials(partials, n_partials, partner, here, rows, PARTIALS), width, GOODNESS)
+        slope_of_logit = tl.where(positive, -logit_scale, logit_scale)
+        logit = slope_of_logit * (goodness - other)
+        share = tl.where(positive, share_pos, share_neg)
+        entry = tl.where(positive, i, partner)
+        counted = here & positive
+    if sample_weight is not None:
+        share *= tl.load(sample_weight + entry, mask=here, other=0.0)
+    value, slope = value_and_slope(logit, LOSS)
+    c = share * slope_of_logit * slope
+    if GOODNESS == "norm":
+        # The slope of a root at zero is infinite, but such a row has no activity to move.
+        c = tl.where(q > 0, c / goodness, 0.0)
+    elif GOODNESS == "mean":
+        c *= 2.0 / width
+    else:
+        c *= 2.0
+    return q, tl.where(here, c, 0.0), tl.where(counted, share * value, 0.0)
+
+
+@triton.jit
+def coefficient_kernel(
+    partials, n_partials,
+    is_positive, n_positive, sample_weight, threshold,
+    n_pos, rows, width,
+    threshold_pos, threshold_neg, logit_scale, share_pos, share_neg,
+    sumsq, loss,  # written: [rows], []
+    index, coefficient, count,  # written: [rows], [rows], []; the rows in doubt come first, in order
+    GOODNESS: tl.constexpr, LOSS: tl.constexpr, THRESHOLD_PER_ROW: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Lists the rows whose coefficient is not exactly zero, for the update to work through; one program for all rows.
+
+    A row whose loss is saturated has a coefficient of exactly zero in float32, and leaving it out changes nothing.
+    """
+    kept = 0
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, rows, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        here = i < rows
+        q, c, losses = row_terms(
+            i, here, partials, n_partials, is_positive, n_positive, sample_weight, threshold, n_pos, rows, width,
+            threshold_pos, threshold_neg, logit_scale, share_pos, share_neg, GOODNESS, LOSS, THRESHOLD_PER_ROW, 0,
+        )  # fmt: skip
+        tl.store(sumsq + i, q, mask=here)
+        total += losses
+        in_doubt = (c != 0) & here
+        place = kept + tl.cumsum(in_doubt.to(tl.int32), axis=0) - 1
+        tl.store(index + place, i, mask=in_doubt)
+        tl.store(coefficient + place, c, mask=in_doubt)
+        kept += tl.sum(in_doubt.to(tl.int32), axis=0)
+    tl.store(count, kept)
+    tl.store(loss, tl.sum(total, axis=0))

@@ -1,0 +1,101 @@
+"""What the kernels share: normalisation, activation, and the rounding of operands."""
+
+import triton
+import triton.language as tl
+
+LEAKY_SLOPE = tl.constexpr(0.01)
+INV_SQRT_2 = tl.constexpr(0.7071067811865476)
+INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
+EXPONENT_BITS = tl.constexpr(0x7F800000)
+TWICE_EXPONENT_BIAS = tl.constexpr(254 << 23)
+
+
+@triton.jit
+def joint_rows(i, x_pos, x_neg, n_pos, x_pos_row, x_neg_row):
+    """Pointers to the first elements of rows `i` of the joint batch: positive rows, then negative ones."""
+    i = i.to(tl.int64)
+    return tl.where(i < n_pos, x_pos + i * x_pos_row, x_neg + (i - n_pos) * x_neg_row)
+
+
+@triton.jit
+def scale_of_rows(sumsq, width, eps, NORM: tl.constexpr, EPS_MODE: tl.constexpr):
+    """`normalisation.row_scale`: the factors that normalise rows with these sums of squares; 0 for a row of zeros."""
+    square = sumsq / width if NORM == "rms" else sumsq
+    if EPS_MODE == "inside":
+        length = tl.sqrt_rn(square + eps)
+    elif EPS_MODE == "clamp":
+        length = tl.sqrt_rn(square)
+        length = tl.where(length < eps, eps, length)
+    else:
+        length = tl.sqrt_rn(square) + eps
+    return tl.where(sumsq == 0, 0.0, 1.0 / length)
+
+
+@triton.jit
+def sigmoid(t):
+    """1 / (1 + e^-t), as exact for t far below zero as above."""
+    e = tl.exp(-tl.abs(t))
+    return tl.where(t < 0, e, 1.0) / (1.0 + e)
+
+
+@triton.jit
+def activate(z, ACTIVATION: tl.constexpr):
+    """act(z). Comparisons are such that NaN stays NaN."""
+    if ACTIVATION == "relu":
+        y = tl.where(z < 0, 0.0, z)
+    elif ACTIVATION == "leaky_relu":
+        y = tl.where(z < 0, LEAKY_SLOPE * z, z)
+    elif ACTIVATION == "gelu":
+        y = 0.5 * z * (1.0 + tl.erf(z * INV_SQRT_2))
+    elif ACTIVATION == "silu":
+        y = z * sigmoid(z)
+    else:
+        tl.static_assert(ACTIVATION == "identity")
+        y = z
+    return y
+
+
+@triton.jit
+def gated(kept, ACTIVATION: tl.constexpr):
+    """`y act'(z)`, from what the forward kept: `z` for gelu and silu, whose slope needs it, else `y`."""
+    if ACTIVATION == "leaky_relu":
+        product = tl.where(kept < 0, LEAKY_SLOPE * kept, kept)
+    elif ACTIVATION == "gelu":
+        cdf = 0.5 * (1.0 + tl.erf(kept * INV_SQRT_2))
+        product = kept * cdf * (cdf + kept * tl.exp(-0.5 * kept * kept) * INV_SQRT_2PI)
+    elif ACTIVATION == "silu":
+        s = sigmoid(kept)
+        product = kept * s * (s * (1.0 + kept * sigmoid(-kept)))
+    else:
+        product = kept
+    return product
+
+
+@triton.jit
+def operand(values, COMPUTE: tl.constexpr, WIDEN: tl.constexpr):
+    """`values` rounded as a product takes them; WIDEN: as float32 again, for Triton's interpreter, whose bfloat16
+    product is wrong."""
+    rounded = values.to(COMPUTE)
+    if WIDEN:
+        rounded = rounded.to(tl.float32)
+    return rounded
+
+
+@triton.jit
+def power_of_two_below(value):
+    """The largest power of two up to `value` >= 0, and its inverse; 1 and 1 where float32 cannot hold one of them."""
+    bits = value.to(tl.int32, bitcast=True) & EXPONENT_BITS
+    inverse = TWICE_EXPONENT_BIAS - bits
+    usable = (bits > 0) & (inverse > 0)
+    power = tl.where(usable, bits.to(tl.float32, bitcast=True), 1.0)
+    return power, tl.where(usable, inverse.to(tl.float32, bitcast=True), 1.0)
+
+
+@triton.jit
+def grouped(program, rows_of_tiles, columns_of_tiles, GROUP: tl.constexpr):
+    """Row and column of a program's tile; GROUP rows of tiles are walked through together, to be read from L2."""
+    group = program // (GROUP * columns_of_tiles)
+    first = group * GROUP
+    height = tl.minimum(rows_of_tiles - first, GROUP)
+    within = program % (GROUP * columns_of_tiles)
+    return first + within % height, within // height

@@ -1,0 +1,114 @@
+"""Tile sizes, warps and stages as data: one JSON file per device, looked up by the nearest shape.
+
+A file lists, for the kernels "forward" and "update" and each kind of operands, configurations with the shape
+(rows, in, out) that they are meant for. Files are looked for by device name, then by architecture; a device that has
+neither runs on the file of the nearest architecture, and says so once in the log.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .support import interpreted
+
+FOLDER = Path(__file__).parent / "configs"
+# A folder that is searched before the package's own.
+VARIABLE = "FFKERNELS_CONFIGS"
+# "float32": products in float32; "half": both operands come in 16 bits; "mixed": one is rounded on the way in.
+KINDS = ("float32", "mixed", "half")
+KERNELS = ("forward", "update")
+
+Config = dict[str, int]
+
+# The interpreter works through programs one by one in NumPy: small tiles make every loop and edge run.
+INTERPRETED: dict[str, Config] = {
+    "forward": {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "GROUP": 2},
+    "update": {"BLOCK_OUT": 16, "BLOCK_IN": 16, "BLOCK_K": 16, "GROUP": 2, "PARTS": 2},
+}
+
+# What the tuner, or a test, has every call run on.
+FORCED: dict[str, Config] = {}
+
+_log = logging.getLogger(__name__)
+
+
+def choose(kernel: str, kind: str, shape: tuple[int, int, int], device: torch.device) -> Config:
+    """The configuration for a kernel and its operands at a shape (rows, in, out) on this device."""
+    if kernel in FORCED:
+        return FORCED[kernel]
+    if interpreted():
+        return INTERPRETED[kernel]
+    return dict(nearest(for_device(device.index)[kernel][kind], shape))
+
+
+def nearest(entries: list[dict[str, Any]], shape: tuple[int, int, int]) -> Config:
+    """The configuration of the entry whose shape is nearest in log space; the first of those that are equally near."""
+
+    def distance(entry: dict[str, Any]) -> float:
+        return sum(math.log(max(a, 1) / b) ** 2 for a, b in zip(shape, entry["shape"], strict=True))
+
+    return min(entries, key=distance)["config"]
+
+
+@lru_cache
+def for_device(index: int | None) -> dict[str, Any]:
+    """The file of a CUDA or ROCm device; the log says once where none was made for it."""
+    name, architecture = device_names(index)
+    for stem in (file_stem(name), architecture):
+        found = find(stem)
+        if found is not None:
+            return found
+    fallback = nearest_architecture(architecture)
+    _log.info(
+        "no configurations for %s (%s): those of %s are used; `python -m ffkernels tune` makes some",
+        name, architecture, fallback,
+    )  # fmt: skip
+    found = find(fallback)
+    assert found is not None
+    return found
+
+
+def device_names(index: int | None) -> tuple[str, str]:
+    """A device's name and its architecture, as "sm_90" or "gfx942"."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device() if index is None else index)
+    if torch.version.hip is not None:
+        return properties.name, properties.gcnArchName.partition(":")[0]
+    return properties.name, f"sm_{properties.major}{properties.minor}"
+
+
+def nearest_architecture(architecture: str) -> str:
+    """The newest architecture with a file that is not newer than this one; the most modest one where all are."""
+    family = re.match("[a-z_]+", architecture)
+    prefix = "gfx" if family is not None and family[0] == "gfx" else "sm_"
+    known = sorted((path.stem for path in FOLDER.glob(f"{prefix}*.json")), key=_generation)
+    older = [name for name in known if _generation(name) <= _generation(architecture)]
+    return (older or known)[-1 if older else 0]
+
+
+def find(stem: str) -> dict[str, Any] | None:
+    """The file of this name, from the folder in FFKERNELS_CONFIGS or the package; None where there is none."""
+    folders = [FOLDER] if not os.environ.get(VARIABLE) else [Path(os.environ[VARIABLE]), FOLDER]
+    for folder in folders:
+        path = folder / f"{stem}.json"
+        if path.is_file():
+            return json.loads(path.read_text())
+    return None
+
+
+def file_stem(device_name: str) -> str:
+    """A device's name as a file's name."""
+    return re.sub(r"[^A-Za-z0-9]+", "_", device_name).strip("_")
+
+
+def _generation(architecture: str) -> int:
+    digits = re.search("[0-9a-f]+$", architecture)
+    return int(digits[0], 16) if digits is not None else 0

@@ -1,0 +1,76 @@
+"""The forward kernel: one tile product, and in its epilogue row scale, bias, activation, sums of squares and store."""
+
+import triton
+import triton.language as tl
+
+from .common import activate, grouped, joint_rows, operand, scale_of_rows
+
+
+@triton.jit
+def forward_kernel(
+    x_pos, x_neg, input_sumsq,  # rows [n_pos, in], [rows - n_pos, in]; sums of squares [rows] where they are known
+    weight, bias,  # [out, in], [out] or None
+    y, kept,  # [rows, out]: activities; what the update needs of them where that is something else; either may be None
+    row_scale, partials,  # written: [rows] or None, [column blocks, rows] sums of squares of the activities
+    n_pos, rows, in_features, out_features,
+    x_pos_row, x_neg_row, x_col, weight_row, weight_col, bias_stride, y_row, y_col,
+    eps,
+    NORM: tl.constexpr, EPS_MODE: tl.constexpr, ACTIVATION: tl.constexpr,
+    SCALE_FIRST: tl.constexpr,  # float16 has no room for rows of any length: scale them before they are rounded
+    COMPUTE: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """`y = act(r W x + b)`, `partials[n] = sum_j y_j^2` over the columns `j` of block `n`, summed before rounding.
+
+    `W (r x) = r (W x)`: the row scale `r` waits for the product, and where nobody knows the rows' sums of squares they
+    are taken from the very tiles that the product reads.
+    """
+    tile_m, tile_n = grouped(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.cdiv(out_features, BLOCK_N), GROUP)
+    i = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    j = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    row_here, unit_here = i < rows, j < out_features
+    x_at = joint_rows(i, x_pos, x_neg, n_pos, x_pos_row, x_neg_row)[:, None] + k.to(tl.int64)[None, :] * x_col
+    weight_at = weight + j.to(tl.int64)[None, :] * weight_row + k.to(tl.int64)[:, None] * weight_col
+
+    square = tl.zeros([BLOCK_M], tl.float32)
+    scale = tl.full([BLOCK_M], 1.0, tl.float32)
+    if NORM != "none" and input_sumsq is not None:
+        square = tl.load(input_sumsq + i, mask=row_here, other=0.0)
+        scale = scale_of_rows(square, in_features, eps, NORM, EPS_MODE)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, in_features, BLOCK_K):
+        here = k < in_features - start
+        x = tl.load(x_at, mask=row_here[:, None] & here[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
+        w = tl.load(weight_at, mask=here[:, None] & unit_here[None, :], other=0.0)  # [BLOCK_K, BLOCK_N]
+        if NORM != "none" and input_sumsq is None:
+            wide = x.to(tl.float32)
+            square += tl.sum(wide * wide, axis=1)
+        if SCALE_FIRST:
+            x = x.to(tl.float32) * scale[:, None]
+        x, w = operand(x, COMPUTE, WIDEN), operand(w, COMPUTE, WIDEN)
+        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+        x_at += BLOCK_K * tl.cast(x_col, tl.int64)
+        weight_at += BLOCK_K * tl.cast(weight_col, tl.int64)
+
+    if NORM != "none":
+        if input_sumsq is None:
+            scale = scale_of_rows(square, in_features, eps, NORM, EPS_MODE)
+        if row_scale is not None and tile_n == 0:
+            tl.store(row_scale + i, scale, mask=row_here)
+        if not SCALE_FIRST:
+            acc *= scale[:, None]
+    if bias is not None:
+        b = tl.load(bias + j.to(tl.int64) * bias_stride, mask=unit_here, other=0.0)
+        acc += b[None, :]
+    activity = activate(acc, ACTIVATION)
+    # Beyond the edges product and bias are 0, and so is every activation of 0: nothing to mask in the sum.
+    tl.store(partials + tl.cast(tile_n, tl.int64) * rows + i, tl.sum(activity * activity, axis=1), mask=row_here)
+    inside = row_here[:, None] & unit_here[None, :]
+    if y is not None:
+        y_at = y + i.to(tl.int64)[:, None] * y_row + j.to(tl.int64)[None, :] * y_col
+        tl.store(y_at, activity.to(y.dtype.element_ty), mask=inside)
+    if kept is not None:
+        kept_at = kept + i.to(tl.int64)[:, None] * out_features + j[None, :]
+        tl.store(kept_at, acc.to(kept.dtype.element_ty), mask=inside)

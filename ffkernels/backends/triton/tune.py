@@ -1,0 +1,135 @@
+"""Times configurations on scratch tensors and writes the best of each shape as a file that `configs.py` finds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.testing import do_bench
+
+from . import configs, launch
+from .configs import Config
+
+# Rows, in, out: small batches of wide layers, and batches that fill a GPU.
+SHAPES = [(200, 1000, 1000), (256, 2000, 2000), (8192, 2048, 2048), (100_000, 784, 500)]
+# Small and large tiles; the keys are those of the kernels.
+CANDIDATES = {
+    "forward": [
+        {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP": 8, "num_warps": warps, "num_stages": stages}
+        for m, n, k, warps, stages in [
+            (32, 32, 64, 4, 3), (64, 32, 64, 4, 3), (64, 64, 64, 4, 3), (64, 128, 64, 4, 3), (128, 64, 32, 4, 3),
+            (128, 128, 32, 8, 3), (128, 128, 64, 8, 3), (128, 256, 64, 8, 3), (64, 64, 32, 4, 2),
+        ]
+    ],
+    "update": [
+        {"BLOCK_OUT": o, "BLOCK_IN": i, "BLOCK_K": k, "GROUP": 8, "PARTS": p, "num_warps": warps, "num_stages": stages}
+        for o, i, k, warps, stages, p in [
+            (32, 64, 32, 4, 2, 1), (64, 64, 32, 4, 3, 2), (64, 64, 64, 4, 3, 2), (64, 128, 32, 4, 3, 2),
+            (64, 128, 64, 4, 3, 2), (128, 128, 32, 8, 3, 2), (128, 128, 64, 8, 3, 2), (128, 128, 64, 8, 2, 4),
+        ]
+    ],
+}  # fmt: skip
+SOURCES = ("common", "forward", "coefficient", "rules", "update", "finish")
+
+
+def tune(folder: Path, seconds: float, say: Callable[[str], None]) -> Path:
+    """Tunes for the current device, for `seconds` at most; shapes that time leaves out keep what they had.
+
+    Returns:
+        The file that was written.
+    """
+    device = torch.device("cuda", torch.cuda.current_device())
+    name, _ = configs.device_names(device.index)
+    found: dict[str, Any] = json.loads(json.dumps(configs.for_device(device.index)))
+    for kernel in configs.KERNELS:
+        for kind in configs.KINDS:
+            found[kernel].setdefault(kind, [])
+    deadline = time.monotonic() + seconds
+    for kernel, kind, shape in _work():
+        best = _best(kernel, kind, shape, device, deadline)
+        if best is None:
+            say(f"{kernel} {kind} {shape}: no time left")
+            continue
+        entries = [entry for entry in found[kernel][kind] if tuple(entry["shape"]) != shape]
+        found[kernel][kind] = [*entries, {"shape": list(shape), "config": best[0], "ms": round(best[1], 4)}]
+        say(f"{kernel} {kind} {shape}: {best[1]:.3f} ms, {best[0]}")
+    about = {
+        "made_for": name,
+        "tuned": True,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "kernels": kernel_hash(),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{configs.file_stem(name)}.json"
+    kernels = {kernel: found[kernel] for kernel in configs.KERNELS}
+    path.write_text(json.dumps({**about, **kernels}, indent=1) + "\n")
+    configs.for_device.cache_clear()
+    return path
+
+
+def kernel_hash() -> str:
+    """Identifies the kernels that were timed."""
+    digest = hashlib.sha256()
+    for source in SOURCES:
+        digest.update(Path(__file__).with_name(f"{source}.py").read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _work() -> Iterator[tuple[str, str, tuple[int, int, int]]]:
+    for kind in ("half", "mixed", "float32"):
+        for shape in SHAPES:
+            for kernel in configs.KERNELS:
+                yield kernel, kind, shape
+
+
+def _best(
+    kernel: str, kind: str, shape: tuple[int, int, int], device: torch.device, deadline: float
+) -> tuple[Config, float] | None:
+    run = _scratch(kernel, kind, shape, device)
+    best: tuple[Config, float] | None = None
+    for config in CANDIDATES[kernel]:
+        if time.monotonic() > deadline:
+            break
+        configs.FORCED[kernel] = config
+        try:
+            milliseconds = float(do_bench(run, warmup=5, rep=30))
+        except triton.runtime.errors.OutOfResources:
+            continue
+        finally:
+            configs.FORCED.clear()
+        if best is None or milliseconds < best[1]:
+            best = config, milliseconds
+    return best
+
+
+def _scratch(kernel: str, kind: str, shape: tuple[int, int, int], device: torch.device) -> Callable[[], object]:
+    """A launch on tensors of its own: the forward from rows, or Adam on a weight."""
+    rows, in_features, out_features = shape
+    compute = torch.float32 if kind == "float32" else torch.bfloat16
+    raw = compute if kind == "half" else torch.float32
+    x = torch.randn(rows, in_features, device=device).to(raw)
+    weight = torch.randn(out_features, in_features, device=device) / in_features**0.5
+    bias = torch.zeros(out_features, device=device)
+    layer = launch.Layer(weight, bias, "l2", 1e-4, "add", "relu", compute)
+    batch = launch.joint(x[: rows // 2], x[rows // 2 :], None)
+    y = torch.empty(rows, out_features, device=device, dtype=compute)
+    scale = torch.empty(rows, device=device)
+    if kernel == "forward":
+        operand = weight.to(raw)
+        return lambda: launch.forward(batch, layer._replace(weight=operand), y, None, scale)
+    partials = launch.forward(batch, layer, y, None, scale)
+    terms = launch.terms(batch, None, None, "mean", 2.0, 2.0, None, "logistic", True, "mean", 1.0, 4.0)
+    states = [[torch.zeros_like(p), torch.zeros_like(p), torch.zeros(())] for p in (weight, bias)]
+    # A rate of zero, and decoupled decay: the weight stays as it is however often the step is timed.
+    hyper = [0.0, 0.9, 0.999, 1e-8, 0.01, 1.0, 0.0]
+    parameters = launch.parameter_arguments("adam", weight, states[0], hyper, None, bias, states[1], hyper, None)
+    sumsq, loss = torch.empty(rows, device=device), torch.empty((), device=device)
+    activities = launch.Activities(y, scale, partials)
+    return lambda: launch.update(batch, layer, activities, terms, "adam", parameters, sumsq, loss)

@@ -1,0 +1,183 @@
+"""The update kernel: coefficients, tile product over the batch, and the optimizer's rule on the tile in registers."""
+
+import triton
+import triton.language as tl
+
+from .coefficient import row_terms
+from .common import gated, grouped, joint_rows, operand, power_of_two_below
+from .rules import apply_rule
+
+
+@triton.jit
+def update_kernel(
+    x_pos, x_neg, kept, row_scale,  # [n_pos, in], [rows - n_pos, in], [rows, out], [rows] or None
+    n_pos, rows, in_features, out_features,
+    x_pos_row, x_neg_row, x_col, kept_row, kept_col,
+    index, coefficient, count,  # the rows in doubt, from `coefficient_kernel`; or None: made on the fly from
+    partials, n_partials, is_positive, n_positive, sample_weight, threshold,
+    threshold_pos, threshold_neg, logit_scale, share_pos, share_neg,
+    sumsq, loss,  # written where coefficients are made on the fly: [rows], [splits]
+    weight, weight_row, weight_col, weight_state0, weight_state0_row, weight_state0_col,
+    weight_state1, weight_state1_row, weight_state1_col,
+    bias, bias_stride, bias_state0, bias_state0_stride, bias_state1, bias_state1_stride,
+    weight_lr, weight_lr_pointer, weight_step_pointer,
+    weight_h0, weight_h1, weight_h2, weight_h3, weight_h4, weight_h5, weight_h6, weight_h7, weight_h8,
+    bias_lr, bias_lr_pointer, bias_step_pointer,
+    bias_h0, bias_h1, bias_h2, bias_h3, bias_h4, bias_h5, bias_h6, bias_h7, bias_h8,
+    partial_weight, partial_bias,  # [splits, out, in], [splits, out] where the batch is split, else None
+    RULE: tl.constexpr, ACTIVATION: tl.constexpr,
+    GOODNESS: tl.constexpr, LOSS: tl.constexpr, THRESHOLD_PER_ROW: tl.constexpr, PARTIALS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SCALE_X: tl.constexpr,
+    COMPUTE: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """`dW = sum_i (c_i r_i y_i act'(z_i)) x_i^T` and `db = sum_i c_i y_i act'(z_i)`, straight into the rule.
+
+    Programs (tile, split): the first ones have a tile of the weight each, the others a block of the bias each, and the
+    first of those writes sums of squares and loss. The sum over rows has a fixed order.
+    """
+    program, split = tl.program_id(0), tl.program_id(1)
+    tiles_out, tiles_in = tl.cdiv(out_features, BLOCK_OUT), tl.cdiv(in_features, BLOCK_IN)
+    total = rows
+    if index is not None:
+        total = tl.load(count)
+    share = tl.cdiv(tl.cdiv(total, BLOCK_K), tl.num_programs(1)) * BLOCK_K
+    first = split * share
+    last = tl.minimum(first + share, total)
+    if program < tiles_out * tiles_in:
+        tile_out, tile_in = grouped(program, tiles_out, tiles_in, GROUP)
+        j = tile_out * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+        k = tile_in * BLOCK_IN + tl.arange(0, BLOCK_IN)
+        acc = tl.zeros([BLOCK_OUT, BLOCK_IN], tl.float32)
+        for start in range(first, last, BLOCK_K):
+            place = start + tl.arange(0, BLOCK_K)
+            here = place < last
+            if index is None:
+                i = place
+                _, c, _ = row_terms(
+                    i, here, partials, n_partials, is_positive, n_positive, sample_weight, threshold, n_pos, rows,
+                    out_features, threshold_pos, threshold_neg, logit_scale, share_pos, share_neg,
+                    GOODNESS, LOSS, THRESHOLD_PER_ROW, PARTIALS,
+                )  # fmt: skip
+            else:
+                i = tl.load(index + place, mask=here, other=0)
+                c = tl.load(coefficient + place, mask=here, other=0.0)
+            x_at = joint_rows(i, x_pos, x_neg, n_pos, x_pos_row, x_neg_row)[:, None] + k.to(tl.int64)[None, :] * x_col
+            x = tl.load(x_at, mask=here[:, None] & (k < in_features)[None, :], other=0.0)  # [BLOCK_K, BLOCK_IN]
+            dz = gated_rows(kept, i, here, j, out_features, kept_row, kept_col, ACTIVATION)  # [BLOCK_K, BLOCK_OUT]
+            if row_scale is not None:
+                r = tl.load(row_scale + i, mask=here, other=0.0)
+                if SCALE_X:
+                    x = x.to(tl.float32) * r[:, None]
+                else:
+                    c *= r
+            dz = times_coefficient(dz, c, COMPUTE)
+            if COMPUTE == tl.float16:  # noqa: SIM300
+                # Coefficients carry 1 / (rows width) and a loss's slope: float16 needs them brought near one.
+                power, inverse = power_of_two_below(tl.max(tl.max(tl.abs(dz), axis=1), axis=0))
+                left = operand(tl.trans(dz * inverse), COMPUTE, WIDEN)
+                acc += tl.dot(left, operand(x, COMPUTE, WIDEN), input_precision=PRECISION) * power
+            else:
+                left = operand(tl.trans(dz), COMPUTE, WIDEN)
+                acc = tl.dot(left, operand(x, COMPUTE, WIDEN), acc, input_precision=PRECISION)
+        finish_tile(
+            acc, tile_in * BLOCK_IN, j, in_features, out_features, split, partial_weight,
+            weight, weight_row, weight_col, weight_state0, weight_state0_row, weight_state0_col,
+            weight_state1, weight_state1_row, weight_state1_col, weight_lr, weight_lr_pointer, weight_step_pointer,
+            weight_h0, weight_h1, weight_h2, weight_h3, weight_h4, weight_h5, weight_h6, weight_h7, weight_h8,
+            RULE, BLOCK_OUT, BLOCK_IN, PARTS,
+        )  # fmt: skip
+    else:
+        block = program - tiles_out * tiles_in
+        j = block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+        bias_sum = tl.zeros([BLOCK_K, BLOCK_OUT], tl.float32)
+        loss_sum = tl.zeros([BLOCK_K], tl.float32)
+        for start in range(first, last, BLOCK_K):
+            place = start + tl.arange(0, BLOCK_K)
+            here = place < last
+            if index is None:
+                i = place
+                q, c, losses = row_terms(
+                    i, here, partials, n_partials, is_positive, n_positive, sample_weight, threshold, n_pos, rows,
+                    out_features, threshold_pos, threshold_neg, logit_scale, share_pos, share_neg,
+                    GOODNESS, LOSS, THRESHOLD_PER_ROW, PARTIALS,
+                )  # fmt: skip
+                loss_sum += losses
+                tl.store(sumsq + i, q, mask=here & (block == 0))
+            else:
+                i = tl.load(index + place, mask=here, other=0)
+                c = tl.load(coefficient + place, mask=here, other=0.0)
+            if HAS_BIAS:
+                dz = gated_rows(kept, i, here, j, out_features, kept_row, kept_col, ACTIVATION)
+                bias_sum += times_coefficient(dz, c, COMPUTE)
+        if index is None:
+            tl.store(loss + split, tl.sum(loss_sum, axis=0), mask=block == 0)
+        if HAS_BIAS:
+            gradient = tl.sum(bias_sum, axis=0)
+            here = j < out_features
+            if partial_bias is not None:
+                tl.store(partial_bias + tl.cast(split, tl.int64) * out_features + j, gradient, mask=here)
+            else:
+                at = j.to(tl.int64)
+                apply_rule(
+                    gradient, here, bias, at * bias_stride, bias_state0, at * bias_state0_stride,
+                    bias_state1, at * bias_state1_stride, bias_lr, bias_lr_pointer, bias_step_pointer,
+                    bias_h0, bias_h1, bias_h2, bias_h3, bias_h4, bias_h5, bias_h6, bias_h7, bias_h8, RULE,
+                )  # fmt: skip
+
+
+@triton.jit
+def gated_rows(kept, i, here, j, out_features, kept_row, kept_col, ACTIVATION: tl.constexpr):
+    """`[len(i), len(j)]` float32: `y act'(z)` of rows `i` and units `j`."""
+    at = kept + i.to(tl.int64)[:, None] * kept_row + j.to(tl.int64)[None, :] * kept_col
+    values = tl.load(at, mask=here[:, None] & (j < out_features)[None, :], other=0.0)
+    return gated(values.to(tl.float32), ACTIVATION)
+
+
+@triton.jit
+def times_coefficient(dz, c, COMPUTE: tl.constexpr):
+    """`dz` times one coefficient for each row."""
+    product = dz * c[:, None]
+    if COMPUTE == tl.float16:  # noqa: SIM300
+        # An activity beyond float16 is infinite; in a row at rest it must not make NaN.
+        product = tl.where(c[:, None] == 0, 0.0, product)
+    return product
+
+
+@triton.jit
+def finish_tile(
+    acc, first_column, j, in_features, out_features, split, partial_weight,
+    weight, weight_row, weight_col, state0, state0_row, state0_col, state1, state1_row, state1_col,
+    lr, lr_pointer, step_pointer, h0, h1, h2, h3, h4, h5, h6, h7, h8,
+    RULE: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Applies the rule to a tile whose columns start at `first_column`, or stores it as one split's part.
+
+    In PARTS slices of its columns, a power of two: the whole tile with its state would not fit in registers.
+    """
+    if PARTS > 1:
+        half: tl.constexpr = BLOCK_IN // 2
+        left, right = tl.split(tl.permute(tl.reshape(acc, [BLOCK_OUT, 2, half]), [0, 2, 1]))
+        finish_tile(
+            left, first_column, j, in_features, out_features, split, partial_weight,
+            weight, weight_row, weight_col, state0, state0_row, state0_col, state1, state1_row, state1_col,
+            lr, lr_pointer, step_pointer, h0, h1, h2, h3, h4, h5, h6, h7, h8, RULE, BLOCK_OUT, half, PARTS // 2,
+        )  # fmt: skip
+        finish_tile(
+            right, first_column + half, j, in_features, out_features, split, partial_weight,
+            weight, weight_row, weight_col, state0, state0_row, state0_col, state1, state1_row, state1_col,
+            lr, lr_pointer, step_pointer, h0, h1, h2, h3, h4, h5, h6, h7, h8, RULE, BLOCK_OUT, half, PARTS // 2,
+        )  # fmt: skip
+    else:
+        k = first_column + tl.arange(0, BLOCK_IN)
+        here = (j < out_features)[:, None] & (k < in_features)[None, :]
+        row, column = j.to(tl.int64)[:, None], k.to(tl.int64)[None, :]
+        if partial_weight is not None:
+            at = (tl.cast(split, tl.int64) * out_features + row) * in_features + column
+            tl.store(partial_weight + at, acc, mask=here)
+        else:
+            apply_rule(
+                acc, here, weight, row * weight_row + column * weight_col,
+                state0, row * state0_row + column * state0_col, state1, row * state1_row + column * state1_col,
+                lr, lr_pointer, step_pointer, h0, h1, h2, h3, h4, h5, h6, h7, h8, RULE,
+            )  # fmt: skip

@@ -1,0 +1,117 @@
+"""On a CUDA or ROCm device: the Triton backend against float64, in every dtype, up to large shapes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import ffkernels as ff
+from ffkernels import reference
+
+from .steps import OPTIMIZERS, Problem, error, problem, state_of
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA or ROCm device"),
+]
+
+DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SMALL = [(1, 1, 1, 1), (7, 0, 13, 5), (33, 65, 97, 129), (100, 100, 784, 1000), (64, 64, 1000, 3)]
+LARGE = [(256, 256, 2000, 2000), (8192, 8192, 784, 500), (8192, 8192, 8192, 8192)]
+
+
+def on_device(p: Problem, dtype: torch.dtype | None = None) -> Problem:
+    """A copy of the problem on the GPU, in another dtype if wanted."""
+    made = p.copy(dtype)
+    weight, bias = (None if t is None else torch.nn.Parameter(t.detach().cuda()) for t in (made.weight, made.bias))
+    optimizer = type(p.optimizer)([t for t in (weight, bias) if t is not None], lr=0.1)
+    optimizer.load_state_dict(made.optimizer.state_dict())
+    return Problem(weight, bias, optimizer, made.x_pos.cuda(), made.x_neg.cuda())
+
+
+def gradients(p: Problem, step, **options) -> dict[str, torch.Tensor]:
+    optimizer = torch.optim.Adagrad([p.weight, p.bias], lr=0.0)
+    result = step(p.x_pos, p.x_neg, p.weight, p.bias, optimizer, outputs="pre", **options)
+    return {"y": result.y, "goodness": result.goodness, "loss": result.loss, "dW": p.weight.grad, "db": p.bias.grad}
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SMALL + LARGE, ids=str)
+def test_within_twice_the_error_of_plain_torch(shape, dtype, activation):
+    if shape in LARGE and activation != "relu":
+        pytest.skip("large shapes with one activation")
+    made = problem(*shape, dtype=torch.float32)
+    made.weight.data /= shape[2] ** 0.5
+    compute = DTYPES[dtype]
+    options = {"objective": ff.Objective(threshold=0.5), "activation": activation}
+    exact = gradients(on_device(made, torch.float64), reference.linear_step_, **options)
+    with torch.autocast("cuda", dtype=compute, enabled=compute is not None):
+        torchs = gradients(on_device(made), reference.linear_step_, **options)
+    ours = gradients(on_device(made), ff.linear_step_, compute_dtype=compute, backend="triton", **options)
+    ulp = torch.finfo(compute or torch.float32).eps
+    for name, value in exact.items():
+        budget = 2 * error(torchs[name].cpu(), value.cpu()) + ulp
+        assert error(ours[name].cpu(), value.cpu()) <= budget, name
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("loss", ["logistic", "symba", "swish"])
+def test_optimizers_and_losses(optimizer, loss):
+    made = problem(60, 60, 50, 70, optimizer=optimizer, dtype=torch.float32)
+    objective = ff.Objective(loss=loss)
+    ours, exact = on_device(made), on_device(made, torch.float64)
+    for _ in range(3):
+        for p, step, options in ((ours, ff.linear_step_, {"backend": "triton"}), (exact, reference.linear_step_, {})):
+            step(p.x_pos, p.x_neg, p.weight, p.bias, p.optimizer, objective=objective, **options)
+    expected = state_of(exact)
+    for name, value in state_of(ours).items():
+        assert error(value.cpu(), expected[name].cpu(), 0.1) <= 1e-3, name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(100, 100, 784, 1000), (4096, 4096, 300, 200)], ids=str)
+def test_repeats_bit_by_bit(shape, dtype):
+    made = on_device(problem(*shape, optimizer="adam", dtype=torch.float32))
+    runs = []
+    for _ in range(3):
+        p = on_device(made)
+        result = ff.linear_step_(
+            p.x_pos, p.x_neg, p.weight, p.bias, p.optimizer, compute_dtype=DTYPES[dtype], backend="triton"
+        )
+        runs.append([result.y, result.sumsq, result.loss, *state_of(p).values()])
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+def test_rows_at_rest_change_nothing():
+    made = problem(300, 300, 64, 96, dtype=torch.float32)
+    threshold = torch.cat([torch.full((300,), -1e6), torch.full((300,), 60.0)])
+    objective = ff.Objective(goodness="sum", threshold=threshold.cuda())
+    wide = replace(objective, threshold=threshold.double().cuda())
+    ours, exact = on_device(made), on_device(made, torch.float64)
+    ff.linear_step_(
+        ours.x_pos, ours.x_neg, ours.weight, ours.bias, ours.optimizer, objective=objective, backend="triton"
+    )
+    reference.linear_step_(exact.x_pos, exact.x_neg, exact.weight, exact.bias, exact.optimizer, objective=wide)
+    assert error(ours.weight.cpu(), exact.weight.cpu()) <= 1e-3
+
+
+def test_a_graph_gives_the_same_numbers():
+    def made():
+        torch.manual_seed(0)
+        net = ff.FFNetwork([ff.FFLinear(40, 50), ff.FFLinear(50, 30)]).cuda()
+        return net, torch.optim.Adam(net.parameters(), lr=torch.tensor(0.01, device="cuda"), capturable=True)
+
+    (plain, plain_optimizer), (graphed, graphed_optimizer) = made(), made()
+    batches = [(torch.randn(20, 40, device="cuda"), torch.randn(20, 40, device="cuda")) for _ in range(6)]
+    step = ff.GraphedStep(graphed, graphed_optimizer, *batches[0])
+    for i, batch in enumerate(batches):
+        for optimizer in (plain_optimizer, graphed_optimizer):
+            optimizer.param_groups[0]["lr"].fill_(0.01 / (i + 1))
+        plain.step(*batch, plain_optimizer)
+        step(*batch)
+    for a, b in zip(plain.parameters(), graphed.parameters(), strict=True):
+        assert torch.equal(a, b)

@@ -1,0 +1,302 @@
+"""The Triton backend where no GPU is: what it says, chooses and launches; its kernels in the interpreter."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import ffkernels as ff
+from ffkernels import graphs, optim
+from ffkernels import validation as check
+from ffkernels.backends import select
+from ffkernels.backends.triton import configs, support
+from ffkernels.functional import DEFAULT_OBJECTIVE
+from ffkernels.objective import LOSSES
+
+from .steps import Problem, problem
+
+ROOT = Path(__file__).parent.parent
+GPU = torch.device("cuda", 0)
+ON_GPU = select.Request(GPU, torch.float32, torch.bfloat16, "relu", "logistic", "adam")
+
+
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """As if torch had found a GPU of capability 9.0."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    support._unsupported_capability.cache_clear()
+    yield
+    support._unsupported_capability.cache_clear()
+
+
+needs_triton = pytest.mark.skipif(not support._installed(), reason="Triton is not installed")
+
+
+@needs_triton
+def test_kernels_in_the_interpreter():
+    """Triton reads the variable when it is imported: a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", "tests/interpreted"],
+        env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert "passed" in done.stdout and "skipped" not in done.stdout
+
+
+@needs_triton
+def test_a_cpu_alone_fails_with_one_clear_sentence(monkeypatch):
+    p = problem(dtype=torch.float32)
+    before = p.weight.detach().clone()
+    monkeypatch.setenv("FFKERNELS_BACKEND", "triton")
+    with pytest.raises(ValueError) as caught:
+        ff.linear_step_(p.x_pos, p.x_neg, p.weight, p.bias, p.optimizer)
+    assert str(caught.value) == (
+        "FFKERNELS_BACKEND='triton' cannot run this call: "
+        "Triton needs a GPU, or TRITON_INTERPRET=1 to run in its interpreter"
+    )
+    assert torch.equal(p.weight, before) and not p.optimizer.state
+
+
+@needs_triton
+def test_it_comes_first_on_a_gpu(a_gpu):
+    assert next(iter(select.BACKENDS)) == "triton"
+    assert select.choose(ON_GPU, None) == "triton"
+    assert select.choose(ON_GPU._replace(device=torch.device("cpu")), None) == "eager"
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dtype": torch.float64}, "float64 runs on the eager backend"),
+        ({"device": torch.device("meta")}, "Triton kernels run on CUDA and ROCm devices, not on meta"),
+        ({"loss": "hinge"}, "loss 'hinge' has no Triton kernel"),
+        ({"rule": "lion"}, "update rule 'lion' has no Triton kernel"),
+        ({"activation": "tanh"}, "activation 'tanh' has no Triton kernel"),
+    ],
+    ids=str,
+)
+def test_what_it_leaves_to_others(change, reason, a_gpu):
+    assert support.unsupported(ON_GPU._replace(**change)) == reason
+    assert select.choose(ON_GPU._replace(**change), None) == "eager"
+
+
+@needs_triton
+def test_an_older_gpu_is_left_to_others(a_gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    wanted = "the kernels need compute capability 8.0 or newer, this device has 7.5"
+    assert support.unsupported(ON_GPU) == wanted
+
+
+@needs_triton
+def test_no_gpu_after_all():
+    """Fake tensors may be on a device that is not there."""
+    if not torch.cuda.is_available():
+        assert support.unsupported(ON_GPU) == "no CUDA or ROCm device is available"
+
+
+def test_it_knows_everything_that_the_package_has():
+    assert set(support.ACTIVATIONS) == set(check.ACTIVATIONS)
+    assert set(support.LOSSES) == set(LOSSES)
+    assert set(support.RULES) == set(optim.RULES)
+
+
+def test_without_triton_the_package_says_so_and_works():
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+import ffkernels as ff
+weight = torch.nn.Parameter(torch.randn(4, 3))
+ff.linear_step_(torch.rand(2, 3), torch.rand(2, 3), weight, None, torch.optim.SGD([weight]))
+print(ff.explain(weight))
+try:
+    ff.explain(weight, backend="triton")
+except ValueError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert "passed over: triton: Triton is not installed" in done.stdout, done.stderr
+    assert "backend='triton' cannot run this call: Triton is not installed" in done.stdout
+
+
+class Recorder:
+    """Stands for a kernel, and remembers its launches."""
+
+    def __init__(self) -> None:
+        self.launches = []
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: self.launches.append((grid, kwargs))
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    launch = pytest.importorskip("ffkernels.backends.triton.launch")
+    kernels = {name: Recorder() for name in ("forward_kernel", "coefficient_kernel", "update_kernel", "finish_kernel")}
+    for name, recorder in kernels.items():
+        monkeypatch.setattr(launch, name, recorder)
+    monkeypatch.setattr(configs, "for_device", lambda index: configs.find("sm_90"))
+    monkeypatch.setattr(launch, "processors", lambda device: 132)
+    return kernels
+
+
+def step_on_meta(p: Problem, compute_dtype=torch.bfloat16, objective=DEFAULT_OBJECTIVE, is_positive=None) -> None:
+    """A step of the backend on tensors without values: whatever would bring one to the host raises."""
+    rows, width = len(p.x_pos) + len(p.x_neg), len(p.weight)
+    update = optim.plan(p.optimizer, p.weight, p.bias)
+    written = [torch.empty(shape, device="meta") for shape in ((rows, width), (rows,), ())]
+    with torch.no_grad():
+        select.load("triton").linear_step_(
+            p.x_pos, p.x_neg, is_positive, None, None, p.weight, p.bias, "l2", 1e-4, "add", "relu", compute_dtype,
+            *objective.operands(), *update.operands(), written[0].to(compute_dtype), *written[1:],
+        )  # fmt: skip
+
+
+def meta_problem(n_pos, n_neg, in_features, out_features, optimizer=torch.optim.Adam, **settings) -> Problem:
+    weight, bias = (
+        torch.nn.Parameter(torch.empty(shape, device="meta"))
+        for shape in ((out_features, in_features), (out_features,))
+    )
+    x_pos, x_neg = (torch.empty(n, in_features, device="meta") for n in (n_pos, n_neg))
+    return Problem(weight, bias, optimizer([weight, bias], lr=0.1, **settings), x_pos, x_neg)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("shape", "launched"),
+    [
+        ((100, 100, 1000, 1000), [1, 0, 1, 0]),
+        ((4096, 4096, 2048, 2048), [1, 1, 1, 0]),
+        ((4096, 4096, 784, 500), [1, 0, 1, 1]),
+        ((4, 4, 8, 4000), [1, 1, 1, 0]),
+    ],
+    ids=str,
+)
+def test_launches(shape, launched, recorded):
+    """Two as a rule: a list of rows where it pays or column blocks are many, a second half where tiles are few."""
+    step_on_meta(meta_problem(*shape))
+    assert [len(kernel.launches) for kernel in recorded.values()] == launched
+    (grid, given), *_ = recorded["update_kernel"].launches
+    assert (given["index"] is not None) == bool(launched[1])
+    assert (grid[1] > 1) == (given["partial_weight"] is not None) == bool(launched[3])
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("optimizer", "settings"),
+    [
+        (torch.optim.SGD, {}),
+        (torch.optim.SGD, {"momentum": 0.9}),
+        (torch.optim.Adam, {}),
+        (torch.optim.AdamW, {"capturable": True}),
+        (torch.optim.RMSprop, {}),
+    ],
+)
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_step_never_waits_for_the_device(optimizer, settings, mixed, dtype, recorded):
+    p = meta_problem(6, 0 if mixed else 6, 5, 7, optimizer, **settings)
+    is_positive = torch.empty(6, dtype=torch.bool, device="meta") if mixed else None
+    step_on_meta(p, dtype, ff.Objective(reduction="sum_of_means"), is_positive)
+    (_, given), *_ = recorded["update_kernel"].launches
+    assert (given["weight_step_pointer"] is not None) == ("capturable" in settings)
+    assert (given["n_positive"] is not None) == mixed
+
+
+def test_the_nearest_configuration_in_log_space():
+    entries = [{"shape": [200, 1000, 1000], "config": "small"}, {"shape": [8192, 2048, 2048], "config": "large"}]
+    assert configs.nearest(entries, (256, 2000, 2000)) == "small"
+    assert configs.nearest(entries, (100_000, 784, 500)) == "large"
+    assert configs.nearest(entries, (0, 1, 1)) == "small"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "nearest"),
+    [
+        ("sm_75", "sm_80"), ("sm_86", "sm_80"), ("sm_89", "sm_80"), ("sm_90", "sm_90"), ("sm_103", "sm_100"),
+        ("sm_120", "sm_100"), ("gfx90a", "gfx942"), ("gfx950", "gfx942"),
+    ],
+)  # fmt: skip
+def test_the_nearest_architecture(architecture, nearest):
+    assert configs.nearest_architecture(architecture) == nearest
+
+
+def test_a_device_without_a_file_says_so_once(monkeypatch, caplog):
+    monkeypatch.setattr(configs, "device_names", lambda index: ("NVIDIA L40S", "sm_89"))
+    configs.for_device.cache_clear()
+    with caplog.at_level(logging.INFO, configs.__name__):
+        assert configs.for_device(0) == configs.find("sm_80")
+        assert configs.for_device(0) == configs.find("sm_80")
+    assert len(caplog.messages) == 1 and "no configurations for NVIDIA L40S (sm_89)" in caplog.messages[0]
+    configs.for_device.cache_clear()
+
+
+def test_a_file_of_ones_own(monkeypatch, tmp_path):
+    own = {"made_for": "NVIDIA H200"}
+    (tmp_path / "NVIDIA_H200.json").write_text(json.dumps(own))
+    monkeypatch.setattr(configs, "device_names", lambda index: ("NVIDIA H200", "sm_90"))
+    monkeypatch.setenv(configs.VARIABLE, str(tmp_path))
+    configs.for_device.cache_clear()
+    assert configs.for_device(0) == own
+    configs.for_device.cache_clear()
+
+
+@pytest.mark.parametrize("path", sorted(configs.FOLDER.glob("*.json")), ids=lambda path: path.stem)
+def test_configuration_files(path):
+    """Every kernel and kind of operands has its configurations, with the keys that the kernels take."""
+    found = json.loads(path.read_text())
+    for kernel in configs.KERNELS:
+        for kind in configs.KINDS:
+            assert found[kernel][kind]
+            for entry in found[kernel][kind]:
+                assert len(entry["shape"]) == 3
+                assert set(entry["config"]) == {*configs.INTERPRETED[kernel], "num_warps", "num_stages"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_tuning_without_a_gpu_fails_with_one_clear_sentence(capsys):
+    from ffkernels import cli
+
+    assert cli.main(["tune"]) == cli.USER_ERROR
+    assert capsys.readouterr().err == (
+        f"python -m ffkernels: tune needs a CUDA or ROCm device; torch {torch.__version__} finds none on this machine\n"
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_cuda_graph_without_a_gpu_fails_with_one_clear_sentence():
+    net = ff.FFNetwork([ff.FFLinear(3, 2)])
+    x = torch.rand(4, 3)
+    with pytest.raises(ValueError, match="x_pos is on cpu; accepted: a CUDA or ROCm device"):
+        ff.GraphedStep(net, torch.optim.SGD(net.parameters()), x, x)
+    with pytest.raises(TypeError, match="net is a Linear; accepted: an FFNetwork"):
+        ff.GraphedStep(torch.nn.Linear(3, 2), None, x, x)
+    with pytest.raises(TypeError, match="x_neg is a list"):
+        ff.GraphedStep(net, None, x, [1.0])
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options", "message"),
+    [
+        (torch.optim.RMSprop, {}, r"optimizers\[0\] cannot be replayed \(RMSprop runs through"),
+        (torch.optim.Adam, {}, r"optimizers\[0\] has capturable=False; accepted: capturable=True"),
+        (torch.optim.SGD, {"objective": ff.Objective(threshold=torch.tensor(1.0))}, "has a threshold on cpu"),
+        (torch.optim.SGD, {"objective": ff.Objective(loss="symba"), "is_positive": 1}, "with is_positive"),
+    ],
+)
+def test_what_a_cuda_graph_cannot_replay(optimizer, options, message, monkeypatch):
+    """On devices that are only named: nothing is launched before the arguments are checked."""
+    net = ff.FFNetwork([ff.FFLinear(3, 2)])
+    monkeypatch.setattr(graphs, "_has_graphs", lambda device: True)
+    with pytest.raises(ValueError, match=message):
+        ff.GraphedStep(net, optimizer(net.parameters()), torch.rand(4, 3), torch.rand(4, 3), **options)

@@ -1,0 +1,265 @@
+"""Compiles the kernels for devices that need not be there, and reads what the compilers made of them.
+
+`python -m tests.triton_aot` prints the table of all shipped configurations; with `--write` it becomes the one that
+`test_triton_compiled.py` holds later compilations against.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+import triton.backends.nvidia
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ffkernels.backends.triton import configs, launch
+from ffkernels.backends.triton.configs import Config
+
+TABLE = Path(__file__).with_name("triton_machine_code.json")
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+LANGUAGE = {"float32": tl.float32, "bfloat16": tl.bfloat16, "float16": tl.float16}
+
+ROW_POINTERS = {"x_pos", "x_neg"}
+COMPUTE_POINTERS = {"y", "kept"}
+INTEGER_POINTERS = {"index": "*i32", "count": "*i32", "is_positive": "*u8", "n_positive": "*i64"}
+FLOATS = re.compile(r"eps|threshold_(pos|neg)|logit_scale|share_(pos|neg)|(weight|bias)_(lr|h\d)")
+UNIT = re.compile(r"_(col|stride)$")
+INTEGERS = re.compile(r"n_pos|rows|in_features|out_features|width|splits|n_partials|.*_(row|col|stride)")
+
+
+class Report(NamedTuple):
+    """What a kernel needs on a device: bytes of shared memory, and from its machine code registers of a thread,
+    instructions, those of the matrix unit, and those that touch local memory within and outside of product loops."""
+
+    shared: int
+    registers: int
+    instructions: int
+    products: int
+    local_in_loop: int
+    local_elsewhere: int
+
+
+class Case(NamedTuple):
+    """A shipped configuration with a dtype and, for the update, whether it works through a list of rows."""
+
+    target: str
+    kernel: str
+    kind: str
+    size: str
+    compute: str
+    precision: str
+    listed: bool
+
+    def __str__(self) -> str:
+        form = {"forward": "", "update": " listed" if self.listed else " on the fly"}[self.kernel]
+        precision = f" {self.precision}" if self.compute == "float32" else ""
+        return f"{self.target} {self.kernel} {self.kind} {self.size} {self.compute}{precision}{form}"
+
+    @property
+    def config(self) -> Config:
+        entries = configs.find(self.target)[self.kernel][self.kind]
+        return entries[{"small": 0, "large": 1}[self.size]]["config"]
+
+    def compile(self) -> Any:
+        if self.kernel == "forward":
+            return forward(self.target, self.config, self.compute, self.kind, self.precision)
+        return update(self.target, self.config, self.compute, self.kind, self.precision, self.listed)
+
+
+def cases() -> Iterator[Case]:
+    """Every shipped configuration in every dtype and form."""
+    for target in TARGETS:
+        for kernel in configs.KERNELS:
+            for kind in configs.KINDS:
+                if kind != "float32":
+                    dtypes = [("bfloat16", "ieee"), ("float16", "ieee")]
+                elif target.startswith("gfx"):
+                    dtypes = [("float32", "ieee")]
+                else:
+                    dtypes = [("float32", "ieee"), ("float32", "tf32")]
+                for size in ("small", "large"):
+                    for compute, precision in dtypes:
+                        for listed in (False, True) if kernel == "update" else (False,):
+                            yield Case(target, kernel, kind, size, compute, precision, listed)
+
+
+def compiled(
+    kernel: Any,
+    target: str,
+    config: Config,
+    compute: str,
+    raw: str,
+    weight: str,
+    integers: str | int = "i32",
+    **constants: Any,
+) -> Any:
+    """A kernel for a target; rows and weight as `raw` and `weight` dtypes. Arguments that `constants` lacks, or has as
+    True, are given when it runs.
+
+    Sizes and strides are multiples of 16 and rows lie one after another, as in nearly every call; `integers` makes
+    them and the unit strides of another type, or the number 1, for which Triton compiles a kernel of its own.
+    """
+    constants = {name: value for name, value in constants.items() if value is not True or name.isupper()}
+    signature, constexprs, attributes = {}, {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        if name in constants or name in config:
+            signature[name] = "constexpr"
+            constexprs[name] = constants.get(name, config.get(name))
+        elif INTEGERS.fullmatch(name) and (integers == 1 or (integers == "i32" and UNIT.search(name))):
+            signature[name] = "constexpr"
+            constexprs[name] = 1
+        elif FLOATS.fullmatch(name):
+            signature[name] = "fp32"
+        else:
+            attributes[(position,)] = [["tt.divisibility", 16]]
+            if INTEGERS.fullmatch(name):
+                signature[name] = str(integers)
+            elif name in ROW_POINTERS:
+                signature[name] = f"*{TYPES[raw]}"
+            elif name in COMPUTE_POINTERS:
+                signature[name] = f"*{TYPES[compute]}"
+            elif name == "weight":
+                signature[name] = f"*{TYPES[weight]}"
+            else:
+                signature[name] = INTEGER_POINTERS.get(name, "*fp32")
+    options = {key: value for key, value in config.items() if key.startswith("num_")}
+    source = ASTSource(kernel, signature, constexprs, attributes)
+    return triton.compile(source, target=TARGETS[target], options=options)
+
+
+def forward(target: str, config: Config, compute: str, kind: str, precision: str = "ieee", **changes: Any) -> Any:
+    """The forward of a layer with l2 norm, relu and a bias, on rows whose sums of squares are not known."""
+    operands = compute if kind == "half" else "float32"
+    constants = {
+        "input_sumsq": None, "kept": None, "NORM": "l2", "EPS_MODE": "add", "ACTIVATION": "relu", "SCALE_FIRST": False,
+        "COMPUTE": LANGUAGE[compute], "PRECISION": precision, "WIDEN": False,
+    }  # fmt: skip
+    return compiled(launch.forward_kernel, target, config, compute, operands, operands, **{**constants, **changes})
+
+
+def update(
+    target: str, config: Config, compute: str, kind: str, precision: str = "ieee", listed: bool = True, **changes: Any
+) -> Any:
+    """The update with Adam and a bias, by the list of rows in doubt or with coefficients made on the fly."""
+    constants = {
+        "is_positive": None, "n_positive": None, "sample_weight": None, "threshold": None,
+        "weight_lr_pointer": None, "weight_step_pointer": None, "bias_lr_pointer": None, "bias_step_pointer": None,
+        "partial_weight": None, "partial_bias": None, "RULE": "adam", "ACTIVATION": "relu", "GOODNESS": "mean",
+        "LOSS": "logistic", "THRESHOLD_PER_ROW": False, "PARTIALS": 0 if listed else 8, "HAS_BIAS": True,
+        "SCALE_X": False, "COMPUTE": LANGUAGE[compute], "PRECISION": precision, "WIDEN": False,
+    }  # fmt: skip
+    if not listed:
+        constants |= {"index": None, "coefficient": None, "count": None}
+    raw = compute if kind == "half" else "float32"
+    return compiled(launch.update_kernel, target, config, compute, raw, "float32", **{**constants, **changes})
+
+
+def machine_code(kernel: Any) -> str:
+    """The machine code of a kernel compiled for an NVIDIA device."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(kernel.asm["cubin"])
+        return subprocess.run([_tool("nvdisasm"), "-c", str(path)], capture_output=True, text=True, check=True).stdout
+
+
+def report(kernel: Any, target: str) -> Report:
+    """Reads a kernel's machine code. On AMD devices, scratch memory is counted as a whole, under `local_elsewhere`."""
+    if target.startswith("gfx"):
+        text = kernel.asm["amdgcn"]
+        registers = int(_number(r"\.vgpr_count:\s+(\d+)", text)) + int(_number(r"\.agpr_count:\s+(\d+)", text))
+        lines = [line.strip() for line in text.splitlines()]
+        instructions = [line for line in lines if re.match(r"(v|s|ds|global|buffer|scratch|flat)_", line)]
+        products = sum(line.startswith("v_mfma") for line in instructions)
+        scratch = sum(line.startswith("scratch_") for line in instructions)
+        return Report(kernel.metadata.shared, registers, len(instructions), products, 0, scratch)
+    code = instructions_of(machine_code(kernel))
+    loops = product_loops(code)
+    local = [n for n, (_, text) in enumerate(code) if re.search(r"\b(LDL|STL)\b", text)]
+    in_loop = sum(any(first <= n <= last for first, last in loops) for n in local)
+    products = sum(bool(MATRIX_UNIT.search(text)) for _, text in code)
+    return Report(kernel.metadata.shared, registers_of(kernel), len(code), products, in_loop, len(local) - in_loop)
+
+
+MATRIX_UNIT = re.compile(r"\b(HGMMA|HMMA|UTCHMMA|UTCQMMA)\b")
+PRODUCT = re.compile(rf"{MATRIX_UNIT.pattern}|\bFFMA2?\b")
+
+
+def instructions_of(text: str) -> list[tuple[str | None, str]]:
+    """(label before it or None, instruction) for each instruction of a disassembly."""
+    found, label = [], None
+    for line in text.splitlines():
+        mark = re.match(r"\s*(\.L_x_\d+):", line)
+        if mark:
+            label = mark[1]
+        elif re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+\S", line):
+            found.append((label, line.split("*/", 1)[1]))
+            label = None
+    return found
+
+
+def product_loops(code: list[tuple[str | None, str]]) -> list[tuple[int, int]]:
+    """First and last instruction of each backward jump that encloses a matrix product."""
+    places = {label: n for n, (label, _) in enumerate(code) if label is not None}
+    loops = []
+    for n, (_, text) in enumerate(code):
+        jump = re.search(r"\bBRA\b.*?(\.L_x_\d+)", text)
+        first = places.get(jump[1], n) if jump else n
+        if first < n and any(PRODUCT.search(text) for _, text in code[first : n + 1]):
+            loops.append((first, n))
+    return loops
+
+
+def registers_of(kernel: Any) -> int:
+    """Registers of each thread."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(kernel.asm["cubin"])
+        usage = subprocess.run(
+            [_tool("cuobjdump"), "-res-usage", str(path)], capture_output=True, text=True, check=True
+        )
+    return int(_number(r"REG:(\d+)", usage.stdout))
+
+
+def main(arguments: list[str]) -> None:
+    table = {}
+    print(f"{'':<52}{'  '.join(Report._fields)}")
+    for case in cases():
+        found = report(case.compile(), case.target)
+        table[str(case)] = list(found)
+        values = (f"{value:>{len(name)}}" for name, value in found._asdict().items())
+        print(f"{case!s:<52}{'  '.join(values)}", flush=True)
+    if "--write" in arguments:
+        rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(values)}" for name, values in table.items())
+        heads = f'"triton": "{triton.__version__}",\n "columns": {json.dumps(Report._fields)}'
+        TABLE.write_text(f'{{\n {heads},\n "rows": {{\n{rows}\n }}\n}}\n')
+
+
+def _number(pattern: str, text: str) -> str:
+    found = re.search(pattern, text)
+    return found[1] if found else "0"
+
+
+def _tool(name: str) -> str:
+    return os.path.join(os.path.dirname(triton.backends.nvidia.__file__), "bin", name)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -2,44 +2,64 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-
-import ffkernels as ff
-from ffkernels.experiments.data import load
+from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
 from .peers import PEERS, Peer
 
 NUM_CLASSES = 10
-PIXELS = 784
-SYNTHETIC_IMAGES = 60_000
 Layers = list[tuple[Tensor, Tensor]]
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Tensor, ...]
+# The mean goodness of normalised rows has gradients of a millionth: SGD needs a large rate, and the eps of the others
+# keeps them from taking the sign of what is nothing but rounding.
+OPTIMIZERS: dict[str, Callable[[Iterable[Tensor]], Optimizer]] = {
+    "sgd": partial(SGD, lr=1000),
+    "momentum": partial(SGD, lr=1000, momentum=0.9),
+    "adam": partial(Adam, lr=0.003, eps=1e-5),
+    "adamw": partial(AdamW, lr=0.003, eps=1e-5),
+    "rmsprop": partial(RMSprop, lr=0.003, eps=1e-5),
+}
+# Which run by default; those of a tier run in the later ones too.
+TIERS = ("quick", "default", "all")
+
+# What grows along these names, and by how much.
+AXES = {
+    "width": {f"width-{n}": n for n in (512, 1024, 2048, 4096, 8192)},
+    "batch": {f"batch-{n}": n for n in (1, 16, 128, 1024, 8192, 65536)},
+    "depth": {f"depth-{n}": n for n in (1, 2, 4, 8, 16)},
+}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A network, its data and the peer whose training step it takes.
+    """A network, its data, and what is done: a training step as a peer takes it, or the prediction of labels.
 
-    `bfloat16` means bfloat16 operands in the products, float32 weights and data. All data come as float32.
+    `dtype` is that of weights and products; under "bfloat16" and "float16" only the products' operands are in it,
+    weights and data are float32.
     """
 
     name: str
     peer_name: str
     sizes: tuple[int, ...]
-    rows: int  # of each side
-    bfloat16: bool = False
-    package: str | None = None  # the peer as a package, a contender besides the autograd writing of its step
+    rows: int  # of each side; to predict, the rows to label
+    task: str = "train"  # or "predict": the best of 10 labels
+    dtype: str = "float32"
+    optimizer_name: str | None = None  # instead of the peer's
+    package: str | None = None  # the peer as a package, a contender besides the plain writing of its step
     one_optimizer: bool = False  # for all layers, as against one for each
-    label: str = "overlaid"  # on the first pixels, or "concatenated"
+    label: str = "overlaid"  # on the first pixels, "concatenated", or "none": the rows are noise
+    compiled: bool = False  # with torch.compile's contenders, which take half a minute to build
     proof_steps: int = 3  # after which the weights of all contenders must agree
-    warm_steps: int = 20  # taken by every contender before its steps are timed
-    block: int = 10  # steps timed in a row
-    lead: int = 1  # untimed steps before each block
-    rounds: int = 15  # blocks of each contender
+    warm_steps: int = 5  # taken by every contender before its steps are timed
+    seconds: float = 4.0  # of timing, all contenders together
+    tier: str = "default"
+    device: str = "cpu"
 
     @property
     def peer(self) -> Peer:
@@ -51,84 +71,144 @@ class Case:
         """(inputs, outputs) of every layer."""
         return list(zip(self.sizes[:-1], self.sizes[1:], strict=True))
 
+    @property
+    def low_precision(self) -> torch.dtype | None:
+        """The dtype of the products' operands where it is not the weights'."""
+        return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(self.dtype)
+
+    @property
+    def master_dtype(self) -> torch.dtype:
+        """The dtype of weights and data."""
+        return torch.float64 if self.dtype == "float64" else torch.float32
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """The dtype of the products' operands."""
+        return self.low_precision or self.master_dtype
+
+    def __str__(self) -> str:
+        """Network, rows and optimizer in a few words."""
+        rows = f"{self.rows:,}" if self.task == "predict" else f"2x{self.rows:,}"
+        doing = "10 labels" if self.task == "predict" else type(self.optimizer([torch.zeros(1)])).__name__
+        return f"{'-'.join(map(str, self.sizes))}, {rows} rows, {doing}"
+
+    def optimizer(self, parameters: Iterable[Tensor]) -> Optimizer:
+        """A new optimizer; on CUDA one that a graph can replay."""
+        make = self.peer.optimizer if self.optimizer_name is None else OPTIMIZERS[self.optimizer_name]
+        made = make(parameters)
+        for group in made.param_groups:
+            if self.device == "cuda" and "capturable" in group:
+                group["capturable"] = True
+        return made
+
     def initial(self, seed: int = 0) -> Layers:
-        """Weights and biases of every layer, float32, as the peer initialises them."""
+        """Weights and biases of every layer as the peer initialises them.
+
+        To predict, and on noise, weights that bring the goodness of normalised rows to the threshold, as training
+        does: of smaller ones a step changes so little, or so much, that rounding shows more than who computes what.
+        """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             layers = [nn.Linear(inputs, outputs) for inputs, outputs in self.shapes]
             for layer in layers:
-                if self.peer.init is not None:
+                if self.task == "predict" or self.label == "none":
+                    # z of a row of length 1 is normal with this deviation, and a ReLU keeps half of its square.
+                    nn.init.normal_(layer.weight, std=(2 * self.peer.objective["threshold"]) ** 0.5)
+                    nn.init.zeros_(layer.bias)
+                elif self.peer.init is not None:
                     self.peer.init(layer.weight)
                     nn.init.zeros_(layer.bias)
-        return [(layer.weight.detach(), layer.bias.detach()) for layer in layers]
+        pairs = ((layer.weight.detach(), layer.bias.detach()) for layer in layers)
+        return [(w.to(self.device, self.master_dtype), b.to(self.device, self.master_dtype)) for w, b in pairs]
 
-    def quick(self) -> Case:
-        """The same with fewer and shorter blocks."""
-        return replace(self, rounds=6 if self.block > 1 else 4, block=min(self.block, 5))
-
-
-def _both_dtypes(case: Case) -> list[Case]:
-    bfloat16 = replace(case, name=f"{case.name}-bfloat16", bfloat16=True)
-    return [replace(case, name=f"{case.name}-float32"), bfloat16]
-
-
-_ALL = [
-    *_both_dtypes(
-        Case("fflib", "fflib", (794, 2000, 2000), 128, package="fflib", label="concatenated", block=5)
-    ),
-    *_both_dtypes(Case("loewex", "loewex", (784, 1000, 1000, 1000), 100, one_optimizer=True, warm_steps=100)),
-    *_both_dtypes(
-        Case(
-            "mohammadpz", "mohammadpz", (784, 500), 50_000,
-            proof_steps=2, warm_steps=0, block=1, lead=0, rounds=7,
-        )
-    ),
-]  # fmt: skip
-CASES = {case.name: case for case in _ALL}
+    def states_per_parameter(self) -> int:
+        """How many tensors of the parameter's size its optimizer keeps, as one step shows."""
+        probe = nn.Parameter(torch.zeros(2, 2))
+        probe.grad = torch.ones(2, 2)
+        optimizer = replace(self, device="cpu").optimizer([probe])
+        optimizer.step()
+        return sum(isinstance(v, Tensor) and v.shape == probe.shape for v in optimizer.state[probe].values())
 
 
-class Data:
-    """Labelled images and the positive and negative batches made from them."""
-
-    def __init__(self) -> None:
-        try:
-            mnist = load("mnist")
-        except FileNotFoundError:
-            self.source = "synthetic: smooth random class shapes, 19% of the pixels lit"
-            self.images, self.labels = synthetic_images(SYNTHETIC_IMAGES)
-        else:
-            self.source = "MNIST"
-            self.images, self.labels = mnist.train_images.float() / 255, mnist.train_labels
-
-    def batch(self, case: Case, index: int) -> Batch:
-        """The `index`-th batch of an endless run over shuffled epochs: both sides, each `[case.rows, in]`.
-
-        Negative rows are the same images under a wrong label, drawn anew in each batch.
-        """
-        epoch, position = divmod(index, len(self.images) // case.rows)
-        order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(epoch))
-        rows = order[position * case.rows : (position + 1) * case.rows]
-        images, labels = self.images[rows], self.labels[rows]
-        wrong = ff.wrong_label(labels, NUM_CLASSES, torch.Generator().manual_seed(index))
-        return _labelled(images, labels, case.label), _labelled(images, wrong, case.label)
+def _in_dtypes(case: Case, **tiers: str) -> list[Case]:
+    return [replace(case, name=f"{case.name}-{dtype}", dtype=dtype, tier=tier) for dtype, tier in tiers.items()]
 
 
-def _labelled(images: Tensor, labels: Tensor, how: str) -> Tensor:
-    if how == "concatenated":
-        return torch.cat([images, F.one_hot(labels, NUM_CLASSES).to(images.dtype)], dim=1)
-    return ff.overlay_label(images, labels, NUM_CLASSES)
+def _networks() -> list[Case]:
+    """Networks of the size that MNIST asks for, as the peers train them."""
+    fflib = Case(
+        "fflib", "fflib", (794, 2000, 2000), 128,
+        package="fflib", label="concatenated", compiled=True, warm_steps=20, seconds=25,
+    )  # fmt: skip
+    loewex = Case(
+        "loewex", "loewex", (784, 1000, 1000, 1000), 100,
+        one_optimizer=True, compiled=True, warm_steps=100, seconds=20,
+    )  # fmt: skip
+    full_batch = Case(
+        "mohammadpz", "mohammadpz", (784, 500), 50_000, compiled=True, proof_steps=2, warm_steps=0, seconds=60
+    )
+    bioff = Case("bioff-float32", "bioff", (794, 256, 128), 500, package="bioff", label="concatenated", compiled=True)
+    others = {
+        "hinton": ((784, 1000, 1000, 1000), 100),
+        "ffpytorch": ((784, 500, 500), 5000),
+        "nebuly": ((784, 500, 500), 1000),
+        "keras-io": ((784, 500, 500), 30_000),
+        "dah33-symba": ((784, 500, 500), 1000),
+        "barbano": ((784, 2000, 2000), 128),
+        "recurrentff": ((784, 500, 500), 500),
+    }
+    return [
+        *_in_dtypes(fflib, float32="quick", bfloat16="default", float64="all", float16="all"),
+        *_in_dtypes(loewex, float32="quick", bfloat16="default", float64="all", float16="all"),
+        *_in_dtypes(full_batch, float32="default", bfloat16="default"),
+        bioff,
+        *(Case(f"{name}-float32", name, *shape, proof_steps=2, tier="all") for name, shape in others.items()),
+    ]
 
 
-def synthetic_images(count: int, lit: float = 0.19) -> tuple[Tensor, Tensor]:
-    """`[count, 784]` images in 0..1 with a share `lit` of pixels not zero (as in MNIST); labels `[count]`."""
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(NUM_CLASSES, (count,), generator=generator)
-    side = round(PIXELS**0.5)
+def _layers() -> list[Case]:
+    """Layers by themselves, on noise: over optimizers, and along width, batch and depth."""
+    base = Case("", "mohammadpz", (1024, 1024), 128, label="none", optimizer_name="adam", proof_steps=2, seconds=5)
+    tiny = replace(base, name="overhead", sizes=(8, 8), rows=1, compiled=True, tier="quick", seconds=3)
+    optimizers = [replace(base, name=f"optimizer-{name}", optimizer_name=name) for name in OPTIMIZERS]
+    widths = [
+        replace(base, name=name, sizes=(n, n), seconds=5 if n < 2048 else 12, tier=_tier(n, 4096))
+        for name, n in AXES["width"].items()
+    ]
+    batches = [
+        replace(base, name=name, rows=n, seconds=5 if n < 4096 else 12, tier=_tier(n, 8192))
+        for name, n in AXES["batch"].items()
+    ]
+    depths = [replace(base, name=name, sizes=(512,) * (n + 1), rows=512) for name, n in AXES["depth"].items()]
+    return [tiny, *optimizers, *widths, *batches, *depths]
 
-    def smooth(images: int) -> Tensor:
-        noise = torch.randn(images, 1, side, side, generator=generator)
-        return F.avg_pool2d(noise, 5, stride=1, padding=2).flatten(1)
 
-    field = 2 * smooth(NUM_CLASSES)[labels] + smooth(count)
-    dark = field.kthvalue(round((1 - lit) * PIXELS), dim=1, keepdim=True).values
-    return (4 * (field - dark)).clamp(0, 1), labels
+def _tier(size: int, largest: int) -> str:
+    return "default" if size <= largest else "all"
+
+
+def _predictions() -> list[Case]:
+    fflib = Case(
+        "predict-fflib", "fflib", (794, 2000, 2000), 128, task="predict", package="fflib", label="concatenated"
+    )
+    return [fflib, Case("predict-mohammadpz", "mohammadpz", (784, 500, 500), 1000, task="predict", tier="quick")]
+
+
+CASES = {case.name: case for case in (*_networks(), *_predictions(), *_layers())}
+
+
+def select_cases(patterns: Iterable[str] | None, tier: str, device: str = "cpu") -> list[Case]:
+    """The cases whose names match one of the shell patterns; without any, those of a tier.
+
+    Raises:
+        ValueError: for a pattern that no name matches.
+    """
+    if patterns is None:
+        chosen = [case for case in CASES.values() if TIERS.index(case.tier) <= TIERS.index(tier)]
+    else:
+        patterns = list(patterns)
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in CASES):
+                raise ValueError(f"no case is named {pattern!r}; there are: {', '.join(CASES)}")
+        chosen = [case for case in CASES.values() if any(fnmatchcase(case.name, p) for p in patterns)]
+    return [replace(case, device=device) for case in chosen]

@@ -1,29 +1,38 @@
-"""Who is timed, and the proof that each computes the same step."""
+"""Who is timed at a training step; `predictors.py` has those who predict."""
 
 from __future__ import annotations
 
-import time
+import io
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr, redirect_stdout
 from functools import partial
 from importlib import import_module, metadata
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ffkernels as ff
+from ffkernels.backends.select import BACKENDS
+from ffkernels.reference import ACTIVATIONS
 
-from .cases import Batch, Case, Layers
-from .peers import Softplus, stable_softplus
+from .cases import NUM_CLASSES, Batch, Case, Layers
+from .counts import fastest
+from .peers import Softplus
+
+OURS = "ffkernels"
+# Packages from PyPI that may be left out, and the modules that they are measured through.
+PACKAGES = {"fflib": "fflib.nn.ff_net", "bioff": "bioff.core"}
 
 
 class Contender(Protocol):
-    """Takes training steps on float32 batches `[rows, in]`; its weights can be read."""
+    """Takes training steps, `step(x_pos, x_neg)`, or predicts, `step(x) -> labels`; its parameters can be read."""
 
-    def step(self, x_pos: Tensor, x_neg: Tensor) -> None:
-        """One step of every layer."""
+    another: str  # what it computes instead of the case's step; "" for those who must prove that they do not
+
+    def step(self, *batch: Tensor) -> object:
+        """One step of every layer, or the labels of all rows."""
 
     def parameters(self) -> list[Tensor]:
         """Weight and bias of every layer in turn; nothing for one that learns nothing."""
@@ -33,40 +42,72 @@ Maker = Callable[[Case, Layers], Contender]
 
 
 class FFKernels:
-    """This package."""
+    """This package, on the backend it chooses or on a given one."""
 
-    def __init__(self, case: Case, initial: Layers) -> None:
-        self.net = ff.FFNetwork(
-            ff.FFLinear(
-                inputs,
-                outputs,
-                objective=case.peer.objective_for(outputs),
-                outputs=case.peer.outputs,
-                compute_dtype=torch.bfloat16 if case.bfloat16 else None,
-                **case.peer.layer,
-            )
-            for inputs, outputs in case.shapes
-        )
-        _copy(initial, self.parameters())
-        self.sample_weight = case.peer.weights_for(case.rows, case.rows, torch.float32)
+    another = ""
+
+    def __init__(self, case: Case, initial: Layers, backend: str | None = None) -> None:
+        self.net = our_network(case, initial, backend)
+        self.sample_weight = case.peer.weights_for(case.rows, case.rows, case.master_dtype)
+        if self.sample_weight is not None:
+            self.sample_weight = self.sample_weight.to(case.device)
         parameters = [self.net.parameters()] if case.one_optimizer else [layer.parameters() for layer in self.net]
-        optimizers = [case.peer.optimizer(p) for p in parameters]
-        self.optimizers = optimizers[0] if case.one_optimizer else optimizers
+        self.optimizers = [case.optimizer(p) for p in parameters]
+        self.handed_over = self.optimizers[0] if case.one_optimizer else self.optimizers
 
-    def step(self, x_pos: Tensor, x_neg: Tensor) -> None:
-        self.net.step(x_pos, x_neg, self.optimizers, sample_weight=self.sample_weight)
+    def step(self, *batch: Tensor) -> None:
+        x_pos, x_neg = batch
+        self.net.step(x_pos, x_neg, self.handed_over, sample_weight=self.sample_weight)
 
     def parameters(self) -> list[Tensor]:
         return list(self.net.parameters())
 
 
+def our_network(case: Case, initial: Layers, backend: str | None = None) -> ff.FFNetwork:
+    """This package's network for a case."""
+    net = ff.FFNetwork(
+        ff.FFLinear(
+            inputs,
+            outputs,
+            objective=case.peer.objective_for(outputs),
+            outputs=case.peer.outputs,
+            compute_dtype=case.low_precision,
+            backend=backend,
+            device=case.device,
+            dtype=case.master_dtype,
+            **case.peer.layer,
+        )
+        for inputs, outputs in case.shapes
+    )
+    copy_into(list(net.parameters()), initial)
+    return net
+
+
+def backends_of(case: Case) -> list[str]:
+    """This package's backends that can run a case, in its order of preference."""
+    layer = next(iter(our_network(case, case.initial())))
+    names = ("objective", "activation", "compute_dtype")
+    asked: dict[str, Any] = {name: getattr(layer, name) for name in names}
+
+    def runs(backend: str) -> bool:
+        try:
+            ff.explain(layer.weight, case.optimizer(layer.parameters()), backend=backend, **asked)
+        except ValueError:
+            return False
+        return True
+
+    return [backend for backend in BACKENDS if runs(backend)]
+
+
 class Autograd:
     """The peer's step in plain PyTorch, as `peers.py` writes it.
 
-    `autocast`: forward and loss under bfloat16 autocast. `compiled`: "losses" compiles forward, loss and
-    backward; "losses and optimizer" also the optimizer's step. With one optimizer for all layers there is one
-    backward over the sum of their losses, as loeweX does it. The last layer's activities are not handed on.
+    `autocast`: forward and loss under autocast. `compiled`: "losses" compiles forward, loss and backward; "losses and
+    optimizer" also the optimizer's step. With one optimizer for all layers there is one backward over the sum of
+    their losses, as loeweX does it. The last layer's activities are not handed on.
     """
+
+    another = ""
 
     def __init__(
         self,
@@ -74,20 +115,22 @@ class Autograd:
         initial: Layers,
         autocast: bool = False,
         compiled: str = "",
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
         softplus: Softplus | None = None,
     ) -> None:
-        self.case, self.peer, self.autocast, self.softplus = case, case.peer, autocast, softplus
-        self.layers = [tuple(nn.Parameter(p.to(dtype, copy=True)) for p in layer) for layer in initial]
+        self.case, self.peer, self.softplus = case, case.peer, softplus
+        self.precision = partial(precision, case, autocast)
+        self.layers = [tuple(nn.Parameter(p.to(dtype or p.dtype, copy=True)) for p in layer) for layer in initial]
         groups = [self.parameters()] if case.one_optimizer else self.layers
-        self.optimizers = [case.peer.optimizer(group) for group in groups]
+        self.optimizers = [case.optimizer(group) for group in groups]
         self.losses, self.forward, self.total = self.peer.losses, self.peer.forward, self._total_loss
         self.updates: list[Callable[[], object]] = [optimizer.step for optimizer in self.optimizers]
+        self.begin = step_beginner(case, bool(compiled))
         if compiled:
-            fixed_shapes = partial(torch.compile, dynamic=False)
-            self.losses, self.forward, self.total = map(fixed_shapes, (self.losses, self.forward, self.total))
+            build = compiler(case)
+            self.losses, self.forward, self.total = map(build, (self.losses, self.forward, self.total))
             if compiled == "losses and optimizer":
-                self.updates = [fixed_shapes(update) for update in self.updates]
+                self.updates = [build(update) for update in self.updates]
 
     def _total_loss(self, x_pos: Tensor, x_neg: Tensor) -> Tensor:
         total = x_pos.new_zeros(())
@@ -97,14 +140,16 @@ class Autograd:
             x_pos, x_neg = y_pos.detach(), y_neg.detach()
         return total
 
-    def step(self, x_pos: Tensor, x_neg: Tensor) -> None:
+    def step(self, *batch: Tensor) -> None:
+        x_pos, x_neg = batch
+        self.begin()
         if self.case.one_optimizer:
-            with self._precision():
+            with self.precision():
                 loss = self.total(x_pos, x_neg)
             self._update(0, loss)
             return
         for i, (weight, bias) in enumerate(self.layers):
-            with self._precision():
+            with self.precision():
                 loss, y_pos, y_neg = self.losses(x_pos, x_neg, weight, bias, self.softplus)
             self._update(i, loss)
             if i == len(self.layers) - 1:
@@ -112,16 +157,13 @@ class Autograd:
             if self.peer.outputs == "pre":
                 x_pos, x_neg = y_pos.detach(), y_neg.detach()
                 continue
-            with self._precision(), torch.no_grad():
+            with self.precision(), torch.no_grad():
                 x_pos, x_neg = (self.forward(x, weight=weight, bias=bias) for x in (x_pos, x_neg))
 
     def _update(self, index: int, loss: Tensor) -> None:
         self.optimizers[index].zero_grad()
         loss.backward()
         self.updates[index]()
-
-    def _precision(self) -> AbstractContextManager[object]:
-        return torch.autocast("cpu", torch.bfloat16) if self.autocast else nullcontext()
 
     def parameters(self) -> list[Tensor]:
         return [p for layer in self.layers for p in layer]
@@ -130,25 +172,94 @@ class Autograd:
 class FFLib:
     """fflib from PyPI, as it is: `FFNet.run_train_combined`. It also computes the last layer's activities."""
 
-    def __init__(self, case: Case, initial: Layers, autocast: bool = False) -> None:
-        layers, nets = import_module("fflib.nn.ff_linear"), import_module("fflib.nn.ff_net")
-        optimizer = case.peer.optimizer([torch.zeros(1)]).param_groups[0]
-        self.net = nets.FFNet(
-            [
-                layers.FFLinear(*shape, loss_threshold=case.peer.objective["threshold"], lr=optimizer["lr"])
-                for shape in case.shapes
-            ],
-            "cpu",
-        )
-        self.autocast = autocast
-        _copy(initial, self.parameters())
+    another = ""
 
-    def step(self, x_pos: Tensor, x_neg: Tensor) -> None:
-        with torch.autocast("cpu", torch.bfloat16) if self.autocast else nullcontext():
-            self.net.run_train_combined(x_pos, x_neg)
+    def __init__(self, case: Case, initial: Layers, autocast: bool = False) -> None:
+        self.net = fflib_network(case)
+        self.precision = partial(precision, case, autocast)
+        copy_into(self.parameters(), initial)
+
+    def step(self, *batch: Tensor) -> None:
+        with self.precision():
+            self.net.run_train_combined(*batch)
 
     def parameters(self) -> list[Tensor]:
         return [p for layer in self.net.layers for p in (layer.weight, layer.bias)]
+
+
+def fflib_network(case: Case) -> Any:
+    """fflib's own network for a case."""
+    layers, nets = import_module("fflib.nn.ff_linear"), import_module("fflib.nn.ff_net")
+    options = {
+        "loss_threshold": case.peer.objective["threshold"],
+        "lr": case.optimizer([torch.zeros(1)]).param_groups[0]["lr"],
+        "device": case.device,
+        "dtype": case.master_dtype,
+    }
+    return nets.FFNet([layers.FFLinear(*shape, **options) for shape in case.shapes], case.device)
+
+
+class BioFF:
+    """bioff from PyPI, as it is: `Net.train` with one step per layer, its messages and progress bar unseen."""
+
+    another = ""
+
+    def __init__(self, case: Case, initial: Layers, autocast: bool = False) -> None:
+        inputs, *hidden = case.sizes
+        core = import_module("bioff.core")
+        self.net = core.Net(inputs - NUM_CLASSES, hidden, num_classes=NUM_CLASSES, num_epochs=1)
+        self.precision = partial(precision, case, autocast)
+        self.rarity = case.peer.weights_for(case.rows, 0, case.master_dtype)
+        copy_into(self.parameters(), initial)
+
+    def step(self, *batch: Tensor) -> None:
+        with self.precision(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            self.net.train(*batch, self.rarity)
+
+    def parameters(self) -> list[Tensor]:
+        return [p for layer in self.net.layers for p in (layer.weight, layer.bias)]
+
+
+class Backprop:
+    """Backpropagation through the same layers and a linear head, on the positive rows, with the same optimizer.
+
+    No row is normalised. Weights keep the size of the activities (He et al. 2015), so that gradients of deep networks
+    do not become denormal numbers, which are slow.
+    """
+
+    another = "backpropagation: cross-entropy over a linear head, half as many rows"
+
+    def __init__(self, case: Case, initial: Layers, autocast: bool = False, compiled: bool = False) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.layers = [nn.Linear(i, o) for i, o in [*case.shapes, (case.sizes[-1], NUM_CLASSES)]]
+            for layer in self.layers:
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        for layer in self.layers:
+            layer.to(case.device, case.master_dtype)
+        self.activation = ACTIVATIONS[case.peer.layer["activation"]]
+        self.precision = partial(precision, case, autocast)
+        self.labels = torch.arange(case.rows, device=case.device) % NUM_CLASSES
+        self.optimizers = [case.optimizer(self.parameters())]
+        self.loss = compiler(case)(self._loss) if compiled else self._loss
+        self.begin = step_beginner(case, compiled)
+
+    def _loss(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            x = self.activation(layer(x))
+        return F.cross_entropy(self.layers[-1](x), self.labels)
+
+    def step(self, *batch: Tensor) -> object:
+        self.begin()
+        with self.precision():
+            loss = self.loss(batch[0])
+        self.optimizers[0].zero_grad()
+        loss.backward()
+        self.optimizers[0].step()
+        return None
+
+    def parameters(self) -> list[Tensor]:
+        return [p for layer in self.layers for p in (layer.weight, layer.bias)]
 
 
 class Floor:
@@ -161,29 +272,33 @@ class Floor:
     place. Nothing is normalised, activated or learnt, and no row is left out.
     """
 
+    another = "products and state only"
+
     def __init__(self, case: Case, initial: Layers) -> None:
-        rows, dtype = 2 * case.rows, torch.bfloat16 if case.bfloat16 else torch.float32
-        copies = 1 + _states_per_parameter(case)
+        rows, device = 2 * case.rows, case.device
+        copies = 1 + case.states_per_parameter()
         self.work: list[Callable[[], object]] = []
         for i, (inputs, outputs) in enumerate(case.shapes):
-            x, y = torch.rand(rows, inputs).to(dtype), torch.rand(rows, outputs).to(dtype)
-            weight = initial[i][0].to(dtype)
+            x, y = (torch.rand(rows, n, device=device).to(case.product_dtype) for n in (inputs, outputs))
+            weight = initial[i][0].to(case.product_dtype)
             y_t, gradient = y.t().contiguous(), torch.empty_like(weight)
             gradient_t = gradient.t().contiguous()
-            forward = _fastest(
+            forward = fastest(
+                device,
                 partial(torch.mm, x, weight.t(), out=y.clone()),
                 partial(torch.mm, weight, x.t(), out=y_t.clone()),
             )
-            update = _fastest(
+            update = fastest(
+                device,
                 partial(torch.mm, y.t(), x, out=gradient),
                 partial(torch.mm, y_t, x, out=gradient),
                 partial(torch.mm, x.t(), y, out=gradient_t),
             )
-            state = torch.rand(copies * (weight.numel() + outputs))
+            state = torch.rand(copies * (weight.numel() + outputs), device=device, dtype=case.master_dtype)
             again = case.peer.outputs == "post" and i < len(case.shapes) - 1
             self.work += [forward, update, state.neg_, *([forward] if again else [])]
 
-    def step(self, x_pos: Tensor, x_neg: Tensor) -> None:
+    def step(self, *batch: Tensor) -> None:
         for work in self.work:
             work()
 
@@ -191,104 +306,100 @@ class Floor:
         return []
 
 
-def _states_per_parameter(case: Case) -> int:
-    """How many tensors of the parameter's size its optimizer keeps, as one step shows."""
-    probe = nn.Parameter(torch.zeros(2, 2))
-    probe.grad = torch.ones(2, 2)
-    optimizer = case.peer.optimizer([probe])
-    optimizer.step()
-    return sum(isinstance(v, Tensor) and v.shape == probe.shape for v in optimizer.state[probe].values())
+class Graphed:
+    """A contender's training step as a CUDA graph, captured at the first step; batches are copied to where it reads.
+
+    The steps that warm it up are undone: weights go back, and optimizer state to the zeros that it started from.
+    """
+
+    def __init__(self, case: Case, initial: Layers, make: Maker) -> None:
+        self.inner: Any = make(case, initial)
+        self.another = self.inner.another
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.inputs: Batch = ()
+
+    def step(self, *batch: Tensor) -> None:
+        if self.graph is None:
+            self.inputs = tuple(x.clone() for x in batch)
+            self.graph = self._captured()
+        for mine, x in zip(self.inputs, batch, strict=True):
+            mine.copy_(x)
+        self.graph.replay()
+
+    def _captured(self) -> torch.cuda.CUDAGraph:
+        before = [p.detach().clone() for p in self.inner.parameters()]
+        aside, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(3):
+                self.inner.step(*self.inputs)
+        torch.cuda.current_stream().wait_stream(aside)
+        with torch.cuda.graph(graph):
+            self.inner.step(*self.inputs)
+        with torch.no_grad():
+            for p, value in zip(self.inner.parameters(), before, strict=True):
+                p.copy_(value)
+            for optimizer in self.inner.optimizers:
+                for state in optimizer.state.values():
+                    for value in filter(torch.is_tensor, state.values()):
+                        value.zero_()
+        return graph
+
+    def parameters(self) -> list[Tensor]:
+        return self.inner.parameters()
 
 
-def _fastest(*candidates: Callable[[], object], repeats: int = 5) -> Callable[[], object]:
-    def seconds(candidate: Callable[[], object]) -> float:
-        candidate()
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            candidate()
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    return min(candidates, key=seconds)
+def precision(case: Case, autocast: bool) -> AbstractContextManager[object]:
+    """Autocast to the dtype of a case's products, or nothing."""
+    return torch.autocast(case.device, case.low_precision) if autocast else nullcontext()
 
 
-def _copy(initial: Layers, parameters: list[Tensor]) -> None:
+def compiler(case: Case) -> Callable[[Any], Any]:
+    """`torch.compile` as one would use it on that device for batches that are always of one size."""
+    return partial(torch.compile, dynamic=False, mode="max-autotune" if case.device == "cuda" else None)
+
+
+def step_beginner(case: Case, compiled: bool) -> Callable[[], object]:
+    """What a compiled contender calls as its step begins: on CUDA its graphs may then reuse the last step's memory."""
+    return torch.compiler.cudagraph_mark_step_begin if compiled and case.device == "cuda" else lambda: None
+
+
+def copy_into(parameters: list[Tensor], initial: Layers) -> None:
+    """Copies weights and biases of every layer into a contender's own."""
     with torch.no_grad():
         for parameter, value in zip(parameters, [p for layer in initial for p in layer], strict=True):
             parameter.copy_(value)
 
 
-def contenders_of(case: Case) -> dict[str, Maker]:
-    """Name and maker of everyone who runs a case; ours first, and the peer in float32 second."""
-    makers: dict[str, Maker] = {"ffkernels": FFKernels}
-    package = ""
-    if case.package is not None and _installed(case.package):
-        package = f"{case.package} {metadata.version(case.package)}"
-        makers[package] = FFLib
-    makers["autograd"] = Autograd
-    if case.bfloat16:
-        if package:
-            makers[f"{package}, autocast"] = partial(FFLib, autocast=True)
-        makers["autograd, autocast"] = partial(Autograd, autocast=True)
-    makers["autograd, compiled"] = partial(Autograd, compiled="losses", autocast=case.bfloat16)
-    makers["autograd, compiled with optimizer"] = partial(
-        Autograd, compiled="losses and optimizer", autocast=case.bfloat16
-    )
-    return makers | {"floor": Floor}
-
-
-def _installed(package: str) -> bool:
+def installed(package: str) -> str | None:
+    """Name and version of a package that can be imported, else None."""
     try:
-        import_module(package)
-    except ModuleNotFoundError:
-        return False
-    return True
+        import_module(PACKAGES[package])
+    except ImportError:
+        return None
+    return f"{package} {metadata.version(package)}"
 
 
-@dataclass(frozen=True)
-class Proof:
-    """How far a contender's change of the weights is from the exact one, and how far it may be."""
-
-    error: float
-    budget: float
-    first_step_s: float  # seconds, with all compilation
-
-    @property
-    def holds(self) -> bool:
-        """Whether it computes the same step. An error that is NaN does not hold."""
-        return self.error <= self.budget
-
-
-class Exact:
-    """The peer's step in float64 over some batches: the change of weights that everyone must arrive at."""
-
-    def __init__(self, case: Case, initial: Layers, batches: list[Batch]) -> None:
-        self.start = [p for layer in initial for p in layer]
-        self.batches = batches
-        exact = Autograd(case, initial, dtype=torch.float64, softplus=stable_softplus)
-        for x_pos, x_neg in batches:
-            exact.step(x_pos.double(), x_neg.double())
-        self.change = [p.detach() - start for p, start in zip(exact.parameters(), self.start, strict=True)]
-        yardstick = Autograd(case, initial, autocast=case.bfloat16)
-        for batch in batches:
-            yardstick.step(*batch)
-        # Twice the error of plain autograd in the same precision, and something for a lucky autograd.
-        self.budget = 2 * self._error(yardstick) + 1e-6
-
-    def check(self, contender: Contender) -> Proof:
-        """Takes the same steps with a contender that has parameters, and compares them."""
-        start = time.perf_counter()
-        contender.step(*self.batches[0])
-        first_step = time.perf_counter() - start
-        for batch in self.batches[1:]:
-            contender.step(*batch)
-        return Proof(self._error(contender), self.budget, first_step)
-
-    def _error(self, contender: Contender) -> float:
-        """The largest `|change - exact change| / |exact change|` over weights and biases, Frobenius norms."""
-        errors = [
-            (p.detach().double() - start - change).norm() / change.norm()
-            for p, start, change in zip(contender.parameters(), self.start, self.change, strict=True)
-        ]
-        return torch.stack(errors).max().item()
+def trainers_of(case: Case, compiled: bool) -> dict[str, Maker]:
+    """Name and maker of everyone who takes a case's training step; ours first, and the plain peer after it."""
+    low = case.low_precision is not None
+    makers: dict[str, Maker] = {OURS: FFKernels}
+    makers |= {f"{OURS}, {backend}": partial(FFKernels, backend=backend) for backend in backends_of(case)[1:]}
+    package, maker = case.package and installed(case.package), BioFF if case.package == "bioff" else FFLib
+    if package:
+        makers[package] = maker
+    makers["autograd"] = Autograd
+    if low:
+        if package:
+            makers[f"{package}, autocast"] = partial(maker, autocast=True)
+        makers["autograd, autocast"] = partial(Autograd, autocast=True)
+    if compiled:
+        makers["autograd, compiled"] = partial(Autograd, compiled="losses", autocast=low)
+        makers["autograd, compiled with optimizer"] = partial(Autograd, compiled="losses and optimizer", autocast=low)
+    makers["backprop"] = partial(Backprop, autocast=low)
+    if compiled:
+        makers["backprop, compiled"] = partial(Backprop, autocast=low, compiled=True)
+    if case.device == "cuda":
+        plain = [name for name in makers if "compiled" not in name and not (package and name.startswith(package))]
+        makers |= {f"{name}, graph": partial(Graphed, make=makers[name]) for name in plain}
+    return makers | {"floor": Floor}

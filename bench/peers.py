@@ -123,7 +123,7 @@ def _hinton_loss(layer: Layer, x_pos: Tensor, x_neg: Tensor, softplus: Softplus)
 
 def _loewex_loss(layer: Layer, x_pos: Tensor, x_neg: Tensor, softplus: Softplus) -> Outcome:
     y = layer(torch.cat([x_pos, x_neg]))
-    target = torch.zeros(len(y), dtype=y.dtype)
+    target = torch.zeros(len(y), dtype=y.dtype, device=y.device)
     target[: len(x_pos)] = 1
     loss = F.binary_cross_entropy_with_logits(y.pow(2).sum(dim=-1) - y.shape[1], target)
     return loss, y[: len(x_pos)], y[len(x_pos) :]
@@ -141,7 +141,7 @@ def _joint_mean_loss(
 
 
 def _nebuly_loss(layer: Layer, x_pos: Tensor, x_neg: Tensor, softplus: Softplus) -> Outcome:
-    signs = torch.cat([torch.ones(len(x_pos)), -torch.ones(len(x_neg))])
+    signs = torch.cat([torch.ones(len(x_pos), device=x_pos.device), -torch.ones(len(x_neg), device=x_pos.device)])
     y = layer(torch.cat([x_pos, x_neg]))
     goodness = torch.square(y).mean(dim=1)
     loss_pos = softplus(2.0 - goodness[signs == 1]).mean()
@@ -155,7 +155,7 @@ def pair_weights(n_pos: int, n_neg: int) -> Tensor:
 
 
 def _bioff_loss(layer: Layer, x_pos: Tensor, x_neg: Tensor, softplus: Softplus) -> Outcome:
-    rarity = pair_weights(len(x_pos), 0).to(x_pos.dtype)
+    rarity = pair_weights(len(x_pos), 0).to(x_pos)
     y_pos, y_neg = layer(x_pos), layer(x_neg)
     l_pos = rarity * softplus(2.0 - y_pos.pow(2).mean(1))
     l_neg = rarity * softplus(y_neg.pow(2).mean(1) - 2.0)

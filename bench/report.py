@@ -1,26 +1,27 @@
-"""Runs cases and turns what comes out into rows of data and a table."""
+"""Results as data and as text: what the machine is, the file, the table in the terminal, the growth along an axis."""
 
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import platform
-import statistics
 import subprocess
-from collections.abc import Iterable
-from dataclasses import asdict
-from itertools import count
+from collections.abc import Iterable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .cases import Batch, Case, Data
-from .contenders import Contender, Exact, FFKernels, contenders_of
-from .timing import interleave, paired_ratio
+from .cases import AXES
+from .contenders import OURS
+from .run import Row
+from .timing import exponent
 
-OURS = "ffkernels"
-Row = dict[str, Any]
+RESULTS = Path(__file__).parent / "results"
+Result = dict[str, Any]
+COLUMNS = ("case", "contender", "time", "over ours", "of limit", "memory", "resident", "first step", "same step")
 
 
 def has_bfloat16_unit() -> bool:
@@ -29,63 +30,10 @@ def has_bfloat16_unit() -> bool:
     return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
 
 
-def run_case(case: Case, data: Data) -> list[Row]:
-    """Proves, warms and times every contender; one row of data for each, ours first.
-
-    Raises:
-        RuntimeError: where this package itself does not compute the peer's step.
-    """
-    index = count()
-
-    def batches(number: int) -> list[Batch]:
-        return [data.batch(case, next(index)) for _ in range(number)]
-
-    initial = case.initial()
-    exact = Exact(case, initial, batches(case.proof_steps))
-    contenders: dict[str, Contender] = {}
-    rows: dict[str, Row] = {}
-    for name, make in contenders_of(case).items():
-        row = rows[name] = {"case": case.name, "contender": name}
-        try:
-            contender = make(case, initial)
-            proof = exact.check(contender) if contender.parameters() else None
-        except Exception as error:  # one that cannot run here is a result too
-            row["failed"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-            continue
-        if proof is not None:
-            row |= {"same_step": proof.holds, **asdict(proof)}
-        contenders[name] = contender
-    if not rows[OURS].get("same_step"):
-        raise RuntimeError(f"{case.name}: {OURS} does not compute the peer's step, nothing is timed: {rows[OURS]}")
-
-    for _ in range(case.warm_steps):
-        batch = batches(1)[0]
-        for contender in contenders.values():
-            contender.step(*batch)
-    seconds = interleave(contenders, lambda: batches(case.lead + case.block), case.rounds, case.lead)
-    for name, times in seconds.items():
-        rows[name] |= {
-            "median_ms": statistics.median(times) * 1e3,
-            "block_ms": [t * 1e3 for t in times],
-            "over_ours": asdict(paired_ratio(times, seconds[OURS])),
-        }
-    rows[OURS]["steps_before_timing"] = case.proof_steps + case.warm_steps
-    rows[OURS]["rows_at_rest"] = rows_at_rest(case, contenders[OURS], batches(1)[0])
-    return list(rows.values())
-
-
-def rows_at_rest(case: Case, contender: Contender, batch: Batch) -> list[float]:
-    """Per layer, the share of rows whose loss has no slope left in float32: the update leaves them out."""
-    assert isinstance(contender, FFKernels)
-    sign = torch.tensor([-1.0, 1.0]).repeat_interleave(case.rows).unsqueeze(1)
-    threshold = torch.tensor([case.peer.objective_for(width).thresholds()[0] for width in case.sizes[1:]])
-    slope = torch.sigmoid(sign * (contender.net.goodness(torch.cat(batch)) - threshold))
-    return (slope == 0).float().mean(0).tolist()
-
-
-def machine() -> Row:
-    """What a time depends on: processor, threads, versions, commit, how busy the machine is; and the date."""
+def machine(device: str) -> Row:
+    """What a time depends on: device, processor, threads, versions, commit, how busy it is; and the date."""
     return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -94,11 +42,20 @@ def machine() -> Row:
         "load_before": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "allocator": {k: v for k, v in os.environ.items() if k.startswith("MALLOC_") or k == "LD_PRELOAD"},
         "torch": torch.__version__,
+        "cuda": torch.version.cuda if device == "cuda" else None,
+        "packages": {name: _version(name) for name in ("triton", "fflib", "bioff")},
         "python": platform.python_version(),
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain")),
+        "commit": git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(git("status", "--porcelain")),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _cpu_model() -> str:
@@ -111,7 +68,8 @@ def _cpu_model() -> str:
     return f"{fields['model name']} (family {fields.get('cpu family')}, model {fields.get('model')})"
 
 
-def _git(*arguments: str) -> str | None:
+def git(*arguments: str) -> str | None:
+    """What git says of this checkout; None where there is no git or it fails."""
     try:
         done = subprocess.run(
             ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
@@ -121,23 +79,101 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip()
 
 
+def save(result: Result, path: Path) -> None:
+    """Writes a result as JSON with one line for each row."""
+    head = json.dumps({key: value for key, value in result.items() if key != "rows"}, indent=1)
+    rows = ",\n".join(f"  {json.dumps(row)}" for row in result["rows"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}\n')
+
+
+def load_results(folder: Path = RESULTS) -> list[Result]:
+    """All results in a folder, the oldest first."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
 def table(rows: Iterable[Row]) -> str:
-    """The rows in Markdown."""
-    lines = ["| case | contender | ms per step | time over ours | same step |", "|---|---|---:|---:|---|"]
+    """The rows for a terminal, one block for each case."""
+    cells: list[Sequence[str]] = [COLUMNS]
+    before = None
     for row in rows:
-        start = f"| {row['case']} | {row['contender']} "
+        if row["case"] != before and before is not None:
+            cells.append(("",) * len(cells[0]))
+        case, before = row["case"] if row["case"] != before else "", row["case"]
         if "failed" in row:
-            lines.append(f"{start}| | | did not run: {row['failed'].replace('|', '/')} |")
+            cells.append((case, row["contender"], "", "", "", "", "", "", f"did not run: {row['failed']}"[:80]))
             continue
         ratio = row["over_ours"]
-        over = f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
-        over = "" if row["contender"] == OURS else over
-        lines.append(f"{start}| {row['median_ms']:.2f} | {over} | {_proof(row)} |")
-    return "\n".join(lines)
+        cells.append(
+            (
+                case,
+                row["contender"],
+                duration(row["median_ms"] / 1e3),
+                "" if row["contender"] == OURS else f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]",
+                f"{row['of_limit']:.2f}" if "of_limit" in row else "",
+                size(row["peak_bytes"]) if "peak_bytes" in row else "",
+                size(row["resident_bytes"]) if row.get("resident_bytes") is not None else "",
+                duration(row["first_step_s"]) if "first_step_s" in row else "",
+                _proof(row),
+            )
+        )
+    return aligned(cells, right=(2, 4, 5, 6, 7))
+
+
+def aligned(cells: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Lines of cells in columns, those in `right` flush right."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = (
+        "  ".join(
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in cells
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def duration(seconds: float) -> str:
+    """Three digits and a unit."""
+    unit, factor = next(((u, f) for u, f in (("s", 1), ("ms", 1e3)) if seconds * f >= 1), ("us", 1e6))
+    return f"{seconds * factor:.{3 if seconds * factor < 1000 else 4}g} {unit}"
+
+
+def size(number: float) -> str:
+    """Bytes, with a unit."""
+    for unit in ("B", "KB", "MB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} GB"
 
 
 def _proof(row: Row) -> str:
     if "same_step" not in row:
-        return "products and state only"
-    verdict = "yes" if row["same_step"] else "**no**"
-    return f"{verdict}: off by {row['error']:.1e}, allowed {row['budget']:.1e}"
+        return f"no: {row.get('another', 'products and state only')}"
+    return f"{'yes' if row['same_step'] else 'NO'}: off by {row['error']:.1e}, allowed {row['budget']:.1e}"
+
+
+def curves(rows: Iterable[Row], key: str) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """For each axis and contender, `(size, row[key])` along that axis, in order; rows that lack the key left out."""
+    found: dict[str, dict[str, list[tuple[int, float]]]] = {axis: {} for axis in AXES}
+    for row in rows:
+        for axis, cases in AXES.items():
+            if row["case"] in cases and key in row:
+                found[axis].setdefault(row["contender"], []).append((cases[row["case"]], row[key]))
+    return {axis: {name: sorted(points) for name, points in of.items()} for axis, of in found.items()}
+
+
+def growth(rows: Sequence[Row]) -> str:
+    """How time and memory grow along each axis: exponents through the larger half of the sizes; "" without curves."""
+    times, memory = curves(rows, "median_ms"), curves(rows, "peak_bytes")
+    cells: list[Sequence[str]] = [("axis", "contender", "sizes", "time grows as", "memory grows as")]
+    for axis, of in times.items():
+        for name, points in of.items():
+            slopes = []
+            for curve in (points, memory[axis].get(name, [])):
+                slope = exponent(*zip(*curve, strict=True)) if len(curve) > 2 else None
+                slopes.append("" if slope is None else f"{axis}^{slope:.2f}")
+            if any(slopes):
+                cells.append((axis, name, f"{points[0][0]}..{points[-1][0]}", *slopes))
+    return aligned(cells) if len(cells) > 1 else ""

@@ -1,0 +1,147 @@
+"""`python -m ffkernels bench`: this package against what people use today, and against this machine's limit."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ffkernels.experiments.progress import Progress
+
+from . import compare, picture, readme, report
+from .cases import Case, select_cases
+from .contenders import PACKAGES, installed
+from .data import Data
+from .run import NotExact, Row, contenders_of, run_case
+
+PROGRAM = "python -m ffkernels bench"
+NOT_EXACT, USER_ERROR = 1, 2
+QUICK, QUICK_WARM = 0.25, 5  # of the time that a case is given; steps before it is timed
+BUSY = 0.5  # load from which on times are not to be trusted
+NO_BFLOAT16 = (
+    "The bfloat16 and float16 cases are left out: this CPU has neither AMX nor AVX512-BF16, so they would say nothing "
+    "about one that has (--force runs them all the same)."
+)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command; 0, 1 where a case failed its exactness test, 2 for what the user can mend."""
+    options = parser().parse_args(arguments)
+    try:
+        if options.readme:
+            for path in readme.update():
+                print(f"Written: {path}")
+            return 0
+        cases = _cases(options)
+        if options.compare:
+            return _compare(options, cases)
+        return _measure(options, cases)
+    except (ValueError, compare.CannotCompare) as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return USER_ERROR
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__)
+    parser.add_argument("--case", nargs="+", metavar="NAME", help="only these; a name may be a pattern: 'width-*'")
+    tier = parser.add_mutually_exclusive_group()
+    tier.add_argument("--quick", action="store_true", help="a few cases, nothing compiled, wide intervals: a minute")
+    tier.add_argument("--all", action="store_true", help="every case, also the largest")
+    parser.add_argument("--list", action="store_true", help="name the cases and who runs them, and measure nothing")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda, else cpu")
+    parser.add_argument("--warm", type=int, metavar="N", help="steps before timing: trained nets leave out more rows")
+    parser.add_argument("--force", action="store_true", help="low-precision cases even without a unit for them")
+    parser.add_argument("--output", type=Path, default=report.RESULTS, metavar="DIR", help="for the results as JSON")
+    parser.add_argument("--compare", metavar="REF", help="measure this checkout against another commit")
+    parser.add_argument("--setup", metavar="COMMAND", help="with --compare: run in REF's tree first, to build it")
+    parser.add_argument("--readme", action="store_true", help="make README's table and picture from the results")
+    return parser
+
+
+def _cases(options: argparse.Namespace) -> list[Case]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.device not in ("auto", device) and options.device == "cuda":
+        raise ValueError("--device cuda: torch finds none on this machine")
+    device = device if options.device == "auto" else options.device
+    tier = "all" if options.all or device == "cuda" else "quick" if options.quick else "default"
+    cases = select_cases(options.case, tier, device)
+    if device == "cpu" and not (options.force or report.has_bfloat16_unit()):
+        kept = [case for case in cases if case.low_precision is None]
+        if len(kept) < len(cases):
+            _say(NO_BFLOAT16)
+        cases = kept
+    warm = options.warm if options.warm is not None else QUICK_WARM if options.quick else None
+    if warm is not None:
+        cases = [replace(case, warm_steps=warm) for case in cases]
+    return cases
+
+
+def _measure(options: argparse.Namespace, cases: list[Case]) -> int:
+    chosen = {case.name: contenders_of(case, _compiled(case, options)) for case in cases}
+    for package in PACKAGES:
+        if any(case.package == package for case in cases) and installed(package) is None:
+            _say(f"{package} is left out: it is not installed with all that it needs (pip install {package}).")
+    if options.list:
+        for name, makers in chosen.items():
+            print(f"{name}: {'; '.join(makers)}")
+        return 0
+    if not cases:
+        return 0
+    data, about = Data(), report.machine(cases[0].device)
+    if about["load_before"] is not None and about["load_before"] > BUSY:
+        _say(f"This machine is busy (load {about['load_before']:.1f}): measure alone.")
+    rows: list[Row] = []
+    result = {"machine": about, "data": data.source, "quick": options.quick, "rows": rows}
+    path = options.output / f"{time.strftime('%Y%m%d-%H%M%S')}.json"
+    refused = []
+    with Progress(sum(map(len, chosen.values()))) as progress:
+        for case in cases:
+            seconds = case.seconds * (QUICK if options.quick else 1)
+            progress.line(f"{case.name} ...")
+            try:
+                rows += run_case(
+                    case, data, _compiled(case, options), seconds, lambda text: progress.step(lambda: text)
+                )
+            except NotExact as error:
+                refused.append(str(error))
+                continue
+            result["data"] = data.source
+            report.save(result, path)  # after each case, so that what is measured stays
+    if rows:
+        print(report.table(rows))
+        print("\n".join(["", report.growth(rows)]) if report.growth(rows) else "")
+        print(f"{about['device']}, {about['cpu']}, {about['threads']} threads, torch {about['torch']}, {data.source}.")
+        print(f"Written: {path}")
+        if picture.available():
+            drawn = path.with_suffix(".png")
+            picture.draw(result, drawn)
+            print(f"Written: {drawn}")
+        else:
+            _say(picture.MISSING)
+    for sentence in refused:
+        _say(f"{PROGRAM}: {sentence}")
+    return NOT_EXACT if refused else 0
+
+
+def _compare(options: argparse.Namespace, cases: list[Case]) -> int:
+    cells = [("case", "this checkout", options.compare, "here over there", "this checkout is")]
+    share = QUICK if options.quick else 1.0
+    for line in compare.compare(options.compare, cases, options.setup, share, _say):
+        here, there = (report.duration(value) for value in (line.here_s, line.there_s))
+        cells.append((line.case, here, there, str(line.ratio), line.ratio.verdict))
+    print(report.aligned(cells, right=(1, 2)))
+    return 0
+
+
+def _compiled(case: Case, options: argparse.Namespace) -> bool:
+    return not options.quick and (case.compiled or options.all)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,131 @@
+"""README's table and picture, made from the result files and never typed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import picture, report
+from .cases import AXES, CASES
+from .contenders import OURS
+from .report import Result
+from .run import Row
+from .timing import paired_ratio
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+PICTURE = "docs/benchmarks-{device}.png"
+BEGIN, END = "<!-- benchmarks: made by `python -m ffkernels bench --readme` -->", "<!-- /benchmarks -->"
+# Columns of the table: the kinds of contenders as `picture.kind_of` names them; of several the fastest that is exact.
+COLUMNS = {
+    "its own package": "the peer's package",
+    "plain PyTorch": "plain PyTorch",
+    "`torch.compile`": "torch.compile",
+    "backprop": "backpropagation",
+    "floor": "floor: products and state",
+}
+
+
+def update(readme: Path = README) -> list[Path]:
+    """Rewrites what stands between the two markers, and draws the pictures; what was written."""
+    results = by_device(report.load_results())
+    before, _, after = parts(readme.read_text())
+    readme.write_text(f"{before}{BEGIN}\n\n{text(results)}\n\n{END}{after}")
+    written = [readme]
+    for name, result in results.items():
+        written.append(readme.parent / PICTURE.format(device=name))
+        written[-1].parent.mkdir(exist_ok=True)
+        picture.draw(result, written[-1])
+    return written
+
+
+def parts(text: str) -> tuple[str, str, str]:
+    """README before, between and after the markers.
+
+    Raises:
+        ValueError: where a marker is missing.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"README.md does not have the two markers once each: {BEGIN} and {END}")
+    before, _, rest = text.partition(BEGIN)
+    between, _, after = rest.partition(END)
+    return before, between, after
+
+
+def by_device(results: Sequence[Result]) -> dict[str, Result]:
+    """One result per device: every case from the newest run that has it in full, else from the newest quick one."""
+    found: dict[str, Result] = {}
+    for quick in (True, False):
+        for result in (result for result in results if result["quick"] == quick):
+            about = result["machine"]
+            device = about.get("device", "cpu")
+            name = "cpu" if device == "cpu" else "-".join(device.lower().split())
+            rows: dict[str, list[Row]] = {}
+            for row in (found[name]["rows"] if name in found else []) + _marked(result):
+                rows.setdefault(row["case"], []).append(row)
+            for case, of_case in rows.items():
+                newest = of_case[-1]["run"]
+                rows[case] = [row for row in of_case if row["run"] == newest]
+            found[name] = {**result, "rows": [row for of_case in rows.values() for row in of_case]}
+    return found
+
+
+def _marked(result: Result) -> list[Row]:
+    return [{**row, "run": result["machine"]["date"], "quick": result["quick"]} for row in result["rows"]]
+
+
+def text(results: dict[str, Result]) -> str:
+    """The tables in Markdown, one for each device."""
+    return "\n\n".join(_section(name, result) for name, result in results.items())
+
+
+def _section(name: str, result: Result) -> str:
+    about, rows = result["machine"], [row for row in result["rows"] if "median_ms" in row]
+    device = about["cpu"] if about.get("device", "cpu") == "cpu" else about["device"]
+    on_curves = {case for cases in AXES.values() for case in cases}
+    cases = [case for case in dict.fromkeys(row["case"] for row in rows) if case not in on_curves]
+    table = {case: _cells([row for row in rows if row["case"] == case]) for case in cases}
+    filled = [column for column in next(iter(table.values()), {}) if any(cells[column] for cells in table.values())]
+    lines = [
+        f"{device}, {about['threads']} threads, torch {about['torch']}, {about['date'][:10]}. The time of a step of",
+        "this package, and how many times as long the others take: the median of ratios paired within one run, and",
+        "its interval.",
+        "",
+        f"| {' | '.join(filled)} |",
+        f"|{'---|' * len(filled)}",
+        *(f"| {' | '.join(cells[column] for column in filled)} |" for cells in table.values()),
+        "",
+        "The floor is the bare products of all rows and one pass over weights and optimizer state; above 1 there, this",
+        "package does fewer products than that.",
+    ]
+    if any(row["quick"] for row in rows):
+        lines.append("(q): from a `--quick` run, with wide intervals.")
+    return "\n".join([*lines, "", f"![Benchmarks]({PICTURE.format(device=name)})"])
+
+
+def _cells(rows: Sequence[Row]) -> dict[str, str]:
+    ours = next(row for row in rows if row["contender"] == OURS)
+    case = CASES.get(ours["case"])
+    cells = {
+        "case": f"{ours['case']}{'' if case is None else f': {case}'}{' (q)' if ours['quick'] else ''}",
+        "this package": report.duration(ours["median_ms"] / 1e3),
+    }
+    fastest = {column: _fastest(rows, kind) for column, kind in COLUMNS.items()}
+    for column, row in fastest.items():
+        cells[column] = "" if row is None else str(paired_ratio(row["block_ms"], ours["block_ms"]))
+    cells["share of the limit"] = f"{ours['of_limit']:.2f}" if "of_limit" in ours else ""
+    memory = [report.size(row["peak_bytes"]) for row in (ours, fastest["plain PyTorch"]) if row and "peak_bytes" in row]
+    cells["memory (plain PyTorch's)"] = f"{memory[0]} ({memory[1]})" if len(memory) > 1 else ""
+    return cells
+
+
+def _fastest(rows: Sequence[Row], kind: str) -> Row | None:
+    """Of the contenders of a kind the fastest that computes the same; of another algorithm the fastest."""
+    of_kind = [
+        row
+        for row in rows
+        if picture.kind_of(row["contender"])[0].startswith(kind)
+        and row.get("same_step", True)
+        and not row["contender"].endswith(", graph")
+    ]
+    return min(of_kind, key=lambda row: row["median_ms"], default=None)

@@ -1,0 +1,134 @@
+"""Runs one case: proof, warm-up, time, memory, and the machine's limit, as rows of data."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+
+from .cases import Batch, Case, Layers
+from .contenders import OURS, Contender, FFKernels, Maker, backends_of, trainers_of
+from .counts import limit_of
+from .data import Data
+from .memory import peak_bytes, resident_rise
+from .predictors import predictors_of
+from .proof import Exact, ExactLabels, exact_of, first_step
+from .timing import Clock, CudaClock, HostClock, interleave, paired_ratio
+
+Row = dict[str, Any]
+
+
+class NotExact(RuntimeError):
+    """This package does not compute what a case asks for; its times are not worth having."""
+
+
+def contenders_of(case: Case, compiled: bool = True) -> dict[str, Maker]:
+    """Name and maker of everyone who runs a case; ours first. `compiled`: those of torch.compile too."""
+    return (predictors_of if case.task == "predict" else trainers_of)(case, compiled)
+
+
+def run_case(
+    case: Case, data: Data, compiled: bool, seconds: float, progress: Callable[[str], object] = lambda text: None
+) -> list[Row]:
+    """Proves, warms and times every contender; one row of data for each, ours first.
+
+    Args:
+        compiled: with torch.compile's contenders.
+        seconds: for the timing, of all contenders together.
+        progress: called with a few words after each contender's proof.
+
+    Raises:
+        NotExact: where this package, on whichever backend, does not compute what the case asks for.
+    """
+    torch.compiler.reset()  # what other cases have compiled counts towards a limit, beyond which nothing more is
+    initial = case.initial()
+    proof_batches = [data.batch(case, index) for index in range(case.proof_steps)]
+    exact = exact_of(case, initial, proof_batches)
+    contenders: dict[str, Contender] = {}
+    rows: dict[str, Row] = {}
+    for name, make in contenders_of(case, compiled).items():
+        rows[name] = {"case": case.name, "contender": name}
+        contender, proven = _proven(name, make, case, initial, exact, proof_batches[0])
+        rows[name] |= proven
+        if contender is not None:
+            contenders[name] = contender
+        progress(f"{case.name}: {name}")
+
+    pool = data.pool(case, case.proof_steps + case.warm_steps)
+    for index in range(case.warm_steps if case.task == "train" else 1):
+        batch = data.batch(case, case.proof_steps + index)
+        for contender in contenders.values():
+            contender.step(*batch)
+    limit = limit_of(case)
+    clock: Clock = CudaClock() if case.device == "cuda" else HostClock()
+    times = interleave({name: c.step for name, c in contenders.items()}, pool, seconds, clock)
+    for name, taken in times.items():
+        if not name.startswith("backprop"):  # whose products are others
+            rows[name]["of_limit"] = _rounded(limit.seconds / statistics.median(taken.seconds))
+        median = statistics.median(taken.seconds)
+        ratio = paired_ratio(taken.seconds, times[OURS].seconds)
+        rows[name] |= {
+            "median_ms": _rounded(median * 1e3),
+            "host_ms": _rounded(statistics.median(taken.host) * 1e3),
+            "block_ms": [_rounded(t * 1e3) for t in taken.seconds],
+            "over_ours": {key: _rounded(value, 6) for key, value in asdict(ratio).items()},
+        }
+        if not name.endswith(", graph"):  # whose memory is a pool of its own, reserved for good
+            rows[name] |= _memory(contenders[name], pool[0], case.device)
+    rows[OURS] |= {key: _rounded(value, 6) for key, value in asdict(limit).items()}
+    rows[OURS] |= {"backend": backends_of(case)[0], "steps_before_timing": case.proof_steps + case.warm_steps}
+    rows[OURS] |= rows_at_rest(case, contenders[OURS], pool[0])
+    return list(rows.values())
+
+
+def _proven(
+    name: str, make: Maker, case: Case, initial: Layers, exact: Exact | ExactLabels, batch: Batch
+) -> tuple[Contender | None, Row]:
+    """A contender and what it proved, as data; no contender where it cannot run here, which is a result too."""
+    try:
+        contender = make(case, initial)
+        if contender.another:
+            return contender, {"another": contender.another, "first_step_s": _rounded(first_step(contender, batch))}
+        proof = exact.check(contender)
+    except Exception as error:
+        if name.startswith(OURS):
+            raise
+        return None, {"failed": f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"}
+    if name.startswith(OURS) and not proof.holds:
+        raise NotExact(
+            f"{case.name}: {name} is not exact (off by {proof.error:.1e}, allowed {proof.budget:.1e}), "
+            "so this case is not timed"
+        )
+    return contender, {"same_step": proof.holds, **{key: _rounded(value) for key, value in asdict(proof).items()}}
+
+
+def _memory(contender: Contender, batch: Batch, device: str) -> Row:
+    def without_gradients() -> None:  # they are part of what a step needs
+        for p in contender.parameters():
+            p.grad = None
+
+    work = partial(contender.step, *batch)
+    without_gradients()
+    found: Row = {"peak_bytes": peak_bytes(work, device)}
+    without_gradients()
+    return found | ({"resident_bytes": resident_rise(work)} if device == "cpu" else {})
+
+
+def _rounded(value: float, digits: int = 4) -> float:
+    return float(f"{value:.{digits}g}")
+
+
+def rows_at_rest(case: Case, contender: Contender, batch: Batch) -> Row:
+    """Per layer, the share of rows whose loss has no slope left in float32: the update leaves them out."""
+    if not isinstance(contender, FFKernels) or contender.net.layers[0].objective.paired:  # type: ignore[union-attr]
+        return {}
+    sign = torch.tensor([-1.0, 1.0], device=case.device).repeat_interleave(case.rows).unsqueeze(1)
+    thresholds = [case.peer.objective_for(width).thresholds()[0] for width in case.sizes[1:]]
+    goodness = contender.net.goodness(torch.cat(batch)) - torch.tensor(thresholds, device=case.device)
+    if not case.peer.objective_for(1).maximize:
+        goodness = -goodness
+    return {"rows_at_rest": (torch.sigmoid(sign * goodness) == 0).float().mean(0).tolist()}

@@ -1,0 +1,426 @@
+"""The benchmark itself: contenders, counts, statistics, memory, refusal, comparison, README."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench import command, compare, counts, data, picture, readme, report, run, timing
+from bench.cases import AXES, CASES, NUM_CLASSES, TIERS, Batch, Case, select_cases
+from bench.contenders import OURS, Autograd, Backprop, FFKernels
+from bench.memory import peak_bytes, resident_rise
+from bench.predictors import OurPrediction, PlainPrediction
+from bench.proof import exact_of
+from bench.timing import HostClock, exponent, interleave, paired_ratio
+from bench.worker import Worker
+from ffkernels import cli
+from ffkernels.backends.select import BACKENDS
+
+
+def small(case: Case) -> tuple[Case, list[Batch]]:
+    """A case with little data and few units, and its batches."""
+    case = replace(case, sizes=(30, *(12 for _ in case.sizes[1:])), rows=10)
+    generator = torch.Generator().manual_seed(8)
+
+    def rows() -> Tensor:
+        x = torch.rand(10, 30, generator=generator).to(case.master_dtype)
+        return x * (torch.rand(10, 30, generator=generator) < 0.7) * (0.5 + torch.rand(10, 1, generator=generator))
+
+    sides = 1 if case.task == "predict" else 2
+    return case, [tuple(rows().to(case.master_dtype) for _ in range(sides)) for _ in range(case.proof_steps)]
+
+
+# Who runs a case and how depends on these, not on its sizes.
+DISTINCT = {(c.peer_name, c.task, c.dtype, c.optimizer_name, min(len(c.sizes), 4)): c for c in CASES.values()}
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in DISTINCT.values()])
+def test_contenders_compute_the_same(case: Case) -> None:
+    case, batches = small(case)
+    initial = case.initial()
+    exact = exact_of(case, initial, batches)
+    assert case.low_precision or exact.budget < 1e-3, "a proof that would let anything pass"
+    checked = []
+    for name, make in run.contenders_of(case, compiled=False).items():
+        contender = make(case, initial)
+        if contender.another:
+            contender.step(*batches[0])
+            continue
+        proof = exact.check(contender)
+        assert proof.holds, f"{name}: {proof}"
+        checked.append(name)
+    assert {OURS, "plain" if case.task == "predict" else "autograd"} <= set(checked)
+
+
+def test_a_contender_that_computes_something_else_is_caught() -> None:
+    case, batches = small(CASES["mohammadpz-float32"])
+    exact = exact_of(case, case.initial(), batches)
+    assert exact.check(Autograd(case, case.initial())).holds
+    assert not exact.check(Autograd(replace(case, peer_name="keras-io"), case.initial())).holds
+    assert not exact.check(Autograd(case, case.initial(seed=1))).holds
+
+
+def test_a_prediction_of_something_else_is_caught() -> None:
+    case, batches = small(CASES["predict-mohammadpz"])
+    exact = exact_of(case, case.initial(), batches)
+    assert exact.check(OurPrediction(case, case.initial())).holds
+    assert not exact.check(PlainPrediction(case, case.initial(seed=1))).holds
+
+    class Constant(PlainPrediction):
+        def step(self, *batch: Tensor) -> Tensor:
+            return torch.full((len(batch[0]),), NUM_CLASSES)
+
+    assert exact.check(Constant(case, case.initial())).error == math.inf
+
+
+# What a case costs, counted in another way.
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.task == "train"])
+def test_operations_of_a_step_are_those_of_its_products(name: str) -> None:
+    case, batches = small(CASES[name])
+    contender = Autograd(case, case.initial())
+    with FlopCounterMode(display=False) as counter:
+        contender.step(*batches[0])
+    assert counts.flops(case) == counter.get_total_flops()
+
+
+def test_operations_of_a_prediction_share_the_first_product() -> None:
+    case, batches = small(CASES["predict-mohammadpz"])
+    with FlopCounterMode(display=False) as counter:
+        PlainPrediction(case, case.initial()).step(*batches[0])
+    first, second = 2 * 10 * 30 * 12, 2 * 10 * 12 * 12
+    assert counter.get_total_flops() == NUM_CLASSES * (first + second)
+    assert counts.flops(case) == first + NUM_CLASSES * second
+
+
+@pytest.mark.parametrize("name", ["fflib-float32", "loewex-float64", "optimizer-sgd", "optimizer-rmsprop", "depth-4"])
+def test_bytes_of_a_step_are_those_of_its_tensors(name: str) -> None:
+    case, (batch, *_) = small(CASES[name])
+    contender = Autograd(case, case.initial())
+    contender.step(*batch)
+    kept = [p for p in contender.parameters()]
+    for optimizer in contender.optimizers:
+        kept += [v for state in optimizer.state.values() for v in state.values() if v is not None and v.dim()]
+    handed_on, x = 0, torch.cat(batch)
+    for weight, bias in contender.layers[:-1]:
+        x = case.peer.forward(x, weight=weight, bias=bias)
+        handed_on += x.nbytes
+    assert counts.least_bytes(case) == sum(x.nbytes for x in batch) + 2 * handed_on + 2 * sum(t.nbytes for t in kept)
+
+
+def test_the_limit_is_the_longer_of_computing_and_moving() -> None:
+    assert counts.Limit(flops_per_s=10, bytes_per_s=4, flops=50, bytes=8).seconds == 5
+    assert counts.Limit(flops_per_s=10, bytes_per_s=4, flops=50, bytes=80).seconds == 20
+
+
+def test_peak_memory_is_what_is_there_at_once() -> None:
+    def work() -> None:
+        a = torch.empty(1000, dtype=torch.float64)
+        b = torch.empty(500, dtype=torch.float64)
+        del a
+        c = torch.empty(700, dtype=torch.float64)
+        del b, c
+
+    assert peak_bytes(work, "cpu") == 8 * 1500
+    assert peak_bytes(lambda: None, "cpu") == 0
+
+
+@pytest.mark.skipif(resident_rise(lambda: None) is None, reason="the system does not tell")
+def test_resident_memory_sees_what_torch_does_not_allocate() -> None:
+    size = 64 << 20
+
+    def work() -> None:
+        bytearray(b"x") * size
+
+    assert peak_bytes(work, "cpu") == 0
+    assert 0.95 * size < (resident_rise(work) or 0) < 1.2 * size
+
+
+def test_memory_of_a_step_does_not_grow_with_depth_but_backprops_does() -> None:
+    def peaks(make: Callable[..., FFKernels | Backprop]) -> list[int]:
+        found = []
+        for depth in (4, 8):
+            case = replace(CASES["depth-4"], sizes=(64,) * (depth + 1), rows=200)
+            contender, batches = make(case, case.initial()), data.Data().batch(case, 0)
+            contender.step(*batches)
+            for p in contender.parameters():
+                p.grad = None
+            found.append(peak_bytes(lambda: contender.step(*batches), "cpu"))  # noqa: B023
+        return found
+
+    ours, backprop = peaks(FFKernels), peaks(Backprop)
+    # All that a further layer may leave is its result's goodness and sums of squares, one number a row.
+    assert ours[1] - ours[0] <= 4 * 4 * (2 * 200 * 4 + 200)
+    assert backprop[1] - backprop[0] >= 4 * 200 * 64 * 4
+
+
+# Statistics.
+
+
+def test_paired_ratio_is_the_median_of_ratios_with_an_interval_from_their_order() -> None:
+    ours = [1.0, 2.0, 4.0, 1.0, 2.0, 4.0, 1.0, 2.0, 4.0]
+    theirs = [ours[i] * ratio for i, ratio in enumerate((3, 1, 2, 9, 8, 5, 4, 7, 6))]
+    ratio = paired_ratio(theirs, ours)
+    assert (ratio.median, ratio.low, ratio.high) == (5, 2, 8)
+    # Of 9 fair coins, 0 or 1 (or 8 or 9) fall on one side with probability 20/512.
+    assert ratio.coverage == 1 - 20 / 512
+
+
+def test_exponent_is_that_of_the_larger_half() -> None:
+    sizes = [1, 2, 4, 8, 16, 32]
+    assert exponent(sizes, [5, 5, 5, *(3 * n**1.5 for n in (8, 16, 32))]) == pytest.approx(1.5)
+    assert exponent(sizes[:2], [1, 2]) is None
+    assert exponent(sizes, [0] * 6) is None
+
+
+class FakeTime:
+    """A clock that only moves when something says how long it took."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def now(self) -> float:
+        return self.seconds
+
+    def sleep(self, seconds: float) -> None:
+        self.seconds += seconds
+
+
+class FakeSide:
+    """Takes steps of a given length on a machine that drifts by a factor of two, with 3% noise of its own."""
+
+    def __init__(self, time: FakeTime, step_s: float, seed: int) -> None:
+        self.time, self.step_s, self.generator = time, step_s, torch.Generator().manual_seed(seed)
+
+    def block(self, lead: int, steps: int) -> float:
+        before = self.time.now()
+        for _ in range(steps):
+            noise = 1 + 0.03 * torch.randn((), generator=self.generator).item()
+            self.time.sleep(self.step_s * noise * (1.5 + 0.5 * math.sin(self.time.now())))
+        return (self.time.now() - before) / steps
+
+
+@pytest.mark.parametrize(("factor", "verdict"), [(1.1, "slower"), (0.9, "faster"), (1.0, "no difference seen")])
+def test_compare_sees_a_planted_difference_of_a_tenth(factor: float, verdict: str) -> None:
+    time = FakeTime()
+    here, there = FakeSide(time, 0.002 * factor, seed=1), FakeSide(time, 0.002, seed=2)
+    ratio = paired_ratio(*compare.paired_times(here, there, 5, time.now, lambda: None))
+    assert ratio.verdict == verdict
+    assert ratio.median == pytest.approx(factor, abs=0.03)
+
+
+def test_a_sleep_planted_in_a_contender_is_seen() -> None:
+    time = FakeTime()
+    case, batches = small(CASES["mohammadpz-float32"])
+    plain, slowed = (FFKernels(case, case.initial()) for _ in range(2))
+
+    def step(contender: FFKernels, seconds: float) -> Callable[..., object]:
+        def take(*batch: Tensor) -> None:
+            contender.step(*batch)
+            time.sleep(seconds)
+
+        return take
+
+    steps = {"plain": step(plain, 0.010), "slowed": step(slowed, 0.011)}
+    times = interleave(steps, batches, 2.0, HostClock(time.now))
+    ratio = paired_ratio(times["slowed"].seconds, times["plain"].seconds)
+    assert ratio.verdict == "slower"
+    assert ratio.median == pytest.approx(1.1)
+
+
+def test_contenders_take_turns_on_the_same_batches() -> None:
+    time, seen = FakeTime(), []
+
+    def taker(name: str) -> Callable[..., object]:
+        def take(x: Tensor) -> None:
+            seen.append((name, x.item()))
+            time.sleep(0.02)
+
+        return take
+
+    pool = [(torch.tensor(i),) for i in range(100)]
+    times = interleave({name: taker(name) for name in "abc"}, pool, 0.5, HostClock(time.now))
+    assert {len(t.seconds) for t in times.values()} == {timing.MIN_ROUNDS}
+    del seen[:3]  # the trial steps
+    per_round = [seen[i : i + 12] for i in range(0, len(seen), 12)]
+    for turn, taken in enumerate(per_round):
+        blocks = [taken[i : i + 4] for i in range(0, 12, 4)]  # one step untimed, three timed
+        assert [block[0][0] for block in blocks] == list("abcabc"[turn % 3 : turn % 3 + 3])
+        assert len({tuple(x for _, x in block) for block in blocks}) == 1
+    assert len({x for taken in per_round for _, x in taken}) == 4 * timing.MIN_ROUNDS
+
+
+def test_batches_do_not_fit_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = replace(CASES["width-512"], sizes=(16, 16), rows=8)  # 1 KB a batch
+    monkeypatch.setattr(data, "cache_bytes", lambda device: 5 * 1024)
+    pool = data.Data().pool(case, 3)
+    assert len(pool) == 10
+    assert len({x.data_ptr() for batch in pool for x in batch}) == 20
+
+
+# The command.
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """A command that measures the smallest case in no time."""
+    monkeypatch.setattr(timing, "MAX_ROUNDS", 2)
+    monkeypatch.setattr(timing, "MAX_BLOCK", 1)
+    monkeypatch.setattr(counts, "product_rate", lambda dtype, device: 1e9)
+    monkeypatch.setattr(counts, "copy_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(data, "MAX_POOL", 2)
+    return ["bench", "--case", "overhead", "--quick", "--device", "cpu", "--output", str(tmp_path / "results")]
+
+
+def test_a_run_leaves_data_a_table_and_a_picture(quick: list[str], tmp_path: Path, capsys) -> None:
+    assert cli.main(quick) == 0
+    (result,) = report.load_results(tmp_path / "results")
+    assert result["machine"]["torch"] == torch.__version__
+    assert {"commit", "date", "threads", "cpu"} <= result["machine"].keys()
+    ours = result["rows"][0]
+    assert (ours["contender"], ours["same_step"], ours["over_ours"]["median"]) == (OURS, True, 1)
+    assert ours["of_limit"] * ours["median_ms"] == pytest.approx(1e3 * ours["bytes"] / 1e9, rel=1e-3)
+    out = capsys.readouterr().out
+    for row in result["rows"]:
+        assert row["contender"] in out
+    if picture.available():
+        (drawn,) = (tmp_path / "results").glob("*.png")
+        assert description_of(drawn) == picture.fingerprint(result)
+
+
+def test_a_picture_of_curves_alone_and_of_a_single_point(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    about = {"cpu": "x", "threads": 1, "torch": "2", "commit": None}
+    row = {"contender": OURS, "median_ms": 1.0, "over_ours": {"median": 1.0, "low": 1.0, "high": 1.0}}
+    for cases in (["batch-1"], list(AXES["batch"])):
+        picture.draw({"machine": about, "rows": [row | {"case": case} for case in cases]}, tmp_path / "p.png")
+        assert (tmp_path / "p.png").stat().st_size > 1000
+        (tmp_path / "p.png").unlink()
+
+
+def test_a_case_that_is_not_exact_is_not_reported(quick: list[str], tmp_path: Path, monkeypatch, capsys) -> None:
+    honest = FFKernels.step
+
+    def off(self: FFKernels, *batch: Tensor) -> None:
+        honest(self, *batch)
+        self.net.layers[0].weight.data.mul_(1.01)
+
+    monkeypatch.setattr(FFKernels, "step", off)
+    assert cli.main(quick) == command.NOT_EXACT
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "overhead: ffkernels is not exact (off by " in err
+    assert not (tmp_path / "results").exists()
+
+
+def test_bad_input_is_one_sentence(quick: list[str], capsys, monkeypatch) -> None:
+    assert cli.main(["bench", "--case", "nothing-*"]) == 2
+    assert "no case is named 'nothing-*'; there are: fflib-float32, " in capsys.readouterr().err
+    assert cli.main([*quick, "--compare", "no-such-commit"]) == 2
+    assert "no-such-commit" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["bench", "--device", "cuda"]) == 2
+    assert "--device cuda" in capsys.readouterr().err
+
+
+def test_without_the_checkout_it_says_so(monkeypatch, tmp_path: Path, capsys) -> None:
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "ffkernels" / "cli.py"))
+    assert cli.main(["bench", "--quick"]) == 2
+    assert "checkout" in capsys.readouterr().err
+
+
+def test_tiers_grow_and_patterns_choose() -> None:
+    quick, default, every = (select_cases(None, tier) for tier in TIERS)
+    assert {c.name for c in quick} < {c.name for c in default} < {c.name for c in every} == set(CASES)
+    assert [c.name for c in select_cases(["depth-*"], "quick")] == list(AXES["depth"])
+    for axis, cases in AXES.items():
+        for name, n in cases.items():
+            case = CASES[name]
+            assert {"width": case.sizes[1], "batch": case.rows, "depth": len(case.shapes)}[axis] == n
+
+
+def test_a_worker_takes_steps_on_command(monkeypatch) -> None:
+    monkeypatch.setattr(data, "MAX_POOL", 2)
+    worker = Worker()
+    assert worker.answer({"prepare": "overhead", "device": "cpu", "warm_steps": 1}) in BACKENDS
+    assert isinstance(worker.answer({"block": [1, 2]}), float)
+
+
+def test_a_server_is_this_tree_in_a_process_of_its_own() -> None:
+    with compare.Server(compare.ROOT) as server:
+        with pytest.raises(compare.CannotCompare, match="KeyError"):
+            server.ask(prepare="no such case")
+        server.process.kill()
+        with pytest.raises(compare.CannotCompare, match="does not run on the tree"):
+            server.ask(block=[1, 1])
+
+
+# Text and README.
+
+
+def test_growth_tells_the_exponents() -> None:
+    rows = [
+        {"case": case, "contender": OURS, "median_ms": 2.0 * n**1.25, "peak_bytes": 7 * n**2}
+        for case, n in AXES["depth"].items()
+    ]
+    last = report.growth(rows).splitlines()[-1].split()
+    assert last == ["depth", OURS, "1..16", "depth^1.25", "depth^2.00"]
+    assert report.growth(rows[:1]) == ""
+
+
+def test_saved_results_are_the_same_when_loaded(tmp_path: Path) -> None:
+    result = {"machine": {"cpu": "x"}, "quick": True, "rows": [{"case": "a", "block_ms": [1.0]}, {"case": "b"}]}
+    report.save(result, tmp_path / "r.json")
+    assert report.load_results(tmp_path) == [result]
+    assert len([line for line in (tmp_path / "r.json").read_text().splitlines() if '"case"' in line]) == 2
+
+
+def test_readme_takes_each_case_from_its_newest_full_run() -> None:
+    def result(date: str, quick: bool, *cases: str) -> dict:
+        rows = [{"case": case, "contender": OURS, "median_ms": 1.0} for case in cases]
+        return {"machine": {"device": "cpu", "date": date}, "quick": quick, "rows": rows}
+
+    results = [result("1", False, "a"), result("2", False, "a", "b"), result("3", True, "a", "c")]
+    rows = readme.by_device(results)["cpu"]["rows"]
+    assert {row["case"]: row["run"] for row in rows} == {"a": "2", "b": "2", "c": "3"}
+    assert len(rows) == 3
+
+
+def test_readme_is_made_from_the_results() -> None:
+    results = readme.by_device(report.load_results())
+    assert readme.parts(readme.README.read_text())[1].strip() == readme.text(results), "run: bench --readme"
+    for name, result in results.items():
+        drawn = readme.ROOT / readme.PICTURE.format(device=name)
+        assert description_of(drawn) == picture.fingerprint(result), "run: bench --readme"
+
+
+def test_readme_without_markers_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "README.md"
+    path.write_text("no markers")
+    with pytest.raises(ValueError, match="markers"):
+        readme.update(path)
+    assert path.read_text() == "no markers"
+
+
+def description_of(path: Path) -> str:
+    """What a PNG file says of itself in its text chunk `Description`."""
+    content, at = path.read_bytes(), 8
+    while at < len(content):
+        (length,), kind = struct.unpack(">I", content[at : at + 4]), content[at + 4 : at + 8]
+        body = content[at + 8 : at + 8 + length]
+        assert zlib.crc32(kind + body) == struct.unpack(">I", content[at + 8 + length : at + 12 + length])[0]
+        if kind == b"tEXt" and body.startswith(b"Description\0"):
+            return body.partition(b"\0")[2].decode()
+        at += 12 + length
+    raise AssertionError(f"{path} has no description: {json.dumps(path.name)}")

@@ -1,0 +1,155 @@
+"""What the integrations share: whether a layer of another library can run here, and the warning where it cannot."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from importlib import metadata
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .. import validation as check
+
+_FUNCTIONS = {torch.relu: "relu", F.relu: "relu", F.gelu: "gelu", F.silu: "silu", F.leaky_relu: "leaky_relu"}
+_MODULES = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Identity: "identity"}
+
+
+def require_version(package: str, accepted: str) -> None:
+    """Raises ImportError unless this version of a package is installed."""
+    try:
+        found = metadata.version(package)
+    except metadata.PackageNotFoundError:
+        raise ImportError(f"{package} is not installed; accepted: {package}=={accepted}") from None
+    if found != accepted:
+        raise ImportError(f"{package} {found} is installed; accepted: {package}=={accepted}")
+
+
+def activation_name(activation: Any) -> str | None:
+    """The name under which `linear_step_` knows an activation module or function, or None."""
+    kind = type(activation)
+    if kind in _MODULES:
+        return _MODULES[kind]
+    if kind is nn.LeakyReLU:
+        return "leaky_relu" if activation.negative_slope == 0.01 else None
+    if kind is nn.GELU:
+        return "gelu" if activation.approximate == "none" else None
+    try:
+        return _FUNCTIONS.get(activation)
+    except TypeError:
+        return None
+
+
+def reason_against(layer: nn.Linear, activation: Any, threshold: Any) -> str | None:
+    """Why a layer's forward cannot run here, in one clause, or None."""
+    weight, bias = layer.weight, layer.bias
+    if activation_name(activation) is None:
+        return f"activation {activation!r} is not one of {', '.join(check.ACTIVATIONS)}"
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not abs(threshold) < float("inf"):
+        return f"threshold {threshold!r} is not a finite number"
+    if weight.dtype not in check.MASTER_DTYPES:
+        return f"weight is {weight.dtype} (keep float32 ones; compute_dtype asks for narrower products)"
+    if bias is None or bias.dtype != weight.dtype:
+        return "bias is not of the weight's dtype"
+    return None
+
+
+def reason_against_step(layer: nn.Linear, optimizer: object) -> str | None:
+    """Why a layer whose forward can run here cannot take a step here, or None."""
+    if not isinstance(optimizer, Optimizer):
+        return f"its optimizer is a {type(optimizer).__name__}"
+    for name in ("weight", "bias"):
+        parameter = getattr(layer, name)
+        if not (parameter.is_leaf and parameter.requires_grad):
+            return f"{name} is frozen or computed from other parameters"
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            return f"{name} has gradient hooks"
+        if not any(p is parameter for group in optimizer.param_groups for p in group["params"]):
+            return f"its optimizer does not hold {name}"
+    return None
+
+
+def overridden(layer: nn.Module, ours: type, names: tuple[str, ...]) -> str | None:
+    """Which of these methods of `ours` a subclass or the object itself replaces, as a reason, or None."""
+    for name in names:
+        if name in vars(layer) or getattr(type(layer), name) is not getattr(ours, name):
+            return f"{type(layer).__name__}.{name} is overridden"
+    return None
+
+
+def watched(layer: nn.Module) -> bool:
+    """Whether calls of a module are seen by hooks, so that none may be left out."""
+    module = nn.modules.module
+    return bool(
+        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+        or module._global_forward_hooks or module._global_forward_pre_hooks
+        or module._global_backward_hooks or module._global_backward_pre_hooks
+    )  # fmt: skip
+
+
+def require_bias(layer: nn.Module, library: str, name: str = "layer") -> None:
+    """Raises ValueError for a layer without bias, which neither library can run: both use it unasked."""
+    if layer.bias is None:
+        raise ValueError(f"{name} has bias=False, with which {library} cannot run; accepted: bias=True")
+
+
+def replace_classes(
+    library: str,
+    layers: dict[str, Any],
+    theirs: type,
+    ours: type,
+    reason: Callable[[Any], str | None],
+    strict: bool,
+) -> None:
+    """Gives layers of class `theirs` the class `ours`, in place; names those that will not run here and why.
+
+    Args:
+        library: its name, for messages.
+        layers: layers of class `theirs` or a subclass, by the name that messages give them.
+        reason: says why a layer cannot run here, or None.
+        strict: raise instead of warning.
+
+    Raises:
+        ValueError: for a layer without bias; with `strict`, for one that cannot run here.
+    """
+    left = []
+    for name, layer in layers.items():
+        require_bias(layer, library, f"{name} of net")
+        if type(layer) in (theirs, ours):
+            why = reason(layer)
+        else:
+            why = f"it is a {type(layer).__name__}, a subclass of {library}'s {theirs.__name__}"
+        if why is not None:
+            left.append(f"{name}: {why}")
+    if left:
+        message = f"layers of a net of {library} that run on their original path: {'; '.join(left)}"
+        if strict:
+            raise ValueError(message)
+        warn_once(message)
+    for layer in layers.values():
+        if type(layer) is theirs:
+            layer.__class__ = ours
+
+
+def restore_classes(modules: Iterable[nn.Module], theirs_of: dict[type, type]) -> None:
+    """Gives modules back the class that they had, and removes the options that `accelerate` set on them."""
+    for module in modules:
+        if type(module) in theirs_of:
+            module.__class__ = theirs_of[type(module)]
+            for name in ("compute_dtype", "backend"):
+                vars(module).pop(name, None)
+
+
+@lru_cache(maxsize=1024)
+def warn_once(message: str) -> None:
+    """Says once in a process that something runs on its original path."""
+    warnings.warn(message, UserWarning, stacklevel=4)
+
+
+def in_dtype_of(weight: Tensor, y: Tensor) -> Tensor:
+    """Activities as the original layer hands them out: in the weight's dtype whatever the products ran in."""
+    return y.to(weight.dtype)

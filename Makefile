@@ -4,9 +4,10 @@ PYTHON ?= python3
 # One tested version: plain `torch` may fetch gigabytes of CUDA that a CPU machine has no use for.
 TORCH ?= torch==2.13.0
 VENV := .venv
+LIBRARY := ffkernels/backends/native/libffkernels_cpu.so
 PIP := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: mnist test lint bench clean
+.PHONY: mnist test lint sanitize bench gpu clean
 
 mnist: $(VENV)/train
 	$(VENV)/bin/python -m ffkernels train --preset quick --data mnist --resume
@@ -17,13 +18,29 @@ test: $(VENV)/test $(VENV)/peers
 lint: $(VENV)/lint
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
 
+# The compiled library under sanitizers: its tests on small shapes for addresses and undefined behaviour, and a program of its own,
+# without the threads of Python and torch, for races.
+SANITIZED := build/sanitized
+sanitize: $(VENV)/test
+	FFKERNELS_BUILD=cpu FFKERNELS_SANITIZE=address,undefined $(VENV)/bin/python setup.py -q build_ext --build-lib $(SANITIZED)/address
+	FFKERNELS_BUILD=cpu FFKERNELS_SANITIZE=thread $(VENV)/bin/python setup.py -q build_ext --build-lib $(SANITIZED)/thread
+	$(CXX) -std=c++17 -g -fsanitize=thread csrc/tests/threads.cpp $(SANITIZED)/thread/$(LIBRARY) -o $(SANITIZED)/threads
+	LD_LIBRARY_PATH=$(dir $(SANITIZED)/thread/$(LIBRARY)) $(SANITIZED)/threads
+	env ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 FFKERNELS_LIBRARY=$(SANITIZED)/address/$(LIBRARY) \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	  $(VENV)/bin/python -m pytest -p no:faulthandler tests/test_native.py -k "not 4200 and not 4300"
+
 bench: $(VENV)/test $(VENV)/peers
-	$(VENV)/bin/python -m bench
+	$(VENV)/bin/python -m ffkernels bench
+
+# On a machine with a GPU, in its own Python: tests, tuning, benchmarks, a profile; results in bench/results/gpu.
+gpu:
+	$(PYTHON) -m bench.gpu
 
 clean:
 	rm -rf $(VENV) build *.egg-info
 
-$(VENV)/core: pyproject.toml setup.py
+$(VENV)/core: pyproject.toml setup.py $(wildcard csrc/cpu/*)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install "$(TORCH)"
 	$(PIP) install --editable .

@@ -1,7 +1,8 @@
 """ffkernels: fast, exact kernels for the Forward-Forward algorithm."""
 
 from ._version import __version__
-from .functional import StepResult, explain, linear_forward, linear_step_
+from .functional import StepResult, explain, goodness_loss, linear_forward, linear_step_
+from .graphs import GraphedStep
 from .negatives import hybrid_images, neutral_label, overlay_label, wrong_label
 from .nn import FFLinear, FFNetwork
 from .objective import Objective
@@ -9,10 +10,12 @@ from .objective import Objective
 __all__ = [
     "FFLinear",
     "FFNetwork",
+    "GraphedStep",
     "Objective",
     "StepResult",
     "__version__",
     "explain",
+    "goodness_loss",
     "hybrid_images",
     "linear_forward",
     "linear_step_",

@@ -1,8 +1,9 @@
-"""The command line: `python -m ffkernels train | info`."""
+"""The command line: `python -m ffkernels train | bench | info | tune`."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -16,6 +17,9 @@ from types import FrameType
 import torch
 
 from . import Objective, __version__, explain
+from .backends.native import library
+from .backends.select import Request
+from .backends.triton import support as triton_support
 from .experiments import data, picture, presets, train
 
 PROGRAM = "python -m ffkernels"
@@ -27,7 +31,11 @@ USER_ERROR, INTERRUPTED = 2, 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code: 0, 2 for what the user can mend, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    arguments = _parser().parse_args(argv)
+    if argv[:1] == ["bench"]:
+        # Its options are the checkout's; `_parser` only names it.
+        arguments = argparse.Namespace(run=_bench)
+    else:
+        arguments = _parser().parse_args(argv)
     try:
         return arguments.run(arguments, argv)
     except (UserError, OSError, FloatingPointError) as error:
@@ -75,8 +83,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     existing.add_argument("--overwrite", action="store_true", help="start anew over the run in the output folder")
 
+    commands.add_parser("bench", help="measure this machine against what people use today (needs the checkout)")
     command = commands.add_parser("info", help="versions, devices, and which backends run on them")
     command.set_defaults(run=_info)
+
+    command = commands.add_parser("tune", help="time the Triton kernels' configurations on this machine's GPU")
+    command.set_defaults(run=_tune)
+    command.add_argument("--output", type=Path, help="folder for the file (FFKERNELS_CONFIGS, else the package's own)")
+    command.add_argument("--seconds", type=float, default=600, help="when to stop (%(default)s)")
     return parser
 
 
@@ -177,6 +191,15 @@ def _say_stopped(trainer: train.Trainer, output: Path, argv: list[str]) -> None:
     _say(f"stopped; {kept if trainer.rows else 'no epoch was finished'}. To go on:\n  {again}")
 
 
+def _bench(arguments: argparse.Namespace, argv: list[str]) -> int:
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "bench" / "command.py").exists():
+        raise UserError("the benchmark is not part of the installed package: run this in a checkout of the repository")
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    return importlib.import_module("bench.command").main(argv[1:])
+
+
 def _info(arguments: argparse.Namespace, argv: list[str]) -> int:
     print(f"ffkernels {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
     for package in ("torch", "triton", "numpy", "tqdm", "matplotlib", "numcodecs"):
@@ -191,6 +214,20 @@ def _info(arguments: argparse.Namespace, argv: list[str]) -> int:
         print(f"{device}: {description}")
         for name, dtype in COMPUTE_DTYPES.items():
             print(f"  {name}: {_backends(device, dtype)}")
+    print("\n".join(f"native: {line}" for line in library.describe()))
+    return 0
+
+
+def _tune(arguments: argparse.Namespace, argv: list[str]) -> int:
+    if not torch.cuda.is_available():
+        raise UserError(f"tune needs a CUDA or ROCm device; torch {torch.__version__} finds none on this machine")
+    reason = triton_support.unsupported(Request(torch.device("cuda"), torch.float32, torch.float32, "relu"))
+    if reason is not None:
+        raise UserError(f"tune: {reason}")
+    from .backends.triton import configs, tune
+
+    folder = arguments.output or Path(os.environ.get(configs.VARIABLE) or configs.FOLDER)
+    print(tune.tune(folder, arguments.seconds, _say))
     return 0
 
 

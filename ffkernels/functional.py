@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +10,7 @@ from torch.optim import Optimizer
 
 from . import ops, optim
 from . import validation as check
+from .autograd import GivenSlope, LinearForward, without_autocast
 from .backends import select
 from .objective import Objective
 
@@ -158,7 +158,7 @@ def linear_step_(
     layer = (weight, bias, norm, float(eps), eps_mode, activation, compute)
     y = weight.new_empty(rows, width, dtype=compute) if outputs == "pre" else None
     sumsq, loss = weight.new_empty(rows), weight.new_empty(())
-    with torch.no_grad(), _without_autocast(weight.device):
+    with torch.no_grad(), without_autocast(weight.device):
         ops.linear_step_(
             x_pos,
             x_neg,
@@ -199,10 +199,14 @@ def linear_forward(
 ) -> tuple[Tensor, Tensor]:
     """`y = act(r W x + b)` `[rows, out]` in the compute dtype, and the sums of squares of its rows `[rows]`.
 
-    The arguments are those of `linear_step_`. The result carries no gradient.
+    The arguments are those of `linear_step_`, but weight and bias need be no leaves and may be frozen. Where they
+    require a gradient, `y` and the sums carry one to weight and bias, by a closed-form backward that cannot be
+    differentiated again. None reaches `x`, which is taken as detached: that no gradient flows to the layer
+    below is the algorithm.
 
     Raises:
         ValueError, TypeError: for an argument that does not fit.
+        RuntimeError: in a backward with `create_graph=True`.
     """
     check.layer_options(norm, eps, eps_mode, activation)
     check.layer_tensors(weight, bias)
@@ -211,10 +215,65 @@ def linear_forward(
     if input_sumsq is not None:
         check.vector("input_sumsq", input_sumsq, x.shape[0], weight.dtype, weight.device)
     chosen = select.choose(select.Request(weight.device, weight.dtype, compute, activation), backend)
-    with torch.no_grad(), _without_autocast(weight.device):
-        return ops.linear_forward(
-            x, x[:0], input_sumsq, weight, bias, norm, float(eps), eps_mode, activation, compute, chosen
-        )
+    layer = (weight, bias, norm, float(eps), eps_mode, activation, compute, chosen)
+    if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
+        return LinearForward.apply(x.detach(), None if input_sumsq is None else input_sumsq.detach(), *layer)
+    with torch.no_grad(), without_autocast(weight.device):
+        return ops.linear_forward(x, x[:0], input_sumsq, *layer)
+
+
+def goodness_loss(
+    goodness: Tensor,
+    is_positive: Tensor,
+    objective: Objective = DEFAULT_OBJECTIVE,
+    *,
+    sample_weight: Tensor | None = None,
+) -> Tensor:
+    """The objective's loss of rows of any layer, ours or not, from their goodness; autograd-compatible.
+
+    For activities `y` `[rows, ...]` of a convolution, a graph layer or a transformer block the goodness is yours to
+    form (`y.float().square().flatten(1).mean(1)`; squares of float16 overflow from 256 on), so of the objective's
+    fields `goodness` is not read. Loss and slope are finite at any goodness, and in closed form: the backward is one
+    multiplication.
+
+    Args:
+        goodness: `[rows]`, floating point; computed on in float32 if it is narrower.
+        is_positive: `[rows]` bool, on the same device. A pair loss compares the i-th positive with the i-th negative
+            row, and finding them waits for the device.
+        objective: threshold, loss, reduction. A threshold per row is in the rows' order.
+        sample_weight: `[rows]` factors of the rows' losses (`[pairs]` for pair losses), in the loss's dtype.
+
+    Returns:
+        0-dim loss. Its gradient reaches `goodness` only.
+
+    Raises:
+        ValueError, TypeError: for an argument that does not fit.
+        RuntimeError: in a backward with `create_graph=True`.
+    """
+    values = check.goodness_values(goodness)
+    rows = len(values)
+    check.vector("is_positive", is_positive, rows, torch.bool, values.device, "goodness")
+    check.objective_for(objective, rows, None, values, "goodness")
+    if sample_weight is not None:
+        entries = rows // 2 if objective.paired else rows
+        check.vector("sample_weight", sample_weight, entries, values.dtype, values.device, "goodness")
+        check.constant("sample_weight", sample_weight)
+    threshold = objective.threshold if isinstance(objective.threshold, Tensor) else None
+    if threshold is not None:
+        check.constant("threshold", threshold)
+        threshold = threshold.to(values.dtype)
+    with torch.no_grad():
+        order = None
+        counts: tuple[float | Tensor, float | Tensor]
+        if objective.paired:
+            order, n_pos = _sides_in_order(is_positive)
+            values, counts = values[order], (n_pos, n_pos)
+        else:
+            counts = (is_positive.sum(), (~is_positive).sum())
+        slope, loss = objective.slope_and_loss(values, is_positive, counts, sample_weight, threshold)
+        if order is not None:
+            slope = torch.empty_like(slope).index_copy_(0, order, slope)
+    return GivenSlope.apply(goodness, slope, loss)
 
 
 def explain(
@@ -255,10 +314,3 @@ def _sides_in_order(is_positive: Tensor) -> tuple[Tensor, int]:
             "cannot pair; accepted: equally many"
         )
     return torch.cat([positive, negative]), len(positive)
-
-
-def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Autocast has had its say in the compute dtype; inside the operator it would round again."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -66,7 +67,7 @@ class FFLinear(nn.Linear):
         return functional.linear_forward(x, self.weight, self.bias, input_sumsq=input_sumsq, **self._options())
 
     def forward(self, input: Tensor) -> Tensor:
-        """Activities `[rows, out]`; they carry no gradient."""
+        """Activities `[rows, out]`; their gradient reaches weight and bias, and not `input`."""
         return self.activity(input)[0]
 
     def goodness(self, x: Tensor) -> Tensor:
@@ -128,7 +129,8 @@ class FFNetwork(nn.Module):
             options: further arguments of `linear_step_` for every layer (`sample_weight`, `is_positive`).
 
         Returns:
-            One result per layer. The last one's `y` is None: nobody needs it, so it is not computed.
+            One result per layer, its `y` None: activities live only until the next layer has seen them, so that
+            memory does not grow with depth; the last layer's are not computed.
         """
         results = []
         sumsq = None
@@ -139,13 +141,14 @@ class FFNetwork(nn.Module):
                 raise ValueError(f"layers[{i}].outputs='none' but a layer comes after it; accepted: 'post' or 'pre'")
             outputs = "none" if i == last else layer.outputs
             result = layer.step(x_pos, x_neg, optimizer, outputs=outputs, input_sumsq=sumsq, **options)
-            results.append(result)
+            results.append(replace(result, y=None))
             if i < last:
                 sumsq = result.sumsq
                 assert result.y is not None
                 x_pos, x_neg = (result.y, None) if is_positive is not None else result.sides(result.y)
         return results
 
+    @torch.no_grad()
     def train_layerwise(
         self,
         x_pos: Tensor,
@@ -188,14 +191,15 @@ class FFNetwork(nn.Module):
         return [y for _, y, _ in self._pass(x)]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Activities `[rows, out]` of the last layer; they carry no gradient."""
+        """Activities `[rows, out]` of the last layer; their gradient reaches its own parameters only."""
         return self.activities(x)[-1]
 
     def goodness(self, x: Tensor) -> Tensor:
-        """Goodness `[rows, layers]` of every layer."""
+        """Goodness `[rows, layers]` of every layer; the gradient of a column reaches its own layer only."""
         per_layer = [layer.objective.goodness_of(sumsq, layer.out_features) for layer, _, sumsq in self._pass(x)]
         return torch.stack(per_layer, dim=1)
 
+    @torch.no_grad()
     def predict(
         self, x: Tensor, num_classes: int = 10, layers: Sequence[int] | None = None, label_value: float = 1.0
     ) -> Tensor:
@@ -219,6 +223,7 @@ class FFNetwork(nn.Module):
             totals.append((goodness[:, chosen] * sign).sum(1))
         return torch.stack(totals, dim=1).argmax(1)
 
+    @torch.no_grad()
     def features(self, x: Tensor, layers: Sequence[int] | None = None, num_classes: int = 10) -> Tensor:
         """Normalised activities of `layers` under the neutral label, side by side, for a linear classifier.
 

@@ -130,7 +130,11 @@ class Objective:
         """Goodness of rows with sums of squares `sumsq` in a layer of `width` units; same shape and dtype."""
         if self.goodness == "mean":
             return sumsq / width
-        return sumsq.sqrt() if self.goodness == "norm" else sumsq
+        if self.goodness == "norm":
+            # The slope of a root at zero is infinite; a row of zeros gets none.
+            zero = sumsq == 0
+            return sumsq.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
+        return sumsq
 
     def thresholds(self) -> tuple[float, float]:
         """The thresholds of both sides as numbers; what stands here for a tensor threshold is not used."""
@@ -165,33 +169,45 @@ class Objective:
             threshold: 0-dim or `[rows]`; None for the numbers of this objective.
         """
         goodness = self.goodness_of(sumsq, width)
-        loss = LOSSES[self.loss]
-        scale: float | Tensor
-        if loss.paired:
-            half = sumsq.shape[0] // 2
-            scale = -self.alpha if self.maximize else self.alpha
-            logit = scale * (goodness[:half] - goodness[half:])
-            weight = _reciprocal(counts[0], sumsq)
-        else:
-            theta = _by_side(is_positive, *self.thresholds(), sumsq) if threshold is None else threshold
-            scale = _by_side(is_positive, -1.0, 1.0, sumsq) * ((1 if self.maximize else -1) / self.temperature)
-            logit = scale * (goodness - theta)
-            if self.reduction == "mean":
-                weight = _reciprocal(counts[0] + counts[1], sumsq)
-            else:
-                pos, neg = (_reciprocal(count, sumsq) for count in counts)
-                weight = _by_side(is_positive, pos, neg, sumsq)
-        if sample_weight is not None:
-            weight = weight * sample_weight
-        slope = weight * scale * loss.slope(logit)
-        if loss.paired:
-            slope = torch.cat([slope, -slope])
+        slope, loss = self.slope_and_loss(goodness, is_positive, counts, sample_weight, threshold)
         if self.goodness == "norm":
             # The slope of a root at zero is infinite, but such a row has no activity to move.
             coefficient = torch.where(sumsq > 0, slope / goodness, 0.0)
         else:
             coefficient = slope * (2 / width if self.goodness == "mean" else 2)
-        return RowTerms(goodness, coefficient, (weight * loss.value(logit)).sum())
+        return RowTerms(goodness, coefficient, loss)
+
+    def slope_and_loss(
+        self,
+        goodness: Tensor,
+        is_positive: Tensor,
+        counts: tuple[float | Tensor, float | Tensor],
+        sample_weight: Tensor | None = None,
+        threshold: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`[rows]` slopes dLoss/dgoodness, and the (part of the) loss; the arguments are those of `terms`."""
+        loss = LOSSES[self.loss]
+        scale: float | Tensor
+        if loss.paired:
+            half = goodness.shape[0] // 2
+            scale = -self.alpha if self.maximize else self.alpha
+            logit = scale * (goodness[:half] - goodness[half:])
+            weight = _reciprocal(counts[0], goodness)
+        else:
+            theta = _by_side(is_positive, *self.thresholds(), goodness) if threshold is None else threshold
+            scale = _by_side(is_positive, -1.0, 1.0, goodness) * ((1 if self.maximize else -1) / self.temperature)
+            logit = scale * (goodness - theta)
+            if self.reduction == "mean":
+                weight = _reciprocal(counts[0] + counts[1], goodness)
+            else:
+                pos, neg = (_reciprocal(count, goodness) for count in counts)
+                weight = _by_side(is_positive, pos, neg, goodness)
+        if sample_weight is not None:
+            weight = weight * sample_weight
+        slope = weight * scale * loss.slope(logit)
+        if loss.paired:
+            slope = torch.cat([slope, -slope])
+        return slope, (weight * loss.value(logit)).sum()
 
 
 def _is_number(value: object) -> bool:

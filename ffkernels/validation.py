@@ -86,7 +86,9 @@ def matrix(name: str, value: object) -> None:
         raise ValueError(f"{name} has shape {tuple(value.shape)}; accepted: two dimensions{hint}")
 
 
-def vector(name: str, value: object, length: int, dtype: torch.dtype, device: torch.device) -> None:
+def vector(
+    name: str, value: object, length: int, dtype: torch.dtype, device: torch.device, beside: str = "weight"
+) -> None:
     """Raises TypeError or ValueError unless `value` is a tensor `[length]` of this dtype on this device."""
     _tensor(name, value)
     assert isinstance(value, Tensor)
@@ -94,7 +96,25 @@ def vector(name: str, value: object, length: int, dtype: torch.dtype, device: to
         raise ValueError(f"{name} has shape {tuple(value.shape)}; accepted: ({length},)")
     if value.dtype != dtype:
         raise TypeError(f"{name} is {value.dtype}; accepted: {dtype}")
-    _same_device(name, value, device)
+    _same_device(name, value, device, beside)
+
+
+def goodness_values(goodness: object) -> Tensor:
+    """A goodness `[rows]`, in float32 if it came narrower."""
+    _tensor("goodness", goodness)
+    assert isinstance(goodness, Tensor)
+    if goodness.dim() != 1:
+        raise ValueError(f"goodness has shape {tuple(goodness.shape)}; accepted: one value for each row")
+    if not goodness.is_floating_point():
+        raise TypeError(f"goodness is {goodness.dtype}; accepted: a floating-point tensor")
+    values = goodness.detach()
+    return values if values.dtype in MASTER_DTYPES else values.float()
+
+
+def constant(name: str, value: Tensor) -> None:
+    """Raises ValueError for a tensor that waits for a gradient that nothing computes."""
+    if value.requires_grad:
+        raise ValueError(f"{name} has requires_grad=True but gets no gradient; accepted: {name}.detach()")
 
 
 def optimizer_object(optimizer: object) -> None:
@@ -120,7 +140,7 @@ def not_overlapping(name: str, parameter: Tensor | None) -> None:
         raise ValueError(f"{name} has strides {parameter.stride()}; accepted: a tensor that is not expanded")
 
 
-def objective_for(objective: object, rows: int, n_pos: int | None, weight: Tensor) -> None:
+def objective_for(objective: object, rows: int, n_pos: int | None, like: Tensor, beside: str = "weight") -> None:
     """Checks that an objective fits a batch of `rows` rows; `n_pos` is None where only a mask knows it."""
     if not isinstance(objective, Objective):
         raise TypeError(f"objective={objective!r} is not an ffkernels.Objective")
@@ -131,7 +151,7 @@ def objective_for(objective: object, rows: int, n_pos: int | None, weight: Tenso
                 f"threshold has shape {tuple(threshold.shape)}; accepted: 0-dim or one value for each of {rows} rows"
             )
         if threshold.dim() == 1 or threshold.device.type != "cpu":
-            _same_device("threshold", threshold, weight.device)
+            _same_device("threshold", threshold, like.device, beside)
     if objective.paired and n_pos is not None and 2 * n_pos != rows:
         raise ValueError(
             f"loss={objective.loss!r} pairs rows but there are {n_pos} positive and {rows - n_pos} negative ones; "
@@ -146,9 +166,9 @@ def _tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} has layout {value.layout}; accepted: a dense tensor")
 
 
-def _same_device(name: str, value: Tensor, device: torch.device) -> None:
+def _same_device(name: str, value: Tensor, device: torch.device, beside: str = "weight") -> None:
     if value.device != device:
-        raise ValueError(f"{name} is on {value.device} but weight is on {device}; accepted: the same device")
+        raise ValueError(f"{name} is on {value.device} but {beside} is on {device}; accepted: the same device")
 
 
 def _or(compute_dtype: torch.dtype, dtype: torch.dtype) -> str:

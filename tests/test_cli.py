@@ -12,10 +12,13 @@ import pytest
 import torch
 
 from ffkernels import cli
+from ffkernels.backends.native import library
 from ffkernels.experiments import progress
 from ffkernels.experiments.train import CHECKPOINT, METRICS
 
 from .toy_data import toy_data, write_idx
+
+DEFAULT_BACKEND = "eager" if library.load().library is None else "native"
 
 EPOCHS, STEPS = 3, 6  # of 100 images each
 # Runs the command line and sends the process a signal within a step.
@@ -101,7 +104,7 @@ def test_train_says_where_everything_is(arguments, capsys) -> None:
     assert f"{last['test_error_goodness']:.2%} by goodness" in summary
     assert [line.split() for line in files] == [["metrics:", "out/metrics.jsonl"], ["checkpoint:", "out/checkpoint.pt"]]
     assert [line.partition(":")[0] for line in err.splitlines()[-EPOCHS:]] == ["epoch 1/3", "epoch 2/3", "epoch 3/3"]
-    assert "backend: eager" in err
+    assert f"backend: {DEFAULT_BACKEND}" in err
 
 
 def test_default_output_and_picture(arguments, capsys) -> None:
@@ -251,7 +254,8 @@ def test_info(capsys) -> None:
     assert f"torch      {torch.__version__}" in out
     lines = out.splitlines()
     cpu = next(i for i, line in enumerate(lines) if line.startswith("cpu: "))
-    assert lines[cpu + 1].startswith("  float32: backend: eager")
+    assert lines[cpu + 1].startswith(f"  float32: backend: {DEFAULT_BACKEND}")
+    assert f"native: {library.describe()[0]}" in lines
     assert any(line.startswith("  bfloat16: backend: ") for line in lines[cpu:])
 
 

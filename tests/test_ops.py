@@ -119,7 +119,7 @@ def test_an_unknown_backend_fails_loudly_and_changes_nothing(how, monkeypatch):
     if how == "environment":
         monkeypatch.setenv("FFKERNELS_BACKEND", "cudnn")
     name = {"argument": "backend", "environment": "FFKERNELS_BACKEND"}[how]
-    with pytest.raises(ValueError, match=f"{name}='cudnn' is not a backend of this installation; accepted: eager"):
+    with pytest.raises(ValueError, match=f"{name}='cudnn' is not a backend of this installation; accepted: .*eager"):
         ff.linear_step_(p.x_pos, p.x_neg, p.weight, p.bias, p.optimizer, backend="cudnn" if how == "argument" else None)
     assert torch.equal(p.weight, before) and not p.optimizer.state
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,11 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import ffkernels as ff
-from bench.cases import CASES as BENCHMARKS
-from bench.cases import Batch, Case
-from bench.contenders import Autograd, Exact, contenders_of
 from bench.peers import PEERS, HintonSGD, Peer, stable_softplus
-from bench.timing import paired_ratio
 
 STEPS = 5
 EXACT = 1e-10
@@ -245,46 +240,3 @@ def test_float32_network_step_is_as_exact_as_fflibs_own(maximize: bool) -> None:
                 for found in (mine, layer)
             )
             assert our_error <= 2 * their_error + torch.finfo(torch.float32).eps, name
-
-
-def small(case: Case) -> tuple[Case, list[Batch]]:
-    """A benchmark's case with little data and few units, and its batches."""
-    case = replace(case, sizes=(30, *(12 for _ in case.sizes[1:])), rows=10)
-    generator = torch.Generator().manual_seed(8)
-    batches = [
-        (rows_of(generator, 10, 30).float(), rows_of(generator, 10, 30).float()) for _ in range(case.proof_steps)
-    ]
-    return case, batches
-
-
-@pytest.mark.parametrize("name", BENCHMARKS)
-def test_benchmark_contenders_compute_the_same_step(name: str) -> None:
-    case, batches = small(BENCHMARKS[name])
-    initial = case.initial()
-    exact = Exact(case, initial, batches)
-    checked = []
-    for contender_name, make in contenders_of(case).items():
-        contender = make(case, initial)
-        if "compiled" in contender_name or not contender.parameters():
-            continue
-        proof = exact.check(contender)
-        assert proof.holds, f"{contender_name}: {proof}"
-        checked.append(contender_name)
-    assert {"ffkernels", "autograd"} <= set(checked)
-
-
-def test_benchmark_catches_a_contender_that_computes_something_else() -> None:
-    case, batches = small(BENCHMARKS["mohammadpz-float32"])
-    exact = Exact(case, case.initial(), batches)
-    other_threshold = Autograd(replace(case, peer_name="keras-io"), case.initial())
-    assert not exact.check(other_threshold).holds
-    assert not exact.check(Autograd(case, case.initial(seed=1))).holds
-
-
-def test_paired_ratio_is_the_median_of_ratios_with_an_interval_from_their_order() -> None:
-    ours = [1.0, 2.0, 4.0, 1.0, 2.0, 4.0, 1.0, 2.0, 4.0]
-    theirs = [ours[i] * ratio for i, ratio in enumerate((3, 1, 2, 9, 8, 5, 4, 7, 6))]
-    ratio = paired_ratio(theirs, ours)
-    assert (ratio.median, ratio.low, ratio.high) == (5, 2, 8)
-    # Of 9 fair coins, 0 or 1 (or 8 or 9) fall on one side with probability 20/512.
-    assert ratio.coverage == 1 - 20 / 512

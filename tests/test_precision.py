@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -30,6 +31,12 @@ def gradients(p: Problem, step, **options) -> dict[str, Tensor]:
     return {**named, "dW": p.weight.grad, "db": p.bias.grad}
 
 
+def joined(results: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of several results as one per name."""
+    several = list(results)
+    return {name: torch.stack([result[name] for result in several]) for name in several[0]}
+
+
 def assert_within_budget(ours: dict, torchs: dict, exact: dict, ulp: float) -> None:
     for name, value in exact.items():
         budget = 2 * error(torchs[name], value) + ulp
@@ -40,11 +47,12 @@ def assert_within_budget(ours: dict, torchs: dict, exact: dict, ulp: float) -> N
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("shape", [(64, 64, 100, 50), (1, 1, 1, 1), (300, 300, 33, 17)])
 def test_float32(name, activation, shape):
-    made = problem(*shape, dtype=torch.float32)
     options = {"objective": OBJECTIVES[name], "activation": activation, "outputs": "pre"}
-    exact = gradients(made.copy(torch.float64), reference.linear_step_, **options)
-    torchs = gradients(made.copy(), reference.linear_step_, **options)
-    ours = gradients(made.copy(), ff.linear_step_, **options)
+    # The error of a single number is luck, torch's too: many draws of a tiny layer stand for one of a large one.
+    draws = [problem(*shape, dtype=torch.float32) for _ in range(100 if shape == (1, 1, 1, 1) else 1)]
+    exact = joined(gradients(made.copy(torch.float64), reference.linear_step_, **options) for made in draws)
+    torchs = joined(gradients(made.copy(), reference.linear_step_, **options) for made in draws)
+    ours = joined(gradients(made.copy(), ff.linear_step_, **options) for made in draws)
     assert_within_budget(ours, torchs, exact, 2 * torch.finfo(torch.float32).eps)
 
 

@@ -159,7 +159,9 @@ def test_rows_with_zero_coefficient_are_left_out_exactly(monkeypatch):
     monkeypatch.setattr(Gradient, "add", spy)
     ours = problem(n_pos=40, n_neg=40, in_features=20, out_features=30)
     ours.weight.data *= 20
-    objective = ff.Objective(goodness="sum", threshold=float(ff.linear_forward(ours.x_pos, ours.weight)[1].median()))
+    objective = ff.Objective(
+        goodness="sum", threshold=float(ff.linear_forward(ours.x_pos, ours.weight)[1].detach().median())
+    )
     compare(ours, ours.copy(), steps=1, objective=objective)
     assert 0 < seen[0] < 60
 
@@ -192,7 +194,7 @@ def test_sides_that_differ_in_a_label_field(rows, columns, activation, blocked, 
     objective = ff.Objective()
     if saturated:
         ours.weight.data *= 40
-        threshold = float(ff.linear_forward(ours.x_pos, ours.weight, activation=activation)[1].median())
+        threshold = float(ff.linear_forward(ours.x_pos, ours.weight, activation=activation)[1].detach().median())
         objective = ff.Objective(goodness="sum", threshold=threshold, temperature=0.1)
     for outputs in ("post", "none"):
         compare(ours, ours.copy(), objective=objective, activation=activation, outputs=outputs)

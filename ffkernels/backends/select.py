@@ -13,12 +13,19 @@ from typing import NamedTuple
 
 import torch
 
-BACKENDS = {"eager": "ffkernels.backends.eager"}
+BACKENDS = {
+    "triton": "ffkernels.backends.triton",
+    "native": "ffkernels.backends.native",
+    "eager": "ffkernels.backends.eager",
+}
 VARIABLE = "FFKERNELS_BACKEND"
 
 
 class Request(NamedTuple):
-    """What a backend needs to know of a call to say whether it can run it; a forward pass has no loss and no rule."""
+    """What a backend needs to know of a call to say whether it can run it; a forward pass has no loss and no rule.
+
+    `forced`: whether this very backend was asked for, which some ways of running are kept for.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -26,6 +33,7 @@ class Request(NamedTuple):
     activation: str
     loss: str | None = None
     rule: str | None = None
+    forced: bool = False
 
 
 def load(name: str) -> ModuleType:
@@ -52,7 +60,7 @@ def choose(request: Request, backend: str | None) -> str:
         raise ValueError(f"no backend can run this call: {verdicts(request)}")
     if forced not in BACKENDS:
         raise ValueError(f"{source}={forced!r} is not a backend of this installation; accepted: {', '.join(BACKENDS)}")
-    reason = load(forced).unsupported(request)
+    reason = load(forced).unsupported(request._replace(forced=True))
     if reason is not None:
         raise ValueError(f"{source}={forced!r} cannot run this call: {reason}")
     return forced

@@ -207,6 +207,7 @@ class Trainer:
     def _test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         yield from zip(self.test_images.split(EVALUATION_ROWS), self.test_labels.split(EVALUATION_ROWS), strict=True)
 
+    @torch.no_grad()
     def test_goodness(self) -> tuple[Tensor, Tensor]:
         """Goodness `[N, layers]` of the test images, under their right label and under a uniformly drawn wrong one."""
         classes = self.data.num_classes

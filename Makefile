@@ -1,8 +1,10 @@
 # The two commands: `make mnist` trains a network on MNIST, `make test` runs the tests. Both make their own environment.
 
 PYTHON ?= python3
-# One tested version: plain `torch` may fetch gigabytes of CUDA that a CPU machine has no use for.
+# One tested version of each: plain `torch` may fetch gigabytes of CUDA that a CPU machine has no use for, and what the
+# kernels' machine code looks like hangs on Triton's version.
 TORCH ?= torch==2.13.0
+TRITON ?= triton==3.7.1
 VENV := .venv
 LIBRARY := ffkernels/backends/native/libffkernels_cpu.so
 PIP := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
@@ -53,7 +55,7 @@ $(VENV)/train: $(VENV)/core
 	touch $@
 
 $(VENV)/test: $(VENV)/train
-	$(PIP) install --editable ".[test]"
+	$(PIP) install --editable ".[test]" "$(TRITON)"
 	touch $@
 
 # Contenders of the benchmark, which the tests also hold this package against; without their own dependencies.

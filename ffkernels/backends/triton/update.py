@@ -103,7 +103,8 @@ def update_kernel(
                     GOODNESS, LOSS, THRESHOLD_PER_ROW, PARTIALS,
                 )  # fmt: skip
                 loss_sum += losses
-                tl.store(sumsq + i, q, mask=here & (block == 0))
+                if block == 0:
+                    tl.store(sumsq + i, q, mask=here)
             else:
                 i = tl.load(index + place, mask=here, other=0)
                 c = tl.load(coefficient + place, mask=here, other=0.0)

@@ -25,12 +25,14 @@ SOURCES = ROOT / "csrc" / "cpu"
 PACKAGE = Path("ffkernels", "backends", "native")
 LIBRARY, RECORD = "libffkernels_cpu.so", "build.json"
 # Each instruction set has its own copy of the kernels; which one runs is chosen where the library is loaded.
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"]
 INSTRUCTION_SETS = {
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"],
+    "avx512_bf16": [*AVX512, "-mavx512bf16"],
+    "avx512": AVX512,
     "avx2": ["-mavx2", "-mfma"],
     "baseline": [],
 }
-FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"]
+FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-strict-aliasing", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"]
 
 
 def switch() -> str:

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 import ffkernels as ff
 from ffkernels import reference
-from ffkernels.backends import select
 from ffkernels.backends.native import library
 
 from .steps import OPTIMIZERS, Problem, assert_same_state, error, problem, state_of
@@ -24,7 +23,9 @@ needs_library = pytestmark
 
 BUILT_IN = library.instruction_set()
 SETS = [
-    name for name in ("avx512", "avx2", "baseline") if LOADED.library and LOADED.library.ffk_limit(name.encode()) == 0
+    name
+    for name in ("avx512_bf16", "avx512", "avx2", "baseline")
+    if LOADED.library and LOADED.library.ffk_limit(name.encode()) == 0
 ]
 if LOADED.library:
     LOADED.library.ffk_limit(BUILT_IN.encode())
@@ -168,7 +169,8 @@ def test_rows_with_zero_coefficient_are_left_out_exactly(instruction_set):
 
 
 @pytest.mark.parametrize("shape", [(200, 200, 300, 200), (4300, 4300, 37, 530), (64, 64, 100, 5)])
-def test_the_number_of_threads_changes_no_bit(shape, instruction_set):
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16], ids=str)
+def test_the_number_of_threads_changes_no_bit(shape, compute, instruction_set):
     made = problem(*shape, optimizer="adam", dtype=torch.float32)
     runs, before = [], torch.get_num_threads()
     for threads in (1, 2, 5):
@@ -176,7 +178,9 @@ def test_the_number_of_threads_changes_no_bit(shape, instruction_set):
         try:
             run = made.copy()
             results = [
-                ff.linear_step_(run.x_pos, run.x_neg, run.weight, run.bias, run.optimizer, backend="native")
+                ff.linear_step_(
+                    run.x_pos, run.x_neg, run.weight, run.bias, run.optimizer, compute_dtype=compute, backend="native"
+                )
                 for _ in range(2)
             ]
         finally:
@@ -193,13 +197,45 @@ def test_layouts(layout, dtype):
     compute = None if dtype == torch.float32 else dtype
     ours = made._replace(x_pos=LAYOUTS[layout](made.x_pos.to(dtype)), x_neg=LAYOUTS[layout](made.x_neg.to(dtype)))
     theirs = made.copy()._replace(x_pos=ours.x_pos.contiguous(), x_neg=ours.x_neg.contiguous())
-    if compute is not None and select.load("native").unsupported(
-        select.Request(made.weight.device, torch.float32, compute, "relu")
-    ):
-        pytest.skip("bfloat16 products run elsewhere on this CPU")
     for p in (ours, theirs):
         ff.linear_step_(p.x_pos, p.x_neg, p.weight, p.bias, p.optimizer, compute_dtype=compute, backend="native")
     assert_same_state(ours, theirs, 0)
+
+
+SHAPES = [(1, 1, 1, 1), (7, 5, 33, 17), (60, 60, 129, 50), *LARGE]
+TWINS = [(shape, columns) for shape in SHAPES[2:] if shape[0] == shape[1] for columns in (slice(0, 4), slice(3, 4))]
+
+
+@pytest.mark.parametrize(("shape", "columns"), [*((shape, None) for shape in SHAPES), *TWINS])
+@pytest.mark.parametrize("rows_in", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("saturated", [False, True])
+def test_bfloat16_products(shape, columns, rows_in, saturated, instruction_set):
+    """What is rounded is known, so results before the update agree with float64 on the rounded operands closely."""
+    made = problem(*shape, dtype=torch.float32)
+    made.weight.data.div_(shape[2] ** 0.5)
+    made = made._replace(x_pos=made.x_pos.bfloat16().float(), x_neg=made.x_neg.bfloat16().float())
+    if columns is not None:
+        changed = made.x_neg[:, columns].sign()
+        made.x_neg.copy_(made.x_pos)
+        made.x_neg[:, columns] = changed
+        made.x_pos[:, columns] = 0
+    objective = ff.Objective(threshold=(-1e4, 0.5) if saturated else 0.5)
+    ours, exact = made.copy(), made.copy(torch.float64)
+    exact.weight.data.copy_(made.weight.data.bfloat16())
+    options = {"objective": objective, "outputs": "pre"}
+    a = ff.linear_step_(
+        ours.x_pos.to(rows_in), ours.x_neg.to(rows_in), ours.weight, ours.bias, None,
+        compute_dtype=torch.bfloat16, backend="native", **options,
+    )  # fmt: skip
+    b = reference.linear_step_(
+        exact.x_pos, exact.x_neg, exact.weight, exact.bias, torch.optim.SGD([exact.weight, exact.bias]), **options
+    )
+    for name in ("sumsq", "goodness", "loss"):
+        assert error(getattr(a, name), getattr(b, name)) <= NEAR, name
+    half_ulp = torch.finfo(torch.bfloat16).eps / 2
+    assert error(a.y, b.y) <= half_ulp + NEAR
+    assert error(ours.weight.grad, exact.weight.grad) <= half_ulp + NEAR
+    assert error(ours.bias.grad, exact.bias.grad) <= NEAR
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -244,6 +280,7 @@ def test_a_library_from_other_sources_is_refused(monkeypatch):
 
 
 def test_without_the_library_the_reason_is_told(monkeypatch):
+    monkeypatch.delenv("FFKERNELS_LIBRARY", raising=False)
     monkeypatch.setattr(library, "NAME", "none.so")
     monkeypatch.setattr(library, "build_record", lambda: {"reason": "FFKERNELS_BUILD=off"})
     library.load.cache_clear()

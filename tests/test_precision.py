@@ -65,6 +65,7 @@ def test_low_precision_products(name, activation, norm, dtype, native, monkeypat
     """Budget: plain PyTorch under autocast, with its sums of squares in float32, which favours it."""
     if native and dtype == torch.bfloat16:
         monkeypatch.setattr("ffkernels.backends.eager.products.multiplies_natively", lambda *_: True)
+        monkeypatch.setenv("FFKERNELS_BACKEND", "eager")
     made = problem(96, 96, 64, 48, dtype=torch.float32)
     options = {"objective": OBJECTIVES[name], "activation": activation, "norm": norm, "outputs": "pre"}
     exact = gradients(made.copy(torch.float64), reference.linear_step_, **options)

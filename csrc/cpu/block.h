@@ -79,6 +79,12 @@ inline Field label_field(const ffk::Call& call) {
     return field;
 }
 
+// x_neg - x_pos of twins in a column of their field; zero in any other.
+inline float change_of(const ffk::Call& call, const Block& block, int64_t twin, int64_t column) {
+    if (column < block.field.first || column >= block.field.first + block.field.count) return 0;
+    return row_of(call, 1, block.start[1] + twin)[column] - row_of(call, 0, block.start[0] + twin)[column];
+}
+
 inline int workers_for(const ffk::Call& call, int64_t multiplications) {
     return multiplications < SMALL_WORK ? 1 : call.threads;
 }

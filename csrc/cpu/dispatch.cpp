@@ -14,9 +14,13 @@ struct Choice {
 
 #if defined(__x86_64__)
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool has_avx512() {
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")
+        && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
+}
 const Choice choices[] = {
-    {&ffk::avx512, has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")
-                       && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw")},
+    {&ffk::avx512_bf16, has_avx512() && __builtin_cpu_supports("avx512bf16")},
+    {&ffk::avx512, has_avx512()},
     {&ffk::avx2, has_avx2()},
     {&ffk::baseline, true},
 };

@@ -7,6 +7,9 @@ namespace {
 struct Forward {
     const ffk::Call& call;
     Chunks chunks;
+    bool pairs;
+    int64_t depth;         // of the product, in places
+    int64_t field_first, field_depth;
     int64_t stride;        // of y_t
     float* packed;         // X^T in panels; the change of the twins' label field behind it
     float* change;
@@ -18,18 +21,21 @@ struct Forward {
     bool copies_weights;
 
     Forward(const ffk::Call& c, const Block& largest, bool keeps_y, Memory& memory)
-        : call(c), chunks(c.out, largest.operands()), stride(stride_for(largest.columns())) {
+        : call(c), chunks(c.out, largest.operands()), pairs(in_pairs(c)), depth(places(c, c.in)), stride(stride_for(largest.columns())) {
         const int64_t rows = largest.operands(), columns = largest.columns();
-        packed = memory.take(up_to(rows, LANES) * call.in);
-        change = memory.take(up_to(rows, LANES) * largest.field.count);
+        const Field field = largest.field;
+        field_first = pairs ? field.first / 2 : field.first;
+        field_depth = field.count ? places(call, field.first + field.count) - field_first : 0;
+        packed = memory.take(up_to(rows, LANES) * depth);
+        change = memory.take(up_to(rows, LANES) * field_depth);
         scale = memory.take(columns), sumsq = memory.take(columns);
         partial = memory.take(chunks.count() * columns);
         // Rows a power of two apart fall onto the same cache lines: many products with them are worth a copy.
         copies_weights = call.bfloat16 || (call.in % 512 == 0 && rows >= 512);
-        weight_stride = stride_for(call.in);
+        weight_stride = stride_for(depth);
         weight_scratch = copies_weights ? chunks.rows * weight_stride : 0;
         y_scratch = keeps_y ? 0 : chunks.rows * stride;
-        scratch_size = up_to(LANES * call.in + weight_scratch + y_scratch, 16);
+        scratch_size = up_to(LANES * depth + weight_scratch + y_scratch, 16);
         scratch = memory.take(scratch_size * call.threads);
     }
 
@@ -39,7 +45,9 @@ struct Forward {
         parallel(chunks.count(), workers, [&](int64_t chunk, int worker) {
             float* own = scratch + worker * scratch_size;
             float* y_t = kept_y_t != nullptr ? kept_y_t + chunks.first(chunk) * stride : own + weight_scratch;
-            multiply(block, chunk, weights(chunk, own), y_t);
+            with_pairs(pairs, [&](auto in_pairs) {
+                multiply<decltype(in_pairs)::value>(block, chunk, weights(chunk, own), y_t);
+            });
             if (call.y != nullptr) write_rows(block, chunk, y_t);
             if (kept_y_t != nullptr && call.activation == ffk::LEAKY_RELU) gate(block, chunk, y_t);
         });
@@ -61,7 +69,7 @@ struct Forward {
     }
 
     void pack(const Block& block, int workers) const {
-        const Panels panels{block.operands(), call.in}, fields{block.operands(), block.field.count};
+        const Panels panels{block.operands(), depth}, fields{block.operands(), field_depth};
         std::memset(scale, 0, size_t(block.columns()) * 4);
         parallel(panels.padded() / LANES, workers, [&](int64_t group, int worker) {
             const int64_t first = group * LANES, panel = first / PANEL, lane = first % PANEL;
@@ -73,22 +81,21 @@ struct Forward {
                 int64_t i = first + j;
                 const int side = side_of(block, i);
                 const Row row = row_of(call, side, block.start[side] + i);
-                rows[j] = row.operands(call.in, own + j * call.in);
+                rows[j] = pairs ? row.pairs(call.in, own + j * depth) : row.operands(call.in, own + j * depth);
                 set_scale(block, side, i, row);
                 if (block.field.twins) set_scale(block, 1, i, row_of(call, 1, block.start[1] + i));
             }
-            pack_columns(rows, valid, call.in, packed + panels.offset(panel) + lane, width);
-            if (block.field.count == 0) return;
+            pack_columns(rows, valid, depth, packed + panels.offset(panel) + lane, width);
             float* into = change + fields.offset(panel) + lane;
-            for (int64_t k = 0; k < block.field.count; k++)
-                for (int j = 0; j < LANES; j++)
-                    into[k * width + j] = j < valid ? change_of(call, block, first + j, k) : 0;
+            for (int64_t k = 0; k < field_depth; k++)
+                for (int j = 0; j < LANES; j++) into[k * width + j] = j < valid ? change_at(block, first + j, field_first + k) : 0;
         });
     }
 
-    static float change_of(const ffk::Call& call, const Block& block, int64_t pair, int64_t k) {
-        const int64_t column = block.field.first + k;
-        return row_of(call, 1, block.start[1] + pair)[column] - row_of(call, 0, block.start[0] + pair)[column];
+    // The place `k` of x_neg - x_pos.
+    float change_at(const Block& block, int64_t twin, int64_t k) const {
+        if (!pairs) return change_of(call, block, twin, k);
+        return pair_of(to_bfloat16(change_of(call, block, twin, 2 * k)), to_bfloat16(change_of(call, block, twin, 2 * k + 1)));
     }
 
     void set_scale(const Block& block, int side, int64_t i, const Row& row) const {
@@ -109,21 +116,23 @@ struct Forward {
     Weights weights(int64_t chunk, float* own) const {
         const float* at = call.weight + chunks.first(chunk) * call.in;
         if (!copies_weights) return {at, call.in};
-        for (int64_t o = 0; o < chunks.size(chunk); o++)
-            for (int64_t k = 0; k < call.in; k++) {
-                const float w = at[o * call.in + k];
-                own[o * weight_stride + k] = call.bfloat16 ? rounded(w) : w;
-            }
+        for (int64_t o = 0; o < chunks.size(chunk); o++, at += call.in) {
+            float* to = own + o * weight_stride;
+            if (pairs) to_pairs(at, call.in, to);
+            else
+                for (int64_t k = 0; k < call.in; k++) to[k] = call.bfloat16 ? rounded(at[k]) : at[k];
+        }
         return {own, weight_stride};
     }
 
+    template <bool PAIRS>
     void multiply(const Block& block, int64_t chunk, Weights w, float* y_t) const {
-        const Panels panels{block.operands(), call.in}, fields{block.operands(), block.field.count};
+        const Panels panels{block.operands(), depth}, fields{block.operands(), field_depth};
         const int64_t out = chunks.size(chunk);
         float* q = partial + chunk * block.columns();
-        for (int64_t k = 0; k < call.in; k += DEPTH) {
-            const int64_t depth = smaller(DEPTH, call.in - k);
-            const bool last = k + depth == call.in;
+        for (int64_t k = 0; k < depth; k += DEPTH) {
+            const int64_t part = smaller(DEPTH, depth - k);
+            const bool last = k + part == depth;
             for (int64_t p = 0; p < panels.count(); p++)
                 with_vectors(panels.vectors(p), [&](auto vectors) {
                     constexpr int NV = decltype(vectors)::value;
@@ -133,7 +142,7 @@ struct Forward {
                         Tile<NV> tile;
                         tile.expect(to, stride);
                         tile.clear();
-                        tile.multiply(a, k, packed + panels.offset(p) + k * NV * LANES, depth);
+                        tile.template multiply<PAIRS>(a, k, packed + panels.offset(p) + k * NV * LANES, part);
                         if (k > 0) tile.add(to, stride);
                         if (!last) {
                             tile.write(to, stride);
@@ -142,8 +151,7 @@ struct Forward {
                         const int64_t unit = chunks.first(chunk) + o;
                         finish(tile, a.valid, unit, p * PANEL, to, q + p * PANEL, o == 0);
                         if (!block.field.twins) continue;
-                        const TileRows in_field(w.at + o * w.stride + block.field.first, w.stride, out - o);
-                        tile.multiply(in_field, 0, change + fields.offset(p), block.field.count);
+                        tile.template multiply<PAIRS>(a, field_first, change + fields.offset(p), field_depth);
                         finish(tile, a.valid, unit, block.negative + p * PANEL, to + block.negative,
                                q + block.negative + p * PANEL, o == 0);
                     }
@@ -200,6 +208,24 @@ struct Forward {
                     }
                     for (; o < units; o++)
                         for (int j = 0; j < 4; j++) y[(i + j) * call.out + o] = y_t[o * stride + column + i + j];
+                }
+            }
+            if (call.bfloat16) {
+                uint16_t* y = static_cast<uint16_t*>(call.y) + start * call.out + first;
+                for (; i + 4 <= block.rows[side]; i += 4) {
+                    int64_t o = 0;
+                    for (; o + 4 <= units; o += 4) {
+                        quad q[4];
+                        for (int j = 0; j < 4; j++)
+                            q[j] = *reinterpret_cast<const quad_in_memory*>(y_t + (o + j) * stride + column + i);
+                        transpose(q[0], q[1], q[2], q[3]);
+                        uint16_t numbers[4][4];
+                        for (int j = 0; j < 4; j++)
+                            for (int u = 0; u < 4; u++) numbers[j][u] = to_bfloat16(q[j][u]);
+                        for (int j = 0; j < 4; j++) std::memcpy(y + (i + j) * call.out + o, numbers[j], 8);
+                    }
+                    for (; o < units; o++)
+                        for (int j = 0; j < 4; j++) y[(i + j) * call.out + o] = to_bfloat16(y_t[o * stride + column + i + j]);
                 }
             }
             for (; i < block.rows[side]; i++)

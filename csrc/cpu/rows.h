@@ -5,6 +5,17 @@
 
 namespace {
 
+// Whether a call's products run on the bfloat16 unit, and how many places `n` numbers take along their depth.
+inline bool in_pairs(const ffk::Call& call) { return MULTIPLIES_PAIRS && call.bfloat16; }
+inline int64_t places(const ffk::Call& call, int64_t n) { return in_pairs(call) ? pieces(n, 2) : n; }
+
+// `n` numbers to pairs, with a zero behind an odd one.
+inline void to_pairs(const float* values, int64_t n, float* to) {
+    uint16_t* numbers = reinterpret_cast<uint16_t*>(to);
+    for (int64_t k = 0; k < n; k++) numbers[k] = to_bfloat16(values[k]);
+    if (n % 2) numbers[n] = 0;
+}
+
 // One input row as float32 operands: bfloat16 is widened, and float32 rounded where the products are bfloat16 ones.
 struct Row {
     const void* at;
@@ -20,6 +31,18 @@ struct Row {
     const float* operands(int64_t n, float* scratch) const {
         if (!is_bfloat16 && !rounds) return static_cast<const float*>(at);
         for (int64_t k = 0; k < n; k++) scratch[k] = (*this)[k];
+        return scratch;
+    }
+
+    // The same in pairs; `scratch`: [(n + 1) / 2].
+    const float* pairs(int64_t n, float* scratch) const {
+        if (!is_bfloat16) {
+            to_pairs(static_cast<const float*>(at), n, scratch);
+            return scratch;
+        }
+        if (n % 2 == 0 && reinterpret_cast<uintptr_t>(at) % 4 == 0) return static_cast<const float*>(at);
+        std::memcpy(scratch, at, size_t(n) * 2);
+        if (n % 2) reinterpret_cast<uint16_t*>(scratch)[n] = 0;
         return scratch;
     }
 

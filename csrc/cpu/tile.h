@@ -50,7 +50,8 @@ struct Tile {
             for (int v = 0; v < NV; v++) store(c + m * stride + v * LANES, at[m][v]);
     }
 
-    // += A[:, first : first + depth] B; `b`: [depth, NV * LANES].
+    // += A[:, first : first + depth] B; `b`: [depth, NV * LANES]. With PAIRS every place of both holds two bfloat16 numbers.
+    template <bool PAIRS>
     __attribute__((always_inline)) void multiply(const TileRows& a, int64_t first, const float* b, int64_t depth) {
         const float* row[TILE_ROWS];
         for (int m = 0; m < TILE_ROWS; m++) row[m] = a.row[m] + first;
@@ -63,9 +64,10 @@ struct Tile {
             }
 #pragma GCC unroll 16
             for (int m = 0; m < TILE_ROWS; m++) {
-                const vec element = broadcast(row[m][k]);
+                const vec element = PAIRS ? vec{} : broadcast(row[m][k]);
 #pragma GCC unroll 4
-                for (int v = 0; v < NV; v++) at[m][v] += element * column[v];
+                for (int v = 0; v < NV; v++)
+                    at[m][v] = PAIRS ? add_pairs(at[m][v], row[m] + k, column[v]) : at[m][v] + element * column[v];
             }
         }
     }
@@ -82,10 +84,17 @@ struct Panels {
     int64_t offset(int64_t panel) const { return panel * PANEL * depth; }
 };
 
-template <int N>
+template <auto N>
 struct Constant {
-    static constexpr int value = N;
+    static constexpr auto value = N;
 };
+
+// Calls `f` with whether the products multiply pairs, as a constant.
+template <class F>
+inline void with_pairs(bool pairs, F f) {
+    if (MULTIPLIES_PAIRS && pairs) f(Constant<MULTIPLIES_PAIRS>{});
+    else f(Constant<false>{});
+}
 
 // Calls `f` with the panel's number of vectors as a constant.
 template <class F>

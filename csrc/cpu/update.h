@@ -9,8 +9,9 @@ struct Update {
     const ffk::Call& call;
     Chunks chunks;
     Rule weight_rule, bias_rule;
+    bool pairs;
     int64_t blocks;
-    int64_t depth_stride;      // of the left operand's rows
+    int64_t depth_stride;      // of the left operand's rows, in places
     int64_t sum_stride;        // of the gradient's rows
     float* packed;             // the kept rows of X in panels
     float* field_packed;       // the same for the change in the twins' label field, of the panels that it touches
@@ -24,18 +25,18 @@ struct Update {
 
     Update(const ffk::Call& c, const Block& largest, int64_t block_count, Memory& memory)
         : call(c), chunks(c.out, largest.operands()), weight_rule(c.rule, c.weight_update), bias_rule(c.bias != nullptr ? c.rule : int32_t(ffk::GRAD), c.bias_update),
-          blocks(block_count), depth_stride(stride_for(largest.operands())), sum_stride(stride_for(c.in)) {
+          pairs(in_pairs(c)), blocks(block_count), depth_stride(stride_for(places(c, largest.operands()))), sum_stride(stride_for(c.in)) {
         const int64_t rows = largest.operands();
         const Field field = largest.field;
-        packed = memory.take(rows * up_to(call.in, LANES));
-        field_packed = memory.take(field.count ? rows * (up_to(field.count, PANEL) + PANEL) : 0);
+        packed = memory.take(places(call, rows) * up_to(call.in, LANES));
+        field_packed = memory.take(field.count ? places(call, rows) * (up_to(field.count, PANEL) + PANEL) : 0);
         kept = reinterpret_cast<int32_t*>(memory.take(rows));
         for (int side = 0; side < 2; side++)
             weight_of[side] = memory.take(rows), bias_weight_of[side] = memory.take(rows);
         sum = memory.take(blocks > 1 ? up_to(call.out, TILE_ROWS) * sum_stride : 0);
         bias_sum = memory.take(call.out);
-        left_size = chunks.rows * depth_stride * (field.twins ? 2 : 1);
-        scratch_size = up_to(larger(call.in, left_size + (rows > DEPTH && blocks == 1 ? chunks.rows * sum_stride : 0)), 16);
+        left_size = chunks.rows * depth_stride * (field.twins ? 2 : 1) + (pairs ? 2 * up_to(rows, 16) : 0);
+        scratch_size = up_to(larger(2 * call.in, left_size + (rows > DEPTH && blocks == 1 ? chunks.rows * sum_stride : 0)), 16);
         scratch = memory.take(scratch_size * call.threads);
     }
 
@@ -43,8 +44,8 @@ struct Update {
     void run(const Block& block, int64_t index, const float* coefficient, const float* scale, const float* y_t, int64_t stride) {
         const int64_t depth = choose(block, coefficient, scale);
         const int workers = workers_for(call, larger(1, depth) * call.in * call.out);
-        const Panels panels{call.in, depth};
-        pack(block, panels, workers);
+        const Panels panels{call.in, places(call, depth)};
+        pack(block, depth, panels, workers);
         parallel(chunks.count(), workers, [&](int64_t chunk, int worker) {
             float* left = scratch + worker * scratch_size;
             float* negative = left + chunks.rows * depth_stride;
@@ -52,7 +53,9 @@ struct Update {
             with_rule([&](auto kind) {
                 constexpr int KIND = decltype(kind)::value;
                 if (call.bias != nullptr && index == blocks - 1) update_bias<KIND>(chunk);
-                multiply<KIND>(block, index, chunk, panels, left, negative, left + left_size);
+                with_pairs(pairs, [&](auto in_pairs) {
+                    multiply<KIND, decltype(in_pairs)::value>(block, index, chunk, panels, left, negative, left + left_size);
+                });
             });
         });
         if (index == blocks - 1 && call.rule == ffk::ADAM) {
@@ -83,27 +86,40 @@ struct Update {
         return depth;
     }
 
-    void pack(const Block& block, const Panels& panels, int workers) const {
+    void pack(const Block& block, int64_t depth, const Panels& panels, int workers) const {
         parallel(pieces(panels.depth, LANES), workers, [&](int64_t group, int worker) {
+            float* own = scratch + worker * scratch_size;
             for (int64_t k = group * LANES; k < smaller(panels.depth, (group + 1) * LANES); k++) {
-                int64_t i = kept[k];
-                const int side = i < block.rows[0] ? 0 : 1;
-                if (side) i -= block.rows[0];
-                const Row row = row_of(call, side, block.start[side] + i);
-                pack_row(row.operands(call.in, scratch + worker * scratch_size), panels, k, packed);
-                if (block.field.count) pack_change(block, panels, k, row, row_of(call, 1, block.start[1] + i));
+                const float* row = pairs ? two_rows(block, 2 * k, depth, own) : row_at(block, k).operands(call.in, own);
+                pack_row(row, panels, k, packed);
+                if (block.field.count) pack_change(block, depth, panels, k);
             }
         });
     }
 
-    void pack_change(const Block& block, const Panels& panels, int64_t k, const Row& positive, const Row& negative) const {
+    Row row_at(const Block& block, int64_t k) const {
+        const int64_t i = kept[k];
+        const int side = i < block.rows[0] ? 0 : 1;
+        return row_of(call, side, block.start[side] + i - (side ? block.rows[0] : 0));
+    }
+
+    // Kept rows `k` and `k + 1` (zeros beyond the last) as one row of pairs.
+    const float* two_rows(const Block& block, int64_t k, int64_t depth, float* own) const {
+        const float* first = row_at(block, k).operands(call.in, own);
+        const bool alone = k + 1 == depth;
+        const float* second = alone ? first : row_at(block, k + 1).operands(call.in, own + call.in);
+        for (int64_t j = 0; j < call.in; j++) own[j] = pair_of_rounded(first[j], alone ? 0 : second[j]);
+        return own;
+    }
+
+    void pack_change(const Block& block, int64_t depth, const Panels& panels, int64_t k) const {
         const int64_t first = block.field.first, last = first + block.field.count - 1;
         for (int64_t p = first / PANEL; p <= last / PANEL; p++) {
             const int64_t width = panels.vectors(p) * LANES;
             float* into = field_panel(block, panels, p) + k * width;
             for (int64_t j = 0; j < width; j++) {
-                const int64_t column = p * PANEL + j;
-                into[j] = column >= first && column <= last ? negative[column] - positive[column] : 0;
+                const auto change = [&](int64_t i) { return i < depth ? change_of(call, block, kept[i], p * PANEL + j) : 0; };
+                into[j] = pairs ? pair_of(to_bfloat16(change(2 * k)), to_bfloat16(change(2 * k + 1))) : change(k);
             }
         }
     }
@@ -121,22 +137,23 @@ struct Update {
     void form(
         const Block& block, int64_t index, int64_t chunk, int64_t depth, const float* y_t, int64_t stride, float* left, float* negative
     ) const {
+        float* unpaired = left + chunks.rows * depth_stride * (block.field.twins ? 2 : 1);
         for (int64_t o = 0; o < chunks.size(chunk); o++) {
             const int64_t unit = chunks.first(chunk) + o;
             const float* y = y_t + unit * stride;
-            float* to = left + o * depth_stride;
+            float* to = pairs ? unpaired : left + o * depth_stride;
+            float* below = pairs ? unpaired + up_to(depth, 16) : negative + o * depth_stride;
             gather(y, depth, depth == block.operands(), to);
             float bias = dot(to, bias_weight_of[0], depth);
             for (int64_t k = 0; k < depth; k++) to[k] *= weight_of[0][k];
             if (block.field.twins) {
-                float* below = negative + o * depth_stride;
                 gather(y + block.negative, depth, depth == block.operands(), below);
                 bias += dot(below, bias_weight_of[1], depth);
                 for (int64_t k = 0; k < depth; k++) below[k] *= weight_of[1][k];
                 for (int64_t k = 0; k < depth; k++) to[k] += below[k];
-                if (call.bfloat16) round_all(below, depth);
+                round(below, depth, negative + o * depth_stride);
             }
-            if (call.bfloat16) round_all(to, depth);
+            round(to, depth, left + o * depth_stride);
             bias_sum[unit] = index ? bias_sum[unit] + bias : bias;
         }
     }
@@ -157,8 +174,10 @@ struct Update {
         return ::sum(total[0] + total[1]) + rest;
     }
 
-    static void round_all(float* values, int64_t n) {
-        for (int64_t k = 0; k < n; k++) values[k] = rounded(values[k]);
+    void round(float* values, int64_t n, float* operand) const {
+        if (pairs) to_pairs(values, n, operand);
+        else if (call.bfloat16)
+            for (int64_t k = 0; k < n; k++) values[k] = rounded(values[k]);
     }
 
     template <int KIND>
@@ -170,7 +189,7 @@ struct Update {
 
     static float* at(float* values, int64_t offset) { return values != nullptr ? values + offset : nullptr; }
 
-    template <int KIND>
+    template <int KIND, bool PAIRS>
     void multiply(
         const Block& block, int64_t index, int64_t chunk, const Panels& panels, const float* left, const float* negative, float* own_sum
     ) const {
@@ -189,11 +208,11 @@ struct Update {
                         if (last) prefetch<KIND>(first + o, a.valid, p * PANEL, NV);
                         if (!last || k > 0 || index > 0) tile.expect(to, sum_stride);
                         tile.clear();
-                        tile.multiply(a, k, packed + panels.offset(p) + k * NV * LANES, depth);
+                        tile.template multiply<PAIRS>(a, k, packed + panels.offset(p) + k * NV * LANES, depth);
                         if (k > 0 || index > 0) tile.add(to, sum_stride);
                         if (last_part && touches_field(block, p)) {
                             const TileRows b(negative + o * depth_stride, depth_stride, size - o);
-                            tile.multiply(b, 0, field_panel(block, panels, p), panels.depth);
+                            tile.template multiply<PAIRS>(b, 0, field_panel(block, panels, p), panels.depth);
                         }
                         if (!last) {
                             tile.write(to, sum_stride);

@@ -4,6 +4,9 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -27,6 +30,22 @@ typedef float quad_in_memory __attribute__((vector_size(16), aligned(4), may_ali
 inline vec load(const float* p) { return *reinterpret_cast<const vec_in_memory*>(p); }
 inline void store(float* p, vec v) { *reinterpret_cast<vec_in_memory*>(p) = v; }
 inline vec broadcast(float a) { return a - vec{}; }
+
+// A unit for bfloat16 multiplies pairs: two numbers of consecutive depth, in the place of one float, which is never computed with.
+#if defined(__AVX512BF16__)
+constexpr bool MULTIPLIES_PAIRS = true;
+
+// sum += a[0] b[0] + a[1] b[1] in every lane of b.
+inline vec add_pairs(vec sum, const float* a, vec b) {
+    int32_t bits;
+    std::memcpy(&bits, a, 4);
+    return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)b, (__m512bh)_mm512_set1_epi32(bits));
+}
+#else
+constexpr bool MULTIPLIES_PAIRS = false;
+
+inline vec add_pairs(vec sum, const float*, vec) { return sum; }
+#endif
 
 inline vec square_root(vec v) {
     for (int i = 0; i < LANES; i++) v[i] = __builtin_sqrtf(v[i]);
@@ -65,6 +84,20 @@ inline uint16_t to_bfloat16(float value) {
 }
 
 inline float rounded(float value) { return from_bfloat16(to_bfloat16(value)); }
+
+// Two bfloat16 numbers in the place of one float.
+inline float pair_of(uint16_t first, uint16_t second) {
+    const uint32_t bits = uint32_t(second) << 16 | first;
+    float place;
+    std::memcpy(&place, &bits, 4);
+    return place;
+}
+
+inline float pair_of_rounded(float first, float second) {
+    uint32_t low, high;
+    std::memcpy(&low, &first, 4), std::memcpy(&high, &second, 4);
+    return pair_of(uint16_t(low >> 16), uint16_t(high >> 16));
+}
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .library import Call, Update, load
+from .library import Call, Update, instruction_set, load
 
 if TYPE_CHECKING:
     from ..select import Request
@@ -33,14 +33,21 @@ def unsupported(request: Request) -> str | None:
         return f"{request.dtype} parameters: has float32 ones"
     if request.compute_dtype == torch.float16:
         return "torch.float16 products: has float32 and bfloat16 ones"
-    if request.compute_dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return "torch.bfloat16 products: has none yet for the unit that this CPU has for them"
+    if request.compute_dtype == torch.bfloat16 and not request.forced and _has_unused_bfloat16_unit():
+        return "torch.bfloat16 products: has none for the unit that this CPU has for them"
     if request.activation not in _ACTIVATIONS:
         return f"activation {request.activation!r}: has {', '.join(_ACTIVATIONS)}"
     for kind, name, known in (("loss", request.loss, _LOSSES), ("rule", request.rule, _RULES)):
         if name is not None and name not in known:
             return f"{kind} {name!r}: has {', '.join(known)}"
     return None
+
+
+def _has_unused_bfloat16_unit() -> bool:
+    """Whether PyTorch multiplies bfloat16 numbers on a unit that the library does not know."""
+    if torch.cpu._is_amx_tile_supported():
+        return True
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported() and instruction_set() != "avx512_bf16"
 
 
 def linear_forward(

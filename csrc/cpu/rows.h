@@ -12,7 +12,10 @@ inline int64_t places(const ffk::Call& call, int64_t n) { return in_pairs(call) 
 // `n` numbers to pairs, with a zero behind an odd one.
 inline void to_pairs(const float* values, int64_t n, float* to) {
     uint16_t* numbers = reinterpret_cast<uint16_t*>(to);
-    for (int64_t k = 0; k < n; k++) numbers[k] = to_bfloat16(values[k]);
+    int64_t k = 0;
+    if (MULTIPLIES_PAIRS)
+        for (; k + 2 * LANES <= n; k += 2 * LANES) store(to + k / 2, to_pairs(load(values + k), load(values + k + LANES)));
+    for (; k < n; k++) numbers[k] = to_bfloat16(values[k]);
     if (n % 2) numbers[n] = 0;
 }
 

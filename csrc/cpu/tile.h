@@ -19,6 +19,15 @@ struct TileRows {
     }
 };
 
+// Memory that is needed once a tile is multiplied: fetched line by line meanwhile, as a burst would keep the operands waiting.
+struct Coming {
+    const float* line[TILE_ROWS * TILE_VECTORS * 3];
+    int64_t count = 0;
+
+    void add(const float* at) { line[count++] = at; }
+    void fetch(int64_t i) const { __builtin_prefetch(line[i], 1); }
+};
+
 template <int NV>
 struct Tile {
     vec at[TILE_ROWS][NV];
@@ -52,10 +61,13 @@ struct Tile {
 
     // += A[:, first : first + depth] B; `b`: [depth, NV * LANES]. With PAIRS every place of both holds two bfloat16 numbers.
     template <bool PAIRS>
-    __attribute__((always_inline)) void multiply(const TileRows& a, int64_t first, const float* b, int64_t depth) {
+    __attribute__((always_inline)) void multiply(
+        const TileRows& a, int64_t first, const float* b, int64_t depth, const Coming& coming = {}
+    ) {
         const float* row[TILE_ROWS];
         for (int m = 0; m < TILE_ROWS; m++) row[m] = a.row[m] + first;
         for (int64_t k = 0; k < depth; k++, b += NV * LANES) {
+            if (k < coming.count) coming.fetch(k);
             vec column[NV];
 #pragma GCC unroll 4
             for (int v = 0; v < NV; v++) {
@@ -70,6 +82,7 @@ struct Tile {
                     at[m][v] = PAIRS ? add_pairs(at[m][v], row[m] + k, column[v]) : at[m][v] + element * column[v];
             }
         }
+        for (int64_t k = depth; k < coming.count; k++) coming.fetch(k);
     }
 };
 

@@ -205,10 +205,11 @@ struct Update {
                         const TileRows a(left + o * depth_stride, depth_stride, size - o);
                         float* to = unfinished + o * sum_stride + p * PANEL;
                         Tile<NV> tile;
-                        if (last) prefetch<KIND>(first + o, a.valid, p * PANEL, NV);
+                        Coming coming;
+                        if (last) expect<KIND>(first + o, a.valid, p * PANEL, NV, coming);
                         if (!last || k > 0 || index > 0) tile.expect(to, sum_stride);
                         tile.clear();
-                        tile.template multiply<PAIRS>(a, k, packed + panels.offset(p) + k * NV * LANES, depth);
+                        tile.template multiply<PAIRS>(a, k, packed + panels.offset(p) + k * NV * LANES, depth, coming);
                         if (k > 0 || index > 0) tile.add(to, sum_stride);
                         if (last_part && touches_field(block, p)) {
                             const TileRows b(negative + o * depth_stride, depth_stride, size - o);
@@ -228,14 +229,14 @@ struct Update {
 
     // What the rule will read arrives while the tile is being multiplied.
     template <int KIND>
-    void prefetch(int64_t unit, int valid, int64_t column, int vectors) const {
+    void expect(int64_t unit, int valid, int64_t column, int vectors, Coming& coming) const {
         float* const* state = call.weight_update.state;
         for (int m = 0; m < valid; m++)
             for (int v = 0; v < vectors; v++) {
                 const int64_t at = (unit + m) * call.in + column + v * LANES;
-                if (KIND != ffk::GRAD) __builtin_prefetch(call.weight + at, 1);
-                if (state[0] != nullptr) __builtin_prefetch(state[0] + at, 1);
-                if (KIND == ffk::ADAM) __builtin_prefetch(state[1] + at, 1);
+                if (KIND != ffk::GRAD) coming.add(call.weight + at);
+                if (state[0] != nullptr) coming.add(state[0] + at);
+                if (KIND == ffk::ADAM) coming.add(state[1] + at);
             }
     }
 

@@ -41,10 +41,14 @@ inline vec add_pairs(vec sum, const float* a, vec b) {
     std::memcpy(&bits, a, 4);
     return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)b, (__m512bh)_mm512_set1_epi32(bits));
 }
+
+// 2 LANES numbers to LANES pairs.
+inline vec to_pairs(vec first, vec second) { return (vec)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first); }
 #else
 constexpr bool MULTIPLIES_PAIRS = false;
 
 inline vec add_pairs(vec sum, const float*, vec) { return sum; }
+inline vec to_pairs(vec first, vec) { return first; }
 #endif
 
 inline vec square_root(vec v) {

@@ -7,6 +7,7 @@ the reason why it cannot run a call. `BACKENDS` names them in order of preferenc
 from __future__ import annotations
 
 import os
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 from typing import NamedTuple
@@ -36,6 +37,7 @@ class Request(NamedTuple):
     forced: bool = False
 
 
+@cache
 def load(name: str) -> ModuleType:
     """The module of a backend. Import errors surface here: a backend that cannot be imported cannot be forced."""
     return import_module(BACKENDS[name])

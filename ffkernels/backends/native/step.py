@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,9 +46,14 @@ def unsupported(request: Request) -> str | None:
 
 def _has_unused_bfloat16_unit() -> bool:
     """Whether PyTorch multiplies bfloat16 numbers on a unit that the library does not know."""
-    if torch.cpu._is_amx_tile_supported():
-        return True
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported() and instruction_set() != "avx512_bf16"
+    has_unit, is_amx = _bfloat16_unit()
+    return is_amx or (has_unit and instruction_set() != "avx512_bf16")
+
+
+@cache
+def _bfloat16_unit() -> tuple[bool, bool]:
+    """Whether PyTorch has a unit for bfloat16 products on this CPU, and whether that is AMX."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported(), torch.cpu._is_amx_tile_supported()
 
 
 def linear_forward(

@@ -5,6 +5,10 @@
 #include <thread>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "interface.h"
 
 namespace {
@@ -33,6 +37,8 @@ struct Memory {
 };
 thread_local Memory memory;
 // What a step on a very large batch took is given back by the next small one.
+// Operands spread over small pages fall onto the same lines of a cache by chance, in some processes and not in others.
+constexpr size_t HUGE_PAGE = size_t(2) << 20;
 constexpr size_t KEPT_BYTES = size_t(256) << 20;
 
 }  // namespace
@@ -52,11 +58,14 @@ void ffk::run_tasks(int64_t tasks, int workers, Task task, void* context) {
 }
 
 float* ffk::workspace(size_t floats) {
-    const size_t bytes = (floats * 4 + 4095) / 4096 * 4096;
+    const size_t bytes = (floats * 4 + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
     if (bytes > memory.bytes || memory.bytes > KEPT_BYTES) {
         std::free(memory.at);
-        memory.at = std::aligned_alloc(4096, bytes);
+        memory.at = std::aligned_alloc(HUGE_PAGE, bytes);
         memory.bytes = memory.at == nullptr ? 0 : bytes;
+#if defined(__linux__)
+        if (memory.at != nullptr) madvise(memory.at, bytes, MADV_HUGEPAGE);
+#endif
     }
     return static_cast<float*>(memory.at);
 }

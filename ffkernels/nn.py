@@ -29,6 +29,8 @@ class FFLinear(nn.Linear):
         ValueError, TypeError: for an option outside what `linear_step_` accepts.
     """
 
+    peer_mean: Tensor | None
+
     def __init__(
         self,
         in_features: int,

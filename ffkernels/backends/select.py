@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from importlib import import_module
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -53,6 +53,13 @@ def choose(request: Request, backend: str | None) -> str:
     Raises:
         ValueError: where the forced backend does not exist or cannot run the call.
     """
+    return _choose(backend, *request)
+
+
+# torch.compile calls it once for a call that it traces, with constants, and keeps the answer.
+@torch.compiler.assume_constant_result
+def _choose(backend: str | None, *fields: Any) -> str:
+    request = Request(*fields)
     forced, source = forced_backend(backend)
     if forced is None:
         for name in BACKENDS:

@@ -99,10 +99,16 @@ def test_a_step_compiles_from_its_first_call_on(optimizer, fresh_compiler):
     layers = [nn.Linear(5, 7) for _ in range(2)]
     layers[1].load_state_dict(layers[0].state_dict())
     optimizers = [OPTIMIZERS[optimizer](layer.parameters(), 0.05) for layer in layers]
+    schedules = [lr_scheduler.ExponentialLR(o, 1.0) for o in optimizers]
+    objective = ff.Objective()
     for i in range(5):
-        with torch._dynamo.config.patch(error_on_recompile=i > 1):
-            for step, layer, o in zip((compiled, ff.linear_step_), layers, optimizers, strict=True):
-                step(made.x_pos, made.x_neg, layer.weight, layer.bias, o, objective=ff.Objective())
+        with torch._dynamo.config.patch(error_on_recompile=i > 1), warnings.catch_warnings():
+            warnings.filterwarnings("error", "Detected call of `lr_scheduler.step")
+            for step, layer, o, schedule in zip(
+                (compiled, ff.linear_step_), layers, optimizers, schedules, strict=True
+            ):
+                step(made.x_pos, made.x_neg, layer.weight, layer.bias, o, objective=objective)
+                schedule.step()
     assert_same(*layers)
     mine, theirs = (o.state_dict()["state"] for o in optimizers)
     assert mine.keys() == theirs.keys() and all(mine[i].keys() == theirs[i].keys() for i in theirs)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from .compiling import once_per_trace
+
 # What each rule's `state` and `hyper` lists hold; `lr` as a tensor comes beside them and overrides the number.
 RULES = {
     "sgd": "state: [momentum_buffer] or []; hyper: lr, momentum, dampening, nesterov, decay, maximize, first_step",
@@ -84,7 +86,7 @@ class Plan:
                 p.grad = gradient
 
 
-@torch.compiler.assume_constant_result
+@once_per_trace
 def _mark_as_stepped(optimizer: Optimizer) -> None:
     """Schedulers warn when they run before the first `optimizer.step()`; a fused step is one.
 

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..compiling import once_per_trace
+
 BACKENDS = {
     "triton": "ffkernels.backends.triton",
     "native": "ffkernels.backends.native",
@@ -56,8 +58,7 @@ def choose(request: Request, backend: str | None) -> str:
     return _choose(backend, *request)
 
 
-# torch.compile calls it once for a call that it traces, with constants, and keeps the answer.
-@torch.compiler.assume_constant_result
+@once_per_trace
 def _choose(backend: str | None, *fields: Any) -> str:
     request = Request(*fields)
     forced, source = forced_backend(backend)

@@ -9,10 +9,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import ops, optim
+from . import peer as peers
 from . import validation as check
 from .autograd import GivenSlope, LinearForward, without_autocast
 from .backends import select
 from .objective import Objective
+from .peer import PeerNormalisation
 
 DEFAULT_OBJECTIVE = Objective()
 
@@ -83,6 +85,8 @@ def linear_step_(
     sample_weight: Tensor | None = None,
     is_positive: Tensor | None = None,
     input_sumsq: Tensor | None = None,
+    peer: PeerNormalisation | None = None,
+    peer_mean: Tensor | None = None,
     backend: str | None = None,
 ) -> StepResult:
     """One Forward-Forward step of one linear layer: updates `weight` and `bias` in place, without autograd.
@@ -112,6 +116,8 @@ def linear_step_(
         is_positive: `[rows]` bool; `x_pos` is then the joint batch in any order.
         input_sumsq: `[rows]` sums of squares of the input rows where they are known: `StepResult.sumsq` of the layer
             below.
+        peer: peer normalisation, a regulariser that keeps the units about equally active.
+        peer_mean: `[out]` its running mean activity, which the step moves; with `peer`, and only then.
         backend: forces a backend; so does the environment variable FFKERNELS_BACKEND.
 
     Raises:
@@ -143,9 +149,12 @@ def linear_step_(
         check.vector("sample_weight", sample_weight, entries, weight.dtype, weight.device)
     if input_sumsq is not None:
         check.vector("input_sumsq", input_sumsq, rows, weight.dtype, weight.device)
+    check.peer_normalisation(peer, peer_mean, weight)
     check.optimizer_object(optimizer)
     update = optim.plan(optimizer, weight, bias)
-    request = select.Request(weight.device, weight.dtype, compute, activation, objective.loss, update.rule)
+    request = select.Request(
+        weight.device, weight.dtype, compute, activation, objective.loss, update.rule, peer is not None
+    )
     chosen = select.choose(request, backend)
 
     order = None
@@ -167,13 +176,14 @@ def linear_step_(
             sample_weight,
             *layer,
             *objective.operands(),
+            *peers.operands(peer, peer_mean, width),
             *update.operands(),
             y,
             sumsq,
             loss,
             chosen,
         )
-        torch.autograd.graph.increment_version(update.written())
+        torch.autograd.graph.increment_version(update.written() + ([] if peer_mean is None else [peer_mean]))
         update.finish()
         goodness = objective.goodness_of(sumsq, width)
         if outputs == "post":
@@ -283,6 +293,7 @@ def explain(
     objective: Objective = DEFAULT_OBJECTIVE,
     activation: str = "relu",
     compute_dtype: torch.dtype | None = None,
+    peer: PeerNormalisation | None = None,
     backend: str | None = None,
 ) -> str:
     """Says which backend a layer step runs on, why each other one is passed over, and how the update runs.
@@ -294,7 +305,7 @@ def explain(
     check.optimizer_object(optimizer)
     compute = check.compute_dtype_of(compute_dtype, weight)
     rule, update = optim.fused_rule(optimizer)
-    request = select.Request(weight.device, weight.dtype, compute, activation, objective.loss, rule)
+    request = select.Request(weight.device, weight.dtype, compute, activation, objective.loss, rule, peer is not None)
     chosen = select.choose(request, backend)
     forced, source = select.forced_backend(backend)
     because = "first that can run it" if forced is None else f"forced by {source}"

@@ -20,6 +20,8 @@ _OBJECTIVE = (
     "str goodness, float threshold_pos, float threshold_neg, Tensor? threshold, str loss, bool maximize, "
     "str reduction, float temperature, float alpha"
 )
+# Peer normalisation (`peer.operands`), or no mean: its running mean [out] is moved, its pull added to the gradient.
+_PEER = "Tensor(h!)? peer_mean, float peer_strength, float peer_momentum, bool peer_gated"
 # How the gradient turns into new parameters: `optim.RULES`.
 _UPDATE = (
     "str rule, Tensor(c!)[] weight_state, float[] weight_hyper, Tensor? weight_lr, "
@@ -35,10 +37,10 @@ SCHEMAS = {
     ),
     # One whole layer step on the joint batch. Written: weight and bias (or, under the rule
     # "grad", their gradients), optimizer state, sumsq [rows], loss [], and where given y [rows, out], the activities
-    # before the update. With is_positive [rows], x_pos is the joint batch and x_neg has no rows.
+    # before the update, and peer_mean [out]. With is_positive [rows], x_pos is the joint batch and x_neg has no rows.
     "linear_step_": (
         "(Tensor x_pos, Tensor x_neg, Tensor? is_positive, Tensor? input_sumsq, Tensor? sample_weight, "
-        f"Tensor(a!) weight, Tensor(b!)? bias, {_LAYER}, {_OBJECTIVE}, {_UPDATE}, "
+        f"Tensor(a!) weight, Tensor(b!)? bias, {_LAYER}, {_OBJECTIVE}, {_PEER}, {_UPDATE}, "
         "Tensor(e!)? y, Tensor(f!) sumsq, Tensor(g!) loss_out, str backend) -> ()"
     ),
 }

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .objective import Objective
+from .peer import PeerNormalisation
 
 NORMS = ("l2", "rms", "none")
 EPS_MODES = ("add", "clamp", "inside")
@@ -38,11 +39,16 @@ def layer_options(norm: str, eps: float, eps_mode: str, activation: str) -> None
         raise ValueError(f"eps={eps!r} is not a finite number >= 0")
 
 
+def autocast_is_on(device: torch.device) -> bool:
+    """Whether autocast is on for a device; some, like "meta", do not know it."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def compute_dtype_of(compute_dtype: torch.dtype | None, weight: Tensor) -> torch.dtype:
     """The dtype of the products' operands: as asked for, as autocast says, or the weight's own."""
     if compute_dtype is None:
         kind = weight.device.type
-        if weight.dtype == torch.float32 and torch.is_autocast_enabled(kind):
+        if weight.dtype == torch.float32 and autocast_is_on(weight.device):
             return torch.get_autocast_dtype(kind)
         return weight.dtype
     if compute_dtype != weight.dtype and (compute_dtype not in COMPUTE_DTYPES or weight.dtype != torch.float32):
@@ -128,7 +134,8 @@ def trainable(name: str, parameter: Tensor | None) -> None:
     if parameter is not None and not (parameter.requires_grad and parameter.is_leaf):
         raise ValueError(
             f"{name} has requires_grad={parameter.requires_grad} and is_leaf={parameter.is_leaf}; "
-            "accepted: a trainable nn.Parameter"
+            "accepted: a trainable nn.Parameter (for one that is computed from others, as by parametrize, there are "
+            "linear_forward and goodness_loss, whose gradients go on to those)"
         )
 
 
@@ -157,6 +164,19 @@ def objective_for(objective: object, rows: int, n_pos: int | None, like: Tensor,
             f"loss={objective.loss!r} pairs rows but there are {n_pos} positive and {rows - n_pos} negative ones; "
             "accepted: equally many"
         )
+
+
+def peer_normalisation(peer: object, mean: Tensor | None, weight: Tensor) -> None:
+    """Checks peer normalisation and its running mean `[out]`, which come together or not at all."""
+    if peer is not None and not isinstance(peer, PeerNormalisation):
+        raise TypeError(f"peer={peer!r} is not an ffkernels.PeerNormalisation")
+    if (peer is None) != (mean is None):
+        came, missing = ("peer_mean", "peer") if peer is None else ("peer", "peer_mean")
+        raise ValueError(f"{came} came without {missing}; accepted: both or neither")
+    if mean is not None:
+        vector("peer_mean", mean, weight.shape[0], weight.dtype, weight.device)
+        constant("peer_mean", mean)
+        not_overlapping("peer_mean", mean)
 
 
 def _tensor(name: str, value: object) -> None:

@@ -10,9 +10,11 @@ import os
 from functools import cache
 from importlib import import_module
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+
+from ..compiling import once_per_trace
 
 BACKENDS = {
     "triton": "ffkernels.backends.triton",
@@ -34,6 +36,7 @@ class Request(NamedTuple):
     activation: str
     loss: str | None = None
     rule: str | None = None
+    peer: bool = False
     forced: bool = False
 
 
@@ -54,6 +57,12 @@ def choose(request: Request, backend: str | None) -> str:
     Raises:
         ValueError: where the forced backend does not exist or cannot run the call.
     """
+    return _choose(backend, *request)
+
+
+@once_per_trace
+def _choose(backend: str | None, *fields: Any) -> str:
+    request = Request(*fields)
     forced, source = forced_backend(backend)
     if forced is None:
         for name in BACKENDS:

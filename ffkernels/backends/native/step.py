@@ -41,7 +41,7 @@ def unsupported(request: Request) -> str | None:
     for kind, name, known in (("loss", request.loss, _LOSSES), ("rule", request.rule, _RULES)):
         if name is not None and name not in known:
             return f"{kind} {name!r}: has {', '.join(known)}"
-    return None
+    return "has no peer normalisation" if request.peer else None
 
 
 def _has_unused_bfloat16_unit() -> bool:
@@ -100,6 +100,10 @@ def linear_step_(
     reduction: str,
     temperature: float,
     alpha: float,
+    peer_mean: Tensor | None,
+    peer_strength: float,
+    peer_momentum: float,
+    peer_gated: bool,
     rule: str,
     weight_state: list[Tensor],
     weight_hyper: list[float],

@@ -32,7 +32,9 @@ INSTRUCTION_SETS = {
     "avx2": ["-mavx2", "-mfma"],
     "baseline": [],
 }
-FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-strict-aliasing", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"]
+FLAGS = [
+    "-std=c++17", "-O3", "-fno-math-errno", "-fno-strict-aliasing", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra",
+]  # fmt: skip
 
 
 def switch() -> str:

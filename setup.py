@@ -33,7 +33,8 @@ INSTRUCTION_SETS = {
     "baseline": [],
 }
 FLAGS = [
-    "-std=c++17", "-O3", "-fno-math-errno", "-fno-strict-aliasing", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra",
+    "-std=c++17", "-O3", "-fno-math-errno", "-fno-strict-aliasing", "-fPIC", "-fvisibility=hidden", "-pthread",
+    "-Wall", "-Wextra",
 ]  # fmt: skip
 
 

@@ -24,7 +24,8 @@ VARIABLE = "FFKERNELS_BACKEND"
 class Request(NamedTuple):
     """What a backend needs to know of a call to say whether it can run it; a forward pass has no loss and no rule.
 
-    `forced`: whether this very backend was asked for, which some ways of running are kept for.
+    `forced`: whether this very backend was asked for, which some ways of running are kept for. `skips`: whether rows
+    with small coefficients are left out. `shares`: whether the product of what rows have in common is given.
     """
 
     device: torch.device
@@ -34,6 +35,8 @@ class Request(NamedTuple):
     loss: str | None = None
     rule: str | None = None
     forced: bool = False
+    skips: bool = False
+    shares: bool = False
 
 
 def load(name: str) -> ModuleType:

@@ -46,7 +46,7 @@ class Gradient:
         """Adds a block's rows. May overwrite `y`."""
         if self.pending is not None:
             self._sum_pending()
-        x, r, field = rows
+        x, r, field, _ = rows
         kept = _rows_in_doubt(coefficient if field is None else coefficient.view(2, -1).any(0))
         if kept is not None:
             x = x[kept]

@@ -37,6 +37,10 @@ def unsupported(request: Request) -> str | None:
         return "torch.bfloat16 products: has none yet for the unit that this CPU has for them"
     if request.activation not in _ACTIVATIONS:
         return f"activation {request.activation!r}: has {', '.join(_ACTIVATIONS)}"
+    if request.skips:
+        return "leaves out rows with a coefficient of exactly zero, not those below skip_below"
+    if request.shares:
+        return "finds out by itself what rows share: takes no product"
     for kind, name, known in (("loss", request.loss, _LOSSES), ("rule", request.rule, _RULES)):
         if name is not None and name not in known:
             return f"{kind} {name!r}: has {', '.join(known)}"
@@ -54,6 +58,8 @@ def linear_forward(
     eps_mode: str,
     activation: str,
     compute_dtype: torch.dtype,
+    product: Tensor | None,
+    label_field: int,
 ) -> tuple[Tensor, Tensor]:
     """See `ops.SCHEMAS`."""
     n = x_pos.shape[0] + x_neg.shape[0]
@@ -87,6 +93,9 @@ def linear_step_(
     reduction: str,
     temperature: float,
     alpha: float,
+    skip_below: float,
+    product: Tensor | None,
+    label_field: int,
     rule: str,
     weight_state: list[Tensor],
     weight_hyper: list[float],

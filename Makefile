@@ -58,9 +58,11 @@ $(VENV)/test: $(VENV)/train
 	$(PIP) install --editable ".[test]" "$(TRITON)"
 	touch $@
 
-# Contenders of the benchmark, which the tests also hold this package against; without their own dependencies.
+# Contenders of the benchmark, which the tests also hold this package against; without their own dependencies, but for
+# scikit-learn, which bioff imports.
 $(VENV)/peers: $(VENV)/core
-	$(PIP) install --no-deps fflib==0.3.0
+	$(PIP) install --no-deps fflib==0.3.0 bioff==1.1.0
+	$(PIP) install "scikit-learn>=1.3" "tqdm>=4.60"
 	touch $@
 
 $(VENV)/lint: $(VENV)/test

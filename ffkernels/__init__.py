@@ -6,12 +6,14 @@ from .graphs import GraphedStep
 from .negatives import hybrid_images, neutral_label, overlay_label, wrong_label
 from .nn import FFLinear, FFNetwork
 from .objective import Objective
+from .peer import PeerNormalisation
 
 __all__ = [
     "FFLinear",
     "FFNetwork",
     "GraphedStep",
     "Objective",
+    "PeerNormalisation",
     "StepResult",
     "__version__",
     "explain",

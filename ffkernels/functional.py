@@ -9,11 +9,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import ops, optim
+from . import peer as peers
 from . import validation as check
 from .autograd import GivenSlope, LinearForward, without_autocast
 from .backends import select
 from .backends.eager.products import Products
 from .objective import Objective
+from .peer import PeerNormalisation
 
 DEFAULT_OBJECTIVE = Objective()
 
@@ -87,6 +89,8 @@ def linear_step_(
     skip_below: float = 0.0,
     label_field: int | None = None,
     product: Tensor | None = None,
+    peer: PeerNormalisation | None = None,
+    peer_mean: Tensor | None = None,
     backend: str | None = None,
 ) -> StepResult:
     """One Forward-Forward step of one linear layer: updates `weight` and `bias` in place, without autograd.
@@ -123,6 +127,8 @@ def linear_step_(
             by row, and share their products (equally exact). None: on a CPU, that is found out. On a device it is not
             checked.
         product: `shared_product(x_pos, weight, label_field)` where it is there already.
+        peer: peer normalisation, a regulariser that keeps the units about equally active.
+        peer_mean: `[out]` its running mean activity, which the step moves; with `peer`, and only then.
         backend: forces a backend; so does the environment variable FFKERNELS_BACKEND.
 
     Raises:
@@ -157,10 +163,11 @@ def linear_step_(
         check.vector("sample_weight", sample_weight, entries, weight.dtype, weight.device)
     if input_sumsq is not None:
         check.vector("input_sumsq", input_sumsq, rows, weight.dtype, weight.device)
+    check.peer_normalisation(peer, peer_mean, weight)
     check.optimizer_object(optimizer)
     update = optim.plan(optimizer, weight, bias)
     request = select.Request(
-        weight.device, weight.dtype, compute, activation, objective.loss, update.rule,
+        weight.device, weight.dtype, compute, activation, objective.loss, update.rule, peer is not None,
         skips=skip_below > 0, shares=product is not None,
     )  # fmt: skip
     chosen = select.choose(request, backend)
@@ -188,13 +195,14 @@ def linear_step_(
             float(skip_below),
             product,
             field,
+            *peers.operands(peer, peer_mean, width),
             *update.operands(),
             y,
             sumsq,
             loss,
             chosen,
         )
-        torch.autograd.graph.increment_version(update.written())
+        torch.autograd.graph.increment_version(update.written() + ([] if peer_mean is None else [peer_mean]))
         update.finish()
         goodness = objective.goodness_of(sumsq, width)
         if outputs == "post":
@@ -335,6 +343,7 @@ def explain(
     objective: Objective = DEFAULT_OBJECTIVE,
     activation: str = "relu",
     compute_dtype: torch.dtype | None = None,
+    peer: PeerNormalisation | None = None,
     backend: str | None = None,
 ) -> str:
     """Says which backend a layer step runs on, why each other one is passed over, and how the update runs.
@@ -346,7 +355,7 @@ def explain(
     check.optimizer_object(optimizer)
     compute = check.compute_dtype_of(compute_dtype, weight)
     rule, update = optim.fused_rule(optimizer)
-    request = select.Request(weight.device, weight.dtype, compute, activation, objective.loss, rule)
+    request = select.Request(weight.device, weight.dtype, compute, activation, objective.loss, rule, peer is not None)
     chosen = select.choose(request, backend)
     forced, source = select.forced_backend(backend)
     because = "first that can run it" if forced is None else f"forced by {source}"

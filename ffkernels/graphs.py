@@ -105,14 +105,14 @@ class GraphedStep:
                 )
 
     def _written(self) -> list[Tensor]:
-        """Parameters and optimizer state, which a replay writes without the host's doing."""
+        """Parameters, buffers and optimizer state, which a replay writes without the host's doing."""
         return [tensor for _, tensor in self._tensors()]
 
     def _tensors(self) -> list[tuple[Optimizer, Tensor]]:
         found = []
         for layer, optimizer in zip(self.net, self._per_layer, strict=True):
             assert optimizer is not None
-            for parameter in layer.parameters():
+            for parameter in (*layer.parameters(), *layer.buffers()):
                 state = optimizer.state.get(parameter, {}).values()
                 found += [(optimizer, t) for t in (parameter, *state) if isinstance(t, Tensor)]
         return found
@@ -125,7 +125,7 @@ class GraphedStep:
             if optimizer is not None
             for group in optimizer.param_groups
         ]
-        layers = [(layer.objective, layer.outputs, layer._options()) for layer in self.net]
+        layers = [(layer.objective, layer.outputs, layer.peer, layer._options()) for layer in self.net]
         return [groups, layers, [_key(tensor) for _, tensor in self._tensors()]]
 
 

@@ -15,6 +15,7 @@ from . import validation as check
 from .functional import DEFAULT_OBJECTIVE, StepResult
 from .normalisation import row_scale
 from .objective import Objective
+from .peer import FIRST_MEAN, PeerNormalisation
 
 PREDICTION_ROWS = 1024
 
@@ -23,11 +24,14 @@ class FFLinear(nn.Linear):
     """A linear layer `y = act(W normalise(x) + b)` that learns from its own goodness.
 
     Parameters, their initialisation and their names in `state_dict` are those of `torch.nn.Linear`. The options are
-    those of `linear_step_`, and plain attributes: they can be changed at any time.
+    those of `linear_step_`, and plain attributes: they can be changed at any time. With `peer`, the running mean is the
+    buffer `peer_mean` `[out]`, which starts at 0.5.
 
     Raises:
         ValueError, TypeError: for an option outside what `linear_step_` accepts.
     """
+
+    peer_mean: Tensor | None
 
     def __init__(
         self,
@@ -42,6 +46,7 @@ class FFLinear(nn.Linear):
         activation: str = "relu",
         outputs: str = "post",
         compute_dtype: torch.dtype | None = None,
+        peer: PeerNormalisation | None = None,
         backend: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -50,7 +55,11 @@ class FFLinear(nn.Linear):
         check.one_of("outputs", outputs, check.OUTPUTS)
         if not isinstance(objective, Objective):
             raise TypeError(f"objective={objective!r} is not an ffkernels.Objective")
+        if peer is not None and not isinstance(peer, PeerNormalisation):
+            raise TypeError(f"peer={peer!r} is not an ffkernels.PeerNormalisation")
         super().__init__(in_features, out_features, bias, device, dtype)
+        mean = None if peer is None else torch.full_like(self.weight.detach()[:, 0], FIRST_MEAN)
+        self.register_buffer("peer_mean", mean)
         self.objective = objective
         self.norm = norm
         self.eps = eps
@@ -58,6 +67,7 @@ class FFLinear(nn.Linear):
         self.activation = activation
         self.outputs = outputs
         self.compute_dtype = compute_dtype
+        self.peer = peer
         self.backend = backend
 
     def _options(self) -> dict[str, Any]:
@@ -82,7 +92,8 @@ class FFLinear(nn.Linear):
 
     def step(self, x_pos: Tensor, x_neg: Tensor | None, optimizer: Optimizer | None, **options: Any) -> StepResult:
         """One training step, `ffkernels.linear_step_`; `options` go there and override the layer's own."""
-        own = {"objective": self.objective, "outputs": self.outputs, **self._options()}
+        peer = {"peer": self.peer, "peer_mean": None if self.peer is None else self.peer_mean}
+        own = {"objective": self.objective, "outputs": self.outputs, **peer, **self._options()}
         return functional.linear_step_(x_pos, x_neg, self.weight, self.bias, optimizer, **{**own, **options})
 
     def extra_repr(self) -> str:

@@ -23,6 +23,8 @@ _OBJECTIVE = (
 # What the caller knows of the rows: x_neg is x_pos outside the first label_field columns (0: not known), and product
 # [n_pos, out] is W x of either side without those columns.
 _SHARED = "Tensor? product, int label_field"
+# Peer normalisation (`peer.operands`), or no mean: its running mean [out] is moved, its pull added to the gradient.
+_PEER = "Tensor(h!)? peer_mean, float peer_strength, float peer_momentum, bool peer_gated"
 # How the gradient turns into new parameters: `optim.RULES`.
 _UPDATE = (
     "str rule, Tensor(c!)[] weight_state, float[] weight_hyper, Tensor? weight_lr, "
@@ -38,11 +40,13 @@ SCHEMAS = {
     ),
     # One whole layer step on the joint batch. Written: weight and bias (or, under the rule
     # "grad", their gradients), optimizer state, sumsq [rows], loss [], and where given y [rows, out], the activities
-    # before the update. With is_positive [rows], x_pos is the joint batch and x_neg has no rows. Rows whose loss has a
-    # slope below skip_below, a fraction of that of a row far on the wrong side, do not take part in the update.
+    # before the update, and peer_mean [out]. With is_positive [rows], x_pos is the joint batch and x_neg has no rows.
+    # Rows whose loss has a slope below skip_below, a fraction of that of a row far on the wrong side, are left out of
+    # the update.
     "linear_step_": (
         "(Tensor x_pos, Tensor x_neg, Tensor? is_positive, Tensor? input_sumsq, Tensor? sample_weight, "
-        f"Tensor(a!) weight, Tensor(b!)? bias, {_LAYER}, {_OBJECTIVE}, float skip_below, {_SHARED}, {_UPDATE}, "
+        f"Tensor(a!) weight, Tensor(b!)? bias, {_LAYER}, {_OBJECTIVE}, "
+        f"float skip_below, {_SHARED}, {_PEER}, {_UPDATE}, "
         "Tensor(e!)? y, Tensor(f!) sumsq, Tensor(g!) loss_out, str backend) -> ()"
     ),
 }

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from .functional import StepResult
 from .objective import Objective
+from .peer import PeerNormalisation
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -43,8 +44,12 @@ def linear_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, *, norm: str, eps: float, eps_mode: str, activation: str
 ) -> Tensor:
     """`act(normalise(x) W^T + b)` `[rows, out]`, differentiable."""
+    return ACTIVATIONS[activation](_linear(x, weight, bias, norm, eps, eps_mode))
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, norm: str, eps: float, eps_mode: str) -> Tensor:
     z = normalise(x, norm, eps, eps_mode) @ weight.T
-    return ACTIVATIONS[activation](z if bias is None else z + bias)
+    return z if bias is None else z + bias
 
 
 def goodness_of(y: Tensor, goodness: str) -> Tensor:
@@ -80,6 +85,24 @@ def loss_of(goodness: Tensor, is_positive: Tensor, objective: Objective, sample_
     return _mean(losses_pos) + _mean(losses_neg)
 
 
+def peer_loss(
+    z: Tensor, y: Tensor, is_positive: Tensor, mean: Tensor, peer: PeerNormalisation
+) -> tuple[Tensor, Tensor]:
+    """What peer normalisation adds to the loss (0-dim), and the running mean `[out]` after this batch.
+
+    The first is a loss in "loewex" form; in Hinton's, a stand-in whose gradient is what he adds to the gradient.
+    """
+    if not is_positive.any():
+        return z.sum() * 0, mean.clone()
+    # Ungated, the activation counts as y in value and as z in slope.
+    activity = (y if peer.gated else z + (y - z).detach())[is_positive]
+    moved = peer.momentum * mean + (1 - peer.momentum) * activity.mean(0)
+    if peer.form == "loewex":
+        return peer.strength * ((moved.mean() - moved) ** 2).mean(), moved.detach()
+    moved = moved.detach()
+    return peer.strength * ((moved - moved.mean()) * activity).sum(1).mean(), moved
+
+
 def softplus(t: Tensor) -> Tensor:
     """`log(1 + e^t)`, stable and exact to rounding at any `t`."""
     return torch.logaddexp(t, torch.zeros_like(t))
@@ -100,24 +123,32 @@ def linear_step_(
     outputs: str = "post",
     sample_weight: Tensor | None = None,
     is_positive: Tensor | None = None,
+    peer: PeerNormalisation | None = None,
+    peer_mean: Tensor | None = None,
 ) -> StepResult:
     """`ffkernels.linear_step_` by `loss.backward()` and `optimizer.step()`, in the weight's dtype."""
     x = x_pos if x_neg is None else torch.cat([x_pos, x_neg])
     side = torch.arange(len(x), device=x.device) < len(x_pos) if is_positive is None else is_positive
 
-    def forward() -> Tensor:
-        return linear_forward(x, weight, bias, norm=norm, eps=eps, eps_mode=eps_mode, activation=activation)
+    def forward() -> tuple[Tensor, Tensor]:
+        z = _linear(x, weight, bias, norm, eps, eps_mode)
+        return z, ACTIVATIONS[activation](z)
 
-    y = forward()
+    z, y = forward()
     goodness = goodness_of(y, objective.goodness)
     loss = loss_of(goodness, side, objective, sample_weight)
     weight.grad = None
     if bias is not None:
         bias.grad = None
-    loss.backward()
+    if peer is None or peer_mean is None:
+        loss.backward()
+    else:
+        pull, moved = peer_loss(z, y, side, peer_mean, peer)
+        (loss + pull).backward()
+        peer_mean.copy_(moved)
     optimizer.step()
     with torch.no_grad():
-        handed_on = forward() if outputs == "post" else y.detach()
+        handed_on = forward()[1] if outputs == "post" else y.detach()
     sumsq = (handed_on * handed_on).sum(1)
     n_pos = len(x_pos) if is_positive is None else None
     y_out = None if outputs == "none" else handed_on

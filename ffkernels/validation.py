@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .objective import Objective
+from .peer import PeerNormalisation
 
 NORMS = ("l2", "rms", "none")
 EPS_MODES = ("add", "clamp", "inside")
@@ -194,6 +195,19 @@ def objective_for(objective: object, rows: int, n_pos: int | None, like: Tensor,
             f"loss={objective.loss!r} pairs rows but there are {n_pos} positive and {rows - n_pos} negative ones; "
             "accepted: equally many"
         )
+
+
+def peer_normalisation(peer: object, mean: Tensor | None, weight: Tensor) -> None:
+    """Checks peer normalisation and its running mean `[out]`, which come together or not at all."""
+    if peer is not None and not isinstance(peer, PeerNormalisation):
+        raise TypeError(f"peer={peer!r} is not an ffkernels.PeerNormalisation")
+    if (peer is None) != (mean is None):
+        came, missing = ("peer_mean", "peer") if peer is None else ("peer", "peer_mean")
+        raise ValueError(f"{came} came without {missing}; accepted: both or neither")
+    if mean is not None:
+        vector("peer_mean", mean, weight.shape[0], weight.dtype, weight.device)
+        constant("peer_mean", mean)
+        not_overlapping("peer_mean", mean)
 
 
 def _tensor(name: str, value: object) -> None:

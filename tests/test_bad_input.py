@@ -17,6 +17,13 @@ from .steps import problem, state_of
 INF = float("inf")
 
 
+PEER = ff.PeerNormalisation()
+
+
+def ones(n: int) -> torch.Tensor:
+    return torch.ones(n, dtype=torch.float64)
+
+
 def with_threshold(value):
     return lambda p: {"objective": ff.Objective(threshold=value)}
 
@@ -88,6 +95,19 @@ BAD_STEPS = {
     "sample_weight too short": (lambda p: {"sample_weight": torch.ones(6).double()}, ValueError, r"accepted: \(12,\)"),
     "sample_weight other dtype": (lambda p: {"sample_weight": torch.ones(12)}, TypeError, "sample_weight is"),
     "input_sumsq too short": (lambda p: {"input_sumsq": torch.ones(6).double()}, ValueError, "input_sumsq has shape"),
+    "peer a name": (lambda p: {"peer": "hinton", "peer_mean": ones(7)}, TypeError, "peer='hinton' is not an"),
+    "peer without its mean": (lambda p: {"peer": PEER}, ValueError, "peer came without peer_mean; accepted: both"),
+    "mean without peer": (lambda p: {"peer_mean": ones(7)}, ValueError, "peer_mean came without peer"),
+    "mean of other width": (lambda p: {"peer": PEER, "peer_mean": ones(5)}, ValueError, r"peer_mean has shape \(5,\)"),
+    "mean other dtype": (
+        lambda p: {"peer": PEER, "peer_mean": ones(7).float()}, TypeError, "peer_mean is torch.float32; accepted"
+    ),
+    "mean with a gradient": (
+        lambda p: {"peer": PEER, "peer_mean": ones(7).requires_grad_()}, ValueError, r"accepted: peer_mean.detach\(\)"
+    ),
+    "mean expanded": (
+        lambda p: {"peer": PEER, "peer_mean": ones(1).expand(7)}, ValueError, "peer_mean has strides.*not expanded"
+    ),
 }  # fmt: skip
 
 
@@ -140,8 +160,24 @@ def test_bad_objective(options, kind, words):
 
 
 @pytest.mark.parametrize(
+    ("options", "kind", "words"),
+    [
+        ({"form": "mean"}, ValueError, "form='mean' is not one of 'hinton', 'loewex'"),
+        ({"strength": -1.0}, ValueError, "strength=-1.0"),
+        ({"strength": INF}, ValueError, "strength=inf"),
+        ({"momentum": 1}, ValueError, r"momentum=1 is not a number in \[0, 1\)"),
+        ({"gated": 1}, TypeError, "gated=1"),
+    ],
+)
+def test_bad_peer_normalisation(options, kind, words):
+    with pytest.raises(kind, match=words):
+        ff.PeerNormalisation(**options)
+
+
+@pytest.mark.parametrize(
     ("make", "kind", "words"),
     [
+        (lambda: ff.FFLinear(3, 4, peer="hinton"), TypeError, "peer='hinton'"),
         (lambda: ff.FFLinear(3, 4, norm="max"), ValueError, "norm='max'"),
         (lambda: ff.FFLinear(3, 4, objective=2.0), TypeError, "objective=2.0"),
         (lambda: ff.FFLinear(3, 4, outputs="later"), ValueError, "outputs='later'"),

@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ffkernels.experiments import data
-
 from .steps import error
+from .toy_data import mnist_or_toy
 
 pytest.importorskip("bioff")
 
@@ -148,10 +147,7 @@ def test_mistakes():
 
 def test_fifty_steps_on_mnist_end_at_the_same_weights():
     """Zeros against ones, as bioff tells two classes apart."""
-    try:
-        mnist = data.load("mnist")
-    except FileNotFoundError:
-        pytest.skip("no MNIST here")
+    mnist = mnist_or_toy()
     two = (mnist.train_labels < 2).nonzero().squeeze(1)[:128]
     x, y = mnist.train_images[two].flatten(1).float() / 255, mnist.train_labels[two].long()
     torch.manual_seed(5)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ffkernels.experiments import data
 
 from .steps import error
+from .toy_data import mnist_or_toy
 
 pytest.importorskip("fflib")
 
@@ -372,6 +373,26 @@ def test_where_the_original_overflows_the_accelerated_stays_finite(dtype):
     assert a.weight.isfinite().all() and a.bias.isfinite().all()
 
 
+@pytest.mark.parametrize("maximize", [True, False])
+def test_a_loss_that_is_infinite_in_float16_is_right_here(maximize):
+    """At its threshold of 20 fflib's first loss in float16 is infinite already: e^20 is beyond it."""
+    made = layers((14, 10), 20.0, maximize=maximize, dtype=torch.float32)[0]
+    half = copy.deepcopy(made).half()
+    a = ours.accelerate(copy.deepcopy(made), compute_dtype=torch.float16)
+    x_pos, x_neg = rows().half(), rows().half()
+
+    def loss_of(layer: Any, dtype: torch.dtype) -> Tensor:
+        sides = ((x_pos, maximize), (x_neg, not maximize))
+        return torch.cat([layer.goodness(x.to(dtype), inverse=side)[0] for x, side in sides]).mean()
+
+    exact = loss_of(copy.deepcopy(made).double(), torch.float64)
+    assert loss_of(half, torch.float16).isinf()
+    half.run_train(x_pos, x_neg)
+    assert half.weight.isnan().any()
+    assert error(a.step(x_pos.float(), x_neg.float(), "none").loss, exact) <= torch.finfo(torch.float16).eps
+    assert a.weight.isfinite().all() and not torch.equal(a.weight, made.weight)
+
+
 @pytest.mark.parametrize("how", ["compute_dtype", "autocast"])
 def test_bfloat16_products_hand_out_the_weights_dtype(how):
     made = ff_net.FFNet(layers(dtype=torch.float32), None)
@@ -386,10 +407,7 @@ def test_bfloat16_products_hand_out_the_weights_dtype(how):
 
 @pytest.fixture(scope="module")
 def mnist() -> data.Dataset:
-    try:
-        return data.load("mnist")
-    except FileNotFoundError:
-        pytest.skip("no MNIST here")
+    return mnist_or_toy()
 
 
 @pytest.mark.parametrize("maximize", [True, False])

@@ -10,6 +10,7 @@ import torch
 
 import ffkernels as ff
 from ffkernels import ops, optim
+from ffkernels import peer as peers
 from ffkernels.backends import select
 
 from .steps import OPTIMIZERS, problem
@@ -21,7 +22,13 @@ def forward_arguments(compute_dtype: torch.dtype, sumsq: bool) -> tuple:
     return (p.x_pos, p.x_neg, known, p.weight, p.bias, "l2", 1e-4, "add", "relu", compute_dtype, None, 0, "eager")
 
 
-def step_arguments(optimizer: str, bias: bool, compute_dtype: torch.dtype, objective: ff.Objective) -> tuple:
+def step_arguments(
+    optimizer: str,
+    bias: bool,
+    compute_dtype: torch.dtype,
+    objective: ff.Objective,
+    peer: ff.PeerNormalisation | None = None,
+) -> tuple:
     p = problem(dtype=torch.float32, bias=bias, optimizer=optimizer)
     rows = len(p.x_pos) + len(p.x_neg)
     update = optim.plan(p.optimizer, p.weight, p.bias)
@@ -34,9 +41,21 @@ def step_arguments(optimizer: str, bias: bool, compute_dtype: torch.dtype, objec
         "relu",
         compute_dtype,
     )
+    mean = None if peer is None else torch.full((7,), 0.5)
     written = (torch.zeros(rows, 7, dtype=compute_dtype), torch.zeros(rows), torch.zeros(()))
     head = (p.x_pos, p.x_neg, None, None, None)
-    return (*head, *layer, *objective.operands(), 0.0, None, 0, *update.operands(), *written, "eager")
+    return (
+        *head,
+        *layer,
+        *objective.operands(),
+        0.0,
+        None,
+        0,
+        *peers.operands(peer, mean, 7),
+        *update.operands(),
+        *written,
+        "eager",
+    )
 
 
 @pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -63,6 +82,19 @@ def test_opcheck_step(optimizer, bias):
 )
 def test_opcheck_step_variants(compute_dtype, objective):
     torch.library.opcheck(ops.linear_step_, step_arguments("adam", True, compute_dtype, objective))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd-momentum", "rmsprop"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_opcheck_step_with_peer_normalisation(optimizer, gated):
+    peer = ff.PeerNormalisation(gated=gated)
+    torch.library.opcheck(ops.linear_step_, step_arguments(optimizer, True, torch.float32, ff.Objective(), peer))
+
+
+def test_peer_normalisation_runs_on_the_eager_backend():
+    p = problem(dtype=torch.float32)
+    text = ff.explain(p.weight, p.optimizer, peer=ff.PeerNormalisation())
+    assert text.startswith("backend: eager") and ("native: has no peer" in text or "native: the compiled" in text)
 
 
 def test_fakes_have_the_shapes_and_dtypes_of_the_real_thing():
@@ -147,12 +179,13 @@ print("trained")
 @pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("optimizer", ["sgd", "sgd-momentum", "adam", "adamw", "adam-on-device", "rmsprop"])
 @pytest.mark.parametrize("is_positive", [False, True])
-def test_a_step_on_a_device_never_waits_for_it(compute_dtype, optimizer, is_positive):
+@pytest.mark.parametrize("peer", [None, ff.PeerNormalisation(), ff.PeerNormalisation(gated=True)])
+def test_a_step_on_a_device_never_waits_for_it(compute_dtype, optimizer, is_positive, peer):
     """Meta tensors hold no values: whatever would bring one back to the host raises."""
     from ffkernels.backends import eager
 
     on_device = optimizer == "adam-on-device"
-    arguments = list(step_arguments("adam" if on_device else optimizer, True, compute_dtype, ff.Objective()))
+    arguments = list(step_arguments("adam" if on_device else optimizer, True, compute_dtype, ff.Objective(), peer))
     if is_positive:
         arguments[1], arguments[2] = arguments[1][:0], torch.ones(6, dtype=torch.bool)
         arguments[-4], arguments[-3] = arguments[-4][:6], arguments[-3][:6]

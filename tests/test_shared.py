@@ -130,6 +130,19 @@ def test_a_network_shares_its_first_layer_alone():
         assert error(mine, theirs) < 1e-12
 
 
+@pytest.mark.parametrize("form", ["hinton", "loewex"])
+def test_sharing_and_peer_normalisation_together(form):
+    peer = ff.PeerNormalisation(form)
+    net, (x_pos, x_neg) = network(peer=peer, outputs="pre"), twins(5, 12)
+    other = copy.deepcopy(net)
+    for _ in range(3):
+        product = net.shared_product(x_pos, K)
+        net.step(x_pos, x_neg, SGD(net.parameters(), lr=0.1), label_field=K, product=product)
+        other.step(x_pos, x_neg, SGD(other.parameters(), lr=0.1))
+    for (name, mine), theirs in zip(net.state_dict().items(), other.state_dict().values(), strict=True):
+        assert error(mine, theirs) < 1e-12, name
+
+
 @pytest.mark.parametrize("loss", ["logistic", "symba", "swish"])
 @pytest.mark.parametrize("shared", [False, True])
 def test_rows_below_the_fraction_are_left_out(loss, shared):

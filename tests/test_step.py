@@ -14,6 +14,7 @@ from ffkernels import reference
 from ffkernels import validation as check
 from ffkernels.backends.eager import step as eager_step
 from ffkernels.objective import GOODNESS, LOSSES, REDUCTIONS
+from ffkernels.peer import FORMS
 
 from .steps import OPTIMIZERS, Problem, assert_same_state, error, problem
 
@@ -24,11 +25,16 @@ FLOOR = 1e-2
 def compare(ours: Problem, theirs: Problem, steps: int = 3, x_neg_is_there: bool = True, **options: object) -> None:
     """`steps` steps by the package and by the definition: the same results, parameters and optimizer state."""
     x_neg = ours.x_neg if x_neg_is_there else None
+    peer = options.get("peer")
+    means = [None if peer is None else torch.full_like(ours.weight.detach()[:, 0], 0.5) for _ in range(2)]
     for _ in range(steps):
-        a = ff.linear_step_(ours.x_pos, x_neg, ours.weight, ours.bias, ours.optimizer, **options)
-        b = reference.linear_step_(theirs.x_pos, x_neg, theirs.weight, theirs.bias, theirs.optimizer, **options)
+        a = ff.linear_step_(ours.x_pos, x_neg, ours.weight, ours.bias, ours.optimizer, peer_mean=means[0], **options)
+        b = reference.linear_step_(
+            theirs.x_pos, x_neg, theirs.weight, theirs.bias, theirs.optimizer, peer_mean=means[1], **options
+        )
         for name in ("y", "sumsq", "goodness", "loss", "pos", "neg", "goodness_pos", "goodness_neg"):
             assert error(getattr(a, name), getattr(b, name), FLOOR) <= EXACT, name
+        assert error(*means, FLOOR) <= EXACT
     assert_same_state(ours, theirs, EXACT, FLOOR)
 
 
@@ -54,6 +60,14 @@ objectives = st.builds(
     reduction=st.sampled_from(REDUCTIONS),
     alpha=st.floats(0.1, 8),
 )
+# A mean over one unit, or a pull stronger than the loss, leaves rounding to decide.
+peers = st.builds(
+    ff.PeerNormalisation,
+    form=st.sampled_from(FORMS),
+    strength=st.floats(0, 1),
+    momentum=st.floats(0, 0.99),
+    gated=st.booleans(),
+)
 
 
 @settings(max_examples=400, deadline=None)
@@ -68,10 +82,11 @@ objectives = st.builds(
     weighted=st.booleans(),
     mixed=st.booleans(),
     blocked=st.booleans(),
+    peer=st.none() | peers,
     seed=st.integers(0, 2**20),
 )
 def test_agrees_with_the_definition(
-    data, options, objective, optimizer, shape, rows, bias, weighted, mixed, blocked, seed
+    data, options, objective, optimizer, shape, rows, bias, weighted, mixed, blocked, peer, seed
 ):
     torch.manual_seed(seed)
     n_pos, n_neg = (rows[0], rows[0]) if objective.paired else rows
@@ -82,7 +97,7 @@ def test_agrees_with_the_definition(
             objective = replace(objective, threshold=torch.rand(n, dtype=torch.float64) * 4)
     ours = problem(n_pos, n_neg, *shape, optimizer=optimizer, bias=bias)
     ours.x_pos[: n_pos // 4] = 0
-    options = {**options, "objective": objective}
+    options = {**options, "objective": objective, "peer": peer if shape[1] > 1 else None}
     if weighted:
         options["sample_weight"] = torch.rand(n // 2 if objective.paired else n, dtype=torch.float64)
     if mixed:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ffkernels.experiments.data import Dataset
+from ffkernels.experiments.data import Dataset, load
 
 SIDE = 28
 
@@ -15,6 +15,14 @@ def toy_data(train: int = 600, test: int = 200, seed: int = 0) -> Dataset:
     generator = torch.Generator().manual_seed(seed)
     parts = [part for count in (train, test) for part in _images(count, generator)]
     return Dataset(*parts, name="toy", source="made by tests/toy_data.py")
+
+
+def mnist_or_toy() -> Dataset:
+    """MNIST where a copy is on this machine, else enough toy data for fifty minibatches of 64."""
+    try:
+        return load("mnist")
+    except FileNotFoundError:
+        return toy_data(64 * 50, 10)
 
 
 def _images(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

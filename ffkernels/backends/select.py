@@ -34,6 +34,7 @@ class Request(NamedTuple):
     activation: str
     loss: str | None = None
     rule: str | None = None
+    peer: bool = False
     forced: bool = False
     skips: bool = False
     shares: bool = False

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
-from ..normalisation import row_sumsq
 from ..objective import Objective
 from . import common
 
@@ -91,17 +90,10 @@ class Layer(_TheirLayer):
             return super().train(x_pos, x_neg, sample_weights)
         x_pos, x_neg = x_pos.detach().to(self.device), x_neg.detach().to(self.device)
         weights = sample_weights.detach().to(self.device, self.weight.dtype)
-        self.weight.grad = self.bias.grad = None
         objective = Objective(threshold=self.threshold, reduction="sum_of_means")
-        fixed = {
-            "objective": objective,
-            "sample_weight": torch.cat([weights, weights]),
-            "input_sumsq": torch.cat([row_sumsq(x, self.weight.dtype) for x in (x_pos, x_neg)]),
-            **self._options(),
-        }
+        options = {"objective": objective, "sample_weight": torch.cat([weights, weights]), **self._options()}
         # The progress bar is the one that bioff shows, and as quiet as a program has made it.
-        for _ in core.tqdm(range(self.num_epochs)):
-            functional.linear_step_(x_pos, x_neg, self.weight, self.bias, self.opt, outputs="none", **fixed)
+        common.steps_on_batch(x_pos, x_neg, self, self.opt, core.tqdm(range(self.num_epochs)), options)
         with torch.no_grad():
             return self.forward(x_pos), self.forward(x_neg)
 

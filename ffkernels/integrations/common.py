@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .. import functional
 from .. import validation as check
+from ..normalisation import row_sumsq
 
 _FUNCTIONS = {torch.relu: "relu", F.relu: "relu", F.gelu: "gelu", F.silu: "silu", F.leaky_relu: "leaky_relu"}
 _MODULES = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Identity: "identity"}
@@ -148,6 +150,28 @@ def restore_classes(modules: Iterable[nn.Module], theirs_of: dict[type, type]) -
 def warn_once(message: str) -> None:
     """Says once in a process that something runs on its original path."""
     warnings.warn(message, UserWarning, stacklevel=4)
+
+
+def steps_on_batch(
+    x_pos: Tensor, x_neg: Any, layer: nn.Linear, optimizer: Optimizer, epochs: Iterable[int], options: dict[str, Any]
+) -> None:
+    """One step for each of `epochs` on the same rows, whose sums of squares are taken once. `.grad` is None afterwards.
+
+    Args:
+        x_pos, x_neg: `[n_pos, in]` and `[n_neg, in]`.
+        layer: with weight and bias, which `optimizer` holds.
+        options: of `ffkernels.linear_step_`.
+    """
+    layer.weight.grad = None
+    if layer.bias is not None:
+        layer.bias.grad = None
+    for name, x in (("x_pos", x_pos), ("x_neg", x_neg)):
+        check.matrix(name, x)
+    sumsq = torch.cat([row_sumsq(x, layer.weight.dtype) for x in (x_pos, x_neg)])
+    for _ in epochs:
+        functional.linear_step_(
+            x_pos, x_neg, layer.weight, layer.bias, optimizer, outputs="none", input_sumsq=sumsq, **options
+        )
 
 
 def in_dtype_of(weight: Tensor, y: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import rules
 from .layer import LabelField, Layer, Rows
+from .peers import Peers
 
 # Elements of the weight gradient (4 MB of float32) that are there at once: the update rule reads them from cache.
 PANEL_ELEMENTS = 1 << 20
@@ -35,19 +36,26 @@ class Gradient:
     The last block's part is not formed until `apply`, panel by panel; a batch of one block never has a whole gradient.
     """
 
-    def __init__(self, layer: Layer, weight: Tensor, bias: Tensor | None) -> None:
-        self.layer = layer
+    def __init__(self, layer: Layer, weight: Tensor, bias: Tensor | None, peers: Peers | None = None) -> None:
+        self.layer, self.peers = layer, peers
+        self.pull: Tensor | None = None
         self.weight, self.bias = weight, bias
         self.weight_sum: Tensor | None = None
         self.bias_sum = None if bias is None else torch.zeros_like(bias)
         self.pending: Pending | None = None
 
-    def add(self, rows: Rows, y: Tensor, z: Tensor | None, coefficient: Tensor) -> None:
-        """Adds a block's rows. May overwrite `y`."""
+    def add(self, rows: Rows, y: Tensor, z: Tensor | None, coefficient: Tensor, is_positive: Tensor) -> None:
+        """Adds a block's rows, on the sides `is_positive` `[rows]`. May overwrite `y`."""
         if self.pending is not None:
             self._sum_pending()
         x, r, field, _ = rows
-        kept = _rows_in_doubt(coefficient if field is None else coefficient.view(2, -1).any(0))
+        kept = pulled = None
+        if self.peers is not None:
+            self.peers.see(rows, y, is_positive)
+        if self.peers is not None and self.peers.gated:
+            pulled = self.peers.gated_part(y, z, is_positive)
+        else:
+            kept = _rows_in_doubt(coefficient if field is None else coefficient.view(2, -1).any(0))
         if kept is not None:
             x = x[kept]
             if field is not None:
@@ -57,6 +65,8 @@ class Gradient:
             z = None if z is None else z[kept]
             r = None if r is None else r[kept]
         dz = self.layer.activation.gated(y, z).mul_(coefficient.unsqueeze(1))
+        if pulled is not None:
+            dz.add_(pulled)
         if self.bias_sum is not None:
             self.bias_sum.add_(dz.sum(0))
         if r is not None:
@@ -84,6 +94,10 @@ class Gradient:
         bias_lr: float | Tensor,
     ) -> None:
         """Updates the parameters by `rule`, or writes their gradients to the states under the rule "grad"."""
+        if self.peers is not None and not self.peers.gated:
+            self.pull = self.peers.pull()
+            if self.bias_sum is not None:
+                self.bias_sum.add_(self.pull * self.peers.count)
         if rule == "grad":
             whole = self._panel(slice(None), weight_state[0])
             if self.weight_sum is not None:
@@ -116,9 +130,13 @@ class Gradient:
     def _panel(self, rows: slice, scratch: Tensor | None) -> Tensor:
         """The finished gradient of some rows of the weight: in `scratch`, or in the sum over earlier blocks."""
         if self.weight_sum is not None:
-            return self._form(rows, self.weight_sum[rows], accumulate=True)
-        assert scratch is not None
-        return self._form(rows, scratch[: len(range(*rows.indices(len(self.weight))))], accumulate=False)
+            out = self._form(rows, self.weight_sum[rows], accumulate=True)
+        else:
+            assert scratch is not None
+            out = self._form(rows, scratch[: len(range(*rows.indices(len(self.weight))))], accumulate=False)
+        if self.pull is not None and self.peers is not None:
+            out.addr_(self.pull[rows], self.peers.input)
+        return out
 
     def _form(self, rows: slice, out: Tensor, accumulate: bool) -> Tensor:
         assert self.pending is not None

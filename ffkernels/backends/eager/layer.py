@@ -20,10 +20,14 @@ _INV_SQRT_2PI = 0.3989422804014327
 
 
 class Activation(NamedTuple):
-    """`forward(z)` may overwrite `z`; `gated(y, z)` is `y act'(z)`, or `y` itself; `z` is there if `keeps_z`."""
+    """`forward(z)` may overwrite `z`; `gated(y, z)` is `y act'(z)`, or `y` itself; `z` is there if `keeps_z`.
+
+    `slope(y, z)` is `act'(z)`, a tensor of its own.
+    """
 
     forward: Callable[[Tensor], Tensor]
     gated: Callable[[Tensor, Any], Tensor]
+    slope: Callable[[Tensor, Any], Tensor]
     keeps_z: bool
 
 
@@ -32,13 +36,16 @@ def _gelu_slope(z: Tensor) -> Tensor:
 
 
 ACTIVATIONS = {
-    "relu": Activation(torch.relu_, lambda y, z: y, keeps_z=False),
-    "identity": Activation(lambda z: z, lambda y, z: y, keeps_z=False),
+    "relu": Activation(torch.relu_, lambda y, z: y, lambda y, z: (y > 0).to(y.dtype), keeps_z=False),
+    "identity": Activation(lambda z: z, lambda y, z: y, lambda y, z: torch.ones_like(y), keeps_z=False),
     "leaky_relu": Activation(
-        lambda z: F.leaky_relu_(z, LEAKY_SLOPE), lambda y, z: F.leaky_relu(y, LEAKY_SLOPE), keeps_z=False
+        lambda z: F.leaky_relu_(z, LEAKY_SLOPE),
+        lambda y, z: F.leaky_relu(y, LEAKY_SLOPE),
+        lambda y, z: torch.full_like(y, LEAKY_SLOPE).masked_fill_(y > 0, 1),
+        keeps_z=False,
     ),
-    "gelu": Activation(F.gelu, lambda y, z: y * _gelu_slope(z), keeps_z=True),
-    "silu": Activation(F.silu, lambda y, z: y * silu_slope(z), keeps_z=True),
+    "gelu": Activation(F.gelu, lambda y, z: y * _gelu_slope(z), lambda y, z: _gelu_slope(z), keeps_z=True),
+    "silu": Activation(F.silu, lambda y, z: y * silu_slope(z), lambda y, z: silu_slope(z), keeps_z=True),
 }
 
 

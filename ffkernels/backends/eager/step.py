@@ -11,6 +11,7 @@ from ...objective import Objective
 from .batch import Block, blocks, input_parts, may_share
 from .gradient import Gradient
 from .layer import Layer
+from .peers import Peers
 
 if TYPE_CHECKING:
     from ..select import Request
@@ -82,6 +83,10 @@ def linear_step_(
     skip_below: float,
     product: Tensor | None,
     label_field: int,
+    peer_mean: Tensor | None,
+    peer_strength: float,
+    peer_momentum: float,
+    peer_gated: bool,
     rule: str,
     weight_state: list[Tensor],
     weight_hyper: list[float],
@@ -104,9 +109,12 @@ def linear_step_(
         counts = (is_positive.sum(), (~is_positive).sum())
     per_row_threshold = threshold is not None and threshold.dim() == 1
 
-    gradient = Gradient(layer, weight, bias)
+    peers = None
+    if peer_mean is not None:
+        peers = Peers(peer_mean, peer_strength, peer_momentum, peer_gated, layer, counts[0])
+    gradient = Gradient(layer, weight, bias, peers)
     loss_out.zero_()
-    block_rows = _block_rows(n, layer.width)
+    block_rows = n if peer_gated else _block_rows(n, layer.width)
     in_pairs = objective.paired or (n > block_rows and _twins(x_pos, x_neg, label_field))
     for block in blocks(n_pos, n - n_pos, block_rows, in_pairs):
         parts = input_parts(block, x_pos, x_neg)
@@ -128,7 +136,7 @@ def linear_step_(
             skip_below,
         )
         loss_out.add_(terms.loss)
-        gradient.add(rows, activity, z, terms.coefficient)
+        gradient.add(rows, activity, z, terms.coefficient, side)
 
     gradient.apply(
         rule,
@@ -139,6 +147,8 @@ def linear_step_(
         bias_hyper,
         bias_lr if bias_lr is not None else (bias_hyper or [0.0])[0],
     )
+    if peers is not None:
+        peers.finish()
 
 
 def _twins(x_pos: Tensor, x_neg: Tensor, label_field: int) -> bool:

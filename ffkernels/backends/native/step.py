@@ -44,7 +44,7 @@ def unsupported(request: Request) -> str | None:
     for kind, name, known in (("loss", request.loss, _LOSSES), ("rule", request.rule, _RULES)):
         if name is not None and name not in known:
             return f"{kind} {name!r}: has {', '.join(known)}"
-    return None
+    return "has no peer normalisation" if request.peer else None
 
 
 def linear_forward(
@@ -96,6 +96,10 @@ def linear_step_(
     skip_below: float,
     product: Tensor | None,
     label_field: int,
+    peer_mean: Tensor | None,
+    peer_strength: float,
+    peer_momentum: float,
+    peer_gated: bool,
     rule: str,
     weight_state: list[Tensor],
     weight_hyper: list[float],

@@ -41,7 +41,7 @@ def unsupported(request: Request) -> str | None:
     ):
         if name is not None and name not in known:
             return f"{kind} {name!r} has no Triton kernel"
-    return None
+    return "has no peer normalisation" if request.peer else None
 
 
 def _unsupported_device(request: Request) -> str | None:

@@ -1,0 +1,224 @@
+"""The contracts of copied code against those contracts written with autograd."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import SGD, Adam
+
+import ffkernels as ff
+from ffkernels.integrations import contracts
+
+from .steps import error
+from .test_peer import WholeGradient
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+
+
+def rows(n: int, width: int, dtype: torch.dtype) -> Tensor:
+    return torch.rand(n, width, dtype=torch.float64).to(dtype)
+
+
+def assert_same(ours: nn.Module, theirs: nn.Module, dtype: torch.dtype) -> None:
+    mine = dict(ours.named_parameters())
+    for name, value in theirs.named_parameters():
+        assert error(mine[name], value) <= TOLERANCE[dtype], name
+
+
+def softplus(t: Tensor) -> Tensor:
+    return torch.logaddexp(t, torch.zeros_like(t))
+
+
+def direction(x: Tensor, eps: float) -> Tensor:
+    return x / (x.norm(2, 1, keepdim=True) + eps)
+
+
+class TheirLayer(nn.Linear):
+    """The greedy trainer, and FFPytorch's inner loop, by autograd."""
+
+    def __init__(self, like: contracts.GreedyLayer, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(like.in_features, like.out_features, dtype=like.weight.dtype)
+        self.load_state_dict(like.state_dict())
+        self.activation, self.epochs, self.threshold = activation, like.num_epochs, like.threshold
+        self.opt = Adam(self.parameters(), lr=0.03)
+
+    def activities(self, x: Tensor) -> Tensor:
+        return self.activation(F.linear(direction(x, 1e-4), self.weight, self.bias))
+
+    def learn(self, x_pos: Tensor, x_neg: Tensor) -> tuple[Tensor, Tensor]:
+        for _ in range(self.epochs):
+            g_pos, g_neg = (self.activities(x).pow(2).mean(1) for x in (x_pos, x_neg))
+            loss = softplus(torch.cat([self.threshold - g_pos, g_neg - self.threshold])).mean()
+            self.opt.zero_grad()
+            loss.backward()
+            self.opt.step()
+        return self.activities(x_pos).detach(), self.activities(x_neg).detach()
+
+
+@DTYPES
+def test_greedy_trainer(dtype):
+    ours = [contracts.GreedyLayer(a, b, dtype=dtype, num_epochs=25) for a, b in pairwise([12, 10, 8])]
+    theirs = [TheirLayer(layer, F.relu) for layer in ours]
+    h, expected = ((rows(9, 12, dtype), rows(9, 12, dtype)),) * 2
+    for mine, layer in zip(ours, theirs, strict=True):
+        h, expected = mine.train(*h), layer.learn(*expected)
+        for a, b in zip(h, expected, strict=True):
+            assert error(a, b) <= TOLERANCE[dtype] and not a.requires_grad
+        assert_same(mine, layer, dtype)
+        assert mine.weight.grad is None
+    assert ours[0].opt.state[ours[0].weight]["step"] == 25
+
+
+def test_greedy_layers_attributes_may_change_and_are_saved():
+    layer = contracts.GreedyLayer(12, 10, num_epochs=3)
+    layer.threshold, layer.num_epochs = 0.5, 4
+    layer.opt = SGD(layer.parameters(), lr=0.1, momentum=0.9)
+    theirs = TheirLayer(layer, F.relu)
+    theirs.opt = SGD(theirs.parameters(), lr=0.1, momentum=0.9)
+    twin, other = copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))
+    x_pos, x_neg = rows(6, 12, torch.float32), rows(5, 12, torch.float32)
+    theirs.learn(x_pos, x_neg)
+    for each in (layer, twin, other):
+        each.train(x_pos, x_neg)
+        assert_same(each, theirs, torch.float32)
+    net = nn.Sequential(layer).eval()
+    assert not layer.training and net.train()[0].training
+
+
+@DTYPES
+def test_inner_loop_with_gelu(dtype):
+    """Ten steps of every layer on each of three batches."""
+    ours = nn.ModuleList([contracts.InnerLoopLayer(a, b, dtype=dtype) for a, b in pairwise([12, 10, 8])])
+    theirs = [TheirLayer(layer, F.gelu) for layer in ours]
+    for _ in range(3):
+        h, expected = ((rows(9, 12, dtype), rows(9, 12, dtype)),) * 2
+        for mine, layer in zip(ours, theirs, strict=True):
+            h, expected = mine(*h), layer.learn(*expected)
+            for a, b in zip(h, expected, strict=True):
+                assert error(a, b) <= TOLERANCE[dtype]
+            assert_same(mine, layer, dtype)
+    ours.eval()
+    x = rows(4, 12, dtype)
+    assert error(ours[0](x), theirs[0].activities(x)) <= TOLERANCE[dtype]
+    with pytest.raises(TypeError, match=r"input is 2 tensors; accepted: \(x_pos, x_neg\) in training mode"):
+        ours[0](x, x)
+
+
+class TheirModel(nn.Module):
+    """loeweX's model: one forward over all layers, one loss, one optimizer."""
+
+    def __init__(self, like: contracts.OneLoopNetwork, strength: float, whole_gradient: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(m.in_features, m.out_features, dtype=m.weight.dtype) for m in like)
+        shape = like.linear_classifier.weight.shape
+        self.linear_classifier = nn.Linear(shape[1], shape[0], bias=False, dtype=like.linear_classifier.weight.dtype)
+        self.load_state_dict(like.state_dict(), strict=False)
+        self.means = [torch.zeros_like(m.bias) + 0.5 for m in like]
+        self.strength = strength
+        self.activation = WholeGradient.apply if whole_gradient else F.relu
+
+    @staticmethod
+    def norm(z: Tensor) -> Tensor:
+        return z / (z.pow(2).mean(1, keepdim=True).sqrt() + 1e-8)
+
+    def forward(self, x_pos: Tensor, x_neg: Tensor, neutral: Tensor, classes: Tensor) -> dict[str, Tensor]:
+        z = self.norm(torch.cat([x_pos, x_neg]))
+        target = (torch.arange(len(z)) < len(x_pos)).to(z.dtype)
+        found: dict[str, Tensor] = {}
+        total, spread = z.new_zeros(()), z.new_zeros(())
+        for i, layer in enumerate(self.layers):
+            z = self.activation(layer(z))
+            self.means[i] = self.means[i].detach() * 0.9 + z[: len(x_pos)].mean(0) * 0.1
+            peer = ((self.means[i].mean() - self.means[i]) ** 2).mean()
+            logits = z.pow(2).sum(1) - z.shape[1]
+            found[f"loss_layer_{i}"] = F.binary_cross_entropy_with_logits(logits, target)
+            found[f"ff_accuracy_layer_{i}"] = ((torch.sigmoid(logits) > 0.5) == target).float().mean()
+            spread = spread + peer
+            total = total + self.strength * peer + found[f"loss_layer_{i}"]
+            z = self.norm(z.detach())
+        with torch.no_grad():
+            h, seen = self.norm(neutral), []
+            for layer in self.layers:
+                h = self.norm(F.relu(layer(h)))
+                seen.append(h)
+        output = self.linear_classifier(torch.cat(seen[1:], 1))
+        found["classification_loss"] = F.cross_entropy(output, classes)
+        found["classification_accuracy"] = (output.argmax(1) == classes).float().mean()
+        return {"Loss": total + found["classification_loss"], "Peer Normalization": spread, **found}
+
+
+@DTYPES
+@pytest.mark.parametrize("peer", ["whole gradient", "gated", "none"])
+@pytest.mark.parametrize("optimizer", [SGD, torch.optim.RMSprop])
+def test_one_loop_model(dtype, peer, optimizer):
+    """One SGD with a group for the classifier; an optimizer that does not run fused steps the same."""
+    strength = 0.0 if peer == "none" else 0.03
+    chosen = None if peer == "none" else ff.PeerNormalisation("loewex", gated=peer == "gated")
+    ours = contracts.OneLoopNetwork([14, 12, 10, 9], 4, chosen, dtype=dtype)
+    theirs = TheirModel(ours, strength, peer == "whole gradient")
+
+    def optimizer_of(model: Any) -> Any:
+        mine = list(model.linear_classifier.parameters())
+        rest = [p for p in model.parameters() if all(p is not q for q in mine)]
+        options: dict[str, Any] = {"momentum": 0.9} | ({} if optimizer is SGD else {"eps": 1e-3})
+        groups = [{"params": rest, "lr": 1e-3, "weight_decay": 3e-4}, {"params": mine, "lr": 1e-2}]
+        return optimizer(groups, **options)
+
+    optimizers = [optimizer_of(model) for model in (ours, theirs)]
+    for _ in range(25):
+        classes = torch.randint(4, (10,))
+        x = rows(10, 14, dtype)
+        batch = [
+            ff.overlay_label(x, classes, 4),
+            ff.overlay_label(x, ff.wrong_label(classes, 4), 4),
+            ff.neutral_label(x, 4),
+        ]
+        names = ("pos_images", "neg_images", "neutral_sample")
+        inputs = {name: t.view(10, 1, 2, 7) for name, t in zip(names, batch, strict=True)}
+        log = ours.train_step(inputs, {"class_labels": classes}, optimizers[0])
+        expected = theirs(*batch, classes)
+        optimizers[1].zero_grad()
+        expected["Loss"].backward()
+        optimizers[1].step()
+        for name in set(expected) - ({"Peer Normalization"} if peer == "none" else set()):
+            assert error(log[name], expected[name]) <= TOLERANCE[dtype], name
+        assert_same(ours, theirs, dtype)
+    if chosen is not None:
+        for layer, mean in zip(ours, theirs.means, strict=True):
+            assert error(layer.peer_mean, mean) <= TOLERANCE[dtype]
+
+
+@DTYPES
+def test_signs_in_any_row_order(dtype):
+    ours = contracts.SignedLayer(12, 10, "Adam", {"lr": 0.03}, dtype=dtype)
+    theirs = nn.Linear(12, 10, dtype=dtype)
+    theirs.load_state_dict(ours.state_dict())
+    optimizer = Adam(theirs.parameters(), lr=0.03)
+    for step in range(20):
+        x, theta = rows(15, 12, dtype), 1.0 + step / 20
+        signs = torch.where(torch.rand(15) < 0.4, 1, -1)
+        y, separation = ours.ff_train(x, signs, theta)
+        expected = F.relu(theirs(direction(x, 1e-8)))
+        above = expected.square().mean(1) - theta
+        loss = softplus(-above[signs == 1]).mean() + softplus(above[signs == -1]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        assert error(y, expected) <= TOLERANCE[dtype] and not y.requires_grad
+        for a, side in zip(separation, (1, -1), strict=True):
+            assert error(a, above[signs == side].mean()) <= TOLERANCE[dtype]
+        assert_same(ours, theirs, dtype)
+    y, above = ours.positive_eval(x, 2.0)
+    assert error(y, F.relu(theirs(direction(x, 1e-8)))) <= TOLERANCE[dtype]
+    assert error(above, y.square().mean(1) - 2) <= TOLERANCE[dtype]
+    with pytest.raises(ValueError, match="signs holds values other than 1 and -1"):
+        ours.ff_train(x, torch.zeros(15), 2.0)

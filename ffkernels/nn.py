@@ -217,6 +217,7 @@ class FFNetwork(nn.Module):
 
         None under float16 products, whose rows are scaled before they are rounded, each by its own norm.
         """
+        negatives.check_rows(x, num_classes)
         first = next(iter(self))
         compute_dtype = check.compute_dtype_of(first.compute_dtype, first.weight)
         if compute_dtype == torch.float16:

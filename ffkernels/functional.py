@@ -344,6 +344,7 @@ def explain(
     activation: str = "relu",
     compute_dtype: torch.dtype | None = None,
     peer: PeerNormalisation | None = None,
+    skip_below: float = 0.0,
     backend: str | None = None,
 ) -> str:
     """Says which backend a layer step runs on, why each other one is passed over, and how the update runs.
@@ -355,7 +356,10 @@ def explain(
     check.optimizer_object(optimizer)
     compute = check.compute_dtype_of(compute_dtype, weight)
     rule, update = optim.fused_rule(optimizer)
-    request = select.Request(weight.device, weight.dtype, compute, activation, objective.loss, rule, peer is not None)
+    check.fraction("skip_below", skip_below)
+    request = select.Request(
+        weight.device, weight.dtype, compute, activation, objective.loss, rule, peer is not None, skips=skip_below > 0
+    )
     chosen = select.choose(request, backend)
     forced, source = select.forced_backend(backend)
     because = "first that can run it" if forced is None else f"forced by {source}"

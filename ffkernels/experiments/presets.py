@@ -60,7 +60,6 @@ class Preset:
         cooldown: with `e` of `E` epochs the learning rates are multiplied by `min(1, (cooldown + 2 (E - e)) / E)`:
             constant for half of them, then linear to 0. None: constant.
         layerwise_steps: with the number given, each layer takes so many steps on a batch before the next one starts.
-        read_out: layers whose activities the classifier sees; None for all but the first.
         goodness_layers: those whose goodness is summed for a prediction; None for all.
         goodness_every: epochs between tests by goodness, which cost a forward pass for each label; the last epoch
             is always tested.
@@ -94,7 +93,6 @@ class Preset:
     pixel_std: float = 1.0
     cooldown: float | None = 2.0
     layerwise_steps: int = 0
-    read_out: tuple[int, ...] | None = None
     goodness_layers: tuple[int, ...] | None = None
     goodness_every: int = 1
 
@@ -181,7 +179,6 @@ HINTON_UNSUPERVISED = replace(
     hidden=(2000, 2000, 2000, 2000),
     label="none",
     negatives="hybrid",
-    read_out=(1, 2, 3),
     goodness_layers=None,
 )
 

@@ -193,7 +193,7 @@ class Trainer:
                 results = self.net.step(x, x_neg, self.net_optimizer, keep=keep, skip_below=self.skip_below)
                 logits = None
                 if self.classifier is not None:
-                    logits = self._step_classifier(self.net.features_of(results, preset.read_out), labels)
+                    logits = self._step_classifier(self.net.features_of(results), labels)
             else:
                 product = logits = None
                 if self.classifier is not None:
@@ -244,7 +244,7 @@ class Trainer:
         return as_input(images, self.preset.pixel_mean, self.preset.pixel_std, columns)
 
     def _features(self, x: Tensor, product: Tensor | None = None) -> Tensor:
-        return self.net.features(x, self.preset.read_out, self.label_field, product)
+        return self.net.features(x, num_classes=self.label_field, product=product)
 
     @torch.no_grad()
     def classifier_error(self) -> float:

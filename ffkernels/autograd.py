@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from . import validation as check
 from .backends.eager.products import Products
 from .normalisation import row_scale, row_sumsq
 
@@ -32,7 +33,7 @@ NEEDS_Z = ("gelu", "silu")
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Autocast has had its say in the compute dtype; where products run it would round again."""
-    if torch.is_autocast_enabled(device.type):
+    if check.autocast_is_on(device):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 

@@ -1,9 +1,10 @@
 """Positive and negative data: label overlay, wrong labels, hybrid images (Hinton 2022, sections 3.2, 3.3).
 
 Everything is drawn on the data's device from an optional `torch.Generator` of that device, without a host
-sync. The check that labels lie in 0..num_classes-1 reads values, so it is made for CPU tensors alone. On
-other devices no label is used as an index, so a bad one cannot reach other memory; `overlay_label` marks it
-with NaN and `wrong_label` with -1 (which `overlay_label` then marks), so that a bad label shows in the loss.
+sync. The check that labels lie in 0..num_classes-1 reads values, so it is made for CPU tensors alone, and not
+under torch.compile. Where it is not made, no label is used as an index, so a bad one cannot reach other memory;
+`overlay_label` marks it with NaN and `wrong_label` with -1 (which `overlay_label` then marks), so that a bad label
+shows in the loss.
 """
 
 from __future__ import annotations
@@ -188,7 +189,7 @@ def _check_labels(labels: Tensor, num_classes: int) -> None:
         raise TypeError(f"labels must be a tensor; got {type(labels).__name__}")
     if labels.dtype not in _LABEL_DTYPES:
         raise TypeError(f"labels must be of an integer dtype; got {labels.dtype}")
-    if labels.device.type == "cpu" and labels.numel():
+    if labels.device.type == "cpu" and labels.numel() and not torch.compiler.is_compiling():
         low, high = (int(bound) for bound in labels.aminmax())
         if low < 0 or high >= num_classes:
             raise ValueError(f"labels must lie in 0..{num_classes - 1}; got {low}..{high}")

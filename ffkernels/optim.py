@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from .compiling import once_per_trace
+
 # What each rule's `state` and `hyper` lists hold; `lr` as a tensor comes beside them and overrides the number.
 RULES = {
     "sgd": "state: [momentum_buffer] or []; hyper: lr, momentum, dampening, nesterov, decay, maximize, first_step",
@@ -64,8 +66,7 @@ class Plan:
         assert self.optimizer is not None
         for slot in self.slots:
             self.optimizer.state[slot.parameter].update(slot.new_state)
-        # Schedulers warn when they run before the first optimizer.step(); this was one.
-        self.optimizer._opt_called = True  # type: ignore[attr-defined]
+        _mark_as_stepped(self.optimizer)
 
     def _step_with_gradients(self) -> None:
         for slot in self.slots:
@@ -83,6 +84,15 @@ class Plan:
         finally:
             for p, gradient in zip(others, gradients, strict=True):
                 p.grad = gradient
+
+
+@once_per_trace
+def _mark_as_stepped(optimizer: Optimizer) -> None:
+    """Schedulers warn when they run before the first `optimizer.step()`; a fused step is one.
+
+    torch.compile keeps no change of an optimizer's attributes, but makes this call when it traces the step.
+    """
+    optimizer._opt_called = True  # type: ignore[attr-defined]
 
 
 def fused_rule(optimizer: Optimizer | None) -> tuple[str, str]:

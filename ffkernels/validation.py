@@ -39,11 +39,16 @@ def layer_options(norm: str, eps: float, eps_mode: str, activation: str) -> None
         raise ValueError(f"eps={eps!r} is not a finite number >= 0")
 
 
+def autocast_is_on(device: torch.device) -> bool:
+    """Whether autocast is on for a device; some, like "meta", do not know it."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def compute_dtype_of(compute_dtype: torch.dtype | None, weight: Tensor) -> torch.dtype:
     """The dtype of the products' operands: as asked for, as autocast says, or the weight's own."""
     if compute_dtype is None:
         kind = weight.device.type
-        if weight.dtype == torch.float32 and torch.is_autocast_enabled(kind):
+        if weight.dtype == torch.float32 and autocast_is_on(weight.device):
             return torch.get_autocast_dtype(kind)
         return weight.dtype
     if compute_dtype != weight.dtype and (compute_dtype not in COMPUTE_DTYPES or weight.dtype != torch.float32):
@@ -166,7 +171,8 @@ def trainable(name: str, parameter: Tensor | None) -> None:
     if parameter is not None and not (parameter.requires_grad and parameter.is_leaf):
         raise ValueError(
             f"{name} has requires_grad={parameter.requires_grad} and is_leaf={parameter.is_leaf}; "
-            "accepted: a trainable nn.Parameter"
+            "accepted: a trainable nn.Parameter (for one that is computed from others, as by parametrize, there are "
+            "linear_forward and goodness_loss, whose gradients go on to those)"
         )
 
 

@@ -90,6 +90,10 @@ def test_greedy_layers_attributes_may_change_and_are_saved():
     for each in (layer, twin, other):
         each.train(x_pos, x_neg)
         assert_same(each, theirs, torch.float32)
+    with pytest.raises(TypeError, match="x_neg is a NoneType"):
+        layer.train(x_pos)
+    with pytest.raises(TypeError, match=r"x_pos is torch\.int64; accepted: torch\.float32"):
+        layer.train(x_pos.long(), x_neg)
     net = nn.Sequential(layer).eval()
     assert not layer.training and net.train()[0].training
 
@@ -220,5 +224,7 @@ def test_signs_in_any_row_order(dtype):
     y, above = ours.positive_eval(x, 2.0)
     assert error(y, F.relu(theirs(direction(x, 1e-8)))) <= TOLERANCE[dtype]
     assert error(above, y.square().mean(1) - 2) <= TOLERANCE[dtype]
+    with pytest.raises(ValueError, match="optimizer_name='Adams' is not in"):
+        contracts.SignedLayer(3, 3, "Adams")
     with pytest.raises(ValueError, match="signs holds values other than 1 and -1"):
         ours.ff_train(x, torch.zeros(15), 2.0)

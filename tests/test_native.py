@@ -219,6 +219,10 @@ def test_it_is_the_default_for_what_it_has():
         assert "backend: eager" in ff.explain(p.weight, p.optimizer, **options)
         with pytest.raises(ValueError, match="native"):
             ff.linear_step_(p.x_pos, p.x_neg, p.weight, p.bias, p.optimizer, backend="native", **options)
+    peer = {"peer": ff.PeerNormalisation(), "peer_mean": torch.zeros(7)}
+    with pytest.raises(ValueError, match="backend='native' cannot run this call: has no peer normalisation"):
+        ff.linear_step_(p.x_pos, p.x_neg, p.weight, p.bias, p.optimizer, backend="native", **peer)
+    assert ff.linear_step_(p.x_pos, p.x_neg, p.weight, p.bias, p.optimizer, **peer).loss.isfinite()
 
 
 def test_no_memory_is_an_error_and_changes_nothing():

@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 from importlib import import_module
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+
+from ..compiling import once_per_trace
 
 BACKENDS = {
     "triton": "ffkernels.backends.triton",
@@ -56,6 +58,12 @@ def choose(request: Request, backend: str | None) -> str:
     Raises:
         ValueError: where the forced backend does not exist or cannot run the call.
     """
+    return _choose(backend, *request)
+
+
+@once_per_trace
+def _choose(backend: str | None, *fields: Any) -> str:
+    request = Request(*fields)
     forced, source = forced_backend(backend)
     if forced is None:
         for name in BACKENDS:

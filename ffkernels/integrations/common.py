@@ -155,18 +155,19 @@ def warn_once(message: str) -> None:
 def steps_on_batch(
     x_pos: Tensor, x_neg: Any, layer: nn.Linear, optimizer: Optimizer, epochs: Iterable[int], options: dict[str, Any]
 ) -> None:
-    """One step for each of `epochs` on the same rows, whose sums of squares are taken once. `.grad` is None afterwards.
+    """One step for each of `epochs` on the same rows, whose sums of squares are taken once. `.grad` is cleared first.
 
     Args:
         x_pos, x_neg: `[n_pos, in]` and `[n_neg, in]`.
         layer: with weight and bias, which `optimizer` holds.
         options: of `ffkernels.linear_step_`.
     """
+    compute = check.compute_dtype_of(options.get("compute_dtype"), layer.weight)
+    for name, x in (("x_pos", x_pos), ("x_neg", x_neg)):
+        check.rows_of(name, x, layer.weight, compute)
     layer.weight.grad = None
     if layer.bias is not None:
         layer.bias.grad = None
-    for name, x in (("x_pos", x_pos), ("x_neg", x_neg)):
-        check.matrix(name, x)
     sumsq = torch.cat([row_sumsq(x, layer.weight.dtype) for x in (x_pos, x_neg)])
     for _ in epochs:
         functional.linear_step_(

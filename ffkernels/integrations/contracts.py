@@ -190,7 +190,10 @@ class SignedLayer(FFLinear):
         **options: Any,
     ) -> None:
         super().__init__(in_features, out_features, eps=1e-8, outputs="pre", **options)
-        self.optimizer: Optimizer = getattr(torch.optim, optimizer_name)(
+        made_by = getattr(torch.optim, optimizer_name, None)
+        if made_by is None:
+            raise ValueError(f"optimizer_name={optimizer_name!r} is not in torch.optim; accepted: 'Adam', 'SGD', ...")
+        self.optimizer: Optimizer = made_by(
             self.parameters(), **({"lr": 0.03} if optimizer_kwargs is None else optimizer_kwargs)
         )
 

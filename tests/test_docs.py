@@ -1,0 +1,64 @@
+"""The pages of docs/integrations: their Python runs, and their links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import ffkernels as ff
+
+PAGES = sorted((Path(__file__).parents[1] / "docs" / "integrations").glob("*.md"))
+NEEDS = {"fflib": "fflib", "bioff": "bioff", "lightning": "lightning"}
+
+
+def run(page: Path) -> dict[str, Any]:
+    """The names that a page's Python blocks leave behind."""
+    names: dict[str, Any] = {}
+    for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        exec(compile(code, str(page), "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_pages_run(page):
+    if page.stem in NEEDS:
+        pytest.importorskip(NEEDS[page.stem])
+    assert run(page)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\((?!https?:)([^)#]*)(?:#[^)]*)?\)", page.read_text()):
+        assert not link or (page.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_lightning_trains_as_a_loop_does(precision, tmp_path):
+    lightning = pytest.importorskip("lightning")
+    module = run(next(page for page in PAGES if page.stem == "lightning"))["ForwardForward"](widths=(20, 16, 12))
+    x, labels = torch.rand(32, 20), torch.arange(32) % 10
+    loop = ff.FFNetwork([ff.FFLinear(20, 16), ff.FFLinear(16, 12)])
+    loop.load_state_dict(module.net.state_dict())
+    optimizer = torch.optim.Adam(loop.parameters(), lr=0.003)
+    batches = DataLoader(TensorDataset(x, labels), batch_size=8)
+    trainer = lightning.Trainer(
+        max_epochs=2, accelerator="cpu", precision=precision, default_root_dir=tmp_path, logger=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    trainer.fit(module, batches)
+    torch.manual_seed(1)
+    for _ in range(2):
+        for rows, marks in batches:
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+                loop.step(ff.overlay_label(rows, marks), ff.overlay_label(rows, ff.wrong_label(marks)), optimizer)
+    assert trainer.global_step == 8
+    for name, value in loop.state_dict().items():
+        assert torch.equal(value, module.net.state_dict()[name]), name
+    accuracy = trainer.validate(module, batches, verbose=False)[0]["accuracy"]
+    assert accuracy == pytest.approx(float((loop.predict(x) == labels).float().mean()), abs=0.05)

@@ -16,7 +16,7 @@ from bench.peers import HintonSGD
 from ffkernels import cli
 from ffkernels.experiments import batches, picture, results
 from ffkernels.experiments.presets import FFLIB, HINTON_MATLAB, HINTON_UNSUPERVISED, LOEWEX, MOHAMMADPZ, PRESETS, Preset
-from ffkernels.experiments.train import Trainer, describe, train
+from ffkernels.experiments.train import Trainer, _decay, describe, train
 
 from .toy_data import toy_data, write_idx
 
@@ -130,8 +130,7 @@ def test_averaged_decoupled_sgd_is_hintons(data) -> None:
             mine.grad = torch.randn_like(mine)
             other.grad = mine.grad.clone()
         trainer.net_optimizer.step()
-        train_module = __import__("ffkernels.experiments.train", fromlist=["_decay"])
-        train_module._decay(trainer.net_optimizer)
+        _decay(trainer.net_optimizer)
         theirs.step()
     for mine, other in zip(trainer.net.parameters(), parameters, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-13, atol=1e-15)

@@ -1,7 +1,7 @@
 """ffkernels: fast, exact kernels for the Forward-Forward algorithm."""
 
 from ._version import __version__
-from .functional import StepResult, explain, goodness_loss, linear_forward, linear_step_
+from .functional import StepResult, explain, goodness_loss, linear_forward, linear_step_, shared_product
 from .graphs import GraphedStep
 from .negatives import hybrid_images, neutral_label, overlay_label, wrong_label
 from .nn import FFLinear, FFNetwork
@@ -23,5 +23,6 @@ __all__ = [
     "linear_step_",
     "neutral_label",
     "overlay_label",
+    "shared_product",
     "wrong_label",
 ]

@@ -1,4 +1,4 @@
-"""The command line: `python -m ffkernels train | bench | info | tune`."""
+"""The command line: `python -m ffkernels train | reproduce | bench | info | tune`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from . import Objective, __version__, explain
 from .backends.native import library
 from .backends.select import Request
 from .backends.triton import support as triton_support
-from .experiments import data, picture, presets, train
+from .experiments import data, picture, presets, results, train
 
 PROGRAM = "python -m ffkernels"
 COMPUTE_DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -63,25 +63,27 @@ def _parser() -> argparse.ArgumentParser:
         f"presets:\n{recipes}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.set_defaults(run=_train)
+    command.set_defaults(run=_train, results=None)
     command.add_argument("--preset", choices=presets.PRESETS, default="quick", help="the recipe (%(default)s)")
-    command.add_argument("--data", default="mnist", help="mnist, fashion-mnist or a folder of IDX files (%(default)s)")
-    command.add_argument("--device", choices=DEVICES, default="auto", help="auto: cuda, else mps, else cpu (auto)")
-    command.add_argument(
-        "--compute-dtype",
-        choices=COMPUTE_DTYPES,
-        default="float32",
-        help="of the products' operands; weights and sums stay float32 (%(default)s)",
+    _add_run_options(command)
+
+    recipes = "\n".join(
+        f"  {name}: {preset.source} Assumed here: {preset.assumed or 'nothing.'} "
+        f"Published: {preset.published or 'no error.'}"
+        for name, preset in presets.PRESETS.items()
     )
-    command.add_argument("--epochs", type=int, help="instead of the preset's")
-    command.add_argument("--seed", type=int, default=0, help="of weights, order and negatives (%(default)s)")
-    command.add_argument("--output", type=Path, help="folder for metrics, checkpoint and picture (runs/PRESET-DATA)")
-    command.add_argument("--no-picture", action="store_true", help="draw none")
-    existing = command.add_mutually_exclusive_group()
-    existing.add_argument(
-        "--resume", action="store_true", help="go on from the checkpoint in the output folder, if there is one"
+    command = commands.add_parser(
+        "reproduce",
+        help="train a published recipe and record what came of it",
+        description="Trains a recipe as `train` does, and writes a row of results: errors, seconds, machine, versions, "
+        f"seed.\n\nrecipes:\n{recipes}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    existing.add_argument("--overwrite", action="store_true", help="start anew over the run in the output folder")
+    command.set_defaults(run=_reproduce)
+    command.add_argument("preset", nargs="?", choices=presets.PRESETS, metavar="NAME", help="the recipe")
+    command.add_argument("--readme", action="store_true", help="no training: make README.md's table from the results")
+    command.add_argument("--results", type=Path, default=Path(results.FOLDER), help="folder of rows (%(default)s)")
+    _add_run_options(command)
 
     commands.add_parser("bench", help="measure this machine against what people use today (needs the checkout)")
     command = commands.add_parser("info", help="versions, devices, and which backends run on them")
@@ -92,6 +94,46 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--output", type=Path, help="folder for the file (FFKERNELS_CONFIGS, else the package's own)")
     command.add_argument("--seconds", type=float, default=600, help="when to stop (%(default)s)")
     return parser
+
+
+def _add_run_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--data", default="mnist", help="mnist, fashion-mnist or a folder of IDX files (%(default)s)")
+    command.add_argument("--device", choices=DEVICES, default="auto", help="auto: cuda, else mps, else cpu (auto)")
+    command.add_argument(
+        "--compute-dtype",
+        choices=COMPUTE_DTYPES,
+        default="float32",
+        help="of the products' operands; weights and sums stay float32 (%(default)s)",
+    )
+    command.add_argument(
+        "--skip-below",
+        type=float,
+        default=0.0,
+        metavar="FRACTION",
+        help="leave rows out of the update whose loss is less steep; an approximation (%(default)s)",
+    )
+    command.add_argument("--epochs", type=int, help="instead of the recipe's")
+    command.add_argument("--seed", type=int, default=0, help="of weights, order and negatives (%(default)s)")
+    command.add_argument("--output", type=Path, help="folder for metrics, checkpoint and picture (runs/RECIPE-DATA...)")
+    command.add_argument("--no-picture", action="store_true", help="draw none")
+    existing = command.add_mutually_exclusive_group()
+    existing.add_argument(
+        "--resume", action="store_true", help="go on from the checkpoint in the output folder, if there is one"
+    )
+    existing.add_argument("--overwrite", action="store_true", help="start anew over the run in the output folder")
+
+
+def _reproduce(arguments: argparse.Namespace, argv: list[str]) -> int:
+    if arguments.readme == (arguments.preset is not None):
+        raise UserError(f"reproduce needs NAME or --readme, one of the two; names: {', '.join(presets.PRESETS)}")
+    if not arguments.readme:
+        return _train(arguments, argv)
+    try:
+        results.update_readme(Path("README.md"), arguments.results)
+    except ValueError as error:
+        raise UserError(error) from error
+    print(f"README.md: made from {arguments.results}")
+    return 0
 
 
 def _train(arguments: argparse.Namespace, argv: list[str]) -> int:
@@ -109,6 +151,8 @@ def _train(arguments: argparse.Namespace, argv: list[str]) -> int:
     if with_picture:
         files = {"picture": output / picture.PICTURE, **files}
         picture.draw(trainer, files["picture"])
+    if arguments.results is not None:
+        files = {"result": results.write(arguments.results, results.row_of(trainer)), **files}
     print(train.summary(trainer))
     for name, path in files.items():
         print(f"{name + ':':<12}{path}")
@@ -126,6 +170,7 @@ def _prepare(arguments: argparse.Namespace) -> tuple[train.Trainer, Path]:
             epochs=arguments.epochs,
             device=device,
             compute_dtype=COMPUTE_DTYPES[arguments.compute_dtype],
+            skip_below=arguments.skip_below,
         )
         first = next(iter(trainer.net))
         explanation = explain(
@@ -134,9 +179,14 @@ def _prepare(arguments: argparse.Namespace) -> tuple[train.Trainer, Path]:
             objective=first.objective,
             activation=first.activation,
             compute_dtype=first.compute_dtype,
+            peer=first.peer,
+            skip_below=trainer.skip_below,
         )
         _say(explanation.partition("\n")[0])
-        output = arguments.output or Path("runs", f"{arguments.preset}-{trainer.data.name}")
+        name = f"{arguments.preset}-{trainer.data.name}"
+        if arguments.results is not None:
+            name = results.name_of(results.identity(trainer))
+        output = arguments.output or Path("runs", name)
         if arguments.resume:
             resumed = _resume(trainer, output)
             done = f"{output}: {len(trainer.rows)} of {trainer.epochs} epochs are done"

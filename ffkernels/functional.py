@@ -13,6 +13,7 @@ from . import peer as peers
 from . import validation as check
 from .autograd import GivenSlope, LinearForward, without_autocast
 from .backends import select
+from .backends.eager.products import Products
 from .objective import Objective
 from .peer import PeerNormalisation
 
@@ -85,6 +86,9 @@ def linear_step_(
     sample_weight: Tensor | None = None,
     is_positive: Tensor | None = None,
     input_sumsq: Tensor | None = None,
+    skip_below: float = 0.0,
+    label_field: int | None = None,
+    product: Tensor | None = None,
     peer: PeerNormalisation | None = None,
     peer_mean: Tensor | None = None,
     backend: str | None = None,
@@ -116,6 +120,13 @@ def linear_step_(
         is_positive: `[rows]` bool; `x_pos` is then the joint batch in any order.
         input_sumsq: `[rows]` sums of squares of the input rows where they are known: `StepResult.sumsq` of the layer
             below.
+        skip_below: leaves rows out of the update whose loss has a slope below this fraction of that of a row far on
+            the wrong side (for the logistic loss: whose sigmoid is smaller). An approximation; 0 leaves out exact
+            zeros only.
+        label_field: how many of the first columns hold the label; outside them both sides have the same numbers, row
+            by row, and share their products (equally exact). None: on a CPU, that is found out. On a device it is not
+            checked.
+        product: `shared_product(x_pos, weight, label_field)` where it is there already.
         peer: peer normalisation, a regulariser that keeps the units about equally active.
         peer_mean: `[out]` its running mean activity, which the step moves; with `peer`, and only then.
         backend: forces a backend; so does the environment variable FFKERNELS_BACKEND.
@@ -141,6 +152,9 @@ def linear_step_(
         if x_neg.dtype != x_pos.dtype:
             raise TypeError(f"x_neg is {x_neg.dtype}; accepted: {x_pos.dtype}, as x_pos is")
     n_pos, rows = x_pos.shape[0], x_pos.shape[0] + x_neg.shape[0]
+    field = check.label_field(label_field, weight, x_pos, x_neg)
+    check.shared_product(product, field, n_pos, weight)
+    check.fraction("skip_below", skip_below)
     if is_positive is not None:
         check.vector("is_positive", is_positive, rows, torch.bool, weight.device)
     check.objective_for(objective, rows, n_pos if is_positive is None else None, weight)
@@ -153,13 +167,15 @@ def linear_step_(
     check.optimizer_object(optimizer)
     update = optim.plan(optimizer, weight, bias)
     request = select.Request(
-        weight.device, weight.dtype, compute, activation, objective.loss, update.rule, peer is not None
-    )
+        weight.device, weight.dtype, compute, activation, objective.loss, update.rule, peer is not None,
+        skips=skip_below > 0, shares=product is not None,
+    )  # fmt: skip
     chosen = select.choose(request, backend)
 
     order = None
     if is_positive is not None and objective.paired:
         order, n_pos = _sides_in_order(is_positive)
+        field, product = 0, None
         x_pos, x_neg = x_pos[order[:n_pos]], x_pos[order[n_pos:]]
         input_sumsq = None if input_sumsq is None else input_sumsq[order]
 
@@ -176,6 +192,9 @@ def linear_step_(
             sample_weight,
             *layer,
             *objective.operands(),
+            float(skip_below),
+            product,
+            field,
             *peers.operands(peer, peer_mean, width),
             *update.operands(),
             y,
@@ -187,7 +206,7 @@ def linear_step_(
         update.finish()
         goodness = objective.goodness_of(sumsq, width)
         if outputs == "post":
-            y, sumsq = ops.linear_forward(x_pos, x_neg, input_sumsq, *layer, chosen)
+            y, sumsq = ops.linear_forward(x_pos, x_neg, input_sumsq, *layer, None, field, chosen)
         if order is not None:
             back = order.argsort()
             y, sumsq, goodness = None if y is None else y[back], sumsq[back], goodness[back]
@@ -205,6 +224,8 @@ def linear_forward(
     activation: str = "relu",
     compute_dtype: torch.dtype | None = None,
     input_sumsq: Tensor | None = None,
+    label_field: int | None = None,
+    product: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`y = act(r W x + b)` `[rows, out]` in the compute dtype, and the sums of squares of its rows `[rows]`.
@@ -212,7 +233,7 @@ def linear_forward(
     The arguments are those of `linear_step_`, but weight and bias need be no leaves and may be frozen. Where they
     require a gradient, `y` and the sums carry one to weight and bias, by a closed-form backward that cannot be
     differentiated again. None reaches `x`, which is taken as detached: that no gradient flows to the layer
-    below is the algorithm.
+    below is the algorithm. With `product` there is no gradient: `x` is multiplied in its label field alone.
 
     Raises:
         ValueError, TypeError: for an argument that does not fit.
@@ -224,12 +245,41 @@ def linear_forward(
     check.rows_of("x", x, weight, compute)
     if input_sumsq is not None:
         check.vector("input_sumsq", input_sumsq, x.shape[0], weight.dtype, weight.device)
-    chosen = select.choose(select.Request(weight.device, weight.dtype, compute, activation), backend)
-    layer = (weight, bias, norm, float(eps), eps_mode, activation, compute, chosen)
-    if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
-        return LinearForward.apply(x.detach(), None if input_sumsq is None else input_sumsq.detach(), *layer)
+    field = check.label_field(label_field, weight, x, None)
+    check.shared_product(product, field, x.shape[0], weight)
+    request = select.Request(weight.device, weight.dtype, compute, activation, shares=product is not None)
+    chosen = select.choose(request, backend)
+    layer = (weight, bias, norm, float(eps), eps_mode, activation, compute)
+    if (
+        product is None
+        and torch.is_grad_enabled()
+        and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    ):
+        return LinearForward.apply(x.detach(), None if input_sumsq is None else input_sumsq.detach(), *layer, chosen)
     with torch.no_grad(), without_autocast(weight.device):
-        return ops.linear_forward(x, x[:0], input_sumsq, *layer)
+        return ops.linear_forward(x, x[:0], input_sumsq, *layer, product, field, chosen)
+
+
+@torch.no_grad()
+def shared_product(
+    x: Tensor, weight: Tensor, label_field: int = 10, *, compute_dtype: torch.dtype | None = None
+) -> Tensor:
+    """`W x` `[rows, out]` without the first `label_field` columns: what rows that differ in their label have in common.
+
+    Under any label `l` in that field, `W x_l = product + W_field l`. It belongs to the weight as it is now: a step that
+    changes the weight makes it stale. In the weight's dtype; `x` `[rows, in]` is not normalised.
+
+    Raises:
+        ValueError, TypeError: for an argument that does not fit.
+    """
+    check.layer_tensors(weight, None)
+    compute = check.compute_dtype_of(compute_dtype, weight)
+    check.rows_of("x", x, weight, compute)
+    field = check.label_field(label_field, weight, x, None)
+    products = Products(weight.device, weight.dtype, compute)
+    with without_autocast(weight.device):
+        rows, matrix = (products.operand(values[:, field:]) for values in (x, weight.detach()))
+        return products.into(weight.new_empty(len(x), len(weight)), rows, matrix.t())
 
 
 def goodness_loss(
@@ -294,6 +344,7 @@ def explain(
     activation: str = "relu",
     compute_dtype: torch.dtype | None = None,
     peer: PeerNormalisation | None = None,
+    skip_below: float = 0.0,
     backend: str | None = None,
 ) -> str:
     """Says which backend a layer step runs on, why each other one is passed over, and how the update runs.
@@ -305,7 +356,10 @@ def explain(
     check.optimizer_object(optimizer)
     compute = check.compute_dtype_of(compute_dtype, weight)
     rule, update = optim.fused_rule(optimizer)
-    request = select.Request(weight.device, weight.dtype, compute, activation, objective.loss, rule, peer is not None)
+    check.fraction("skip_below", skip_below)
+    request = select.Request(
+        weight.device, weight.dtype, compute, activation, objective.loss, rule, peer is not None, skips=skip_below > 0
+    )
     chosen = select.choose(request, backend)
     forced, source = select.forced_backend(backend)
     because = "first that can run it" if forced is None else f"forced by {source}"

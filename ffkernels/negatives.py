@@ -26,7 +26,7 @@ def overlay_label(x: Tensor, labels: Tensor, num_classes: int = 10, value: float
     Raises TypeError for wrong dtypes; ValueError for shapes or devices that do not fit, `num_classes` below 2
     or above the width, a `value` that is not finite, and (CPU) labels outside 0..num_classes-1.
     """
-    _check_rows(x, num_classes)
+    check_rows(x, num_classes)
     _check_labels(labels, num_classes)
     if labels.shape != x.shape[:1]:
         raise ValueError(f"labels must be [{x.shape[0]}], one per row of x; got {list(labels.shape)}")
@@ -44,7 +44,7 @@ def neutral_label(x: Tensor, num_classes: int = 10, value: float | None = None) 
     `x` [rows, width] of a floating-point dtype; returns [rows, width], contiguous, in `x`'s dtype. Features
     for a linear classifier are read under it: Hinton 2022, section 3.3. Raises as `overlay_label` does.
     """
-    _check_rows(x, num_classes)
+    check_rows(x, num_classes)
     value = 1 / num_classes if value is None else value
     _check_value(value)
     out = x.clone(memory_format=torch.contiguous_format)
@@ -173,7 +173,8 @@ def _image_size(x: Tensor, height: int | None, width: int | None) -> tuple[int, 
     return height, width
 
 
-def _check_rows(x: Tensor, num_classes: int) -> None:
+def check_rows(x: Tensor, num_classes: int) -> None:
+    """Raises TypeError or ValueError unless `x` is `[rows, width]`, floating point, and has a label field."""
     _check_float(x, "x")
     if x.ndim != 2:
         raise ValueError(f"x must be [rows, width]; got {list(x.shape)}")

@@ -17,6 +17,8 @@ from .normalisation import row_scale
 from .objective import Objective
 from .peer import FIRST_MEAN, PeerNormalisation
 
+PREDICTION_ROWS = 1024
+
 
 class FFLinear(nn.Linear):
     """A linear layer `y = act(W normalise(x) + b)` that learns from its own goodness.
@@ -72,9 +74,13 @@ class FFLinear(nn.Linear):
         names = ("norm", "eps", "eps_mode", "activation", "compute_dtype", "backend")
         return {name: getattr(self, name) for name in names}
 
-    def activity(self, x: Tensor, input_sumsq: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Activities `[rows, out]` of rows `x` `[rows, in]`, and their sums of squares `[rows]`."""
-        return functional.linear_forward(x, self.weight, self.bias, input_sumsq=input_sumsq, **self._options())
+    def activity(self, x: Tensor, input_sumsq: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
+        """Activities `[rows, out]` of rows `x` `[rows, in]`, and their sums of squares `[rows]`.
+
+        `options` go to `ffkernels.linear_forward` and override the layer's own.
+        """
+        options = {"input_sumsq": input_sumsq, **self._options(), **options}
+        return functional.linear_forward(x, self.weight, self.bias, **options)
 
     def forward(self, input: Tensor) -> Tensor:
         """Activities `[rows, out]`; their gradient reaches weight and bias, and not `input`."""
@@ -130,6 +136,10 @@ class FFNetwork(nn.Module):
         x_pos: Tensor,
         x_neg: Tensor | None,
         optimizers: Optimizer | Sequence[Optimizer | None] | None,
+        *,
+        label_field: int | None = None,
+        product: Tensor | None = None,
+        keep: bool = False,
         **options: Any,
     ) -> list[StepResult]:
         """One step of every layer on a minibatch; each hands its activities to the next as its `outputs` says.
@@ -137,12 +147,15 @@ class FFNetwork(nn.Module):
         Args:
             x_pos, x_neg: rows of both sides, as in `linear_step_`.
             optimizers: one for all layers, or a sequence with one for each.
-            options: further arguments of `linear_step_` for every layer (`sample_weight`, `is_positive`).
+            label_field, product: arguments of `linear_step_` for the first layer.
+            keep: whether the results keep `y`, every layer's, the last one's too: `features_of` reads them.
+            options: further arguments of `linear_step_` for every layer (`sample_weight`, `is_positive`, `skip_below`).
 
         Returns:
-            One result per layer, its `y` None: activities live only until the next layer has seen them, so that
-            memory does not grow with depth; the last layer's are not computed.
+            One result per layer, its `y` None unless `keep`: activities live only until the next layer has seen them,
+            so that memory does not grow with depth; the last layer's are not computed.
         """
+        shared = {"label_field": label_field, "product": product}
         results = []
         sumsq = None
         is_positive = options.get("is_positive")
@@ -150,9 +163,10 @@ class FFNetwork(nn.Module):
         for i, (layer, optimizer) in enumerate(zip(self, self._optimizers(optimizers), strict=True)):
             if i < last and layer.outputs == "none":
                 raise ValueError(f"layers[{i}].outputs='none' but a layer comes after it; accepted: 'post' or 'pre'")
-            outputs = "none" if i == last else layer.outputs
-            result = layer.step(x_pos, x_neg, optimizer, outputs=outputs, input_sumsq=sumsq, **options)
-            results.append(replace(result, y=None))
+            outputs = "none" if i == last and not keep else layer.outputs
+            result = layer.step(x_pos, x_neg, optimizer, outputs=outputs, input_sumsq=sumsq, **shared, **options)
+            shared = {}
+            results.append(result if keep else replace(result, y=None))
             if i < last:
                 sumsq = result.sumsq
                 assert result.y is not None
@@ -191,11 +205,24 @@ class FFNetwork(nn.Module):
             )
         return optimizers
 
-    def _pass(self, x: Tensor) -> Iterable[tuple[FFLinear, Tensor, Tensor]]:
+    def _pass(self, x: Tensor, **shared: Any) -> Iterable[tuple[FFLinear, Tensor, Tensor]]:
         sumsq = None
         for layer in self:
-            x, sumsq = layer.activity(x, sumsq)
+            x, sumsq = layer.activity(x, sumsq, **shared)
+            shared = {}
             yield layer, x, sumsq
+
+    def shared_product(self, x: Tensor, num_classes: int = 10) -> Tensor | None:
+        """`ffkernels.shared_product` of the first layer, for `step` and `features`.
+
+        None under float16 products, whose rows are scaled before they are rounded, each by its own norm.
+        """
+        negatives.check_rows(x, num_classes)
+        first = next(iter(self))
+        compute_dtype = check.compute_dtype_of(first.compute_dtype, first.weight)
+        if compute_dtype == torch.float16:
+            return None
+        return functional.shared_product(x, first.weight, num_classes, compute_dtype=compute_dtype)
 
     def activities(self, x: Tensor) -> list[Tensor]:
         """Activities `[rows, out]` of every layer."""
@@ -205,9 +232,13 @@ class FFNetwork(nn.Module):
         """Activities `[rows, out]` of the last layer; their gradient reaches its own parameters only."""
         return self.activities(x)[-1]
 
-    def goodness(self, x: Tensor) -> Tensor:
-        """Goodness `[rows, layers]` of every layer; the gradient of a column reaches its own layer only."""
-        per_layer = [layer.objective.goodness_of(sumsq, layer.out_features) for layer, _, sumsq in self._pass(x)]
+    def goodness(self, x: Tensor, **shared: Any) -> Tensor:
+        """Goodness `[rows, layers]` of every layer; the gradient of a column reaches its own layer only.
+
+        `shared`: `product` and `label_field` of `linear_forward`, for the first layer.
+        """
+        passed = self._pass(x, **shared)
+        per_layer = [layer.objective.goodness_of(sumsq, layer.out_features) for layer, _, sumsq in passed]
         return torch.stack(per_layer, dim=1)
 
     @torch.no_grad()
@@ -217,7 +248,8 @@ class FFNetwork(nn.Module):
         """The label `[rows]` (int64) under which the network finds each row best.
 
         Each label in turn is overlaid on the first `num_classes` columns; the goodness of `layers` is summed (Hinton
-        2022, section 3.3, leaves out the first). Layers that minimise positives count with the opposite sign.
+        2022, section 3.3, leaves out the first). Layers that minimise positives count with the opposite sign. The
+        first layer multiplies what the labels have in common once.
 
         Args:
             x: `[rows, in]`; what its label field holds does not matter.
@@ -227,15 +259,22 @@ class FFNetwork(nn.Module):
         """
         chosen = self._chosen(layers, default=range(len(self.layers)))
         sign = torch.tensor([1.0 if layer.objective.maximize else -1.0 for layer in self], device=x.device)[chosen]
+        product = self.shared_product(x, num_classes)
         totals = []
-        for label in range(num_classes):
-            labels = torch.full((len(x),), label, device=x.device)
-            goodness = self.goodness(negatives.overlay_label(x, labels, num_classes, label_value))
-            totals.append((goodness[:, chosen] * sign).sum(1))
-        return torch.stack(totals, dim=1).argmax(1)
+        # Few rows under several labels make one batch, whose products run at a better rate.
+        for labels in torch.arange(num_classes, device=x.device).split(max(1, PREDICTION_ROWS // max(1, len(x)))):
+            count = len(labels)
+            rows = negatives.overlay_label(
+                x.repeat(count, 1), labels.repeat_interleave(len(x)), num_classes, label_value
+            )
+            shared = {} if product is None else {"product": product.repeat(count, 1), "label_field": num_classes}
+            totals.append((self.goodness(rows, **shared)[:, chosen] * sign).sum(1).view(count, -1))
+        return torch.cat(totals).argmax(0)
 
     @torch.no_grad()
-    def features(self, x: Tensor, layers: Sequence[int] | None = None, num_classes: int = 10) -> Tensor:
+    def features(
+        self, x: Tensor, layers: Sequence[int] | None = None, num_classes: int = 10, product: Tensor | None = None
+    ) -> Tensor:
         """Normalised activities of `layers` under the neutral label, side by side, for a linear classifier.
 
         Each layer's activities are scaled by its own norm option, as the layer above would see them (rms for "none").
@@ -243,16 +282,28 @@ class FFNetwork(nn.Module):
         Args:
             x: `[rows, in]`.
             layers: indices; None for all but the first (Hinton 2022, section 3.3), or the only one.
-            num_classes: columns of the label field.
+            num_classes: columns of the label field; 0 for rows without one.
+            product: `shared_product(x, num_classes)` where it is there already.
 
         Returns:
             `[rows, sum of widths]` in the weights' dtype.
         """
-        chosen = self._chosen(layers, default=range(min(1, len(self.layers) - 1), len(self.layers)))
-        passed = list(self._pass(negatives.neutral_label(x, num_classes)))
+        shared = {} if product is None else {"product": product, "label_field": num_classes}
+        passed = self._pass(negatives.neutral_label(x, num_classes) if num_classes else x, **shared)
+        return self._side_by_side([(y, sumsq) for _, y, sumsq in passed], layers)
+
+    @torch.no_grad()
+    def features_of(self, results: Sequence[StepResult], layers: Sequence[int] | None = None) -> Tensor:
+        """What `features` makes of the positive rows of a `step` with `keep=True`, from the activities it left."""
+        if len(results) != len(self.layers) or any(result.y is None for result in results):
+            raise ValueError(f"results={len(results)} without activities; accepted: those of step(..., keep=True)")
+        sides = [(cast("Tensor", result.pos), result.sides(result.sumsq)[0]) for result in results]
+        return self._side_by_side(sides, layers)
+
+    def _side_by_side(self, activities: list[tuple[Tensor, Tensor]], layers: Sequence[int] | None) -> Tensor:
         features = []
-        for i in chosen:
-            layer, y, sumsq = passed[i]
+        for i in self._chosen(layers, default=range(min(1, len(self.layers) - 1), len(self.layers))):
+            layer, (y, sumsq) = cast("FFLinear", self.layers[i]), activities[i]
             norm = layer.norm if layer.norm != "none" else "rms"
             scale = row_scale(sumsq, layer.out_features, norm, layer.eps, layer.eps_mode)
             features.append(y.to(scale.dtype) * scale.unsqueeze(1))

@@ -157,6 +157,7 @@ class Objective:
         counts: tuple[float | Tensor, float | Tensor],
         sample_weight: Tensor | None = None,
         threshold: Tensor | None = None,
+        skip_below: float = 0.0,
     ) -> RowTerms:
         """Goodness, update coefficient and loss of some rows of a batch.
 
@@ -167,9 +168,10 @@ class Objective:
             counts: how many positive and negative rows the *whole* batch has; the divisors of the reduction.
             sample_weight: `[rows]`, or `[rows / 2]` for pair losses.
             threshold: 0-dim or `[rows]`; None for the numbers of this objective.
+            skip_below: rows whose loss is less steep than this get a coefficient of zero.
         """
         goodness = self.goodness_of(sumsq, width)
-        slope, loss = self.slope_and_loss(goodness, is_positive, counts, sample_weight, threshold)
+        slope, loss = self.slope_and_loss(goodness, is_positive, counts, sample_weight, threshold, skip_below)
         if self.goodness == "norm":
             # The slope of a root at zero is infinite, but such a row has no activity to move.
             coefficient = torch.where(sumsq > 0, slope / goodness, 0.0)
@@ -184,19 +186,15 @@ class Objective:
         counts: tuple[float | Tensor, float | Tensor],
         sample_weight: Tensor | None = None,
         threshold: Tensor | None = None,
+        skip_below: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
         """`[rows]` slopes dLoss/dgoodness, and the (part of the) loss; the arguments are those of `terms`."""
         loss = LOSSES[self.loss]
-        scale: float | Tensor
+        logit, scale = self._logit(goodness, is_positive, threshold)
+        weight: float | Tensor
         if loss.paired:
-            half = goodness.shape[0] // 2
-            scale = -self.alpha if self.maximize else self.alpha
-            logit = scale * (goodness[:half] - goodness[half:])
             weight = _reciprocal(counts[0], goodness)
         else:
-            theta = _by_side(is_positive, *self.thresholds(), goodness) if threshold is None else threshold
-            scale = _by_side(is_positive, -1.0, 1.0, goodness) * ((1 if self.maximize else -1) / self.temperature)
-            logit = scale * (goodness - theta)
             if self.reduction == "mean":
                 weight = _reciprocal(counts[0] + counts[1], goodness)
             else:
@@ -204,10 +202,34 @@ class Objective:
                 weight = _by_side(is_positive, pos, neg, goodness)
         if sample_weight is not None:
             weight = weight * sample_weight
-        slope = weight * scale * loss.slope(logit)
+        steepness = loss.slope(logit)
+        if skip_below:
+            steepness = steepness.masked_fill_(steepness.abs() < skip_below, 0.0)
+        slope = weight * scale * steepness
         if loss.paired:
             slope = torch.cat([slope, -slope])
         return slope, (weight * loss.value(logit)).sum()
+
+    def in_doubt(
+        self, goodness: Tensor, is_positive: Tensor, skip_below: float = 0.0, threshold: Tensor | None = None
+    ) -> Tensor:
+        """`[rows]` bool (`[pairs]` for pair losses): the rows that take part in an update; the others' slope is zero.
+
+        The arguments are those of `terms`.
+        """
+        steepness = LOSSES[self.loss].slope(self._logit(goodness, is_positive, threshold)[0])
+        return steepness.abs() >= skip_below if skip_below else steepness != 0
+
+    def _logit(self, goodness: Tensor, is_positive: Tensor, threshold: Tensor | None) -> tuple[Tensor, float | Tensor]:
+        """The loss's logit of each row or pair, and its derivative in the (positive row's) goodness."""
+        scale: float | Tensor
+        if self.paired:
+            half = goodness.shape[0] // 2
+            scale = -self.alpha if self.maximize else self.alpha
+            return scale * (goodness[:half] - goodness[half:]), scale
+        theta = _by_side(is_positive, *self.thresholds(), goodness) if threshold is None else threshold
+        scale = _by_side(is_positive, -1.0, 1.0, goodness) * ((1 if self.maximize else -1) / self.temperature)
+        return scale * (goodness - theta), scale
 
 
 def _is_number(value: object) -> bool:

@@ -20,6 +20,9 @@ _OBJECTIVE = (
     "str goodness, float threshold_pos, float threshold_neg, Tensor? threshold, str loss, bool maximize, "
     "str reduction, float temperature, float alpha"
 )
+# What the caller knows of the rows: x_neg is x_pos outside the first label_field columns (0: not known), and product
+# [n_pos, out] is W x of either side without those columns.
+_SHARED = "Tensor? product, int label_field"
 # Peer normalisation (`peer.operands`), or no mean: its running mean [out] is moved, its pull added to the gradient.
 _PEER = "Tensor(h!)? peer_mean, float peer_strength, float peer_momentum, bool peer_gated"
 # How the gradient turns into new parameters: `optim.RULES`.
@@ -33,14 +36,17 @@ SCHEMAS = {
     # weight [out, in], bias [out] -> y [rows, out] in the compute dtype, its sums of squares [rows].
     "linear_forward": (
         "(Tensor x_pos, Tensor x_neg, Tensor? input_sumsq, Tensor weight, Tensor? bias, "
-        f"{_LAYER}, str backend) -> (Tensor, Tensor)"
+        f"{_LAYER}, {_SHARED}, str backend) -> (Tensor, Tensor)"
     ),
     # One whole layer step on the joint batch. Written: weight and bias (or, under the rule
     # "grad", their gradients), optimizer state, sumsq [rows], loss [], and where given y [rows, out], the activities
     # before the update, and peer_mean [out]. With is_positive [rows], x_pos is the joint batch and x_neg has no rows.
+    # Rows whose loss has a slope below skip_below, a fraction of that of a row far on the wrong side, are left out of
+    # the update.
     "linear_step_": (
         "(Tensor x_pos, Tensor x_neg, Tensor? is_positive, Tensor? input_sumsq, Tensor? sample_weight, "
-        f"Tensor(a!) weight, Tensor(b!)? bias, {_LAYER}, {_OBJECTIVE}, {_PEER}, {_UPDATE}, "
+        f"Tensor(a!) weight, Tensor(b!)? bias, {_LAYER}, {_OBJECTIVE}, "
+        f"float skip_below, {_SHARED}, {_PEER}, {_UPDATE}, "
         "Tensor(e!)? y, Tensor(f!) sumsq, Tensor(g!) loss_out, str backend) -> ()"
     ),
 }

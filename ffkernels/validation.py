@@ -129,6 +129,43 @@ def optimizer_object(optimizer: object) -> None:
         raise TypeError(f"optimizer is a {type(optimizer).__name__}; accepted: a torch.optim.Optimizer, or None")
 
 
+def fraction(name: str, value: object) -> None:
+    """Raises TypeError or ValueError unless `value` is a number from 0 to 1."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}={value!r} is not a number")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}={value!r} is not in 0..1")
+
+
+def label_field(columns: object, weight: Tensor, x_pos: Tensor, x_neg: Tensor | None) -> int:
+    """The width of the label field, 0 for None; on a CPU, that both sides hold the same numbers outside it."""
+    if columns is None:
+        return 0
+    width = weight.shape[1]
+    if isinstance(columns, bool) or not isinstance(columns, int) or not 0 < columns <= width:
+        raise ValueError(f"label_field={columns!r} is not None or a number of columns in 1..{width}")
+    if x_neg is None or not len(x_neg):
+        return columns
+    if x_neg.shape != x_pos.shape:
+        raise ValueError(f"x_neg has shape {tuple(x_neg.shape)}; accepted with label_field: {tuple(x_pos.shape)}")
+    if x_pos.device.type == "cpu" and not torch.equal(x_pos[:, columns:], x_neg[:, columns:]):
+        raise ValueError(f"x_neg differs from x_pos outside the first {columns} columns, the label_field")
+    return columns
+
+
+def shared_product(product: Tensor | None, columns: int, rows: int, weight: Tensor) -> None:
+    """Checks `product` `[rows, out]` and that its label field is known."""
+    if product is None:
+        return
+    matrix("product", product)
+    accepted = (rows, weight.shape[0])
+    if product.shape != accepted or product.dtype != weight.dtype:
+        raise ValueError(f"product is {product.dtype} {tuple(product.shape)}; accepted: {weight.dtype} {accepted}")
+    _same_device("product", product, weight.device)
+    if not columns:
+        raise ValueError("product came without label_field; accepted: both, or label_field alone")
+
+
 def trainable(name: str, parameter: Tensor | None) -> None:
     """Raises ValueError unless the parameter is a leaf that an optimizer may update."""
     if parameter is not None and not (parameter.requires_grad and parameter.is_leaf):

@@ -19,7 +19,7 @@ from .steps import OPTIMIZERS, problem
 def forward_arguments(compute_dtype: torch.dtype, sumsq: bool) -> tuple:
     p = problem(dtype=torch.float32)
     known = torch.cat([p.x_pos, p.x_neg]).square().sum(1) if sumsq else None
-    return (p.x_pos, p.x_neg, known, p.weight, p.bias, "l2", 1e-4, "add", "relu", compute_dtype, "eager")
+    return (p.x_pos, p.x_neg, known, p.weight, p.bias, "l2", 1e-4, "add", "relu", compute_dtype, None, 0, "eager")
 
 
 def step_arguments(
@@ -44,7 +44,18 @@ def step_arguments(
     mean = None if peer is None else torch.full((7,), 0.5)
     written = (torch.zeros(rows, 7, dtype=compute_dtype), torch.zeros(rows), torch.zeros(()))
     head = (p.x_pos, p.x_neg, None, None, None)
-    return (*head, *layer, *objective.operands(), *peers.operands(peer, mean, 7), *update.operands(), *written, "eager")
+    return (
+        *head,
+        *layer,
+        *objective.operands(),
+        0.0,
+        None,
+        0,
+        *peers.operands(peer, mean, 7),
+        *update.operands(),
+        *written,
+        "eager",
+    )
 
 
 @pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -191,6 +202,6 @@ def test_a_step_on_a_device_never_waits_for_it(compute_dtype, optimizer, is_posi
     arguments[-2] = arguments[-2].to("meta")
     with torch.no_grad():
         eager.linear_step_(*arguments[:-1])
-        eager.linear_forward(*arguments[:2], None, *arguments[5:12])
+        eager.linear_forward(*arguments[:2], None, *arguments[5:12], None, 0)
     with pytest.raises(RuntimeError):
         arguments[-2].item()

@@ -11,8 +11,9 @@ from torch import Tensor
 
 import ffkernels as ff
 from ffkernels.experiments import checkpoint, picture
+from ffkernels.experiments.batches import hard_label
 from ffkernels.experiments.presets import LOEWEX, PRESETS, QUICK, Preset, Rule
-from ffkernels.experiments.train import CHECKPOINT, METRICS, Trainer, hard_label, resume, train
+from ffkernels.experiments.train import CHECKPOINT, METRICS, Trainer, resume, train
 
 from .toy_data import toy_data
 
@@ -50,7 +51,7 @@ def stop_after(trainer: Trainer, steps: int):
     """Answers True once the trainer has made so many steps."""
     made = []
     step = trainer.net.step
-    trainer.net.step = lambda *arguments: made.append(1) or step(*arguments)  # type: ignore[assignment]
+    trainer.net.step = lambda *arguments, **options: made.append(1) or step(*arguments, **options)  # type: ignore[assignment]
     return lambda: len(made) >= steps
 
 
@@ -115,7 +116,7 @@ def test_every_epoch_has_an_order_and_negatives_of_its_own(data) -> None:
     trainer = Trainer(replace(SMALL_LOEWEX, layers=still, batch_size=600), data, epochs=2)
     seen: list[tuple[Tensor, Tensor]] = []
     step = trainer.net.step
-    trainer.net.step = lambda *arguments: seen.append(arguments[:2]) or step(*arguments)  # type: ignore
+    trainer.net.step = lambda *sides, **options: seen.append(sides[:2]) or step(*sides, **options)  # type: ignore
     for _ in range(2):
         trainer.run_epoch(lambda describe: False)
     (pos, neg), (other_pos, other_neg) = seen
@@ -171,7 +172,7 @@ def test_learning_rates_are_constant_then_fall_to_0(tmp_path) -> None:
 
 def test_first_step_is_the_presets(data) -> None:
     """One loewex step written out with autograd: threshold at the width, rms norm, SGD on all layers at once."""
-    preset = replace(SMALL_LOEWEX, batch_size=600)
+    preset = replace(SMALL_LOEWEX, batch_size=600, peer=None)
     trainer = Trainer(preset, data, epochs=1, seed=3)
     for layer in trainer.net:
         width = layer.out_features
@@ -180,7 +181,7 @@ def test_first_step_is_the_presets(data) -> None:
     weights = [layer.weight.detach().clone().requires_grad_() for layer in trainer.net]
     seen: list[Tensor] = []
     step = trainer.net.step
-    trainer.net.step = lambda pos, neg, optimizer: seen.extend((pos, neg)) or step(pos, neg, optimizer)  # type: ignore
+    trainer.net.step = lambda *sides, **options: seen.extend(sides[:2]) or step(*sides, **options)  # type: ignore
     trainer.run_epoch(lambda describe: False)
     pos, neg = seen
     assert torch.equal(pos[:, 10:], neg[:, 10:])

@@ -158,7 +158,7 @@ def step_on_meta(p: Problem, compute_dtype=torch.bfloat16, objective=DEFAULT_OBJ
     with torch.no_grad():
         select.load("triton").linear_step_(
             p.x_pos, p.x_neg, is_positive, None, None, p.weight, p.bias, "l2", 1e-4, "add", "relu", compute_dtype,
-            *objective.operands(), *peer.operands(None, None, width), *update.operands(),
+            *objective.operands(), 0.0, None, 0, *peer.operands(None, None, width), *update.operands(),
             written[0].to(compute_dtype), *written[1:],
         )  # fmt: skip
 

@@ -27,7 +27,8 @@ VARIABLE = "FFKERNELS_BACKEND"
 class Request(NamedTuple):
     """What a backend needs to know of a call to say whether it can run it; a forward pass has no loss and no rule.
 
-    `forced`: whether this very backend was asked for, which some ways of running are kept for.
+    `forced`: whether this very backend was asked for, which some ways of running are kept for. `skips`: whether rows
+    with small coefficients are left out. `shares`: whether the product of what rows have in common is given.
     """
 
     device: torch.device
@@ -38,6 +39,8 @@ class Request(NamedTuple):
     rule: str | None = None
     peer: bool = False
     forced: bool = False
+    skips: bool = False
+    shares: bool = False
 
 
 @cache

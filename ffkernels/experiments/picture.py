@@ -1,4 +1,4 @@
-"""One picture of a finished run: error over epochs, goodness of both sides, first-layer features."""
+"""One picture of a finished run: error and rows kept over epochs, goodness of both sides, first-layer features."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ def draw(trainer: Trainer, path: Path) -> None:
         figure = Figure(figsize=(14, 8), layout="constrained")
         figure.suptitle(f"Forward-Forward: {summary(trainer)}", x=0.01, ha="left", fontsize=12)
         grid = figure.add_gridspec(1 + layers, 3, width_ratios=(1.5, 1, 3.1), height_ratios=(2, *[1] * layers))
-        _error_curves(figure.add_subplot(grid[0, :2]), trainer.rows)
+        _error_curves(figure.add_subplot(grid[0, 0]), trainer.rows)
+        _kept_curves(figure.add_subplot(grid[0, 1]), trainer.rows)
         sides = trainer.test_goodness()
         for i, layer in enumerate(trainer.net):
             positive, negative = (side[:, i] for side in sides)
@@ -61,7 +62,10 @@ def draw(trainer: Trainer, path: Path) -> None:
                 axes.legend(fontsize=8)
             axes = figure.add_subplot(grid[1 + i, 1])
             _difference_histogram(axes, positive - negative, layer.objective.maximize)
-        _features(figure.add_subplot(grid[:, 2]), next(iter(trainer.net)).weight, trainer.data.num_classes)
+        weight, label = next(iter(trainer.net)).weight, trainer.preset.label
+        if label == "columns":
+            weight = weight[:, trainer.data.num_classes :]
+        _features(figure.add_subplot(grid[:, 2]), weight, trainer.data.num_classes if label == "pixels" else 0)
         figure.savefig(path, dpi=120)
 
 
@@ -73,7 +77,8 @@ def _error_curves(axes: Any, rows: list[Row]) -> None:
     )
     for key, label, look in curves:
         points = [(row["epoch"], 100 * row[key]) for row in rows if row[key] is not None]
-        axes.plot(*zip(*points, strict=True), label=label, markersize=4, **look)
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, markersize=4, **look)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}%")
     axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}%" if f"{value:e}"[0] in "25" else "")
@@ -83,9 +88,20 @@ def _error_curves(axes: Any, rows: list[Row]) -> None:
     axes.legend()
 
 
+def _kept_curves(axes: Any, rows: list[Row]) -> None:
+    epochs = [row["epoch"] for row in rows]
+    for i, shares in enumerate(zip(*(row["kept"] for row in rows), strict=True)):
+        axes.plot(epochs, [100 * share for share in shares], label=f"layer {i + 1}", marker="o", markersize=3)
+    axes.set_ylim(0, 103)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}%")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set(title="Rows that took part in updates", xlabel="epoch")
+    axes.legend()
+
+
 def _goodness_histogram(axes: Any, positive: Tensor, negative: Tensor, objective: Objective) -> None:
     low, high = _range(torch.cat([positive, negative]))
-    for values, label, color in ((positive, "right label", POSITIVE), (negative, "wrong label", NEGATIVE)):
+    for values, label, color in ((positive, "positive", POSITIVE), (negative, "negative", NEGATIVE)):
         axes.hist(values.clamp(low, high).tolist(), BINS, range=(low, high), label=label, color=color, alpha=0.6)
     if not objective.paired:
         axes.axvline(objective.thresholds()[0], color=INK, linestyle=":", label="threshold")
@@ -97,7 +113,7 @@ def _difference_histogram(axes: Any, difference: Tensor, maximize: bool) -> None
     right = (difference > 0) if maximize else (difference < 0)
     axes.hist(difference.clamp(low, high).tolist(), BINS, range=(low, high), color=FAINT)
     axes.axvline(0, color=INK, linestyle=":")
-    axes.set_title(f"right minus wrong ({right.float().mean().item():.1%})")
+    axes.set_title(f"positive minus negative ({right.float().mean().item():.1%})")
     _without_counts(axes)
 
 

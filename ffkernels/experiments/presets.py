@@ -1,43 +1,65 @@
-"""Training recipes as data: everything that a run's numbers depend on besides data, seed, device and dtype."""
+"""Training recipes as data: everything that a run's numbers depend on besides data, seed, device and dtype.
+
+Each says where its numbers come from (`source`), what it is held against (`published`), and what no source says or what
+is done otherwise here (`assumed`).
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..objective import Objective
+from ..peer import PeerNormalisation
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A `torch.optim` rule: "sgd" or "adam" (which takes no momentum here)."""
+    """A `torch.optim` rule: "sgd" or "adam" (which takes no momentum here).
+
+    With `average` the momentum is an average of gradients that starts at zero: `a <- momentum a + (1 - momentum) g`.
+    With `decoupled` the decay acts on matrices alone, beside the average: `p <- p - lr (a + weight_decay p)`.
+    """
 
     optimizer: str
     lr: float
     momentum: float = 0.0
     weight_decay: float = 0.0
+    average: bool = False
+    decoupled: bool = False
 
 
 @dataclass(frozen=True)
 class Preset:
-    """One recipe. Labels are overlaid one-hot with value 1; layers are counted from 0.
+    """One recipe. Labels are one-hot; layers are counted from 0.
 
     Attributes:
         name: what the command line calls it.
-        source: where its numbers come from, and where it departs from there.
+        source: where its numbers come from.
         hidden: widths of the layers.
-        epochs: passes over the training set; the learning rates are constant for the first half of them, then fall
-            linearly to 0.
+        epochs: passes over the training set.
         layers: one optimizer for all layers.
         classifier: optimizer of the linear classifier (no bias, starts at zero) that is trained alongside, by
-            cross-entropy on `FFNetwork.features`.
+            cross-entropy on `FFNetwork.features`; None for no classifier.
+        assumed: what the source leaves open or what departs from it.
+        published: the test error that the source reports.
         goodness, loss, alpha: of the `Objective`.
         threshold: of the `Objective`; None for the width of the layer.
         norm, eps, eps_mode, activation, outputs: of the `FFLinear` layers.
-        init: "torch" for `torch.nn.Linear`'s own, "fan_out" for normal weights of standard deviation 1/sqrt(width)
-            and zero biases.
-        negatives: the wrong label is drawn "uniform"-ly, or from the "classifier"'s softmax without the right label
-            (hard negatives, Hinton 2022, section 3.3).
+        peer: peer normalisation of every layer.
+        init: "torch" for `torch.nn.Linear`'s own, "fan_in" or "fan_out" for normal weights of standard deviation
+            1/sqrt(inputs) or 1/sqrt(width) and zero biases.
+        label: where it stands: in the image's first "pixels", in "columns" of its own before them, or there is "none"
+            and nothing is predicted by goodness.
+        negatives: the wrong label is drawn "uniform"-ly, from the "classifier"'s softmax without the right label (hard
+            negatives, Hinton 2022, section 3.3), or comes with the batch's labels "shuffled", some of which are right;
+            or, without labels, "hybrid" images (section 3.2).
         batch_size: images in a minibatch; each is one positive and one negative row.
+        train_images: how many of the training images, the first ones; None for all.
+        jitter: training images are shifted by up to so many pixels, anew in every epoch.
+        pixel_mean, pixel_std: pixels of 0..1 are standardised by these; a label stands for the brightest pixel.
+        cooldown: with `e` of `E` epochs the learning rates are multiplied by `min(1, (cooldown + 2 (E - e)) / E)`:
+            constant for half of them, then linear to 0. None: constant.
+        layerwise_steps: with the number given, each layer takes so many steps on a batch before the next one starts.
         goodness_layers: those whose goodness is summed for a prediction; None for all.
         goodness_every: epochs between tests by goodness, which cost a forward pass for each label; the last epoch
             is always tested.
@@ -48,7 +70,9 @@ class Preset:
     hidden: tuple[int, ...]
     epochs: int
     layers: Rule
-    classifier: Rule
+    classifier: Rule | None
+    assumed: str = ""
+    published: str = ""
     goodness: str = "mean"
     loss: str = "logistic"
     alpha: float = 4.0
@@ -58,9 +82,17 @@ class Preset:
     eps_mode: str = "add"
     activation: str = "relu"
     outputs: str = "pre"
+    peer: PeerNormalisation | None = None
     init: str = "torch"
+    label: str = "pixels"
     negatives: str = "uniform"
     batch_size: int = 100
+    train_images: int | None = None
+    jitter: int = 0
+    pixel_mean: float = 0.0
+    pixel_std: float = 1.0
+    cooldown: float | None = 2.0
+    layerwise_steps: int = 0
     goodness_layers: tuple[int, ...] | None = None
     goodness_every: int = 1
 
@@ -68,6 +100,11 @@ class Preset:
         """The objective of a layer of `width` units."""
         threshold = width if self.threshold is None else self.threshold
         return Objective(goodness=self.goodness, threshold=float(threshold), loss=self.loss, alpha=self.alpha)
+
+    @property
+    def label_value(self) -> float:
+        """What marks a label: the brightest pixel."""
+        return (1 - self.pixel_mean) / self.pixel_std
 
 
 QUICK = Preset(
@@ -83,19 +120,134 @@ QUICK = Preset(
     negatives="classifier",
 )
 
-LOEWEX = Preset(
-    name="loewex",
-    source="github.com/loeweX/Forward-Forward, after Hinton's Matlab code. Departures: 60 epochs for its 100, all of "
-    "the training images for 50 000 of them, the true gradient of the ReLU, and no peer normalisation (its 0.03).",
+HINTON_MATLAB = Preset(
+    name="hinton-matlab",
+    source="Hinton's Matlab code for section 3.3 of the paper (cs.toronto.edu/~hinton), through its ports: three "
+    "passes a batch on the same weights (positive, neutral, hard negative). The mean over 2B rows of a loss of q - "
+    "width has his gradient, which is a sum over B with the 2 of the square's derivative dropped.",
+    assumed="All 60,000 training images. Decay 1e-3 (ports that train longer have 2e-3). Weights start at standard "
+    "deviation 1/sqrt(inputs). His tiny constant exp(-100) is no normal float32: 1e-20. The classifier's softmax reads "
+    "the features before its own step, as the hard negatives do.",
+    published="1.47 to 1.65%",
     hidden=(1000, 1000, 1000),
-    epochs=60,
-    layers=Rule("sgd", lr=1e-3, momentum=0.9, weight_decay=3e-4),
-    classifier=Rule("sgd", lr=1e-2, momentum=0.9, weight_decay=3e-3),
+    epochs=100,
+    layers=Rule("sgd", lr=1e-2, momentum=0.9, weight_decay=1e-3, average=True, decoupled=True),
+    classifier=Rule("sgd", lr=1e-1, momentum=0.9, weight_decay=3e-3, average=True, decoupled=True),
     goodness="sum",
     threshold=None,
-    init="fan_out",
+    eps=1e-20,
+    peer=PeerNormalisation("hinton", strength=0.03, momentum=0.9),
+    init="fan_in",
+    negatives="classifier",
+    cooldown=1.0,
     goodness_layers=(1, 2),
     goodness_every=10,
 )
 
-PRESETS = {preset.name: preset for preset in (QUICK, LOEWEX)}
+HINTON_SUPERVISED = replace(
+    HINTON_MATLAB,
+    name="hinton-supervised",
+    source="Hinton 2022, section 3.3: four layers of 2000 ReLUs, labels in the first pixels, hard negatives, 60 "
+    "epochs.",
+    assumed="Everything else as in hinton-matlab; the classifier and the goodness read all layers but the first.",
+    published="1.36%",
+    hidden=(2000, 2000, 2000, 2000),
+    epochs=60,
+    goodness_layers=(1, 2, 3),
+)
+
+HINTON_JITTER = replace(
+    HINTON_SUPERVISED,
+    name="hinton-jitter",
+    source="Hinton 2022, section 3.3: hinton-supervised on images shifted by up to two pixels in each direction, 500 "
+    "epochs.",
+    assumed="As hinton-supervised; a shift of the 25 is drawn anew for each image in each epoch.",
+    published="0.64%",
+    epochs=500,
+    jitter=2,
+    goodness_every=50,
+)
+
+HINTON_UNSUPERVISED = replace(
+    HINTON_MATLAB,
+    name="hinton-unsupervised",
+    source="Hinton 2022, section 3.2: four layers of 2000 ReLUs, hybrid images as negatives, 100 epochs; a linear "
+    "softmax on the normalised activities of the last three layers.",
+    assumed="Rates, decay, averages, peer normalisation and threshold as in hinton-matlab; ten passes of the mask's "
+    "blur; the softmax is trained alongside, on the activities of the positive rows, instead of afterwards.",
+    published="1.37%",
+    hidden=(2000, 2000, 2000, 2000),
+    label="none",
+    negatives="hybrid",
+    goodness_layers=None,
+)
+
+LOEWEX = Preset(
+    name="loewex",
+    source="github.com/loeweX/Forward-Forward, after Hinton's Matlab code: its first 50,000 training images, random "
+    "wrong labels, one SGD for everything.",
+    assumed="The true gradient of the ReLU, for which theirs lets that of inactive units through (the same but for "
+    "peer normalisation, which is straight through here as well).",
+    published="1.45%",
+    hidden=(1000, 1000, 1000),
+    epochs=100,
+    layers=Rule("sgd", lr=1e-3, momentum=0.9, weight_decay=3e-4),
+    classifier=Rule("sgd", lr=1e-2, momentum=0.9, weight_decay=3e-3),
+    goodness="sum",
+    threshold=None,
+    peer=PeerNormalisation("loewex", strength=0.03, momentum=0.9),
+    init="fan_out",
+    train_images=50_000,
+    goodness_layers=(1, 2),
+    goodness_every=10,
+)
+
+MOHAMMADPZ = Preset(
+    name="mohammadpz",
+    source="github.com/mohammadpz/pytorch_forward_forward: 50,000 images as one batch, shuffled labels as negatives, "
+    "1000 steps of one layer and then of the next.",
+    assumed="The first 50,000 images; one draw of the negatives for all steps, as theirs.",
+    published="6.8%",
+    hidden=(500, 500),
+    epochs=1,
+    layers=Rule("adam", lr=0.03),
+    classifier=None,
+    norm="l2",
+    eps=1e-4,
+    outputs="post",
+    negatives="shuffled",
+    batch_size=50_000,
+    train_images=50_000,
+    pixel_mean=0.1307,
+    pixel_std=0.3081,
+    cooldown=None,
+    layerwise_steps=1000,
+)
+
+FFLIB = Preset(
+    name="fflib",
+    source="fflib 0.3.0, examples/ff_net_mnist.py: label beside the image, batches of 128, Adam of its own for each "
+    "layer, 60 epochs on nine tenths of the training images.",
+    assumed="The first 54,000 images for its random ones; one Adam for both layers, which is the same; the label "
+    "stands before the image instead of behind it.",
+    hidden=(2000, 2000),
+    epochs=60,
+    layers=Rule("adam", lr=0.02),
+    classifier=None,
+    threshold=20.0,
+    norm="l2",
+    eps=1e-4,
+    outputs="post",
+    label="columns",
+    batch_size=128,
+    train_images=54_000,
+    cooldown=None,
+    goodness_every=10,
+)
+
+PRESETS = {
+    preset.name: preset
+    for preset in (
+        QUICK, HINTON_MATLAB, HINTON_SUPERVISED, HINTON_JITTER, HINTON_UNSUPERVISED, LOEWEX, MOHAMMADPZ, FFLIB,
+    )
+}  # fmt: skip

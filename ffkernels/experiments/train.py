@@ -1,8 +1,9 @@
 """The training loop: layers by Forward-Forward on labelled images, a linear classifier alongside.
 
-The images stay on the device as uint8; minibatches, labels and negatives are made there, and nothing in a step waits
-for the device. All that an epoch draws comes from a generator seeded by (seed, epoch), so a run that goes on from a
-checkpoint gives the numbers of one that was never stopped.
+The images stay on the device as uint8; minibatches, labels and negatives are made there (`batches.py`), and nothing in
+a step waits for the device. The classifier's pass under the neutral label and the step share the first layer's product.
+All that an epoch draws comes from a generator seeded by (seed, epoch), so a run that goes on from a checkpoint gives
+the numbers of one that was never stopped.
 """
 
 from __future__ import annotations
@@ -12,17 +13,18 @@ import math
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
-from .. import FFLinear, FFNetwork, StepResult, overlay_label, wrong_label
+from .. import FFLinear, FFNetwork, StepResult, hybrid_images, wrong_label
+from .. import validation as check
 from . import checkpoint
+from .batches import as_input, hard_label, labelled_sides, shifted
 from .data import Dataset
 from .presets import Preset, Rule
 from .progress import Progress
@@ -44,9 +46,10 @@ class Trainer:
         epochs: instead of the preset's; the learning rate's fall is laid over them.
         device: where everything lives.
         compute_dtype: of the layers' products, as in `linear_step_`.
+        skip_below: as in `linear_step_`.
 
     Raises:
-        ValueError: for a seed or epochs outside their range.
+        ValueError: for a seed, epochs or `skip_below` outside their range.
     """
 
     def __init__(
@@ -58,25 +61,35 @@ class Trainer:
         epochs: int | None = None,
         device: torch.device | str = "cpu",
         compute_dtype: torch.dtype | None = None,
+        skip_below: float = 0.0,
     ) -> None:
         if not 0 <= seed < 2**32:
             raise ValueError(f"seed={seed} is not in 0..{2**32 - 1}")
         self.epochs = preset.epochs if epochs is None else epochs
         if self.epochs < 1:
             raise ValueError(f"epochs={epochs} is not at least 1")
-        self.preset, self.data, self.seed = preset, data, seed
+        check.fraction("skip_below", skip_below)
+        self.preset, self.data, self.seed, self.skip_below = preset, data, seed, skip_below
         self.device, self.compute_dtype = torch.device(device), compute_dtype
-        self.train_images, self.train_labels = data.train_images.to(device), data.train_labels.to(device)
+        used = slice(None, preset.train_images)
+        self.train_images, self.train_labels = data.train_images[used].to(device), data.train_labels[used].to(device)
         self.test_images, self.test_labels = data.test_images.to(device), data.test_labels.to(device)
         # Drawn on the CPU, so that a run starts from the same weights on every device.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            self.net = _network(preset, data.train_images.shape[1], compute_dtype).to(device)
-            features = self.net.features(_as_input(self.train_images[:1]), num_classes=data.num_classes)
-            self.classifier = nn.Linear(features.shape[1], data.num_classes, bias=False).to(device)
-        nn.init.zeros_(self.classifier.weight)
+            width = data.train_images.shape[1] + (data.num_classes if preset.label == "columns" else 0)
+            self.net = _network(preset, width, compute_dtype).to(device)
+        self.label_field = 0 if preset.label == "none" else data.num_classes
         self.net_optimizer = _optimizer(preset.layers, self.net)
-        self.classifier_optimizer = _optimizer(preset.classifier, self.classifier)
+        self.rules = [(preset.layers, self.net_optimizer)]
+        self.classifier: nn.Linear | None = None
+        if preset.classifier is not None:
+            features = self._features(self._as_input(self.train_images[:1]))
+            self.classifier = nn.Linear(features.shape[1], data.num_classes, bias=False, device="meta")
+            self.classifier.to_empty(device=device)
+            nn.init.zeros_(self.classifier.weight)
+            self.classifier_optimizer = _optimizer(preset.classifier, self.classifier)
+            self.rules.append((preset.classifier, self.classifier_optimizer))
         self.rows: list[Row] = []
 
     @property
@@ -89,7 +102,8 @@ class Trainer:
 
     def settings(self) -> dict[str, Any]:
         """All that decides the numbers of this run, as plain values."""
-        recipe = {name: value for name, value in asdict(self.preset).items() if name != "source"}
+        words = ("source", "assumed", "published")
+        recipe = {name: value for name, value in asdict(self.preset).items() if name not in words}
         return {
             **recipe,
             "epochs": self.epochs,
@@ -97,6 +111,7 @@ class Trainer:
             "data": f"{self.data.name} ({_fingerprint(self.data)})",
             "device": self.device.type,
             "compute_dtype": str(self.compute_dtype),
+            "skip_below": self.skip_below,
         }
 
     def state(self) -> dict[str, Any]:
@@ -111,7 +126,9 @@ class Trainer:
         self.rows = list(state["rows"])
 
     def _parts(self) -> dict[str, nn.Module | Optimizer]:
-        names = ("net", "classifier", "net_optimizer", "classifier_optimizer")
+        names: tuple[str, ...] = ("net", "net_optimizer")
+        if self.classifier is not None:
+            names += ("classifier", "classifier_optimizer")
         return {name: getattr(self, name) for name in names}
 
     def run_epoch(self, after_step: Callable[[Callable[[], str]], bool]) -> Row | None:
@@ -138,12 +155,12 @@ class Trainer:
         trained = time.monotonic()
         if not all(map(math.isfinite, averages["loss"])):
             raise FloatingPointError(f"epoch {epoch}: the training has diverged, its losses are {averages['loss']}")
-        by_goodness = epoch % self.preset.goodness_every == 0 or epoch == self.epochs
+        by_goodness = self.label_field and (epoch % self.preset.goodness_every == 0 or epoch == self.epochs)
         row = {
             "epoch": epoch,
             "lr": self.preset.layers.lr * factor,
             **averages,
-            "test_error_classifier": self.classifier_error(),
+            "test_error_classifier": None if self.classifier is None else self.classifier_error(),
             "test_error_goodness": self.goodness_error() if by_goodness else None,
             "train_seconds": round(trained - start, 3),
             "seconds": round(time.monotonic() - start, 3),
@@ -152,56 +169,99 @@ class Trainer:
         return row
 
     def lr_factor(self, epoch: int) -> float:
-        """What the learning rates are multiplied by in an epoch (from 1): 1 for the first half, then linear to 0."""
-        return min(1.0, 2 * (self.epochs + 1 - epoch) / self.epochs)
+        """What the learning rates are multiplied by in an epoch (from 1)."""
+        cooldown = self.preset.cooldown
+        return 1.0 if cooldown is None else min(1.0, (cooldown + 2 * (self.epochs - epoch)) / self.epochs)
 
     def _set_lr(self, factor: float) -> None:
-        rules = ((self.preset.layers, self.net_optimizer), (self.preset.classifier, self.classifier_optimizer))
-        for rule, optimizer in rules:
+        for rule, optimizer in self.rules:
             for group in optimizer.param_groups:
-                group["lr"] = rule.lr * factor
+                # p - lr (a + decay p) is (p - lr / keep a) keep: the optimizer's own step, then `_decay`.
+                group["keep"] = 1 - rule.lr * factor * group.get("decoupled", 0.0)
+                group["lr"] = rule.lr * factor / group["keep"]
 
     def _train(self, epoch: int, after_step: Callable[[Callable[[], str]], bool]) -> Totals | None:
         preset, classes = self.preset, self.data.num_classes
         generator = torch.Generator(self.device).manual_seed(zlib.crc32(f"{self.seed} {epoch}".encode()))
         order = torch.randperm(len(self.train_labels), generator=generator, device=self.device)
-        totals = Totals(len(self.net), self.device)
+        totals = Totals(self.net, self.skip_below)
         for rows in order.split(preset.batch_size):
-            x, labels = _as_input(self.train_images[rows]), self.train_labels[rows]
-            logits = self._step_classifier(x, labels)
-            if preset.negatives == "classifier":
-                wrong = hard_label(logits, labels, generator)
+            images, labels = self.train_images[rows], self.train_labels[rows]
+            x = self._as_input(shifted(images, preset.jitter, generator) if preset.jitter else images)
+            if preset.label == "none":
+                keep, x_neg = self.classifier is not None, hybrid_images(x, generator)
+                results = self.net.step(x, x_neg, self.net_optimizer, keep=keep, skip_below=self.skip_below)
+                logits = None
+                if self.classifier is not None:
+                    logits = self._step_classifier(self.net.features_of(results), labels)
             else:
-                wrong = wrong_label(labels, classes, generator)
-            x_pos, x_neg = overlay_label(x, labels, classes), overlay_label(x, wrong, classes)
-            results = self.net.step(x_pos, x_neg, self.net_optimizer)
-            totals.add(results, logits.argmax(1) != labels)
+                product = logits = None
+                if self.classifier is not None:
+                    product = self.net.shared_product(x, classes)
+                    logits = self._step_classifier(self._features(x, product), labels)
+                wrong = self._wrong_label(labels, logits, generator)
+                results = self._step(*labelled_sides(x, labels, wrong, classes, preset.label_value), product)
+            _decay(self.net_optimizer)
+            totals.add(results, None if logits is None else logits.argmax(1) != labels)
             if after_step(totals.describe) and totals.rows < len(order):
                 return None
         return totals
 
-    def _step_classifier(self, x: Tensor, labels: Tensor) -> Tensor:
-        """Trains the classifier on a minibatch; returns its logits from before."""
-        logits = self.classifier(self.net.features(x, num_classes=self.data.num_classes))
-        self.classifier_optimizer.zero_grad()
-        F.cross_entropy(logits, labels).backward()
+    def _wrong_label(self, labels: Tensor, logits: Tensor | None, generator: torch.Generator) -> Tensor:
+        if self.preset.negatives == "classifier":
+            assert logits is not None
+            return hard_label(logits, labels, generator)
+        if self.preset.negatives == "shuffled":
+            return labels[torch.randperm(len(labels), generator=generator, device=self.device)]
+        return wrong_label(labels, self.data.num_classes, generator)
+
+    def _step(self, x_pos: Tensor, x_neg: Tensor, product: Tensor | None) -> list[StepResult]:
+        options: dict[str, Any] = {"skip_below": self.skip_below}
+        if not self.preset.layerwise_steps:
+            return self.net.step(
+                x_pos, x_neg, self.net_optimizer, label_field=self.label_field, product=product, **options
+            )
+        self.net.train_layerwise(x_pos, x_neg, self.net_optimizer, self.preset.layerwise_steps, **options)
+        # Without an optimizer a step changes nothing and says where the layers have come to.
+        results = self.net.step(x_pos, x_neg, None)
+        self.net.zero_grad()
+        return results
+
+    @torch.no_grad()
+    def _step_classifier(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Trains the classifier: `dW = (softmax - one_hot)^T features / rows`; returns its logits from before."""
+        assert self.classifier is not None
+        logits: Tensor = self.classifier(features)
+        classes = torch.arange(self.data.num_classes, device=self.device)
+        error = logits.softmax(1) - (labels[:, None] == classes).to(logits.dtype)
+        self.classifier.weight.grad = (error.t() @ features).div_(len(labels))
         self.classifier_optimizer.step()
-        return logits.detach()
+        _decay(self.classifier_optimizer)
+        return logits
+
+    def _as_input(self, images: Tensor) -> Tensor:
+        columns = self.data.num_classes if self.preset.label == "columns" else 0
+        return as_input(images, self.preset.pixel_mean, self.preset.pixel_std, columns)
+
+    def _features(self, x: Tensor, product: Tensor | None = None) -> Tensor:
+        return self.net.features(x, num_classes=self.label_field, product=product)
 
     @torch.no_grad()
     def classifier_error(self) -> float:
         """Share of the test images that the classifier gets wrong."""
-        classes = self.data.num_classes
-        return self._test_error(lambda x: self.classifier(self.net.features(x, num_classes=classes)).argmax(1))
+        classifier = self.classifier
+        assert classifier is not None
+        return self._test_error(lambda x: classifier(self._features(x)).argmax(1))
 
     def goodness_error(self) -> float:
         """Share of the test images for which a wrong label has the highest goodness."""
-        return self._test_error(lambda x: self.net.predict(x, self.data.num_classes, self.preset.goodness_layers))
+        options = (self.data.num_classes, self.preset.goodness_layers, self.preset.label_value)
+        return self._test_error(lambda x: self.net.predict(x, *options))
 
     def _test_error(self, predict: Callable[[Tensor], Tensor]) -> float:
         wrong = torch.zeros((), dtype=torch.int64, device=self.device)
         for images, labels in self._test_batches():
-            wrong += (predict(_as_input(images)) != labels).sum()
+            wrong += (predict(self._as_input(images)) != labels).sum()
         return int(wrong) / len(self.test_labels)
 
     def _test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -209,64 +269,79 @@ class Trainer:
 
     @torch.no_grad()
     def test_goodness(self) -> tuple[Tensor, Tensor]:
-        """Goodness `[N, layers]` of the test images, under their right label and under a uniformly drawn wrong one."""
+        """Goodness `[N, layers]` of the test images as positive rows, and as negative ones (uniformly drawn labels)."""
         classes = self.data.num_classes
         generator = torch.Generator(self.device).manual_seed(self.seed)
-        right, wrong = [], []
+        goodness: tuple[list[Tensor], list[Tensor]] = ([], [])
         for images, labels in self._test_batches():
-            x = _as_input(images)
-            right.append(self.net.goodness(overlay_label(x, labels, classes)))
-            wrong.append(self.net.goodness(overlay_label(x, wrong_label(labels, classes, generator), classes)))
-        return torch.cat(right).cpu(), torch.cat(wrong).cpu()
+            x = self._as_input(images)
+            if self.preset.label == "none":
+                sides = x, hybrid_images(x, generator)
+            else:
+                wrong = wrong_label(labels, classes, generator)
+                sides = labelled_sides(x, labels, wrong, classes, self.preset.label_value)
+            for rows, side in zip(sides, goodness, strict=True):
+                side.append(self.net.goodness(rows))
+        return torch.cat(goodness[0]).cpu(), torch.cat(goodness[1]).cpu()
 
 
 class Totals:
-    """Sums over an epoch, on the device: per layer the loss and the goodness of both sides, and the wrong guesses."""
+    """What the steps of an epoch have left, on the device; nothing is computed before somebody asks."""
 
-    def __init__(self, layers: int, device: torch.device) -> None:
-        self._layers = torch.zeros(layers, 3, device=device)
-        self._wrong = torch.zeros((), device=device)
+    def __init__(self, net: FFNetwork, skip_below: float) -> None:
+        self._objectives = [layer.objective for layer in net]
+        self._skip_below = skip_below
+        self._results: list[list[StepResult]] = []
+        self._wrong: list[Tensor] = []
         self.rows = 0
 
-    def add(self, results: list[StepResult], wrong: Tensor) -> None:
-        """Adds a minibatch: the layers' step results, and `[rows]` which guesses were wrong."""
-        rows = len(wrong)
-        terms = [(r.loss, r.goodness_pos.mean(), r.goodness_neg.mean()) for r in results]
-        self._layers += rows * torch.stack([term for layer in terms for term in layer]).view(-1, 3)
-        self._wrong += wrong.sum()
-        self.rows += rows
+    def add(self, results: list[StepResult], wrong: Tensor | None) -> None:
+        """Adds a minibatch: the layers' step results, and `[rows]` which guesses of the classifier were wrong."""
+        self._results.append([replace(result, y=None) for result in results])
+        if wrong is not None:
+            self._wrong.append(wrong)
+        self.rows += len(results[0].goodness_pos)
 
     def averages(self) -> Row:
-        """Per row, as numbers; waits for the device."""
-        loss, goodness_pos, goodness_neg = (self._layers / self.rows).T.tolist()
-        return {
-            "loss": loss,
-            "goodness_pos": goodness_pos,
-            "goodness_neg": goodness_neg,
-            "train_error_classifier": self._wrong.item() / self.rows,
-        }
+        """Per layer over the rows, as numbers; `kept` is the share of rows that took part in the updates."""
+        row: Row = {"loss": [], "goodness_pos": [], "goodness_neg": [], "kept": []}
+        for objective, results in zip(self._objectives, zip(*self._results, strict=True), strict=True):
+            rows = torch.tensor([len(result.goodness_pos) for result in results], dtype=torch.float64)
+            losses = torch.stack([result.loss for result in results]).cpu().double()
+            pos, neg = (
+                torch.cat(side) for side in zip(*[(r.goodness_pos, r.goodness_neg) for r in results], strict=True)
+            )
+            is_positive = torch.arange(len(pos) + len(neg), device=pos.device) < len(pos)
+            kept = objective.in_doubt(torch.cat([pos, neg]), is_positive, self._skip_below)
+            row["loss"].append(((losses * rows).sum() / rows.sum()).item())
+            for name, values in (("goodness_pos", pos), ("goodness_neg", neg), ("kept", kept.float())):
+                row[name].append(values.mean().item())
+        wrong = torch.cat(self._wrong).float().mean().item() if self._wrong else None
+        return {**row, "train_error_classifier": wrong}
 
     def describe(self) -> str:
         return describe(self.averages())
 
 
 def describe(row: Row) -> str:
-    """One line on an epoch's training: error of the classifier, goodness of both sides, layer by layer."""
+    """One line on an epoch's training: the classifier's error, goodness of both sides and rows kept, by layer."""
     sides = ("/".join(f"{g:.3g}" for g in row[side]) for side in ("goodness_pos", "goodness_neg"))
-    return "train error {:.2%}, goodness pos {} neg {}".format(row["train_error_classifier"], *sides)
+    text = "goodness pos {} neg {}, rows kept {}".format(*sides, "/".join(f"{share:.0%}" for share in row["kept"]))
+    error = row["train_error_classifier"]
+    return text if error is None else f"train error {error:.2%}, {text}"
 
 
 def describe_test(row: Row) -> str:
     """The test errors of an epoch."""
-    text = f"test error {row['test_error_classifier']:.2%} by classifier"
-    by_goodness = row["test_error_goodness"]
-    return text if by_goodness is None else f"{text}, {by_goodness:.2%} by goodness"
+    errors = {"classifier": row["test_error_classifier"], "goodness": row["test_error_goodness"]}
+    known = [f"{error:.2%} by {reader}" for reader, error in errors.items() if error is not None]
+    return f"test error {', '.join(known)}" if known else "not tested"
 
 
 def summary(trainer: Trainer) -> str:
     """What a finished run has come to."""
     seconds = sum(row["seconds"] for row in trainer.rows)
-    widths = "-".join(str(width) for width in (trainer.train_images.shape[1], *trainer.preset.hidden))
+    widths = "-".join(str(width) for width in (next(iter(trainer.net)).in_features, *trainer.preset.hidden))
     dtype = str(trainer.compute_dtype or torch.float32).removeprefix("torch.")
     return (
         f"{trainer.preset.name} ({widths}) on {trainer.data.name}: {describe_test(trainer.rows[-1])}; "
@@ -330,19 +405,6 @@ def write_metrics(output: Path, rows: list[Row]) -> None:
     checkpoint.write_atomically(output / METRICS, lambda file: file.write(lines.encode()))
 
 
-def hard_label(logits: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """For each row a wrong label drawn from softmax(logits) with the right one left out; `[rows]`.
-
-    The largest of `logit + Gumbel noise` is such a draw, whatever the logits' range.
-    """
-    noise = torch.empty_like(logits).exponential_(generator=generator).log_().neg_()
-    return (logits + noise).scatter_(1, labels[:, None], -math.inf).argmax(1)
-
-
-def _as_input(images: Tensor) -> Tensor:
-    return images.float() / 255
-
-
 def _network(preset: Preset, pixels: int, compute_dtype: torch.dtype | None) -> FFNetwork:
     layers = []
     for fan_in, width in zip((pixels, *preset.hidden), preset.hidden, strict=False):
@@ -356,9 +418,10 @@ def _network(preset: Preset, pixels: int, compute_dtype: torch.dtype | None) -> 
             activation=preset.activation,
             outputs=preset.outputs,
             compute_dtype=compute_dtype,
+            peer=preset.peer,
         )
-        if preset.init == "fan_out":
-            nn.init.normal_(layer.weight, std=1 / math.sqrt(width))
+        if preset.init != "torch":
+            nn.init.normal_(layer.weight, std=1 / math.sqrt(width if preset.init == "fan_out" else fan_in))
             nn.init.zeros_(layer.bias)
         layers.append(layer)
     return FFNetwork(layers)
@@ -367,7 +430,27 @@ def _network(preset: Preset, pixels: int, compute_dtype: torch.dtype | None) -> 
 def _optimizer(rule: Rule, module: nn.Module) -> Optimizer:
     if rule.optimizer == "adam":
         return Adam(module.parameters(), lr=rule.lr, weight_decay=rule.weight_decay)
-    return SGD(module.parameters(), lr=rule.lr, momentum=rule.momentum, weight_decay=rule.weight_decay)
+    parameters = list(module.parameters())
+    groups: list[dict[str, Any]] = [{"params": parameters, "weight_decay": rule.weight_decay}]
+    if rule.decoupled:
+        kinds = (
+            (rule.weight_decay, [p for p in parameters if p.dim() > 1]),
+            (0.0, [p for p in parameters if p.dim() < 2]),
+        )
+        groups = [{"params": of_kind, "decoupled": decay} for decay, of_kind in kinds if of_kind]
+    optimizer = SGD(groups, lr=rule.lr, momentum=rule.momentum, dampening=rule.momentum if rule.average else 0.0)
+    if rule.average:
+        # Without a buffer SGD would start from the first gradient, undamped.
+        for p in parameters:
+            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return optimizer
+
+
+@torch.no_grad()
+def _decay(optimizer: Optimizer) -> None:
+    for group in optimizer.param_groups:
+        if group.get("decoupled"):
+            torch._foreach_mul_(group["params"], group["keep"])
 
 
 def _fingerprint(data: Dataset) -> str:

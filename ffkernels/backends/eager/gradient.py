@@ -48,7 +48,7 @@ class Gradient:
         """Adds a block's rows, on the sides `is_positive` `[rows]`. May overwrite `y`."""
         if self.pending is not None:
             self._sum_pending()
-        x, r, field = rows
+        x, r, field, _ = rows
         kept = pulled = None
         if self.peers is not None:
             self.peers.see(rows, y, is_positive)

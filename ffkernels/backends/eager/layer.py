@@ -63,11 +63,13 @@ class Rows(NamedTuple):
         operand: `[rows, in]`; for twins, which differ in a label field only, `[pairs, in]`: the positive ones.
         scale: `[rows]`, what the products' results are still to be multiplied by, or None.
         field: the negative rows of the pairs, or None.
+        known: the columns that are still to be multiplied, and `[rows or pairs, out]` what the others give; or None.
     """
 
     operand: Tensor
     scale: Tensor | None
     field: LabelField | None
+    known: tuple[slice, Tensor] | None = None
 
 
 class Layer:
@@ -91,13 +93,18 @@ class Layer:
         self.width = weight.shape[0]
         self.dtype = weight.dtype
 
-    def rows(self, parts: list[Tensor], sumsq: Tensor | None) -> Rows:
-        """The rows of one or both sides as operands. `W (r x) = r (W x)`, so the row scale waits for the product."""
+    def rows(
+        self, parts: list[Tensor], sumsq: Tensor | None, known_field: int = 0, product: Tensor | None = None
+    ) -> Rows:
+        """The rows of one or both sides as operands. `W (r x) = r (W x)`, so the row scale waits for the product.
+
+        `known_field`, `product`: see `ops.SCHEMAS`.
+        """
         columns = None
         # Float16 has no room for rows of any length: they are scaled before they are rounded.
-        scale_first = self.products.compute_dtype == torch.float16 and parts[0].dtype == self.dtype
+        scale_first = self.products.compute_dtype == torch.float16 and parts[0].dtype == self.dtype and product is None
         if len(parts) == 2 and not scale_first:
-            columns = label_field(*parts)
+            columns = slice(0, known_field) if known_field and len(parts[0]) else label_field(*parts)
         x = joined(parts) if columns is None else parts[0]
         scale = None
         if self.normalisation[0] != "none":
@@ -109,7 +116,7 @@ class Layer:
         operand, field = self.products.operand(x), None
         if columns is not None:
             field = LabelField(columns, self.products.operand(parts[1][:, columns]) - operand[:, columns])
-        return Rows(operand, scale, field)
+        return Rows(operand, scale, field, None if product is None else (slice(0, known_field), product))
 
     def forward(self, rows: Rows, out: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
         """`y = act(r W x + b)` `[rows, out]`, `z` where the activation's slope needs it, and `y`'s sums of squares.
@@ -120,7 +127,12 @@ class Layer:
         if out is None:
             out = self.weight.new_empty(pairs if rows.field is None else 2 * pairs, self.width, dtype=self.dtype)
         z = out
-        self.products.into(z[:pairs], rows.operand, self.weight)
+        if rows.known is None:
+            self.products.into(z[:pairs], rows.operand, self.weight)
+        else:
+            columns, product = rows.known
+            z[:pairs] = product
+            self.products.into(z[:pairs], rows.operand[:, columns], self.weight[columns], accumulate=True)
         if rows.field is not None:
             columns, change = rows.field
             z[pairs:] = z[:pairs]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...objective import Objective
-from .batch import blocks, input_parts, may_share
+from .batch import Block, blocks, input_parts, may_share
 from .gradient import Gradient
 from .layer import Layer
 from .peers import Peers
@@ -40,14 +40,17 @@ def linear_forward(
     eps_mode: str,
     activation: str,
     compute_dtype: torch.dtype,
+    product: Tensor | None,
+    label_field: int,
 ) -> tuple[Tensor, Tensor]:
     """See `ops.SCHEMAS`."""
     layer = Layer(weight, bias, norm, eps, eps_mode, activation, compute_dtype)
     n_pos, n = x_pos.shape[0], x_pos.shape[0] + x_neg.shape[0]
     y, sumsq = x_pos.new_empty(n, layer.width, dtype=compute_dtype), weight.new_empty(n)
-    for block in blocks(n_pos, n - n_pos, _block_rows(n, layer.width), may_share(x_pos, x_neg)):
+    for block in blocks(n_pos, n - n_pos, _block_rows(n, layer.width), _twins(x_pos, x_neg, label_field)):
         in_place = block.take(y) if compute_dtype == weight.dtype and len(block.ranges) == 1 else None
-        rows = layer.rows(input_parts(block, x_pos, x_neg), block.take(input_sumsq))
+        parts = input_parts(block, x_pos, x_neg)
+        rows = layer.rows(parts, block.take(input_sumsq), label_field, _of_first_side(block, parts, product))
         activity, _, q = layer.forward(rows, in_place)
         block.put(q, sumsq)
         if in_place is None or activity is not in_place:
@@ -77,6 +80,9 @@ def linear_step_(
     reduction: str,
     temperature: float,
     alpha: float,
+    skip_below: float,
+    product: Tensor | None,
+    label_field: int,
     peer_mean: Tensor | None,
     peer_strength: float,
     peer_momentum: float,
@@ -109,9 +115,10 @@ def linear_step_(
     gradient = Gradient(layer, weight, bias, peers)
     loss_out.zero_()
     block_rows = n if peer_gated else _block_rows(n, layer.width)
-    in_pairs = objective.paired or (n > block_rows and may_share(x_pos, x_neg))
+    in_pairs = objective.paired or (n > block_rows and _twins(x_pos, x_neg, label_field))
     for block in blocks(n_pos, n - n_pos, block_rows, in_pairs):
-        rows = layer.rows(input_parts(block, x_pos, x_neg), block.take(input_sumsq))
+        parts = input_parts(block, x_pos, x_neg)
+        rows = layer.rows(parts, block.take(input_sumsq), label_field, _of_first_side(block, parts, product))
         activity, z, q = layer.forward(rows)
         block.put(q, sumsq)
         if y is not None:
@@ -126,6 +133,7 @@ def linear_step_(
             # A pair loss has one weight for each pair, and the block's first range is that of its pairs.
             block.first_half(sample_weight) if objective.paired else block.take(sample_weight),
             block.take(threshold) if per_row_threshold else threshold,
+            skip_below,
         )
         loss_out.add_(terms.loss)
         gradient.add(rows, activity, z, terms.coefficient, side)
@@ -141,6 +149,18 @@ def linear_step_(
     )
     if peers is not None:
         peers.finish()
+
+
+def _twins(x_pos: Tensor, x_neg: Tensor, label_field: int) -> bool:
+    return len(x_neg) > 0 and (label_field > 0 or may_share(x_pos, x_neg))
+
+
+def _of_first_side(block: Block, parts: list[Tensor], product: Tensor | None) -> Tensor | None:
+    """`product` for the rows of the block's first part."""
+    if product is None:
+        return None
+    start = block.ranges[0].start
+    return product[start : start + len(parts[0])]
 
 
 def _block_rows(rows: int, width: int) -> int:

@@ -38,6 +38,10 @@ def unsupported(request: Request) -> str | None:
         return "torch.bfloat16 products: has none for the unit that this CPU has for them"
     if request.activation not in _ACTIVATIONS:
         return f"activation {request.activation!r}: has {', '.join(_ACTIVATIONS)}"
+    if request.skips:
+        return "leaves out rows with a coefficient of exactly zero, not those below skip_below"
+    if request.shares:
+        return "finds out by itself what rows share: takes no product"
     for kind, name, known in (("loss", request.loss, _LOSSES), ("rule", request.rule, _RULES)):
         if name is not None and name not in known:
             return f"{kind} {name!r}: has {', '.join(known)}"
@@ -67,6 +71,8 @@ def linear_forward(
     eps_mode: str,
     activation: str,
     compute_dtype: torch.dtype,
+    product: Tensor | None,
+    label_field: int,
 ) -> tuple[Tensor, Tensor]:
     """See `ops.SCHEMAS`."""
     n = x_pos.shape[0] + x_neg.shape[0]
@@ -100,6 +106,9 @@ def linear_step_(
     reduction: str,
     temperature: float,
     alpha: float,
+    skip_below: float,
+    product: Tensor | None,
+    label_field: int,
     peer_mean: Tensor | None,
     peer_strength: float,
     peer_momentum: float,

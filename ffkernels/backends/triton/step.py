@@ -20,6 +20,8 @@ def linear_forward(
     eps_mode: str,
     activation: str,
     compute_dtype: torch.dtype,
+    product: Tensor | None,
+    label_field: int,
 ) -> tuple[Tensor, Tensor]:
     """See `ops.SCHEMAS`."""
     layer = launch.Layer(weight, bias, norm, eps, eps_mode, activation, compute_dtype)
@@ -52,6 +54,9 @@ def linear_step_(
     reduction: str,
     temperature: float,
     alpha: float,
+    skip_below: float,
+    product: Tensor | None,
+    label_field: int,
     peer_mean: Tensor | None,
     peer_strength: float,
     peer_momentum: float,

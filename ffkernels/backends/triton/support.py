@@ -32,6 +32,8 @@ def unsupported(request: Request) -> str | None:
     reason = _unsupported_device(request)
     if reason is not None:
         return reason
+    if request.skips or request.shares:
+        return "skip_below and product have no Triton kernel"
     for kind, name, known in (
         ("activation", request.activation, ACTIVATIONS),
         ("loss", request.loss, LOSSES),

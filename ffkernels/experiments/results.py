@@ -1,0 +1,169 @@
+"""What finished runs have come to: a row of data each, and the table that README makes of them."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import statistics
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from .checkpoint import write_atomically
+from .presets import PRESETS
+from .train import Trainer
+
+FOLDER = "results"
+BEGIN, END = "<!-- results: made by `python -m ffkernels reproduce --readme` -->", "<!-- /results -->"
+NONE_YET = "No run is recorded yet: `python -m ffkernels reproduce NAME` writes one into `results/`."
+COLUMNS = (
+    "recipe", "epochs", "products", "error by classifier", "by goodness", "published", "seeds",
+    "seconds of training", "on",
+)  # fmt: skip
+
+Row = dict[str, Any]
+
+
+def identity(trainer: Trainer) -> Row:
+    """The part of a row that is known before the run."""
+    return {
+        "recipe": trainer.preset.name,
+        "data": trainer.data.name,
+        "seed": trainer.seed,
+        "epochs": trainer.epochs,
+        "compute_dtype": str(trainer.compute_dtype or torch.float32).removeprefix("torch."),
+        "skip_below": trainer.skip_below,
+    }
+
+
+def row_of(trainer: Trainer) -> Row:
+    """The row of a finished run: errors as fractions, seconds of training alone and with the tests."""
+    last = trainer.rows[-1]
+    return {
+        **identity(trainer),
+        "error_classifier": last["test_error_classifier"],
+        "error_goodness": last["test_error_goodness"],
+        "train_seconds": round(sum(row["train_seconds"] for row in trainer.rows), 1),
+        "seconds": round(sum(row["seconds"] for row in trainer.rows), 1),
+        "kept": [
+            sum(shares) / len(trainer.rows) for shares in zip(*(row["kept"] for row in trainer.rows), strict=True)
+        ],
+        "device": device_name(trainer.device),
+        "threads": torch.get_num_threads(),
+        "versions": {"ffkernels": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "commit": commit(Path(__file__).resolve().parents[2]),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The processor or GPU a run was on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    if device.type == "cpu" and info.exists():
+        for line in info.read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def commit(folder: Path) -> str | None:
+    """The commit checked out in `folder`, with "+" where files differ from it; None outside a checkout."""
+    try:
+        said = [
+            subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+            for command in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+        ]
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return said[0] + ("+" if said[1] else "")
+
+
+def name_of(row: Row) -> str:
+    """What tells a run from the others, as a file's name."""
+    parts = [row["recipe"], row["data"], f"{row['epochs']}ep", row["compute_dtype"]]
+    parts += [f"skip{row['skip_below']:g}"] if row["skip_below"] else []
+    return "-".join([*parts, f"seed{row['seed']}"])
+
+
+def write(folder: Path, row: Row) -> Path:
+    """One file for each recipe, data, length, dtype, fraction and seed: a later run of the same replaces it."""
+    path = folder / f"{name_of(row)}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda file: file.write((json.dumps(row, indent=1) + "\n").encode()))
+    return path
+
+
+def load(folder: Path) -> list[Row]:
+    """All rows in `folder`.
+
+    Raises:
+        ValueError: for a file that is no row.
+    """
+    rows = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            rows.append(json.loads(path.read_text()))
+            rows[-1]["recipe"], rows[-1]["train_seconds"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: no row of results ({type(error).__name__}: {error})") from error
+    return rows
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows in Markdown: one line for runs that differ in their seed alone, mean and range of their errors."""
+    if not rows:
+        return NONE_YET
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    order = list(PRESETS)
+    for row in sorted(rows, key=lambda row: order.index(row["recipe"]) if row["recipe"] in order else len(order)):
+        what = ("recipe", "data", "epochs", "compute_dtype", "skip_below", "device", "threads")
+        groups.setdefault(tuple(row[name] for name in what), []).append(row)
+    lines = [
+        f"| {' | '.join(COLUMNS)} |",
+        f"|{'---|' * len(COLUMNS)}",
+    ]
+    for (recipe, data, epochs, dtype, skip, device, threads), of_group in groups.items():
+        published = PRESETS[recipe].published if recipe in PRESETS and data == "mnist" else ""
+        cells = (
+            recipe + (f" on {data}" if data != "mnist" else ""),
+            str(epochs),
+            dtype + (f", rows below {skip:g} left out" if skip else ""),
+            _errors([row["error_classifier"] for row in of_group]),
+            _errors([row["error_goodness"] for row in of_group]),
+            published,
+            str(len(of_group)),
+            f"{statistics.mean(row['train_seconds'] for row in of_group):,.0f}",
+            f"{device}, {threads} thread{'s' if threads > 1 else ''}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _errors(errors: list[float | None]) -> str:
+    found = [error for error in errors if error is not None]
+    if not found:
+        return ""
+    mean = f"{statistics.mean(found):.2%}"
+    return mean if len(found) == 1 else f"{mean} [{min(found):.2%}, {max(found):.2%}]"
+
+
+def update_readme(readme: Path, folder: Path) -> None:
+    """Rewrites what stands between README's two markers.
+
+    Raises:
+        ValueError: where a marker is missing, or a file of results is none.
+    """
+    text = readme.read_text()
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"{readme} does not have the two markers once each: {BEGIN} and {END}")
+    before, _, rest = text.partition(BEGIN)
+    made = f"{before}{BEGIN}\n\n{table(load(folder))}\n\n{END}{rest.partition(END)[2]}"
+    write_atomically(readme, lambda file: file.write(made.encode()))

@@ -1,0 +1,316 @@
+"""The published recipes, held against what their sources compute, written out by hand; results as data."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ffkernels as ff
+from bench.peers import HintonSGD
+from ffkernels import cli
+from ffkernels.experiments import batches, picture, results
+from ffkernels.experiments.presets import FFLIB, HINTON_MATLAB, HINTON_UNSUPERVISED, LOEWEX, MOHAMMADPZ, PRESETS, Preset
+from ffkernels.experiments.train import Trainer, _decay, describe, train
+
+from .toy_data import toy_data, write_idx
+
+SMALL = {
+    "hinton-matlab": replace(HINTON_MATLAB, hidden=(60, 40, 40), batch_size=50),
+    "hinton-unsupervised": replace(HINTON_UNSUPERVISED, hidden=(60, 40, 40), batch_size=50),
+    "hinton-jitter": replace(PRESETS["hinton-jitter"], hidden=(60, 40, 40, 30), batch_size=50),
+    "loewex": replace(LOEWEX, hidden=(60, 40, 40), batch_size=50),
+    "mohammadpz": replace(MOHAMMADPZ, hidden=(40, 30), layerwise_steps=40),
+    "fflib": replace(FFLIB, hidden=(60, 40), batch_size=50),
+}
+
+
+@pytest.fixture(scope="module")
+def data():
+    return toy_data()
+
+
+def run(preset: Preset, data, epochs: int | None = None, **options: object) -> Trainer:
+    trainer = Trainer(preset, data, epochs=epochs, **options)
+    while not trainer.finished:
+        trainer.run_epoch(lambda describe: False)
+    return trainer
+
+
+class MatlabLayer:
+    """A layer of Hinton's Matlab code, in float64: pos, neutral and neg pass, averages, pull, update."""
+
+    def __init__(self, layer: ff.FFLinear) -> None:
+        self.weight, self.bias = layer.weight.detach().double().T.clone(), layer.bias.detach().double().clone()
+        self.mean = torch.full_like(self.bias, 0.5)
+        self.average = [torch.zeros_like(self.weight), torch.zeros_like(self.bias)]
+
+    def states(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        normed = x / (1e-20 + x.square().mean(1, keepdim=True).sqrt())
+        return normed, (normed @ self.weight + self.bias).relu()
+
+    def update(self, pos: Tensor, neg: Tensor, gain: float) -> None:
+        width, rows = len(self.bias), len(pos)
+        (n_pos, y_pos), (n_neg, y_neg) = self.states(pos), self.states(neg)
+        d_pos = (1 - torch.sigmoid(y_pos.square().sum(1, keepdim=True) - width)) * y_pos
+        self.mean = 0.9 * self.mean + 0.1 * y_pos.mean(0)
+        d_pos = d_pos + 0.03 * (self.mean.mean() - self.mean)
+        d_neg = -torch.sigmoid(y_neg.square().sum(1, keepdim=True) - width) * y_neg
+        gradients = (n_pos.T @ d_pos + n_neg.T @ d_neg) / rows, (d_pos.sum(0) + d_neg.sum(0)) / rows
+        self.average = [0.9 * a + 0.1 * g for a, g in zip(self.average, gradients, strict=True)]
+        self.bias = self.bias + gain * 0.01 * self.average[1]
+        self.weight = self.weight + gain * 0.01 * (self.average[0] - 1e-3 * self.weight)
+
+
+def test_hintons_steps_are_his(data, monkeypatch) -> None:
+    """Three minibatches in each of two epochs: shared products, hard negatives, head, pull, decay and cool-down."""
+    preset = replace(SMALL["hinton-matlab"], batch_size=200)
+    trainer = Trainer(preset, data, epochs=2, seed=3)
+    mine = [MatlabLayer(layer) for layer in trainer.net]
+    head = torch.zeros(80, 10, dtype=torch.float64)
+    head_average = torch.zeros_like(head)
+    step, seen = trainer.net.step, []
+    drawn = batches.hard_label
+    logits_seen = []
+    monkeypatch.setattr(
+        "ffkernels.experiments.train.hard_label", lambda z, *rest: logits_seen.append(z.clone()) or drawn(z, *rest)
+    )
+
+    def follow(x_pos, x_neg, *rest, **options):
+        seen.append(1)
+        gain = 1.0 if len(seen) <= 3 else 0.5  # (1 + 2 (2 - e)) / 2, at most 1
+        nonlocal head, head_average
+        assert torch.equal(x_pos[:, 10:], x_neg[:, 10:])
+        assert (x_pos[:, :10].argmax(1) != x_neg[:, :10].argmax(1)).all()
+        y = x_pos.double().clone()
+        y[:, :10] = 0.1
+        features = []
+        for layer in mine:
+            _, y = layer.states(y)
+            features.append(y / (1e-20 + y.square().mean(1, keepdim=True).sqrt()))
+        features = torch.cat(features[1:], 1)
+        logits = features @ head
+        torch.testing.assert_close(logits_seen[-1].double(), logits, rtol=1e-3, atol=1e-4)
+        error = x_pos[:, :10].double() - logits.softmax(1)
+        head_average = 0.9 * head_average + 0.1 * features.T @ error / len(error)
+        head = head + gain * 0.1 * (head_average - 0.003 * head)
+        pos, neg = x_pos.double(), x_neg.double()
+        for layer in mine:
+            above = layer.states(pos)[1], layer.states(neg)[1]
+            layer.update(pos, neg, gain)
+            pos, neg = above
+        return step(x_pos, x_neg, *rest, **options)
+
+    trainer.net.step = follow  # type: ignore[method-assign]
+    for _ in range(2):
+        trainer.run_epoch(lambda describe: False)
+    assert len(seen) == 6
+    for layer, his in zip(trainer.net, mine, strict=True):
+        torch.testing.assert_close(layer.weight.double().T, his.weight, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(layer.bias.double(), his.bias, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(layer.peer_mean.double(), his.mean, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(trainer.classifier.weight.double().T, head, rtol=1e-3, atol=1e-6)
+
+
+def test_averaged_decoupled_sgd_is_hintons(data) -> None:
+    trainer = Trainer(SMALL["hinton-matlab"], data, epochs=1)
+    trainer._set_lr(0.7)
+    parameters = [nn.Parameter(p.detach().double()) for p in trainer.net.parameters()]
+    trainer.net.double()
+    theirs = HintonSGD(parameters, lr=0.007)
+    for state in trainer.net_optimizer.state.values():
+        state["momentum_buffer"] = state["momentum_buffer"].double()
+    for _ in range(4):
+        for mine, other in zip(trainer.net.parameters(), parameters, strict=True):
+            mine.grad = torch.randn_like(mine)
+            other.grad = mine.grad.clone()
+        trainer.net_optimizer.step()
+        _decay(trainer.net_optimizer)
+        theirs.step()
+    for mine, other in zip(trainer.net.parameters(), parameters, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_recipes_learn_and_stop_and_go_on(name: str, data, tmp_path) -> None:
+    preset = SMALL[name]
+    preset, epochs = (preset, 1) if name == "mohammadpz" else (replace(preset, batch_size=20), 4)
+    trainer = run(preset, data, epochs, skip_below=1e-6)
+    last = trainer.rows[-1]
+    by_classifier, by_goodness = last["test_error_classifier"], last["test_error_goodness"]
+    assert (by_classifier is None) == (name in ("mohammadpz", "fflib"))
+    assert (by_goodness is None) == (name == "hinton-unsupervised")
+    # A goodness of nothing costs mohammadpz (softplus(2) + softplus(-2)) / 2 = 1.13.
+    for loss, first in zip(last["loss"], [0.9, 0.9] if epochs == 1 else trainer.rows[0]["loss"], strict=True):
+        assert loss < first
+    assert all(0 < share <= 1 for share in last["kept"])
+    assert "rows kept" in describe(last)
+    again = Trainer(preset, data, epochs=epochs, skip_below=1e-6)
+    if epochs > 1:
+        for _ in range(2):
+            again.run_epoch(lambda describe: False)
+        resumed = Trainer(preset, data, epochs=epochs, skip_below=1e-6)
+        resumed.load_state(again.state())
+        again = resumed
+    while not again.finished:
+        again.run_epoch(lambda describe: False)
+    for mine, other in zip(again.net.state_dict().values(), trainer.net.state_dict().values(), strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_the_classifiers_gradient_is_that_of_cross_entropy(data) -> None:
+    trainer = Trainer(SMALL["loewex"], data, epochs=1)
+    features, labels = torch.randn(30, 80), torch.randint(10, (30,))
+    nn.init.normal_(trainer.classifier.weight)
+    weight = trainer.classifier.weight.detach().clone().requires_grad_()
+    nn.functional.cross_entropy(features @ weight.T, labels).backward()
+    logits = trainer._step_classifier(features, labels)
+    torch.testing.assert_close(trainer.classifier.weight.grad, weight.grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logits, (features @ weight.T).detach())
+
+
+def test_unsupervised_rows_carry_no_label_and_the_read_out_costs_no_pass(data, monkeypatch) -> None:
+    trainer = Trainer(SMALL["hinton-unsupervised"], data, epochs=1)
+    trainer._set_lr(1.0)
+    monkeypatch.setattr(ff.FFNetwork, "_pass", None)
+    row = trainer._train(1, lambda describe: False).averages()
+    assert math.isfinite(row["train_error_classifier"])
+
+
+@pytest.mark.parametrize("skip", [0.0, 0.2])
+def test_rows_kept_are_counted(skip: float, data) -> None:
+    still = replace(SMALL["loewex"], layers=replace(LOEWEX.layers, lr=0.0), batch_size=600)
+    trainer = Trainer(still, data, epochs=1, skip_below=skip)
+    seen = []
+    step = trainer.net.step
+    trainer.net.step = lambda *a, **o: seen.append(step(*a, **o)) or seen[-1]  # type: ignore
+    row = trainer.run_epoch(lambda describe: False)
+    for layer, result, share in zip(trainer.net, seen[0], row["kept"], strict=True):
+        logit = torch.cat([layer.out_features - result.goodness_pos, result.goodness_neg - layer.out_features])
+        slope = torch.sigmoid(logit)
+        wanted = (slope >= skip) if skip else slope != 0
+        assert share == pytest.approx(wanted.float().mean().item())
+    if skip:
+        assert min(row["kept"]) < 1
+
+
+def test_shifts_are_uniform_and_bring_in_zeros() -> None:
+    image = torch.zeros(28, 28, dtype=torch.uint8)
+    image[13, 7], image[0, 0], image[27, 27] = 200, 50, 60
+    moved = batches.shifted(image.flatten().repeat(5000, 1), 2, torch.Generator().manual_seed(0)).view(-1, 28, 28)
+    places = (moved == 200).nonzero()[:, 1:]
+    assert len(places) == 5000
+    down, right = (places - torch.tensor([13, 7])).T
+    counts = ((down + 2) * 5 + right + 2).bincount(minlength=25)
+    assert counts.min() > 120 and counts.max() < 280 and len(counts) == 25
+    assert torch.equal((moved == 50).flatten(1).any(1), (down >= 0) & (right >= 0))
+    assert torch.equal((moved == 60).flatten(1).any(1), (down <= 0) & (right <= 0))
+    assert torch.equal(batches.shifted(image.flatten()[None], 0), image.flatten()[None])
+
+
+def test_inputs_are_standardised_and_padded() -> None:
+    images = torch.tensor([[0, 51, 255]], dtype=torch.uint8)
+    torch.testing.assert_close(batches.as_input(images, 0.1, 0.5, 2), torch.tensor([[0, 0, -0.2, 0.2, 1.8]]))
+    assert MOHAMMADPZ.label_value == pytest.approx(2.8215, abs=1e-4)
+
+
+def test_sides_are_one_piece_of_memory() -> None:
+    x, labels, wrong = torch.rand(4, 12), torch.tensor([0, 1, 2, 0]), torch.tensor([1, 2, 0, 2])
+    x_pos, x_neg = batches.labelled_sides(x, labels, wrong, 3, 2.0)
+    assert torch.equal(x_pos, ff.overlay_label(x, labels, 3, 2.0))
+    assert torch.equal(x_neg, ff.overlay_label(x, wrong, 3, 2.0))
+    assert x_pos.data_ptr() + 4 * 12 * 4 == x_neg.data_ptr()
+
+
+@pytest.mark.parametrize("name", ["hinton-matlab", "hinton-jitter"])
+def test_minibatches_are_made_without_waiting_for_the_device(name: str) -> None:
+    """Meta tensors hold no values: whatever would bring one to the host raises."""
+    preset = SMALL[name]
+    images = torch.zeros(6, 784, dtype=torch.uint8, device="meta")
+    labels = torch.zeros(6, dtype=torch.int64, device="meta")
+    x = batches.as_input(batches.shifted(images, preset.jitter) if preset.jitter else images)
+    wrong = batches.hard_label(torch.zeros(6, 10, device="meta"), labels)
+    assert batches.labelled_sides(x, labels, wrong, 10)[1].shape == x.shape
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_pictures_of_every_kind_of_recipe(name: str, data, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    trainer = run(SMALL[name], data, 1)
+    picture.draw(trainer, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 20_000
+
+
+def test_every_recipe_says_where_it_is_from() -> None:
+    for name, preset in PRESETS.items():
+        assert preset.name == name and preset.source
+    assert set(SMALL) <= set(PRESETS) and "hinton-supervised" in PRESETS
+
+
+def test_a_row_of_results_and_the_table_made_of_it(data, tmp_path: Path) -> None:
+    for seed, dtype in ((0, None), (1, None), (0, torch.bfloat16)):
+        trainer = Trainer(SMALL["loewex"], data, epochs=1, seed=seed, compute_dtype=dtype)
+        assert train(trainer, tmp_path / "run")
+        (tmp_path / "run" / "checkpoint.pt").unlink()
+        row = results.row_of(trainer)
+        assert row["error_classifier"] == trainer.rows[-1]["test_error_classifier"]
+        assert row["train_seconds"] == round(trainer.rows[0]["train_seconds"], 1)
+        path = results.write(tmp_path / "rows", row)
+        assert json.loads(path.read_text()) == row
+    assert path.name == "loewex-toy-1ep-bfloat16-seed0.json"
+    rows = results.load(tmp_path / "rows")
+    assert len(rows) == 3
+    float32 = [row for row in rows if row["compute_dtype"] == "float32"]
+    errors = sorted(row["error_classifier"] for row in float32)
+    text = results.table(rows)
+    lines = text.splitlines()
+    assert len(lines) == 4
+    line = next(line for line in lines if "| float32 |" in line)
+    assert f"| {sum(errors) / 2:.2%} [{errors[0]:.2%}, {errors[1]:.2%}] |" in line
+    assert "| loewex on toy | 1 |" in line and "| 2 |" in line
+
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{results.BEGIN}\nold\n{results.END}\nafter\n")
+    results.update_readme(readme, tmp_path / "rows")
+    assert readme.read_text() == f"before\n{results.BEGIN}\n\n{text}\n\n{results.END}\nafter\n"
+    results.update_readme(readme, tmp_path / "none")
+    assert results.NONE_YET in readme.read_text()
+    readme.write_text("no markers")
+    with pytest.raises(ValueError, match="markers"):
+        results.update_readme(readme, tmp_path / "rows")
+    (tmp_path / "rows" / "bad.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"bad\.json: no row of results"):
+        results.load(tmp_path / "rows")
+
+
+def test_reproduce_on_the_command_line(tmp_path, monkeypatch, capsys) -> None:
+    folder = write_idx(tmp_path / "toy", toy_data(200, 50))
+    monkeypatch.chdir(tmp_path)
+    options = ["--data", str(folder), "--device", "cpu", "--epochs", "1", "--no-picture", "--skip-below", "0.001"]
+    assert cli.main(["reproduce", "quick", "--seed", "4", *options]) == 0
+    out = capsys.readouterr().out
+    path = Path("results/quick-toy-1ep-float32-skip0.001-seed4.json")
+    assert f"result:     {path}" in out
+    row = json.loads(path.read_text())
+    assert (row["seed"], row["skip_below"], row["epochs"], row["recipe"]) == (4, 0.001, 1, "quick")
+    assert Path("runs/quick-toy-1ep-float32-skip0.001-seed4/metrics.jsonl").exists()
+    Path("README.md").write_text(f"{results.BEGIN}\n{results.END}\n")
+    assert cli.main(["reproduce", "--readme"]) == 0
+    assert "| quick on toy | 1 | float32, rows below 0.001 left out |" in Path("README.md").read_text()
+    for wrong in (["reproduce"], ["reproduce", "quick", "--readme"]):
+        assert cli.main(wrong) == 2
+        assert "NAME or --readme" in capsys.readouterr().err
+    assert cli.main(["reproduce", "quick", *options[:-1], "2"]) == 2
+    assert "skip_below=2.0 is not in 0..1" in capsys.readouterr().err
+
+
+def test_readme_is_what_the_command_makes() -> None:
+    root = Path(__file__).parent.parent
+    text = (root / "README.md").read_text()
+    made = text.partition(results.BEGIN)[2].partition(results.END)[0].strip()
+    assert made == results.table(results.load(root / results.FOLDER))

@@ -1,0 +1,240 @@
+"""What rows under different labels share, and rows left out of the update: the numbers of doing neither."""
+
+from __future__ import annotations
+
+import copy
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+from torch.optim import SGD
+
+import ffkernels as ff
+from ffkernels import ops, reference
+from ffkernels.backends.eager import step as eager_step
+from ffkernels.backends.native import library
+
+from .steps import assert_same_state, error, problem
+from .test_ops import step_arguments
+
+K = 3
+needs_library = pytest.mark.skipif(library.load().library is None, reason="the compiled library was not built")
+
+
+def twins(rows: int, width: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    x_pos = torch.rand(rows, width, dtype=dtype)
+    x_neg = x_pos.clone()
+    x_neg[:, :K] = torch.rand(rows, K, dtype=dtype)
+    return x_pos, x_neg
+
+
+@pytest.mark.parametrize("norm", ["l2", "none"])
+@pytest.mark.parametrize("blocks", [False, True])
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("outputs", ["post", "pre", "none"])
+def test_a_step_on_shared_rows_is_the_step(norm, blocks, given, outputs, monkeypatch):
+    if blocks:
+        monkeypatch.setattr(eager_step, "SINGLE_BLOCK_ELEMENTS", 64)
+        monkeypatch.setattr(eager_step, "BLOCK_ELEMENTS", 42)
+        monkeypatch.setattr(eager_step, "MIN_BLOCK_ROWS", 3)
+    p = problem(12, 12, 9, 7)._replace(**dict(zip(("x_pos", "x_neg"), twins(12, 9), strict=True)))
+    theirs = p.copy()
+    for _ in range(3):
+        product = ff.shared_product(p.x_pos, p.weight, K) if given else None
+        ours = ff.linear_step_(
+            p.x_pos, p.x_neg, p.weight, p.bias, p.optimizer, norm=norm, outputs=outputs,
+            label_field=K, product=product, backend="eager",
+        )  # fmt: skip
+        theirs_result = reference.linear_step_(
+            theirs.x_pos, theirs.x_neg, theirs.weight, theirs.bias, theirs.optimizer,
+            objective=ff.Objective(), norm=norm, outputs=outputs,
+        )  # fmt: skip
+        assert error(ours.goodness, theirs_result.goodness) < 1e-12
+        assert error(ours.y, theirs_result.y) < 1e-12
+        assert_same_state(p, theirs, 1e-12)
+
+
+def test_a_stale_product_is_used_as_it_came():
+    """Were it not used, the step would not notice."""
+    p = problem(4, 4, 9, 7)._replace(**dict(zip(("x_pos", "x_neg"), twins(4, 9), strict=True)))
+    product = torch.zeros(4, 7, dtype=torch.float64)
+    result = ff.linear_step_(
+        p.x_pos, p.x_neg, p.weight, None, None, norm="none", outputs="pre", label_field=K, product=product
+    )
+    with torch.no_grad():
+        expected = torch.cat([x[:, :K] @ p.weight[:, :K].T for x in (p.x_pos, p.x_neg)]).relu()
+    assert error(result.y, expected) < 1e-12
+
+
+@pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16], ids=str)
+def test_forward_from_a_shared_product(compute_dtype):
+    x, weight, bias = torch.rand(5, 9), torch.randn(7, 9), torch.randn(7)
+    product = ff.shared_product(x, weight, K, compute_dtype=compute_dtype)
+    exact = x[:, K:].double() @ weight[:, K:].double().T
+    assert error(product, exact) < (1e-6 if compute_dtype is None else 1e-2)
+    ours = ff.linear_forward(x, weight, bias, compute_dtype=compute_dtype, label_field=K, product=product)
+    theirs = ff.linear_forward(x, weight, bias, compute_dtype=compute_dtype)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert error(mine, other) < (1e-6 if compute_dtype is None else 2e-2)
+
+
+def network(dtype: torch.dtype = torch.float64, **options: object) -> ff.FFNetwork:
+    torch.manual_seed(2)
+    return ff.FFNetwork([ff.FFLinear(a, b, dtype=dtype, **options) for a, b in pairwise([12, 9, 7, 6])])
+
+
+@pytest.mark.parametrize("rows", [1, 6, 50])
+def test_prediction_and_features_share_the_first_layer(rows, monkeypatch):
+    monkeypatch.setattr("ffkernels.nn.PREDICTION_ROWS", 12)
+    net, x = network(), torch.rand(rows, 12, dtype=torch.float64)
+    goodness = [net.goodness(ff.overlay_label(x, torch.full((rows,), k), K)).sum(1) for k in range(K)]
+    seen = []
+    activity = ff.FFLinear.activity
+    monkeypatch.setattr(
+        ff.FFLinear, "activity", lambda self, *a, **o: seen.append(o.get("product")) or activity(self, *a, **o)
+    )
+    assert torch.equal(net.predict(x, K), torch.stack(goodness).argmax(0))
+    assert all((product is None) == bool(i % 3) for i, product in enumerate(seen))
+    plain = net.features(x, num_classes=K)
+    assert error(net.features(x, num_classes=K, product=net.shared_product(x, K)), plain) < 1e-12
+    unlabelled = net.features(x, num_classes=0)
+    assert error(unlabelled[:, 7:], torch.nn.functional.normalize(net.activities(x)[2], eps=1e-4)) < 1e-3
+
+
+def test_float16_rows_are_scaled_first_and_share_no_product():
+    net = network(torch.float32, compute_dtype=torch.float16)
+    x = 1000 * torch.rand(4, 12)
+    assert net.shared_product(x, K) is None
+    assert net.predict(x, K).shape == (4,)
+
+
+@pytest.mark.parametrize("outputs", ["pre", "post"])
+def test_features_of_a_step_are_those_of_its_positive_rows(outputs):
+    net, (x_pos, x_neg) = network(outputs=outputs), twins(5, 12)
+    before = net.features(x_pos, num_classes=0)
+    results = net.step(x_pos, x_neg, SGD(net.parameters(), lr=0.1), keep=True)
+    expected = before if outputs == "pre" else net.features(x_pos, num_classes=0)
+    assert error(net.features_of(results), expected) < 1e-12
+    with pytest.raises(ValueError, match="keep=True"):
+        net.features_of(net.step(x_pos, x_neg, None))
+
+
+def test_a_network_shares_its_first_layer_alone():
+    net, (x_pos, x_neg) = network(), twins(5, 12)
+    other = copy.deepcopy(net)
+    product = net.shared_product(x_pos, K)
+    net.step(x_pos, x_neg, SGD(net.parameters(), lr=0.1), label_field=K, product=product)
+    other.step(x_pos, x_neg, SGD(other.parameters(), lr=0.1))
+    for mine, theirs in zip(net.parameters(), other.parameters(), strict=True):
+        assert error(mine, theirs) < 1e-12
+
+
+@pytest.mark.parametrize("form", ["hinton", "loewex"])
+def test_sharing_and_peer_normalisation_together(form):
+    peer = ff.PeerNormalisation(form)
+    net, (x_pos, x_neg) = network(peer=peer, outputs="pre"), twins(5, 12)
+    other = copy.deepcopy(net)
+    for _ in range(3):
+        product = net.shared_product(x_pos, K)
+        net.step(x_pos, x_neg, SGD(net.parameters(), lr=0.1), label_field=K, product=product)
+        other.step(x_pos, x_neg, SGD(other.parameters(), lr=0.1))
+    for (name, mine), theirs in zip(net.state_dict().items(), other.state_dict().values(), strict=True):
+        assert error(mine, theirs) < 1e-12, name
+
+
+@pytest.mark.parametrize("loss", ["logistic", "symba", "swish"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_rows_below_the_fraction_are_left_out(loss, shared):
+    """The same update as when the reference gives those rows no weight."""
+    skip, rows = 0.3, 12
+    x_pos, x_neg = twins(rows, 9)
+    p = problem(rows, rows, 9, 7, optimizer="sgd")._replace(
+        x_pos=x_pos, x_neg=x_neg if shared else torch.rand_like(x_neg)
+    )
+    median = ff.linear_forward(p.x_pos, p.weight, p.bias)[1].detach().median().item() / 7
+    objective = ff.Objective(loss=loss, threshold=median, alpha=20.0) if loss != "logistic" else ff.Objective(
+        threshold=median, temperature=0.1
+    )  # fmt: skip
+    theirs = p.copy()
+    ours = ff.linear_step_(
+        p.x_pos, p.x_neg, p.weight, p.bias, p.optimizer, objective=objective, skip_below=skip, backend="eager",
+        outputs="none",
+    )  # fmt: skip
+    side = torch.arange(2 * rows) < rows
+    kept = objective.in_doubt(ours.goodness, side, skip)
+    assert 0 < kept.sum() < len(kept)
+    goodness = ours.goodness
+    if loss == "logistic":
+        logit = torch.where(side, median - goodness, goodness - median) / 0.1
+        assert torch.equal(kept, torch.sigmoid(logit) >= skip)
+    reference.linear_step_(
+        theirs.x_pos, theirs.x_neg, theirs.weight, theirs.bias, theirs.optimizer, objective=objective, outputs="none",
+        sample_weight=kept.double(),
+    )  # fmt: skip
+    assert_same_state(p, theirs, 1e-12)
+
+
+def test_nothing_is_left_out_at_0_and_everything_below_1():
+    p = problem(optimizer="sgd")
+    before, plain = p.copy(), p.copy()
+    ff.linear_step_(p.x_pos, p.x_neg, p.weight, p.bias, p.optimizer, skip_below=1.0)
+    assert_same_state(p, before, 0.0)
+    for q, options in ((p, {"skip_below": 0.0}), (plain, {})):
+        ff.linear_step_(q.x_pos, q.x_neg, q.weight, q.bias, q.optimizer, **options)
+    assert_same_state(p, plain, 0.0)
+    assert ff.Objective().in_doubt(torch.tensor([1e4, 2.0]), torch.tensor([True, True])).tolist() == [False, True]
+
+
+@needs_library
+def test_what_the_compiled_library_does_not_take_runs_elsewhere():
+    p = problem(dtype=torch.float32)._replace(**dict(zip(("x_pos", "x_neg"), twins(6, 5, torch.float32), strict=True)))
+    product = ff.shared_product(p.x_pos, p.weight, K)
+    for options in ({"skip_below": 0.1}, {"product": product, "label_field": K}):
+        ff.linear_step_(p.x_pos, p.x_neg, p.weight, p.bias, p.optimizer, **options)
+        with pytest.raises(ValueError, match="backend='native' cannot run this call"):
+            ff.linear_step_(p.x_pos, p.x_neg, p.weight, p.bias, p.optimizer, backend="native", **options)
+
+
+def test_opcheck_with_everything_given():
+    arguments = list(step_arguments("adam", True, torch.float32, ff.Objective()))
+    at = [argument.name for argument in ops.linear_step_._schema.arguments].index("skip_below")
+    assert arguments[at : at + 3] == [0.0, None, 0]
+    arguments[1] = arguments[0].clone()
+    arguments[at : at + 3] = [0.2, torch.zeros(6, 7), 2]
+    torch.library.opcheck(ops.linear_step_, tuple(arguments))
+
+
+def test_on_a_device_sharing_waits_for_nothing():
+    arguments = list(step_arguments("sgd-momentum", True, torch.bfloat16, ff.Objective()))
+    at = [argument.name for argument in ops.linear_step_._schema.arguments].index("skip_below")
+    arguments[at : at + 3] = [0.2, torch.zeros(6, 7), 2]
+
+    def to_meta(value: object) -> object:
+        if isinstance(value, list):
+            return [to_meta(v) for v in value]
+        return value.to("meta") if isinstance(value, Tensor) else value
+
+    with torch.no_grad():
+        eager_step.linear_step_(*[to_meta(value) for value in arguments[:-1]])
+
+
+@pytest.mark.parametrize(
+    ("options", "error_type", "said"),
+    [
+        ({"skip_below": -0.1}, ValueError, "skip_below=-0.1 is not in 0..1"),
+        ({"skip_below": True}, TypeError, "skip_below=True is not a number"),
+        ({"label_field": 0}, ValueError, "label_field=0 is not None or a number of columns in 1..5"),
+        ({"label_field": 6}, ValueError, "label_field=6 is not None"),
+        ({"label_field": 2}, ValueError, "x_neg differs from x_pos outside the first 2 columns"),
+        ({"product": torch.zeros(6, 7).double()}, ValueError, "product came without label_field"),
+        ({"product": torch.zeros(6, 7), "label_field": 5}, ValueError, r"product is torch.float32 \(6, 7\); accepted"),
+        ({"product": torch.zeros(5, 7).double(), "label_field": 5}, ValueError, r"\(5, 7\); accepted: .*\(6, 7\)"),
+    ],
+)
+def test_bad_input_changes_nothing(options, error_type, said):
+    p = problem()
+    before = p.copy()
+    with pytest.raises(error_type, match=said):
+        ff.linear_step_(p.x_pos, p.x_neg, p.weight, p.bias, p.optimizer, **options)
+    assert_same_state(p, before, 0.0)

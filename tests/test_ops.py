@@ -109,7 +109,7 @@ def test_fakes_have_the_shapes_and_dtypes_of_the_real_thing():
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_explain(name):
     p = problem(optimizer=name, dtype=torch.float32)
-    text = ff.explain(p.weight, p.optimizer, compute_dtype=torch.bfloat16)
+    text = ff.explain(p.weight, p.optimizer, activation="gelu", compute_dtype=torch.bfloat16)
     assert "backend: eager (first that can run it) for torch.float32 on cpu, products in torch.bfloat16" in text
     assert ("fused" in text) == (name not in ("rmsprop", "adam-amsgrad"))
 

@@ -167,7 +167,7 @@ def linear_step_(
     check.optimizer_object(optimizer)
     update = optim.plan(optimizer, weight, bias)
     request = select.Request(
-        weight.device, weight.dtype, compute, activation, objective.loss, update.rule, peer is not None,
+        weight.device, weight.dtype, compute, activation, objective.loss, update.rule, peers.gradient_of(peer),
         skips=skip_below > 0, shares=product is not None,
     )  # fmt: skip
     chosen = select.choose(request, backend)
@@ -358,7 +358,14 @@ def explain(
     rule, update = optim.fused_rule(optimizer)
     check.fraction("skip_below", skip_below)
     request = select.Request(
-        weight.device, weight.dtype, compute, activation, objective.loss, rule, peer is not None, skips=skip_below > 0
+        weight.device,
+        weight.dtype,
+        compute,
+        activation,
+        objective.loss,
+        rule,
+        peers.gradient_of(peer),
+        skips=skip_below > 0,
     )
     chosen = select.choose(request, backend)
     forced, source = select.forced_backend(backend)

@@ -61,6 +61,11 @@ class PeerNormalisation:
         return float(self.strength) * (1 if self.form == "hinton" else 2 * (1 - self.momentum) / width)
 
 
+def gradient_of(peer: PeerNormalisation | None) -> str | None:
+    """What the pull takes part in: "gated", "straight through", or None without peer normalisation."""
+    return None if peer is None else "gated" if peer.gated else "straight through"
+
+
 def operands(peer: PeerNormalisation | None, mean: Tensor | None, width: int) -> tuple[object, ...]:
     """Peer normalisation as the operators take it: `ops.SCHEMAS`."""
     if peer is None:

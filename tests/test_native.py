@@ -202,6 +202,64 @@ def test_layouts(layout, dtype):
     assert_same_state(ours, theirs, 0)
 
 
+@pytest.mark.parametrize("case", ["sides", "twins", "mask", "pairs by mask", "saturated", "no positives"])
+@pytest.mark.parametrize("shape", [(30, 30, 120, 40), (4300, 4300, 37, 530)])
+@pytest.mark.parametrize("activation", ["relu", "identity"])
+def test_peer_normalisation(case, shape, activation, instruction_set):
+    """The pull of all positive rows, whichever of them the update leaves out, block by block."""
+    made = problem(*shape, optimizer="adam", dtype=torch.float32)
+    made.weight.data /= shape[2] ** 0.5
+    rows = shape[0]
+    goodness = {"goodness": "sum", "threshold": 1.0, "temperature": 1e-3} if case == "saturated" else {"threshold": 0.5}
+    options: dict = {"objective": ff.Objective(**goodness), "activation": activation, "outputs": "none"}
+    if case == "twins":
+        made.x_neg.copy_(made.x_pos)
+        made.x_neg[:, 5:9] = torch.randn(rows, 4)
+    if "mask" in case:
+        order = torch.randperm(2 * rows)
+        made = made._replace(x_pos=torch.cat([made.x_pos, made.x_neg])[order])
+        options["is_positive"] = order < rows
+        if "pairs" in case:
+            options["objective"] = ff.Objective(loss="symba")
+    if case == "no positives":
+        made = made._replace(x_pos=made.x_pos[:0])
+    peer = ff.PeerNormalisation(strength=0.5)
+    runs = []
+    for p, step, asked in (
+        (made.copy(), ff.linear_step_, {**options, "backend": "native"}),
+        (made.copy(torch.float64), reference.linear_step_, options),
+        (made.copy(), reference.linear_step_, options),
+    ):
+        mean = torch.full((shape[3],), 0.5, dtype=p.weight.dtype)
+        for _ in range(2):
+            step(
+                p.x_pos, None if "mask" in case else p.x_neg, p.weight, p.bias, p.optimizer,
+                peer=peer, peer_mean=mean, **asked,
+            )  # fmt: skip
+        runs.append({**state_of(p), "mean": mean})
+    ours, exact, plain = runs
+    for name, value in exact.items():
+        assert error(ours[name], value, FLOOR) <= NEAR + 4 * error(plain[name], value, FLOOR), name
+
+
+@pytest.mark.parametrize("loss", ["logistic", "symba", "swish"])
+def test_rows_below_a_fraction_are_left_out(loss, instruction_set):
+    made = problem(60, 60, 50, 40, optimizer="sgd", dtype=torch.float32)
+    made.weight.data /= 50**0.5
+    objective = ff.Objective(loss=loss, threshold=0.5, temperature=0.05 if loss == "logistic" else 1.0, alpha=200.0)
+    ours, theirs = made.copy(), made.copy()
+    results = [
+        ff.linear_step_(
+            p.x_pos, p.x_neg, p.weight, p.bias, p.optimizer, objective=objective, skip_below=0.3, backend=backend
+        )
+        for p, backend in ((ours, "native"), (theirs, "eager"))
+    ]
+    kept = objective.in_doubt(results[0].goodness, torch.arange(120) < 60, 0.3)
+    assert 0 < kept.sum() < len(kept)
+    assert_same_state(ours, theirs, NEAR)
+    assert not torch.equal(ours.weight, made.weight)
+
+
 SHAPES = [(1, 1, 1, 1), (7, 5, 33, 17), (60, 60, 129, 50), *LARGE]
 TWINS = [(shape, columns) for shape in SHAPES[2:] if shape[0] == shape[1] for columns in (slice(0, 4), slice(3, 4))]
 
@@ -255,8 +313,8 @@ def test_it_is_the_default_for_what_it_has():
         assert "backend: eager" in ff.explain(p.weight, p.optimizer, **options)
         with pytest.raises(ValueError, match="native"):
             ff.linear_step_(p.x_pos, p.x_neg, p.weight, p.bias, p.optimizer, backend="native", **options)
-    peer = {"peer": ff.PeerNormalisation(), "peer_mean": torch.zeros(7)}
-    with pytest.raises(ValueError, match="backend='native' cannot run this call: has no peer normalisation"):
+    peer = {"peer": ff.PeerNormalisation(gated=True), "peer_mean": torch.zeros(7)}
+    with pytest.raises(ValueError, match="backend='native' cannot run this call: gated peer normalisation"):
         ff.linear_step_(p.x_pos, p.x_neg, p.weight, p.bias, p.optimizer, backend="native", **peer)
     assert ff.linear_step_(p.x_pos, p.x_neg, p.weight, p.bias, p.optimizer, **peer).loss.isfinite()
 

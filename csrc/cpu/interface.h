@@ -6,7 +6,7 @@
 namespace ffk {
 
 // Raised whenever `Call` or the meaning of a field changes; a library with another number is refused.
-constexpr int INTERFACE = 1;
+constexpr int INTERFACE = 2;
 
 enum Norm : int32_t { NORM_NONE, NORM_L2, NORM_RMS };
 enum EpsMode : int32_t { EPS_ADD, EPS_CLAMP, EPS_INSIDE };
@@ -37,7 +37,8 @@ struct Call {
     const float* sample_weight;    // [rows], [pairs] for a pair loss, or null
     const float* threshold;        // [rows] or, with threshold_is_one, [1]; or null
     float* loss;                   // [1]
-    double eps, threshold_pos, threshold_neg, temperature, alpha;
+    float* peer_mean;              // [out] running means of peer normalisation, straight through; or null
+    double eps, threshold_pos, threshold_neg, temperature, alpha, skip_below, peer_strength, peer_momentum;
     int32_t x_bfloat16, bfloat16;  // bfloat16: operands of the products are rounded to it
     int32_t norm, eps_mode, activation;
     int32_t goodness, loss_kind, maximize, reduction, threshold_is_one;

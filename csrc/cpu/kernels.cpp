@@ -69,14 +69,20 @@ int linear_step(const ffk::Call& call) {
     return with_memory([&](Memory& memory, bool real) {
         const Block largest = largest_block(call, blocks, field);
         const Forward forward(call, largest, true, memory);
-        Update update(call, largest, blocks, memory);
+        Peers peers(call, largest, memory);
+        Update update(call, peers, largest, blocks, memory);
         float* y_t = memory.take(up_to(call.out, TILE_ROWS) * forward.stride);
         float* coefficient = memory.take(largest.columns());
         if (!real) return;
         double loss = 0;
+        if (peers.there()) peers.start();
         for (int64_t index = 0; index < blocks; index++) {
             const Block block = block_of(call, index, blocks, field);
             forward.run(block, y_t);
+            if (peers.there()) {
+                peers.see(block, y_t, forward.stride, forward.scale);
+                if (index == blocks - 1) peers.finish();
+            }
             loss += coefficients(objective, block, forward.sumsq, coefficient);
             update.run(block, index, coefficient, forward.scale, y_t, forward.stride);
         }

@@ -44,6 +44,9 @@ struct Objective {
         return call.goodness == ffk::GOODNESS_NORM ? (q > 0 ? 1 / g : 0) : 2;
     }
 
+    // A loss's steepness, or zero where the caller leaves such rows out.
+    float in_doubt(float steepness) const { return __builtin_fabsf(steepness) < float(call.skip_below) ? 0 : steepness; }
+
     Terms of_row(int64_t i, float q) const {
         const bool positive = call.is_positive != nullptr ? call.is_positive[i] != 0 : i < call.rows[0];
         const float scale = ((positive == (call.maximize != 0)) ? -1 : 1) / float(call.temperature);
@@ -52,7 +55,7 @@ struct Objective {
         float weight = 1 / divisor[positive];
         if (call.sample_weight != nullptr) weight *= call.sample_weight[i];
         const float g = goodness(q), t = scale * (g - theta);
-        return {weight * scale * sigmoid(t) * slope(q, g), weight * softplus(t)};
+        return {weight * scale * in_doubt(sigmoid(t)) * slope(q, g), weight * softplus(t)};
     }
 
     // The i-th positive row against the i-th negative one: both coefficients, and the loss in the first.
@@ -62,7 +65,7 @@ struct Objective {
         if (call.sample_weight != nullptr) weight *= call.sample_weight[i];
         const float g_pos = goodness(q_pos), g_neg = goodness(q_neg), t = scale * (g_pos - g_neg), s = sigmoid(t);
         const bool swish = call.loss_kind == ffk::SWISH;
-        const float common = weight * scale * (swish ? s * (1 + t * (1 - s)) : s);
+        const float common = weight * scale * in_doubt(swish ? s * (1 + t * (1 - s)) : s);
         pos = {common * slope(q_pos, g_pos), weight * (swish ? t * s : softplus(t))};
         neg = {-common * slope(q_neg, g_neg), 0};
     }

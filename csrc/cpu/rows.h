@@ -77,6 +77,16 @@ inline float sum_of_squares(const Row& row, int64_t n) {
     return sum((total[0] + total[1]) + (total[2] + total[3])) + rest;
 }
 
+inline float dot(const float* a, const float* b, int64_t n) {
+    vec total[2] = {};
+    int64_t k = 0;
+    for (; k + 2 * LANES <= n; k += 2 * LANES)
+        for (int v = 0; v < 2; v++) total[v] += load(a + k + v * LANES) * load(b + k + v * LANES);
+    float rest = 0;
+    for (; k < n; k++) rest += a[k] * b[k];
+    return sum(total[0] + total[1]) + rest;
+}
+
 // ffkernels/normalisation.py, row_scale.
 inline float row_scale(const ffk::Call& call, float sumsq) {
     if (call.norm == ffk::NORM_NONE) return 1;

@@ -52,6 +52,14 @@ struct Tile {
             for (int v = 0; v < NV; v++) at[m][v] += load(c + m * stride + v * LANES);
     }
 
+    // += column row^T.
+    __attribute__((always_inline)) void add_outer(const float* column, const float* row) {
+#pragma GCC unroll 16
+        for (int m = 0; m < TILE_ROWS; m++)
+#pragma GCC unroll 4
+            for (int v = 0; v < NV; v++) at[m][v] += broadcast(column[m]) * load(row + v * LANES);
+    }
+
     __attribute__((always_inline)) void write(float* c, int64_t stride) const {
 #pragma GCC unroll 16
         for (int m = 0; m < TILE_ROWS; m++)

@@ -1,12 +1,13 @@
 // The backward half: dW = sum_i (c_i r_i y_i act'(z_i)) x_i^T, tile by tile, each handed to the optimizer's rule while it is in registers.
 #pragma once
-#include "block.h"
+#include "peers.h"
 #include "rules.h"
 
 namespace {
 
 struct Update {
     const ffk::Call& call;
+    const Peers& peers;
     Chunks chunks;
     Rule weight_rule, bias_rule;
     bool pairs;
@@ -23,8 +24,8 @@ struct Update {
     float* scratch;            // per worker: an unpacked row, or the left operands of a chunk and its unfinished sums
     int64_t scratch_size, left_size;
 
-    Update(const ffk::Call& c, const Block& largest, int64_t block_count, Memory& memory)
-        : call(c), chunks(c.out, largest.operands()), weight_rule(c.rule, c.weight_update), bias_rule(c.bias != nullptr ? c.rule : int32_t(ffk::GRAD), c.bias_update),
+    Update(const ffk::Call& c, const Peers& p, const Block& largest, int64_t block_count, Memory& memory)
+        : call(c), peers(p), chunks(c.out, largest.operands()), weight_rule(c.rule, c.weight_update), bias_rule(c.bias != nullptr ? c.rule : int32_t(ffk::GRAD), c.bias_update),
           pairs(in_pairs(c)), blocks(block_count), depth_stride(stride_for(places(c, largest.operands()))), sum_stride(stride_for(c.in)) {
         const int64_t rows = largest.operands();
         const Field field = largest.field;
@@ -154,6 +155,7 @@ struct Update {
                 round(below, depth, negative + o * depth_stride);
             }
             round(to, depth, left + o * depth_stride);
+            if (peers.there() && index == blocks - 1) bias += float(peers.count) * peers.pull(unit);
             bias_sum[unit] = index ? bias_sum[unit] + bias : bias;
         }
     }
@@ -162,16 +164,6 @@ struct Update {
         if (everything) std::memcpy(to, from, size_t(depth) * 4);
         else
             for (int64_t k = 0; k < depth; k++) to[k] = from[kept[k]];
-    }
-
-    static float dot(const float* a, const float* b, int64_t n) {
-        vec total[2] = {};
-        int64_t k = 0;
-        for (; k + 2 * LANES <= n; k += 2 * LANES)
-            for (int v = 0; v < 2; v++) total[v] += load(a + k + v * LANES) * load(b + k + v * LANES);
-        float rest = 0;
-        for (; k < n; k++) rest += a[k] * b[k];
-        return ::sum(total[0] + total[1]) + rest;
     }
 
     void round(float* values, int64_t n, float* operand) const {
@@ -219,6 +211,7 @@ struct Update {
                             tile.write(to, sum_stride);
                             continue;
                         }
+                        if (peers.there()) tile.add_outer(peers.activity + first + o, peers.input + p * PANEL);
                         float finished[TILE_ROWS * PANEL];
                         tile.write(finished, PANEL);
                         apply<KIND>(finished, first + o, a.valid, p * PANEL, smaller(NV * LANES, call.in - p * PANEL));

@@ -27,8 +27,9 @@ VARIABLE = "FFKERNELS_BACKEND"
 class Request(NamedTuple):
     """What a backend needs to know of a call to say whether it can run it; a forward pass has no loss and no rule.
 
-    `forced`: whether this very backend was asked for, which some ways of running are kept for. `skips`: whether rows
-    with small coefficients are left out. `shares`: whether the product of what rows have in common is given.
+    `peer`: None, "straight through" or "gated". `forced`: whether this very backend was asked for, which some ways of
+    running are kept for. `skips`: whether rows with small coefficients are left out. `shares`: whether the product of
+    what rows have in common is given.
     """
 
     device: torch.device
@@ -37,7 +38,7 @@ class Request(NamedTuple):
     activation: str
     loss: str | None = None
     rule: str | None = None
-    peer: bool = False
+    peer: str | None = None
     forced: bool = False
     skips: bool = False
     shares: bool = False

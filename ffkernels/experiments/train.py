@@ -195,12 +195,11 @@ class Trainer:
                 if self.classifier is not None:
                     logits = self._step_classifier(self.net.features_of(results), labels)
             else:
-                product = logits = None
+                logits = None
                 if self.classifier is not None:
-                    product = self.net.shared_product(x, classes)
-                    logits = self._step_classifier(self._features(x, product), labels)
+                    logits = self._step_classifier(self._features(x), labels)
                 wrong = self._wrong_label(labels, logits, generator)
-                results = self._step(*labelled_sides(x, labels, wrong, classes, preset.label_value), product)
+                results = self._step(*labelled_sides(x, labels, wrong, classes, preset.label_value))
             _decay(self.net_optimizer)
             totals.add(results, None if logits is None else logits.argmax(1) != labels)
             if after_step(totals.describe) and totals.rows < len(order):
@@ -215,12 +214,10 @@ class Trainer:
             return labels[torch.randperm(len(labels), generator=generator, device=self.device)]
         return wrong_label(labels, self.data.num_classes, generator)
 
-    def _step(self, x_pos: Tensor, x_neg: Tensor, product: Tensor | None) -> list[StepResult]:
+    def _step(self, x_pos: Tensor, x_neg: Tensor) -> list[StepResult]:
         options: dict[str, Any] = {"skip_below": self.skip_below}
         if not self.preset.layerwise_steps:
-            return self.net.step(
-                x_pos, x_neg, self.net_optimizer, label_field=self.label_field, product=product, **options
-            )
+            return self.net.step(x_pos, x_neg, self.net_optimizer, label_field=self.label_field, **options)
         self.net.train_layerwise(x_pos, x_neg, self.net_optimizer, self.preset.layerwise_steps, **options)
         # Without an optimizer a step changes nothing and says where the layers have come to.
         results = self.net.step(x_pos, x_neg, None)
@@ -243,8 +240,8 @@ class Trainer:
         columns = self.data.num_classes if self.preset.label == "columns" else 0
         return as_input(images, self.preset.pixel_mean, self.preset.pixel_std, columns)
 
-    def _features(self, x: Tensor, product: Tensor | None = None) -> Tensor:
-        return self.net.features(x, num_classes=self.label_field, product=product)
+    def _features(self, x: Tensor) -> Tensor:
+        return self.net.features(x, num_classes=self.label_field)
 
     @torch.no_grad()
     def classifier_error(self) -> float:

@@ -13,7 +13,7 @@ NAME = "libffkernels_cpu.so"
 RECORD = "build.json"
 # Another build of the library than that of this installation: one with a sanitizer, say.
 VARIABLE = "FFKERNELS_LIBRARY"
-INTERFACE = 1
+INTERFACE = 2
 
 
 class Update(ctypes.Structure):
@@ -39,9 +39,16 @@ class Call(ctypes.Structure):
             (name, ctypes.c_void_p)
             for name in (
                 "input_sumsq", "weight", "bias", "y", "sumsq", "is_positive", "sample_weight", "threshold", "loss",
+                "peer_mean",
             )
         ),
-        *((name, ctypes.c_double) for name in ("eps", "threshold_pos", "threshold_neg", "temperature", "alpha")),
+        *(
+            (name, ctypes.c_double)
+            for name in (
+                "eps", "threshold_pos", "threshold_neg", "temperature", "alpha", "skip_below", "peer_strength",
+                "peer_momentum",
+            )
+        ),
         *(
             (name, ctypes.c_int32)
             for name in (

@@ -38,14 +38,16 @@ def unsupported(request: Request) -> str | None:
         return "torch.bfloat16 products: has none for the unit that this CPU has for them"
     if request.activation not in _ACTIVATIONS:
         return f"activation {request.activation!r}: has {', '.join(_ACTIVATIONS)}"
-    if request.skips:
-        return "leaves out rows with a coefficient of exactly zero, not those below skip_below"
     if request.shares:
         return "finds out by itself what rows share: takes no product"
     for kind, name, known in (("loss", request.loss, _LOSSES), ("rule", request.rule, _RULES)):
         if name is not None and name not in known:
             return f"{kind} {name!r}: has {', '.join(known)}"
-    return "has no peer normalisation" if request.peer else None
+    if request.peer == "gated" or (request.peer and request.activation == "leaky_relu"):
+        return (
+            f"{request.peer} peer normalisation of {request.activation}: has it straight through, of relu and identity"
+        )
+    return None
 
 
 def _has_unused_bfloat16_unit() -> bool:
@@ -135,6 +137,8 @@ def linear_step_(
         call.threshold_is_one = threshold.dim() == 0
     call.threshold_pos, call.threshold_neg = threshold_pos, threshold_neg
     call.temperature, call.alpha, call.maximize = temperature, alpha, maximize
+    call.skip_below = skip_below
+    call.peer_mean, call.peer_strength, call.peer_momentum = operands.write(peer_mean), peer_strength, peer_momentum
     call.goodness, call.loss_kind = _GOODNESS.index(goodness), _LOSSES.index(loss)
     call.reduction, call.rule = _REDUCTIONS.index(reduction), _RULES.index(rule)
     _set_update(operands, call.weight_update, rule, weight_state, weight_hyper, weight_lr)

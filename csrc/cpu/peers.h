@@ -1,0 +1,58 @@
+// Peer normalisation, straight through (ffkernels/peer.py): a pull p on each unit towards the mean unit's activity.
+// With s = sum of r_i x_i over the n positive rows, dW += p s^T and db += n p: one outer product, whatever the rows.
+#pragma once
+#include "block.h"
+
+namespace {
+
+struct Peers {
+    const ffk::Call& call;
+    float* activity;  // [out]: sums over the positive rows; then p
+    float* input;     // [in]: s
+    float* positive;  // per column: 1 for a positive row, else 0
+    double count = 0;
+
+    Peers(const ffk::Call& c, const Block& largest, Memory& memory) : call(c) {
+        if (!there()) return;
+        activity = memory.take(up_to(call.out, TILE_ROWS)), input = memory.take(up_to(call.in, PANEL));
+        positive = memory.take(largest.columns());
+    }
+
+    bool there() const { return call.peer_mean != nullptr; }
+
+    void start() {
+        std::memset(activity, 0, size_t(up_to(call.out, TILE_ROWS)) * 4);
+        std::memset(input, 0, size_t(up_to(call.in, PANEL)) * 4);
+    }
+
+    // Adds a block's rows: y_t [out, stride] and the row scales, per column.
+    void see(const Block& block, const float* y_t, int64_t stride, const float* scale) {
+        std::memset(positive, 0, size_t(block.columns()) * 4);
+        for (int side = 0; side < 2; side++)
+            for (int64_t i = 0; i < block.rows[side]; i++) {
+                const int64_t at = block.start[side] + i;
+                if (call.is_positive != nullptr ? !call.is_positive[(side ? call.rows[0] : 0) + at] : side != 0) continue;
+                const int64_t column = block.column(side, i);
+                const Row row = row_of(call, side, at);
+                positive[column] = 1, count += 1;
+                for (int64_t k = 0; k < call.in; k++) input[k] += scale[column] * row[k];
+            }
+        for (int64_t o = 0; o < call.out; o++) activity[o] += dot(y_t + o * stride, positive, block.columns());
+    }
+
+    // Moves the running means, and makes p of them; without positive rows neither.
+    void finish() {
+        double total = 0;
+        for (int64_t o = 0; o < call.out; o++) {
+            float& mean = call.peer_mean[o];
+            if (count > 0) mean += float(1 - call.peer_momentum) * (activity[o] / float(count) - mean);
+            total += mean;
+        }
+        const float whole = float(total / double(call.out)), strength = count > 0 ? float(call.peer_strength / count) : 0;
+        for (int64_t o = 0; o < call.out; o++) activity[o] = strength * (call.peer_mean[o] - whole);
+    }
+
+    float pull(int64_t unit) const { return activity[unit]; }
+};
+
+}  // namespace

@@ -277,7 +277,7 @@ def _tune(arguments: argparse.Namespace, argv: list[str]) -> int:
     from .backends.triton import configs, tune
 
     folder = arguments.output or Path(os.environ.get(configs.VARIABLE) or configs.FOLDER)
-    print(tune.tune(folder, arguments.seconds, _say))
+    print(tune.tune(folder, arguments.seconds, _say, torch.device("cuda", torch.cuda.current_device())))
     return 0
 
 

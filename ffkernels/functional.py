@@ -183,6 +183,9 @@ def linear_step_(
     layer = (weight, bias, norm, float(eps), eps_mode, activation, compute)
     y = weight.new_empty(rows, width, dtype=compute) if outputs == "pre" else None
     sumsq, loss = weight.new_empty(rows), weight.new_empty(())
+    rounded = None
+    if outputs == "post" and compute != weight.dtype and update.rule != "grad" and chosen in select.TAKES_ROUNDED:
+        rounded = weight.new_empty(weight.shape, dtype=compute)
     with torch.no_grad(), without_autocast(weight.device):
         ops.linear_step_(
             x_pos,
@@ -197,6 +200,7 @@ def linear_step_(
             field,
             *peers.operands(peer, peer_mean, width),
             *update.operands(),
+            rounded,
             y,
             sumsq,
             loss,
@@ -206,7 +210,8 @@ def linear_step_(
         update.finish()
         goodness = objective.goodness_of(sumsq, width)
         if outputs == "post":
-            y, sumsq = ops.linear_forward(x_pos, x_neg, input_sumsq, *layer, None, field, chosen)
+            now = weight if rounded is None else rounded
+            y, sumsq = ops.linear_forward(x_pos, x_neg, input_sumsq, now, *layer[1:], None, field, chosen)
         if order is not None:
             back = order.argsort()
             y, sumsq, goodness = None if y is None else y[back], sumsq[back], goodness[back]

@@ -28,12 +28,13 @@ _PEER = "Tensor(h!)? peer_mean, float peer_strength, float peer_momentum, bool p
 # How the gradient turns into new parameters: `optim.RULES`.
 _UPDATE = (
     "str rule, Tensor(c!)[] weight_state, float[] weight_hyper, Tensor? weight_lr, "
-    "Tensor(d!)[] bias_state, float[] bias_hyper, Tensor? bias_lr"
+    "Tensor(d!)[] bias_state, float[] bias_hyper, Tensor? bias_lr, Tensor(i!)? weight_rounded"
 )
 
 SCHEMAS = {
     # The rows of x_pos [n_pos, in] followed by those of x_neg [n_neg, in] are the joint batch; input_sumsq [rows],
-    # weight [out, in], bias [out] -> y [rows, out] in the compute dtype, its sums of squares [rows].
+    # weight [out, in] (or what its step has left in weight_rounded), bias [out] -> y [rows, out] in the compute dtype,
+    # its sums of squares [rows].
     "linear_forward": (
         "(Tensor x_pos, Tensor x_neg, Tensor? input_sumsq, Tensor weight, Tensor? bias, "
         f"{_LAYER}, {_SHARED}, str backend) -> (Tensor, Tensor)"
@@ -42,7 +43,7 @@ SCHEMAS = {
     # "grad", their gradients), optimizer state, sumsq [rows], loss [], and where given y [rows, out], the activities
     # before the update, and peer_mean [out]. With is_positive [rows], x_pos is the joint batch and x_neg has no rows.
     # Rows whose loss has a slope below skip_below, a fraction of that of a row far on the wrong side, are left out of
-    # the update.
+    # the update. weight_rounded [out, in] receives the new weight in the compute dtype, under a rule other than "grad".
     "linear_step_": (
         "(Tensor x_pos, Tensor x_neg, Tensor? is_positive, Tensor? input_sumsq, Tensor? sample_weight, "
         f"Tensor(a!) weight, Tensor(b!)? bias, {_LAYER}, {_OBJECTIVE}, "
@@ -59,7 +60,8 @@ def _linear_forward_fake(
 ) -> tuple[Tensor, Tensor]:
     compute_dtype = args[4]
     rows = x_pos.shape[0] + x_neg.shape[0]
-    return x_pos.new_empty(rows, weight.shape[0], dtype=compute_dtype), weight.new_empty(rows)
+    master = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return x_pos.new_empty(rows, weight.shape[0], dtype=compute_dtype), weight.new_empty(rows, dtype=master)
 
 
 def _linear_step_fake(*args: Any) -> None:

@@ -53,6 +53,7 @@ def step_arguments(
         0,
         *peers.operands(peer, mean, 7),
         *update.operands(),
+        None,
         *written,
         "eager",
     )
@@ -89,6 +90,19 @@ def test_opcheck_step_variants(compute_dtype, objective):
 def test_opcheck_step_with_peer_normalisation(optimizer, gated):
     peer = ff.PeerNormalisation(gated=gated)
     torch.library.opcheck(ops.linear_step_, step_arguments(optimizer, True, torch.float32, ff.Objective(), peer))
+
+
+@pytest.mark.parametrize("backend", ["eager", "native"])
+@pytest.mark.parametrize("optimizer", ["sgd-momentum", "adam"])
+def test_a_step_leaves_the_new_weight_rounded(backend, optimizer):
+    if backend == "native" and select.load("native").library.load().library is None:
+        pytest.skip("the compiled library was not built")
+    *arguments, none, y, sumsq, loss, _ = step_arguments(optimizer, True, torch.float32, ff.Objective())
+    weight, rounded = arguments[5], torch.empty(7, 5, dtype=torch.bfloat16)
+    before = weight.clone()
+    assert none is None
+    ops.linear_step_(*arguments, rounded, y, sumsq, loss, backend)
+    assert torch.equal(rounded, weight.to(torch.bfloat16)) and not torch.equal(weight, before)
 
 
 def test_gated_peer_normalisation_runs_on_the_eager_backend():

@@ -142,7 +142,8 @@ class Recorder:
 @pytest.fixture
 def recorded(monkeypatch):
     launch = pytest.importorskip("ffkernels.backends.triton.launch")
-    kernels = {name: Recorder() for name in ("forward_kernel", "coefficient_kernel", "update_kernel", "finish_kernel")}
+    names = ("forward", "coefficient", "update", "finish", "peers")
+    kernels = {f"{name}_kernel": Recorder() for name in names}
     for name, recorder in kernels.items():
         monkeypatch.setattr(launch, name, recorder)
     monkeypatch.setattr(configs, "for_device", lambda index: configs.find("sm_90"))
@@ -150,15 +151,18 @@ def recorded(monkeypatch):
     return kernels
 
 
-def step_on_meta(p: Problem, compute_dtype=torch.bfloat16, objective=DEFAULT_OBJECTIVE, is_positive=None) -> None:
+def step_on_meta(
+    p: Problem, compute_dtype=torch.bfloat16, objective=DEFAULT_OBJECTIVE, is_positive=None, peers=None
+) -> None:
     """A step of the backend on tensors without values: whatever would bring one to the host raises."""
     rows, width = len(p.x_pos) + len(p.x_neg), len(p.weight)
     update = optim.plan(p.optimizer, p.weight, p.bias)
     written = [torch.empty(shape, device="meta") for shape in ((rows, width), (rows,), ())]
+    mean = torch.empty(width, device="meta")
     with torch.no_grad():
         select.load("triton").linear_step_(
             p.x_pos, p.x_neg, is_positive, None, None, p.weight, p.bias, "l2", 1e-4, "add", "relu", compute_dtype,
-            *objective.operands(), 0.0, None, 0, *peer.operands(None, None, width), *update.operands(),
+            *objective.operands(), 0.0, None, 0, *peer.operands(peers, mean, width), *update.operands(), None,
             written[0].to(compute_dtype), *written[1:],
         )  # fmt: skip
 
@@ -183,12 +187,15 @@ def meta_problem(n_pos, n_neg, in_features, out_features, optimizer=torch.optim.
     ],
     ids=str,
 )
-def test_launches(shape, launched, recorded):
-    """Two as a rule: a list of rows where it pays or column blocks are many, a second half where tiles are few."""
-    step_on_meta(meta_problem(*shape))
-    assert [len(kernel.launches) for kernel in recorded.values()] == launched
+@pytest.mark.parametrize("goodness", ["mean", "sum"])
+def test_launches(shape, launched, goodness, recorded):
+    """Two as a rule: coefficients before where that pays or column blocks are many, an end where tiles are few."""
+    step_on_meta(meta_problem(*shape), objective=ff.Objective(goodness))
+    assert [len(kernel.launches) for name, kernel in recorded.items() if name != "peers_kernel"] == launched
     (grid, given), *_ = recorded["update_kernel"].launches
-    assert (given["index"] is not None) == bool(launched[1])
+    assert (given["coefficient"] is not None) == bool(launched[1])
+    # Rows are left out where a loss may saturate and the product is large.
+    assert (given["index"] is not None) == (goodness == "sum" and shape[0] == 4096 and shape[2] == 2048)
     assert (grid[1] > 1) == (given["partial_weight"] is not None) == bool(launched[3])
 
 
@@ -204,11 +211,13 @@ def test_launches(shape, launched, recorded):
     ],
 )
 @pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("peers", [None, peer.PeerNormalisation(), peer.PeerNormalisation(gated=True)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_a_step_never_waits_for_the_device(optimizer, settings, mixed, dtype, recorded):
+def test_a_step_never_waits_for_the_device(optimizer, settings, mixed, peers, dtype, recorded):
     p = meta_problem(6, 0 if mixed else 6, 5, 7, optimizer, **settings)
     is_positive = torch.empty(6, dtype=torch.bool, device="meta") if mixed else None
-    step_on_meta(p, dtype, ff.Objective(reduction="sum_of_means"), is_positive)
+    step_on_meta(p, dtype, ff.Objective(reduction="sum_of_means"), is_positive, peers)
+    assert len(recorded["peers_kernel"].launches) == (peers is not None)
     (_, given), *_ = recorded["update_kernel"].launches
     assert (given["weight_step_pointer"] is not None) == ("capturable" in settings)
     assert (given["n_positive"] is not None) == mixed
@@ -261,7 +270,8 @@ def test_configuration_files(path):
             assert found[kernel][kind]
             for entry in found[kernel][kind]:
                 assert len(entry["shape"]) == 3
-                assert set(entry["config"]) == {*configs.INTERPRETED[kernel], "num_warps", "num_stages"}
+                needed = {*configs.INTERPRETED[kernel], "num_warps", "num_stages"}
+                assert needed <= set(entry["config"]) <= needed | set(configs.DEFAULTS[kernel])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -16,7 +16,7 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from ffkernels.backends.triton import launch  # noqa: E402
+from ffkernels.backends.triton import configs, launch, tune  # noqa: E402
 
 from . import triton_aot as aot  # noqa: E402
 
@@ -29,7 +29,9 @@ def chosen(case: aot.Case) -> bool:
         return True
     no_tf32 = case.target == "gfx942" and case.kind == "float32"
     usual = case.compute == "bfloat16" or case.precision == "tf32" or no_tf32
-    form = case.kernel == "forward" or case.listed == (case.size == "large")
+    form = case.form in ("", "on the fly" if case.size == "small" else "given") or (
+        case.form == "listed" and case.size == "large" and case.target == "sm_90"
+    )
     return usual and form and (case.target == "sm_90" or case.size == "large")
 
 
@@ -70,6 +72,9 @@ VARIANTS = {
     "split": {"partial_weight": True, "partial_bias": True},
     "no bias, no norm": {"HAS_BIAS": False, "bias": None, "row_scale": None},
     "many column blocks": {"PARTIALS": 64},
+    "peer normalisation": {"pull": True, "input_sums": True},
+    "gated peer normalisation": {"pull": True, "PULL_GATED": True},
+    "a rounded weight": {"weight_rounded": True},
     "gelu, pairs": {"ACTIVATION": "gelu", "LOSS": "symba", "GOODNESS": "norm"},
     "everything on the device": {
         "weight_lr_pointer": True, "weight_step_pointer": True, "bias_lr_pointer": True, "bias_step_pointer": True,
@@ -77,47 +82,76 @@ VARIANTS = {
     },
 }  # fmt: skip
 
-LISTING = {"num_warps": 8, "BLOCK": launch.LIST_BLOCK[False]}
 SYMBA = {"GOODNESS": "norm", "LOSS": "symba", "THRESHOLD_PER_ROW": True}
-FINISH = {"num_warps": 4, **launch.FINISH_BLOCK[False]}
-ADAM = {
-    "RULE": "adam", "HAS_BIAS": True, "weight_lr_pointer": None, "weight_step_pointer": None, "bias_lr_pointer": None,
-    "bias_step_pointer": None,
+SMALL = {
+    "listed": (launch.coefficient_kernel, {"num_warps": 8, "BLOCK": 256, "PARTIALS": 64, **SYMBA}),
+    "given": (launch.coefficient_kernel, {
+        "num_warps": 4, "BLOCK": 128, "PARTIALS": 64, "index": None, "count": None, **SYMBA,
+    }),
+    "peers": (launch.peers_kernel, {"num_warps": 4, **launch.PEERS_BLOCK[False]}),
+    "finish": (launch.finish_kernel, {
+        "num_warps": 4, **launch.FINISH_BLOCK[False], "RULE": "adam", "HAS_BIAS": True, "weight_lr_pointer": None,
+        "weight_step_pointer": None, "bias_lr_pointer": None, "bias_step_pointer": None,
+    }),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variants_of_the_update(name, target):
-    case = aot.Case(target, "update", "half", "small", "bfloat16", "ieee", False)
-    kernel = aot.update(target, case.config, "bfloat16", "half", listed=False, **VARIANTS[name])
+    case = aot.Case(target, "update", "half", "small", "bfloat16", "ieee", "on the fly")
+    kernel = aot.update(target, case.config, "bfloat16", "half", form=case.form, **VARIANTS[name])
     assert_fits(aot.report(kernel, target), target)
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_variants_of_the_forward(target):
-    config = aot.Case(target, "forward", "mixed", "small", "float16", "ieee", False).config
+    config = aot.Case(target, "forward", "mixed", "small", "float16", "ieee", "").config
     changes = {"ACTIVATION": "silu", "kept": True, "SCALE_FIRST": True, "input_sumsq": True, "bias": None}
+    assert_fits(aot.report(aot.forward(target, config, "float16", "mixed", **changes), target), target)
+    changes = {"product": True, "input_sumsq": True, "unit_sums": True, "is_positive": True}
     assert_fits(aot.report(aot.forward(target, config, "float16", "mixed", **changes), target), target)
 
 
+@pytest.mark.parametrize("kernel", configs.KERNELS)
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+def test_candidates_with_bulk_copies(kernel, target):
+    """What only the tuner may choose must run as well, and read its tiles by the copy engine."""
+    candidates = [config for config in tune.CANDIDATES[kernel] if config["TMA"]]
+    assert len(candidates) == 3
+    for config in candidates:
+        options = {} if kernel == "forward" else {"form": "given"}
+        compiled = getattr(aot, kernel)(target, config, "bfloat16", "half", **options)
+        assert_fits(aot.report(compiled, target), target)
+        assert "cp.async.bulk.tensor" in compiled.asm["ptx"]
+
+
+def test_the_older_amd_device():
+    """gfx90a runs on the configurations of gfx942."""
+    for kernel in configs.KERNELS:
+        for size in ("small", "large"):
+            case = aot.Case("gfx942", kernel, "half", size, "bfloat16", "ieee", "")
+            options = {} if kernel == "forward" else {"form": "on the fly"}
+            found = aot.report(getattr(aot, kernel)("gfx90a", case.config, "bfloat16", "half", **options), "gfx90a")
+            assert found.shared <= aot.SHARED_LIMIT["gfx942"] and found.products > 0
+
+
 @pytest.mark.parametrize("integers", [1, "i64"])
-@pytest.mark.parametrize("listed", [False, True])
-def test_sizes_and_strides_of_other_types(integers, listed):
+@pytest.mark.parametrize("form", aot.FORMS)
+def test_sizes_and_strides_of_other_types(integers, form):
     """One row, one column, one of everything; and strides beyond 2^31."""
-    case = aot.Case("sm_90", "update", "mixed", "small", "float16", "ieee", listed)
-    aot.update("sm_90", case.config, "float16", "mixed", listed=listed, integers=integers, SCALE_X=True)
-    if listed:
-        aot.compiled(launch.coefficient_kernel, "sm_90", LISTING, "float32", "float32", "float32", integers, **SYMBA)
-        aot.compiled(launch.finish_kernel, "sm_90", FINISH, "float32", "float32", "float32", integers, **ADAM)
-    else:
-        config = aot.Case("sm_90", "forward", "half", "small", "bfloat16", "ieee", False).config
+    case = aot.Case("sm_90", "update", "mixed", "small", "float16", "ieee", form)
+    aot.update("sm_90", case.config, "float16", "mixed", form=form, integers=integers, SCALE_X=True)
+    if form == "listed":
+        for kernel, given in SMALL.values():
+            aot.compiled(kernel, "sm_90", given, "float32", "float32", "float32", integers)
+    elif form == "on the fly":
+        config = aot.Case("sm_90", "forward", "half", "small", "bfloat16", "ieee", "").config
         aot.forward("sm_90", config, "bfloat16", "half", integers=integers)
 
 
 @pytest.mark.parametrize("target", aot.TARGETS)
 def test_small_kernels(target):
-    listing = aot.compiled(launch.coefficient_kernel, target, LISTING, "float32", "float32", "float32", **SYMBA)
-    finish = aot.compiled(launch.finish_kernel, target, FINISH, "float32", "float32", "float32", **ADAM)
-    for kernel in (listing, finish):
-        assert_fits(aot.report(kernel, target), target)
+    for kernel, given in SMALL.values():
+        compiled = aot.compiled(kernel, target, given, "float32", "float32", "float32")
+        assert_fits(aot.report(compiled, target), target)

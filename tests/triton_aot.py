@@ -33,16 +33,36 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+UNTUNED = {"gfx90a": GPUTarget("hip", "gfx90a", 64)}
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 LANGUAGE = {"float32": tl.float32, "bfloat16": tl.bfloat16, "float16": tl.float16}
 
 ROW_POINTERS = {"x_pos", "x_neg"}
-COMPUTE_POINTERS = {"y", "kept"}
+COMPUTE_POINTERS = {"y", "kept", "weight_rounded"}
+# The sizes of the tiles that tensor descriptors copy, by kernel and argument.
+TILES = {
+    ("forward_kernel", "x_tiles"): ("BLOCK_M", "BLOCK_K"),
+    ("forward_kernel", "weight_tiles"): ("BLOCK_N", "BLOCK_K"),
+    ("update_kernel", "x_tiles"): ("BLOCK_K", "BLOCK_IN"),
+    ("update_kernel", "kept_tiles"): ("BLOCK_K", "BLOCK_OUT"),
+}
 INTEGER_POINTERS = {"index": "*i32", "count": "*i32", "is_positive": "*u8", "n_positive": "*i64"}
-FLOATS = re.compile(r"eps|threshold_(pos|neg)|logit_scale|share_(pos|neg)|(weight|bias)_(lr|h\d)")
+FLOATS = re.compile(
+    r"eps|threshold_(pos|neg)|logit_scale|share_(pos|neg)|skip_below|strength|momentum|(weight|bias)_(lr|h\d)"
+)
 UNIT = re.compile(r"_(col|stride)$")
-INTEGERS = re.compile(r"n_pos|rows|in_features|out_features|width|splits|n_partials|.*_(row|col|stride)")
+INTEGERS = re.compile(
+    r"n_pos|rows|columns|(in|out)_features|width|(input_)?splits|n_partials|n_row_losses|row_blocks|.*_(row|col|stride)"
+)
+
+
+# What the update is not given, by how it comes by its coefficients: `launch.coefficient_form`.
+FORMS = {
+    "on the fly": ("index", "coefficient", "count", "row_losses"),
+    "given": ("index", "count"),
+    "listed": ("row_losses",),
+}
 
 
 class Report(NamedTuple):
@@ -58,7 +78,7 @@ class Report(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A shipped configuration with a dtype and, for the update, whether it works through a list of rows."""
+    """A shipped configuration with a dtype and, for the update, one of `FORMS`."""
 
     target: str
     kernel: str
@@ -66,22 +86,21 @@ class Case(NamedTuple):
     size: str
     compute: str
     precision: str
-    listed: bool
+    form: str
 
     def __str__(self) -> str:
-        form = {"forward": "", "update": " listed" if self.listed else " on the fly"}[self.kernel]
         precision = f" {self.precision}" if self.compute == "float32" else ""
-        return f"{self.target} {self.kernel} {self.kind} {self.size} {self.compute}{precision}{form}"
+        return f"{self.target} {self.kernel} {self.kind} {self.size} {self.compute}{precision} {self.form}".rstrip()
 
     @property
     def config(self) -> Config:
         entries = configs.find(self.target)[self.kernel][self.kind]
-        return entries[{"small": 0, "large": 1}[self.size]]["config"]
+        return {**configs.DEFAULTS[self.kernel], **entries[{"small": 0, "large": 1}[self.size]]["config"]}
 
     def compile(self) -> Any:
         if self.kernel == "forward":
             return forward(self.target, self.config, self.compute, self.kind, self.precision)
-        return update(self.target, self.config, self.compute, self.kind, self.precision, self.listed)
+        return update(self.target, self.config, self.compute, self.kind, self.precision, self.form)
 
 
 def cases() -> Iterator[Case]:
@@ -97,8 +116,10 @@ def cases() -> Iterator[Case]:
                     dtypes = [("float32", "ieee"), ("float32", "tf32")]
                 for size in ("small", "large"):
                     for compute, precision in dtypes:
-                        for listed in (False, True) if kernel == "update" else (False,):
-                            yield Case(target, kernel, kind, size, compute, precision, listed)
+                        # Where a launch of its own makes the coefficients, the update has nothing but large tiles.
+                        forms = ("on the fly", "given", "listed") if size == "large" else ("on the fly", "listed")
+                        for form in forms if kernel == "update" else ("",):
+                            yield Case(target, kernel, kind, size, compute, precision, form)
 
 
 def compiled(
@@ -126,6 +147,13 @@ def compiled(
         elif INTEGERS.fullmatch(name) and (integers == 1 or (integers == "i32" and UNIT.search(name))):
             signature[name] = "constexpr"
             constexprs[name] = 1
+        elif name.endswith("_tiles"):
+            if not config.get("TMA"):
+                signature[name], constexprs[name] = "constexpr", None
+                continue
+            element = {"x_tiles": raw, "weight_tiles": weight, "kept_tiles": compute}[name]
+            block = ", ".join(str(config[size]) for size in TILES[kernel.__name__, name])
+            signature[name] = f"tensordesc<{TYPES[element]}[{block}]>"
         elif FLOATS.fullmatch(name):
             signature[name] = "fp32"
         else:
@@ -142,32 +170,33 @@ def compiled(
                 signature[name] = INTEGER_POINTERS.get(name, "*fp32")
     options = {key: value for key, value in config.items() if key.startswith("num_")}
     source = ASTSource(kernel, signature, constexprs, attributes)
-    return triton.compile(source, target=TARGETS[target], options=options)
+    return triton.compile(source, target={**TARGETS, **UNTUNED}[target], options=options)
 
 
 def forward(target: str, config: Config, compute: str, kind: str, precision: str = "ieee", **changes: Any) -> Any:
     """The forward of a layer with l2 norm, relu and a bias, on rows whose sums of squares are not known."""
     operands = compute if kind == "half" else "float32"
     constants = {
-        "input_sumsq": None, "kept": None, "NORM": "l2", "EPS_MODE": "add", "ACTIVATION": "relu", "SCALE_FIRST": False,
+        "input_sumsq": None, "product": None, "is_positive": None, "kept": None, "unit_sums": None,
+        "NORM": "l2", "EPS_MODE": "add", "ACTIVATION": "relu", "SCALE_FIRST": False,
         "COMPUTE": LANGUAGE[compute], "PRECISION": precision, "WIDEN": False,
     }  # fmt: skip
     return compiled(launch.forward_kernel, target, config, compute, operands, operands, **{**constants, **changes})
 
 
 def update(
-    target: str, config: Config, compute: str, kind: str, precision: str = "ieee", listed: bool = True, **changes: Any
+    target: str, config: Config, compute: str, kind: str, precision: str = "ieee", form: str = "listed", **changes: Any
 ) -> Any:
-    """The update with Adam and a bias, by the list of rows in doubt or with coefficients made on the fly."""
+    """The update with Adam and a bias, in one of `FORMS`."""
     constants = {
         "is_positive": None, "n_positive": None, "sample_weight": None, "threshold": None,
         "weight_lr_pointer": None, "weight_step_pointer": None, "bias_lr_pointer": None, "bias_step_pointer": None,
+        "pull": None, "input_sums": None, "weight_rounded": None, "PULL_GATED": False,
         "partial_weight": None, "partial_bias": None, "RULE": "adam", "ACTIVATION": "relu", "GOODNESS": "mean",
-        "LOSS": "logistic", "THRESHOLD_PER_ROW": False, "PARTIALS": 0 if listed else 8, "HAS_BIAS": True,
+        "LOSS": "logistic", "THRESHOLD_PER_ROW": False, "PARTIALS": 8, "HAS_BIAS": True,
         "SCALE_X": False, "COMPUTE": LANGUAGE[compute], "PRECISION": precision, "WIDEN": False,
     }  # fmt: skip
-    if not listed:
-        constants |= {"index": None, "coefficient": None, "count": None}
+    constants |= dict.fromkeys(FORMS[form])
     raw = compute if kind == "half" else "float32"
     return compiled(launch.update_kernel, target, config, compute, raw, "float32", **{**constants, **changes})
 

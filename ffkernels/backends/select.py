@@ -22,6 +22,8 @@ BACKENDS = {
     "eager": "ffkernels.backends.eager",
 }
 VARIABLE = "FFKERNELS_BACKEND"
+# Whose forward takes the weight as a step has left it in `weight_rounded`; the others read the weight itself.
+TAKES_ROUNDED = ("triton",)
 
 
 class Request(NamedTuple):

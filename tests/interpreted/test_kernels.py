@@ -6,6 +6,7 @@ float32 there (`common.operand`); and it rounds to bfloat16 by cutting bits off,
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -23,44 +24,72 @@ from ..steps import OPTIMIZERS, Problem, error, problem, state_of
 from ..test_step import LAYOUTS
 
 launch = pytest.importorskip("ffkernels.backends.triton.launch")
+configs = pytest.importorskip("ffkernels.backends.triton.configs")
 rules = pytest.importorskip("ffkernels.backends.triton.rules")
 
 FLOOR = 0.1
+MEANS = (torch.float32, torch.float32, torch.float64)
 # In units of the compute dtype's rounding error, beside twice the error of plain torch in that dtype.
 ROUNDINGS = {torch.float32: 8, torch.float16: 2, torch.bfloat16: 4}
 FORMS = {
-    "on the fly": (False, 1),
-    "listed": (True, 1),
-    "split": (False, 3),
-    "listed and split": (True, 3),
+    "on the fly": ("on the fly", 1),
+    "given": ("given", 1),
+    "listed": ("listed", 1),
+    "split": ("on the fly", 3),
+    "given and split": ("given", 3),
+    "listed and split": ("listed", 3),
 }
+
+
+PEERS = [
+    None, *(ff.PeerNormalisation(form, 0.3, 0.8, gated) for form in ("hinton", "loewex") for gated in (False, True))
+]  # fmt: skip
+# How tiles come and programs take them, by configuration.
+WAYS = {"pointers": {}, "bulk copies": {"TMA": 1}, "persistent": {"PERSISTENT": 2}, "both": {"TMA": 1, "PERSISTENT": 1}}
+
+
+def go(way: str, patch: pytest.MonkeyPatch) -> None:
+    """Makes the kernels run in one of these ways, where layouts allow it."""
+    forward, update = (configs.INTERPRETED[kernel] for kernel in ("forward", "update"))
+    patch.setitem(configs.FORCED, "forward", {**forward, **WAYS[way]})
+    patch.setitem(configs.FORCED, "update", {**update, "TMA": WAYS[way].get("TMA", 0)})
+
+
+def together(made: Problem) -> Problem:
+    """The same rows, one side behind the other in memory."""
+    both = torch.cat([made.x_pos, made.x_neg])
+    return made._replace(x_pos=both[: len(made.x_pos)], x_neg=both[len(made.x_pos) :])
 
 
 def use(form: str, patch: pytest.MonkeyPatch) -> None:
     """Makes the update run in one of its forms."""
-    listed, splits = FORMS[form]
-    patch.setattr(launch, "lists_rows", lambda *_: listed)
+    coefficients, splits = FORMS[form]
+    patch.setattr(launch, "coefficient_form", lambda *_, **__: coefficients)
     patch.setattr(launch, "count_splits", lambda *_: splits)
 
 
 def compare(made: Problem, dtype: torch.dtype, steps: int = 2, x_neg_is_there: bool = True, **options: object) -> None:
     """Steps in the kernels, by the definition in plain torch in the same dtype, and by that in float64."""
-    input_sumsq = options.pop("input_sumsq", False)
+    input_sumsq, peer = options.pop("input_sumsq", False), options.get("peer")
+    means = [None] * 3 if peer is None else [torch.full((len(made.weight),), 0.5, dtype=t) for t in MEANS]
     ours, torchs, exact = made.copy(), made.copy(), made.copy(torch.float64)
     ours = ours._replace(x_pos=made.x_pos, x_neg=made.x_neg)
     for _ in range(steps):
         x = [ours.x_pos, ours.x_neg if x_neg_is_there else None]
         known = torch.cat([v for v in x if v is not None]).square().sum(1) if input_sumsq else None
         a = ff.linear_step_(
-            *x, ours.weight, ours.bias, ours.optimizer, compute_dtype=dtype, input_sumsq=known, **options
-        )
+            *x, ours.weight, ours.bias, ours.optimizer, compute_dtype=dtype, input_sumsq=known, peer_mean=means[0],
+            **options,
+        )  # fmt: skip
         with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
-            b = by_definition(torchs, x_neg_is_there, **options)
-        c = by_definition(exact, x_neg_is_there, **options)
+            b = by_definition(torchs, x_neg_is_there, peer_mean=means[1], **options)
+        c = by_definition(exact, x_neg_is_there, peer_mean=means[2], **options)
         for name in ("y", "sumsq", "goodness", "loss"):
             assert_close(getattr(a, name), getattr(b, name), getattr(c, name), dtype, name)
     ours_state, torchs_state, exact_state = state_of(ours), state_of(torchs), state_of(exact)
     assert ours_state.keys() == exact_state.keys()
+    if peer is not None:
+        assert_close(*means, dtype, "peer_mean")
     for name, value in exact_state.items():
         assert_close(ours_state[name], torchs_state[name], value, dtype, name)
 
@@ -116,11 +145,13 @@ objectives = st.builds(
     weighted=st.booleans(),
     mixed=st.booleans(),
     form=st.sampled_from(list(FORMS)),
+    way=st.sampled_from(list(WAYS)),
+    peer=st.sampled_from(PEERS),
     dtype=st.sampled_from([torch.float32, torch.float16]),
     seed=st.integers(0, 2**20),
 )
 def test_agrees_with_the_definition(
-    data, options, objective, optimizer, shape, rows, bias, weighted, mixed, form, dtype, seed
+    data, options, objective, optimizer, shape, rows, bias, weighted, mixed, form, way, peer, dtype, seed
 ):
     torch.manual_seed(seed)
     n_pos, n_neg = (rows[0], rows[0]) if objective.paired else rows
@@ -133,7 +164,8 @@ def test_agrees_with_the_definition(
     if options["norm"] == "none":
         made.weight.data /= shape[0] ** 0.5
     made.x_pos[: n_pos // 4] = 0
-    options = {**options, "objective": objective}
+    made = together(made)
+    options = {**options, "objective": objective, "peer": peer}
     if weighted:
         options["sample_weight"] = torch.rand(n // 2 if objective.paired else n)
     if mixed:
@@ -141,7 +173,9 @@ def test_agrees_with_the_definition(
         made = made._replace(x_pos=torch.cat([made.x_pos, made.x_neg])[order])
         options["is_positive"] = (torch.arange(n) < n_pos)[order]
     with pytest.MonkeyPatch.context() as patch:
-        use(form, patch)
+        # Rows at rest are pulled too where the pull is gated.
+        use(form.replace("listed", "given") if peer is not None and peer.gated else form, patch)
+        go(way, patch)
         compare(made, dtype, x_neg_is_there=not mixed, **options)
 
 
@@ -156,6 +190,100 @@ def test_forms(form, dtype, optimizer, monkeypatch):
     use(form, monkeypatch)
     made = problem(35, 18, 18, 37, optimizer=optimizer, dtype=torch.float32)
     compare(made, dtype, steps=1, objective=ff.Objective())
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype"), [("given", torch.float16), ("on the fly", torch.float32), ("given and split", torch.float32)]
+)
+@pytest.mark.parametrize("way", WAYS)
+def test_ways(way, form, dtype, monkeypatch):
+    """Tiles by bulk copies where layouts allow them, and programs that take several tiles."""
+    use(form, monkeypatch)
+    go(way, monkeypatch)
+    seen = []
+    descriptor = launch.descriptor
+    monkeypatch.setattr(launch, "descriptor", lambda *a: seen.append(descriptor(*a)) or seen[-1])
+    made = together(problem(35, 18, 24, 40, optimizer="adam", dtype=torch.float32))
+    compare(made, dtype, steps=1, objective=ff.Objective(), norm="rms", outputs="pre")
+    assert len(seen) == (4 if "TMA" in WAYS[way] else 0) and None not in seen
+    made = together(problem(35, 18, 23, 41, optimizer="adam", dtype=torch.float32))
+    compare(made, dtype, steps=1, objective=ff.Objective())
+    assert all(found is None for found in seen[4:])
+
+
+@pytest.mark.parametrize(
+    ("activation", "peer"),
+    [*(("relu", peer) for peer in PEERS[1:]), *((name, PEERS[2]) for name in check.ACTIVATIONS if name != "relu")],
+    ids=str,
+)
+def test_peer_normalisation(activation, peer, monkeypatch):
+    """Many more rows and units than one program of any kernel takes at a time."""
+    use("given and split", monkeypatch)
+    monkeypatch.setattr(launch, "INPUT_SPLITS", 3)
+    made = problem(40, 23, 18, 37, optimizer="sgd-momentum", dtype=torch.float32)
+    objective = ff.Objective(goodness="sum", threshold=37.0)
+    compare(made, torch.float32, steps=1, objective=objective, norm="rms", activation=activation, peer=peer)
+
+
+@pytest.mark.parametrize("form", ["on the fly", "given", "listed", "listed and split"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_rows_below_a_slope_are_left_out(form, loss, monkeypatch):
+    use(form, monkeypatch)
+    made = problem(30, 30, 18, 37, optimizer="adam", dtype=torch.float32)
+    soft = {"threshold": 333.0, "temperature": 60.0} if loss == "logistic" else {"alpha": 0.1}
+    objective = ff.Objective(goodness="sum", loss=loss, **soft)
+    states = []
+    for skip_below, backend in ((0.3, "triton"), (0.3, "eager"), (0.0, "eager")):
+        p = made.copy()
+        ff.linear_step_(
+            p.x_pos, p.x_neg, p.weight, p.bias, p.optimizer, objective=objective, skip_below=skip_below,
+            norm="rms", backend=backend,
+        )  # fmt: skip
+        states.append(p.weight.detach())
+    assert error(states[0], states[1]) < 1e-5 < error(states[1], states[2])
+
+
+@pytest.mark.parametrize("norm", check.NORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_shared_product(dtype, norm):
+    """A product that is not the one that belongs there shows that it is used, on both sides."""
+    field = 5
+    made = problem(19, 19, 20, 18, optimizer="sgd", dtype=torch.float32)
+    made.x_neg[:, field:] = made.x_pos[:, field:]
+    for wrong in (0.0, 1.0):
+        results = []
+        for backend in ("triton", "eager"):
+            p = made.copy()
+            product = ff.shared_product(p.x_pos, p.weight, field, compute_dtype=dtype) + wrong
+            step = ff.linear_step_(
+                p.x_pos, p.x_neg, p.weight, p.bias, p.optimizer, compute_dtype=dtype, norm=norm, outputs="pre",
+                label_field=field, product=product, backend=backend,
+            )  # fmt: skip
+            with torch.no_grad():
+                again, _ = ff.linear_forward(
+                    p.x_neg, p.weight, p.bias, compute_dtype=dtype, norm=norm, label_field=field, product=product,
+                    backend=backend,
+                )  # fmt: skip
+            results.append([step.y, step.sumsq, step.loss, p.weight.detach(), again])
+        for mine, theirs in zip(*results, strict=True):
+            assert error(mine, theirs) < 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("form", ["on the fly", "split"])
+@pytest.mark.parametrize("optimizer", ["sgd-nesterov", "adamw", "rmsprop"])
+def test_the_rounded_weight_feeds_the_second_forward(form, optimizer, monkeypatch):
+    use(form, monkeypatch)
+    given = []
+    forward = launch.forward
+    monkeypatch.setattr(
+        launch, "forward", lambda rows, layer, *a, **o: given.append(layer) or forward(rows, layer, *a, **o)
+    )
+    p = problem(9, 4, 17, 19, optimizer=optimizer, dtype=torch.float32)
+    ff.linear_step_(p.x_pos, p.x_neg, p.weight, p.bias, p.optimizer, compute_dtype=torch.float16)
+    expected = p.weight.half()
+    second = torch.float32 if optimizer == "rmsprop" else torch.float16
+    assert [layer.weight.dtype for layer in given] == [torch.float32, second]
+    assert torch.equal(given[1].weight.half(), expected)
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
@@ -180,7 +308,7 @@ def test_coefficients(loss, goodness):
     share = 1.0 / (rows // 2 if objective.paired else rows)
     launch.coefficient_kernel[(1,)](
         partials, blocks, None, None, None, None, rows // 2, rows, width, 20.0, 20.0, 8.0 if objective.paired else 1.0,
-        share, share, sumsq, total, index, coefficient, count, goodness, loss, False, 16,
+        share, share, 0.0, sumsq, total, index, coefficient, count, goodness, loss, False, 4, 16,
     )  # fmt: skip
     is_positive = torch.arange(rows) < rows // 2
     exact = objective.terms(partials.double().sum(0), width, is_positive, (rows // 2, rows // 2))
@@ -354,3 +482,34 @@ def test_a_network_learns():
     optimizer = torch.optim.Adam(net.parameters(), lr=0.03)
     losses = [sum(float(r.loss) for r in net.step(x, x.flip(1), optimizer)) for _ in range(12)]
     assert losses[-1] < losses[0]
+
+
+def test_tuning(monkeypatch, tmp_path):
+    """Every candidate runs on scratch tensors; a clock that prefers one finds that one in the file."""
+    tune = pytest.importorskip("ffkernels.backends.triton.tune")
+    tile = {"forward": configs.INTERPRETED["forward"], "update": configs.INTERPRETED["update"]}
+    candidates = {kernel: [{**tile[kernel], "TMA": 0, "GROUP": group} for group in (1, 2, 3)] for kernel in tile}
+    monkeypatch.setattr(tune, "CANDIDATES", candidates)
+    monkeypatch.setattr(tune, "SHAPES", [(20, 17, 18)])
+    monkeypatch.setattr(configs, "device_names", lambda index: ("A GPU", "sm_90"))
+
+    def timed(run, warmup, rep):
+        run()
+        (config,) = configs.FORCED.values()
+        if config["GROUP"] == 3:
+            raise RuntimeError("no such tile")
+        return 2.0 - config["GROUP"]
+
+    monkeypatch.setattr(tune, "do_bench", timed)
+    configs.for_device.cache_clear()
+    said = []
+    path = tune.tune(tmp_path, 60, said.append, torch.device("cpu"))
+    found = json.loads(path.read_text())
+    assert path.name == "A_GPU.json" and found["tuned"] and found["kernels"] == tune.kernel_hash()
+    for kernel in configs.KERNELS:
+        for kind in configs.KINDS:
+            best = configs.nearest(found[kernel][kind], (20, 17, 18))
+            assert best == {**tile[kernel], "TMA": 0, "GROUP": 2}
+    assert sum("no such tile" in line for line in said) == 6
+    assert tune.tune(tmp_path, -1, said.append, torch.device("cpu")) == path
+    assert said[-1].endswith("no time left")

@@ -94,6 +94,7 @@ def linear_step_(
     bias_state: list[Tensor],
     bias_hyper: list[float],
     bias_lr: Tensor | None,
+    weight_rounded: Tensor | None,
     y: Tensor | None,
     sumsq: Tensor,
     loss_out: Tensor,
@@ -149,6 +150,8 @@ def linear_step_(
     )
     if peers is not None:
         peers.finish()
+    if weight_rounded is not None:
+        weight_rounded.copy_(weight)
 
 
 def _twins(x_pos: Tensor, x_neg: Tensor, label_field: int) -> bool:

@@ -122,6 +122,7 @@ def linear_step_(
     bias_state: list[Tensor],
     bias_hyper: list[float],
     bias_lr: Tensor | None,
+    weight_rounded: Tensor | None,
     y: Tensor | None,
     sumsq: Tensor,
     loss_out: Tensor,
@@ -145,6 +146,8 @@ def linear_step_(
     if bias is not None:
         _set_update(operands, call.bias_update, rule, bias_state, bias_hyper, bias_lr)
     operands.run("ffk_linear_step", call)
+    if weight_rounded is not None:
+        weight_rounded.copy_(weight)
 
 
 class _Operands:

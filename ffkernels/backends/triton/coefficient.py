@@ -58,26 +58,34 @@ def goodness_of(sumsq, width, GOODNESS: tl.constexpr):
 
 
 @triton.jit
+def positive_rows(i, here, is_positive, n_pos):
+    """Which rows `i` of the joint batch there are and are positive."""
+    if is_positive is None:
+        positive = i < n_pos
+    else:
+        positive = tl.load(is_positive + i, mask=here, other=0) != 0
+    return here & positive
+
+
+@triton.jit
 def row_terms(
     i, here,  # rows of the joint batch, and which of them there are
     partials, n_partials,  # [n_partials, rows]
     is_positive, n_positive, sample_weight, threshold,  # [rows], [], [rows or pairs], [] or [rows]; each may be None
     n_pos, rows, width,
-    threshold_pos, threshold_neg, logit_scale, share_pos, share_neg,
+    threshold_pos, threshold_neg, logit_scale, share_pos, share_neg, skip_below,
     GOODNESS: tl.constexpr, LOSS: tl.constexpr, THRESHOLD_PER_ROW: tl.constexpr, PARTIALS: tl.constexpr,
 ):  # fmt: skip
     """Sums of squares, coefficients `c = 2 dLoss/dq` and losses of rows `i`: `Objective.terms`.
 
     `logit_scale` is 1/temperature or alpha, with a minus where positives are minimised; `share_*` one over the number
     of rows that the side's losses are averaged over. `n_positive` overrides the shares by the counts of both sides.
+    Rows whose loss is less steep than `skip_below` get a coefficient of zero.
     """
+    positive = positive_rows(i, here, is_positive, n_pos)
     q = sum_of_partials(partials, n_partials, i, here, rows, PARTIALS)
     goodness = goodness_of(q, width, GOODNESS)
     if LOSS == "logistic":
-        if is_positive is None:
-            positive = i < n_pos
-        else:
-            positive = tl.load(is_positive + i, mask=here, other=0) != 0
         if threshold is None:
             theta = tl.where(positive, threshold_pos, threshold_neg)
         elif THRESHOLD_PER_ROW:
@@ -95,17 +103,17 @@ def row_terms(
         counted = here
     else:
         # Row i of one side and row i of the other share a logit, and have opposite slopes.
-        positive = i < n_pos
         partner = tl.where(positive, i + n_pos, i - n_pos)
         other = goodness_of(sum_of_partials(partials, n_partials, partner, here, rows, PARTIALS), width, GOODNESS)
         slope_of_logit = tl.where(positive, -logit_scale, logit_scale)
         logit = slope_of_logit * (goodness - other)
         share = tl.where(positive, share_pos, share_neg)
         entry = tl.where(positive, i, partner)
-        counted = here & positive
+        counted = positive
     if sample_weight is not None:
         share *= tl.load(sample_weight + entry, mask=here, other=0.0)
     value, slope = value_and_slope(logit, LOSS)
+    slope = tl.where(tl.abs(slope) < skip_below, 0.0, slope)
     c = share * slope_of_logit * slope
     if GOODNESS == "norm":
         # The slope of a root at zero is infinite, but such a row has no activity to move.
@@ -122,30 +130,37 @@ def coefficient_kernel(
     partials, n_partials,
     is_positive, n_positive, sample_weight, threshold,
     n_pos, rows, width,
-    threshold_pos, threshold_neg, logit_scale, share_pos, share_neg,
-    sumsq, loss,  # written: [rows], []
-    index, coefficient, count,  # written: [rows], [rows], []; the rows in doubt come first, in order
-    GOODNESS: tl.constexpr, LOSS: tl.constexpr, THRESHOLD_PER_ROW: tl.constexpr, BLOCK: tl.constexpr,
+    threshold_pos, threshold_neg, logit_scale, share_pos, share_neg, skip_below,
+    sumsq, loss,  # written: [rows], [programs]
+    index, coefficient, count,  # written: [rows], [rows], []; index and count may be None
+    GOODNESS: tl.constexpr, LOSS: tl.constexpr, THRESHOLD_PER_ROW: tl.constexpr, PARTIALS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Lists the rows whose coefficient is not exactly zero, for the update to work through; one program for all rows.
+    """The rows' coefficients, for the update to load: a block of rows in each program, or with `index` a list.
 
-    A row whose loss is saturated has a coefficient of exactly zero in float32, and leaving it out changes nothing.
+    A row whose loss is saturated has a coefficient of exactly zero in float32, and leaving it out changes nothing. One
+    program lists the others in order, and their number.
     """
     kept = 0
     total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, rows, BLOCK):
+    for start in range(tl.program_id(0) * BLOCK, rows, tl.num_programs(0) * BLOCK):
         i = start + tl.arange(0, BLOCK)
         here = i < rows
         q, c, losses = row_terms(
             i, here, partials, n_partials, is_positive, n_positive, sample_weight, threshold, n_pos, rows, width,
-            threshold_pos, threshold_neg, logit_scale, share_pos, share_neg, GOODNESS, LOSS, THRESHOLD_PER_ROW, 0,
+            threshold_pos, threshold_neg, logit_scale, share_pos, share_neg, skip_below,
+            GOODNESS, LOSS, THRESHOLD_PER_ROW, PARTIALS,
         )  # fmt: skip
         tl.store(sumsq + i, q, mask=here)
         total += losses
-        in_doubt = (c != 0) & here
-        place = kept + tl.cumsum(in_doubt.to(tl.int32), axis=0) - 1
-        tl.store(index + place, i, mask=in_doubt)
-        tl.store(coefficient + place, c, mask=in_doubt)
-        kept += tl.sum(in_doubt.to(tl.int32), axis=0)
-    tl.store(count, kept)
-    tl.store(loss, tl.sum(total, axis=0))
+        if index is None:
+            tl.store(coefficient + i, c, mask=here)
+        else:
+            in_doubt = (c != 0) & here
+            place = kept + tl.cumsum(in_doubt.to(tl.int32), axis=0) - 1
+            tl.store(index + place, i, mask=in_doubt)
+            tl.store(coefficient + place, c, mask=in_doubt)
+            kept += tl.sum(in_doubt.to(tl.int32), axis=0)
+    if index is not None:
+        tl.store(count, kept)
+    tl.store(loss + tl.program_id(0), tl.sum(total, axis=0))

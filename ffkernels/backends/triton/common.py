@@ -60,15 +60,27 @@ def gated(kept, ACTIVATION: tl.constexpr):
     """`y act'(z)`, from what the forward kept: `z` for gelu and silu, whose slope needs it, else `y`."""
     if ACTIVATION == "leaky_relu":
         product = tl.where(kept < 0, LEAKY_SLOPE * kept, kept)
-    elif ACTIVATION == "gelu":
-        cdf = 0.5 * (1.0 + tl.erf(kept * INV_SQRT_2))
-        product = kept * cdf * (cdf + kept * tl.exp(-0.5 * kept * kept) * INV_SQRT_2PI)
-    elif ACTIVATION == "silu":
-        s = sigmoid(kept)
-        product = kept * s * (s * (1.0 + kept * sigmoid(-kept)))
+    elif ACTIVATION == "gelu" or ACTIVATION == "silu":
+        product = activate(kept, ACTIVATION) * slope_of(kept, ACTIVATION)
     else:
         product = kept
     return product
+
+
+@triton.jit
+def slope_of(kept, ACTIVATION: tl.constexpr):
+    """`act'(z)`, from what the forward kept."""
+    if ACTIVATION == "relu":
+        slope = tl.where(kept > 0, 1.0, 0.0)
+    elif ACTIVATION == "leaky_relu":
+        slope = tl.where(kept > 0, 1.0, LEAKY_SLOPE)
+    elif ACTIVATION == "gelu":
+        slope = 0.5 * (1.0 + tl.erf(kept * INV_SQRT_2)) + kept * tl.exp(-0.5 * kept * kept) * INV_SQRT_2PI
+    elif ACTIVATION == "silu":
+        slope = sigmoid(kept) * (1.0 + kept * sigmoid(-kept))
+    else:
+        slope = tl.full(kept.shape, 1.0, tl.float32)
+    return slope
 
 
 @triton.jit

@@ -29,6 +29,10 @@ KERNELS = ("forward", "update")
 
 Config = dict[str, int]
 
+# What a configuration need not mention. TMA: tiles come by bulk copies (sm_90 and newer) where layouts allow them.
+# PERSISTENT: so many programs for each processor take tiles in turn, instead of one program for each tile.
+DEFAULTS: dict[str, Config] = {"forward": {"TMA": 0, "PERSISTENT": 0}, "update": {"TMA": 0}}
+
 # The interpreter works through programs one by one in NumPy: small tiles make every loop and edge run.
 INTERPRETED: dict[str, Config] = {
     "forward": {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "GROUP": 2},
@@ -44,10 +48,12 @@ _log = logging.getLogger(__name__)
 def choose(kernel: str, kind: str, shape: tuple[int, int, int], device: torch.device) -> Config:
     """The configuration for a kernel and its operands at a shape (rows, in, out) on this device."""
     if kernel in FORCED:
-        return FORCED[kernel]
-    if interpreted():
-        return INTERPRETED[kernel]
-    return dict(nearest(for_device(device.index)[kernel][kind], shape))
+        config = FORCED[kernel]
+    elif interpreted():
+        config = INTERPRETED[kernel]
+    else:
+        config = nearest(for_device(device.index)[kernel][kind], shape)
+    return {**DEFAULTS[kernel], **config}
 
 
 def nearest(entries: list[dict[str, Any]], shape: tuple[int, int, int]) -> Config:

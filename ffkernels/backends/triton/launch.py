@@ -4,30 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs, rules
 from .coefficient import coefficient_kernel
 from .finish import finish_kernel
 from .forward import forward_kernel
+from .peers import peers_kernel
 from .support import interpreted
 from .update import update_kernel
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # From this many rows on, rounding the weight once costs less than rounding its tiles for every block of rows.
 ROUND_WEIGHT_ROWS = 512
-# The list of rows in doubt costs one program a walk over the rows, and may save most of the update's product.
-LIST_ROWS = 512
-LIST_ELEMENTS = 1 << 20
-# Up to this many column blocks are added in every program of the update; more are added once, for the list.
-PARTIALS_ON_THE_FLY = 64
-LIST_BLOCK = {False: 1024, True: 16}
+# From this size on, a launch that makes the coefficients once costs less than making them again for every tile.
+COEFFICIENT_ROWS = 512
+COEFFICIENT_ELEMENTS = 1 << 20
+# Up to this many column blocks are added up at once, and where they are few, in every program of the update.
+PARTIALS_AT_ONCE = 64
+# Rows that a program of the coefficient kernel takes at a time, with or without a list, and numbers in its registers.
+COEFFICIENT_BLOCK = {"listed": 1024, "given": 128}
+COEFFICIENT_NUMBERS = 16384
+PEERS_BLOCK = {
+    False: {"BLOCK_OUT": 1024, "BLOCK_IN": 64, "BLOCK_K": 64},
+    True: {"BLOCK_OUT": 16, "BLOCK_IN": 16, "BLOCK_K": 4},
+}
+# Of how many parts the sum of the positive rows is put together at most.
+INPUT_SPLITS = 16
 FINISH_BLOCK = {False: {"BLOCK_OUT": 16, "BLOCK_IN": 128}, True: {"BLOCK_OUT": 16, "BLOCK_IN": 16}}
 # A split of the batch has at least this many blocks of rows.
 MIN_BLOCKS_PER_SPLIT = 4
@@ -43,6 +54,18 @@ class Rows(NamedTuple):
     @property
     def total(self) -> int:
         return self.x_pos.shape[0] + self.x_neg.shape[0]
+
+    @property
+    def as_one(self) -> Tensor | None:
+        """All rows `[rows, in]` as one tensor, where they lie together in memory."""
+        a, b = self.x_pos, self.x_neg
+        if not b.shape[0]:
+            return a
+        storage = a.untyped_storage()
+        end = a.storage_offset() + a.shape[0] * a.stride(0)
+        if b.untyped_storage().data_ptr() != storage.data_ptr() or b.storage_offset() != end:
+            return None
+        return a.as_strided((self.total, a.shape[1]), a.stride()) if a.stride() == b.stride() else None
 
     def arguments(self) -> dict[str, Any]:
         return {
@@ -76,6 +99,10 @@ class Layer(NamedTuple):
         """Whether rows are scaled before they are rounded: float16 has no room for rows of any length."""
         return self.norm != "none" and self.compute_dtype == torch.float16 and rows.x_pos.dtype == torch.float32
 
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
     def arithmetic(self) -> dict[str, Any]:
         """Constants of the products."""
         precision = "ieee"
@@ -89,12 +116,29 @@ class Layer(NamedTuple):
         }
 
 
+class Sums(NamedTuple):
+    """What the forward has summed up: squares `[column blocks, rows]`, positive rows `[row blocks, out]` if wanted."""
+
+    partials: Tensor
+    units: Tensor | None
+
+
 class Activities(NamedTuple):
     """What a forward leaves for the update; `kept` is `y`, or `z` where the slope needs it."""
 
     kept: Tensor
     row_scale: Tensor | None
     partials: Tensor
+
+
+class Pull(NamedTuple):
+    """Peer normalisation's part: `[2, out]` each row's pull and that of all, `[splits, in]` what it is multiplied by.
+
+    Gated, there are no sums: the pull joins the rows' own product.
+    """
+
+    pull: Tensor
+    input_sums: Tensor | None
 
 
 def joint(x_pos: Tensor, x_neg: Tensor, sumsq: Tensor | None) -> Rows:
@@ -116,45 +160,127 @@ def kind_of(compute_dtype: torch.dtype, *operands: Tensor) -> str:
     return "half" if all(t.dtype == compute_dtype for t in operands) else "mixed"
 
 
-def forward(rows: Rows, layer: Layer, y: Tensor | None, z: Tensor | None, row_scale: Tensor | None) -> Tensor:
-    """Launches the forward, which writes what it is given; returns sums of squares `[column blocks, rows]`."""
+def descriptor(tensor: Tensor | None, block: list[int]) -> TensorDescriptor | None:
+    """`tensor` for the bulk copies of Hopper and newer; None where its layout, or the device, does not allow them."""
+    if tensor is None or not tensor.numel() or tensor.stride(1) != 1:
+        return None
+    if tensor.data_ptr() % 16 or tensor.stride(0) * tensor.element_size() % 16:
+        return None
+    if not interpreted() and not has_bulk_copies(tensor.device):
+        return None
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block)
+
+
+def forward(
+    rows: Rows,
+    layer: Layer,
+    y: Tensor | None,
+    z: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    shared: tuple[Tensor, int] | None = None,
+    sum_units: bool = False,
+    is_positive: Tensor | None = None,
+) -> Sums:
+    """Launches the forward, which writes what it is given.
+
+    Args:
+        shared: `product` and `label_field` of `ops.SCHEMAS`.
+        sum_units: whether the activities of positive rows are summed up.
+        is_positive: which those are; None for the first side.
+    """
     weight = layer.weight
     if layer.compute_dtype != weight.dtype and rows.total >= ROUND_WEIGHT_ROWS:
         weight = weight.to(layer.compute_dtype)
     out_features, in_features = weight.shape
     kind = kind_of(layer.compute_dtype, rows.x_pos, weight)
     config = configs.choose("forward", kind, (rows.total, in_features, out_features), weight.device)
-    column_blocks = triton.cdiv(out_features, config["BLOCK_N"])
+    row_blocks, column_blocks = (
+        triton.cdiv(size, config[block]) for size, block in ((rows.total, "BLOCK_M"), (out_features, "BLOCK_N"))
+    )
     partials = weight.new_empty(column_blocks, rows.total, dtype=torch.float32)
-    grid = (triton.cdiv(rows.total, config["BLOCK_M"]) * column_blocks,)
-    if not grid[0]:
-        return partials
-    with _device_of(weight):
-        forward_kernel[grid](
+    units = weight.new_empty(row_blocks, out_features, dtype=torch.float32) if sum_units else None
+    x_tiles = weight_tiles = None
+    if config["TMA"] and shared is None:
+        x_tiles = descriptor(rows.as_one, [config["BLOCK_M"], config["BLOCK_K"]])
+        weight_tiles = descriptor(weight, [config["BLOCK_N"], config["BLOCK_K"]])
+    bulk = x_tiles is not None and weight_tiles is not None
+    programs = row_blocks * column_blocks
+    if config["PERSISTENT"]:
+        programs = min(programs, config["PERSISTENT"] * processors(weight.device))
+    product, columns = (None, in_features) if shared is None else (shared[0].contiguous(), shared[1])
+    if programs:
+        with _device_of(weight):
+            forward_kernel[(programs,)](
+                **rows.arguments(),
+                input_sumsq=rows.sumsq if layer.norm != "none" else None,
+                weight=weight,
+                bias=layer.bias,
+                x_tiles=x_tiles if bulk else None,
+                weight_tiles=weight_tiles if bulk else None,
+                product=product,
+                is_positive=None if is_positive is None else is_positive.view(torch.uint8),
+                y=y,
+                kept=z,
+                row_scale=row_scale,
+                partials=partials,
+                unit_sums=units,
+                columns=columns,
+                in_features=in_features,
+                out_features=out_features,
+                weight_row=weight.stride(0),
+                weight_col=weight.stride(1),
+                bias_stride=layer.bias.stride(0) if layer.bias is not None else 0,
+                y_row=y.stride(0) if y is not None else 0,
+                y_col=y.stride(1) if y is not None else 0,
+                eps=layer.eps,
+                NORM=layer.norm,
+                EPS_MODE=layer.eps_mode,
+                ACTIVATION=layer.activation,
+                SCALE_FIRST=layer.scales_first(rows) and shared is None,
+                **layer.arithmetic(),
+                **{**config, "TMA": int(bulk), "PERSISTENT": int(config["PERSISTENT"] > 0)},
+            )
+    return Sums(partials, units)
+
+
+def pull(
+    rows: Rows,
+    layer: Layer,
+    units: Tensor,
+    row_scale: Tensor | None,
+    is_positive: Tensor | None,
+    mean: Tensor,
+    strength: float,
+    momentum: float,
+    gated: bool,
+) -> Pull:
+    """Launches peer normalisation, which moves `mean` `[out]`; `units` from a forward with `sum_units`."""
+    out_features, in_features = layer.weight.shape
+    block = PEERS_BLOCK[interpreted()]
+    splits = max(1, min(INPUT_SPLITS, rows.total // (8 * block["BLOCK_K"])))
+    made = layer.weight.new_empty(2, out_features)
+    sums = None if gated else layer.weight.new_empty(splits, in_features)
+    with _device_of(mean):
+        peers_kernel[(1 if gated else 1 + splits * triton.cdiv(in_features, block["BLOCK_IN"]),)](
             **rows.arguments(),
-            input_sumsq=rows.sumsq if layer.norm != "none" else None,
-            weight=weight,
-            bias=layer.bias,
-            y=y,
-            kept=z,
+            unit_sums=units,
+            row_blocks=units.shape[0],
             row_scale=row_scale,
-            partials=partials,
+            is_positive=None if is_positive is None else is_positive.view(torch.uint8),
+            # How many rows a mask marks is known on the device only, and stays there.
+            n_positive=None if is_positive is None else is_positive.sum(),
             in_features=in_features,
             out_features=out_features,
-            weight_row=weight.stride(0),
-            weight_col=weight.stride(1),
-            bias_stride=layer.bias.stride(0) if layer.bias is not None else 0,
-            y_row=y.stride(0) if y is not None else 0,
-            y_col=y.stride(1) if y is not None else 0,
-            eps=layer.eps,
-            NORM=layer.norm,
-            EPS_MODE=layer.eps_mode,
-            ACTIVATION=layer.activation,
-            SCALE_FIRST=layer.scales_first(rows),
-            **layer.arithmetic(),
-            **config,
+            mean=mean,
+            mean_stride=mean.stride(0),
+            strength=strength,
+            momentum=momentum,
+            pull=made,
+            input_sums=sums,
+            splits=splits,
+            **block,
         )
-    return partials
+    return Pull(made, sums)
 
 
 class Terms(NamedTuple):
@@ -162,6 +288,11 @@ class Terms(NamedTuple):
 
     arguments: dict[str, Any]
     constants: dict[str, Any]
+
+    @property
+    def leaves_rows_out(self) -> bool:
+        """Whether many coefficients may be exactly zero: a mean goodness hardly ever saturates a loss in float32."""
+        return self.constants["GOODNESS"] == "sum" or self.arguments["skip_below"] > 0
 
 
 def terms(
@@ -177,6 +308,7 @@ def terms(
     reduction: str,
     temperature: float,
     alpha: float,
+    skip_below: float,
 ) -> Terms:
     """The objective as `coefficient.row_terms` takes it."""
     paired = loss != "logistic"
@@ -195,7 +327,7 @@ def terms(
         threshold_pos = threshold_neg = float(threshold)
         threshold = None
     arguments = {
-        "is_positive": None if is_positive is None else is_positive.contiguous().view(torch.uint8),
+        "is_positive": None if is_positive is None else is_positive.view(torch.uint8),
         "n_positive": n_positive,
         "sample_weight": vector(sample_weight),
         "threshold": vector(threshold),
@@ -204,6 +336,7 @@ def terms(
         "logit_scale": (alpha if paired else 1.0 / temperature) * (1.0 if maximize else -1.0),
         "share_pos": 1.0 / max(counts[0], 1),
         "share_neg": 1.0 / max(counts[1], 1),
+        "skip_below": skip_below,
     }
     constants = {
         "GOODNESS": goodness,
@@ -218,12 +351,13 @@ def update(
     layer: Layer,
     activities: Activities,
     terms: Terms,
+    peers: Pull | None,
     rule: str,
     parameters: dict[str, Any],
     sumsq: Tensor,
     loss: Tensor,
 ) -> None:
-    """Launches the update: after the list of rows in doubt where that pays, split where its tiles are too few."""
+    """Launches the update: after the coefficients where making them once pays, split where its tiles are too few."""
     weight, kept = layer.weight, activities.kept
     out_features, in_features = weight.shape
     kind = "float32" if layer.compute_dtype == torch.float32 else kind_of(layer.compute_dtype, rows.x_pos)
@@ -234,34 +368,30 @@ def update(
         triton.cdiv(rows.total, config["BLOCK_K"]),
         processors(weight.device),
     )
-    index = coefficient = count = partial_weight = partial_bias = None
-    partial_loss = loss
+    gated = peers is not None and peers.input_sums is None
+    form = coefficient_form(
+        rows.total, in_features * out_features, n_partials, leave_out=terms.leaves_rows_out and not gated
+    )
+    made = Coefficients()
+    partial_weight = partial_bias = partial_loss = None
+    pulling = {
+        "pull": None if peers is None else peers.pull,
+        "input_sums": None if peers is None else peers.input_sums,
+        "input_splits": 0 if peers is None or peers.input_sums is None else peers.input_sums.shape[0],
+    }
     with _device_of(weight):
-        listed = lists_rows(rows.total, in_features, out_features, n_partials)
-        if listed:
-            index = weight.new_empty(rows.total, dtype=torch.int32)
-            coefficient = weight.new_empty(rows.total)
-            count = weight.new_empty((), dtype=torch.int32)
-            coefficient_kernel[(1,)](
-                **terms.arguments,
-                partials=activities.partials,
-                n_partials=n_partials,
-                n_pos=rows.x_pos.shape[0],
-                rows=rows.total,
-                width=out_features,
-                sumsq=sumsq,
-                loss=loss,
-                index=index,
-                coefficient=coefficient,
-                count=count,
-                **terms.constants,
-                BLOCK=LIST_BLOCK[interpreted()],
-                num_warps=8,
-            )
+        if form != "on the fly":
+            made = coefficients(rows, layer, activities.partials, terms, form, sumsq, loss)
         if splits > 1:
             partial_weight = weight.new_empty(splits, out_features, in_features)
             partial_bias = weight.new_empty(splits, out_features) if layer.bias is not None else None
-            partial_loss = weight.new_empty(splits)
+            if form == "on the fly":
+                partial_loss = weight.new_empty(splits)
+        x_tiles = kept_tiles = None
+        if config["TMA"] and form != "listed":
+            x_tiles = descriptor(rows.as_one, [config["BLOCK_K"], config["BLOCK_IN"]])
+            kept_tiles = descriptor(kept, [config["BLOCK_K"], config["BLOCK_OUT"]])
+        bulk = x_tiles is not None and kept_tiles is not None
         blocks_out = triton.cdiv(out_features, config["BLOCK_OUT"])
         # Without a bias one program more than there are tiles is enough: the one that sums up the loss.
         row_programs = blocks_out if layer.bias is not None else 1
@@ -270,29 +400,35 @@ def update(
             **rows.arguments(),
             kept=kept,
             row_scale=activities.row_scale,
+            x_tiles=x_tiles if bulk else None,
+            kept_tiles=kept_tiles if bulk else None,
             in_features=in_features,
             out_features=out_features,
             kept_row=kept.stride(0),
             kept_col=kept.stride(1),
-            index=index,
-            coefficient=coefficient,
-            count=count,
+            index=made.index,
+            coefficient=made.coefficient,
+            count=made.count,
             partials=activities.partials,
             n_partials=n_partials,
             **terms.arguments,
             sumsq=sumsq,
-            loss=partial_loss,
+            row_losses=made.row_losses,
+            n_row_losses=0 if made.row_losses is None else made.row_losses.shape[0],
+            loss=loss if partial_loss is None else partial_loss,
+            **pulling,
             **parameters,
             partial_weight=partial_weight,
             partial_bias=partial_bias,
             RULE=rule,
             ACTIVATION=layer.activation,
             **terms.constants,
-            PARTIALS=triton.next_power_of_2(n_partials) if not listed else 0,
+            PARTIALS=at_once(n_partials),
+            PULL_GATED=gated,
             HAS_BIAS=layer.bias is not None,
             SCALE_X=layer.scales_first(rows),
             **layer.arithmetic(),
-            **config,
+            **{**config, "TMA": int(bulk)},
         )
         if splits > 1:
             block = FINISH_BLOCK[interpreted()]
@@ -300,16 +436,61 @@ def update(
             finish_kernel[(tiles + triton.cdiv(out_features, block["BLOCK_OUT"]),)](
                 partial_weight=partial_weight,
                 partial_bias=partial_bias,
-                partial_loss=None if listed else partial_loss,
+                partial_loss=partial_loss,
                 loss=loss,
                 splits=splits,
                 in_features=in_features,
                 out_features=out_features,
+                **pulling,
                 **parameters,
                 RULE=rule,
                 HAS_BIAS=layer.bias is not None,
                 **block,
             )
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """What a launch of its own has made of the rows; the update makes the rest on the fly."""
+
+    row_losses: Tensor | None = None
+    index: Tensor | None = None
+    coefficient: Tensor | None = None
+    count: Tensor | None = None
+
+
+def coefficients(
+    rows: Rows, layer: Layer, partials: Tensor, terms: Terms, form: str, sumsq: Tensor, loss: Tensor
+) -> Coefficients:
+    """Launches the coefficient kernel: "listed" by one program, "given" row by row by many."""
+    weight, listed = layer.weight, form == "listed"
+    at_a_time = at_once(partials.shape[0])
+    block = min(COEFFICIENT_BLOCK[form], COEFFICIENT_NUMBERS // max(at_a_time, 1)) if not interpreted() else 16
+    programs = 1 if listed else max(1, triton.cdiv(rows.total, block))
+    made = Coefficients(
+        row_losses=None if listed else weight.new_empty(programs),
+        index=weight.new_empty(rows.total, dtype=torch.int32) if listed else None,
+        coefficient=weight.new_empty(rows.total),
+        count=weight.new_empty((), dtype=torch.int32) if listed else None,
+    )
+    coefficient_kernel[(programs,)](
+        **terms.arguments,
+        partials=partials,
+        n_partials=partials.shape[0],
+        n_pos=rows.x_pos.shape[0],
+        rows=rows.total,
+        width=layer.out_features,
+        sumsq=sumsq,
+        loss=loss if listed else made.row_losses,
+        index=made.index,
+        coefficient=made.coefficient,
+        count=made.count,
+        **terms.constants,
+        PARTIALS=at_a_time,
+        BLOCK=block,
+        num_warps=8 if listed else 4,
+    )
+    return made
 
 
 def parameter_arguments(
@@ -322,9 +503,10 @@ def parameter_arguments(
     bias_state: list[Tensor],
     bias_hyper: list[float],
     bias_lr: Tensor | None,
+    weight_rounded: Tensor | None,
 ) -> dict[str, Any]:
     """Parameters, their state and the rule's numbers. Counts Adam's step."""
-    arguments: dict[str, Any] = {"weight": weight, "bias": bias}
+    arguments: dict[str, Any] = {"weight": weight, "bias": bias, "weight_rounded": weight_rounded}
     arguments |= {"weight_row": weight.stride(0), "weight_col": weight.stride(1)}
     arguments["bias_stride"] = bias.stride(0) if bias is not None else 0
     for slot in range(2):
@@ -340,10 +522,19 @@ def parameter_arguments(
     return arguments | rules.numbers("bias", rule if bias is not None else "grad", bias_state, bias_hyper, bias_lr)
 
 
-def lists_rows(rows: int, in_features: int, out_features: int, n_partials: int) -> bool:
-    """Whether a launch of its own makes the coefficients once and lists the rows in doubt."""
-    pays = rows >= LIST_ROWS and in_features * out_features >= LIST_ELEMENTS
-    return pays or n_partials > PARTIALS_ON_THE_FLY
+def coefficient_form(
+    rows: int, elements: int, n_partials: int, leave_out: bool
+) -> Literal["on the fly", "given", "listed"]:
+    """How the update comes by its coefficients: made in every program, by a launch of their own, or listed by it."""
+    large = rows >= COEFFICIENT_ROWS and elements >= COEFFICIENT_ELEMENTS
+    if large and leave_out:
+        return "listed"
+    return "given" if large or n_partials > PARTIALS_AT_ONCE else "on the fly"
+
+
+def at_once(n_partials: int) -> int:
+    """PARTIALS of `coefficient.sum_of_partials`."""
+    return triton.next_power_of_2(n_partials) if n_partials <= PARTIALS_AT_ONCE else 0
 
 
 def count_splits(tiles: int, row_blocks: int, programs: int) -> int:
@@ -355,6 +546,14 @@ def count_splits(tiles: int, row_blocks: int, programs: int) -> int:
 def processors(device: torch.device) -> int:
     """Processors of a device; the interpreter's one."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@lru_cache
+def has_bulk_copies(device: torch.device) -> bool:
+    """Whether the device has the tensor memory accelerator."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ SLOTS = 9
 def apply_rule(
     gradient, here,  # a tile, or a vector, and which of its elements there are
     parameter, at, state0, at0, state1, at1,  # pointers and offsets; what a rule does not use may be None
+    rounded, at_rounded,  # where the new parameter goes in a narrower dtype, or None
     lr, lr_pointer, step_pointer, h0, h1, h2, h3, h4, h5, h6, h7, h8,
     RULE: tl.constexpr,
 ):  # fmt: skip
@@ -58,6 +59,8 @@ def apply_rule(
             denominator = tl.sqrt_rn(second / correction2) + h6
             p = p * (1.0 - lr * h2) - (lr / correction1) * (first / denominator)
         tl.store(parameter + at, p, mask=here)
+        if rounded is not None:
+            tl.store(rounded + at_rounded, p.to(rounded.dtype.element_ty), mask=here)
 
 
 def numbers(

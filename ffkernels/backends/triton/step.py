@@ -25,9 +25,10 @@ def linear_forward(
 ) -> tuple[Tensor, Tensor]:
     """See `ops.SCHEMAS`."""
     layer = launch.Layer(weight, bias, norm, eps, eps_mode, activation, compute_dtype)
-    rows = _rows(x_pos, x_neg, input_sumsq, layer)
+    shared = None if product is None else (product, label_field)
+    rows = _rows(x_pos, x_neg, input_sumsq, layer, shared is not None)
     y = weight.new_empty(rows.total, weight.shape[0], dtype=compute_dtype)
-    partials = launch.forward(rows, layer, y, z=None, row_scale=None)
+    partials, _ = launch.forward(rows, layer, y, shared=shared)
     # Adding them in the kernel's last program would need counters set to zero first: a launch as well.
     return y, partials.sum(0) if len(partials) > 1 else partials[0]
 
@@ -68,35 +69,41 @@ def linear_step_(
     bias_state: list[Tensor],
     bias_hyper: list[float],
     bias_lr: Tensor | None,
+    weight_rounded: Tensor | None,
     y: Tensor | None,
     sumsq: Tensor,
     loss_out: Tensor,
 ) -> None:
     """See `ops.SCHEMAS`."""
     layer = launch.Layer(weight, bias, norm, eps, eps_mode, activation, compute_dtype)
-    rows = _rows(x_pos, x_neg, input_sumsq, layer)
+    shared = None if product is None else (product, label_field)
+    rows = _rows(x_pos, x_neg, input_sumsq, layer, shared is not None)
+    is_positive = launch.vector(is_positive)
     n, width = rows.total, weight.shape[0]
     kept = y if y is not None and not layer.keeps_z else weight.new_empty(n, width, dtype=compute_dtype)
     row_scale = weight.new_empty(n) if norm != "none" else None
-    if layer.keeps_z:
-        partials = launch.forward(rows, layer, y, kept, row_scale)
-    else:
-        partials = launch.forward(rows, layer, kept, None, row_scale)
+    activity, z = (y, kept) if layer.keeps_z else (kept, None)
+    partials, units = launch.forward(rows, layer, activity, z, row_scale, shared, peer_mean is not None, is_positive)
+    peers = None
+    if peer_mean is not None and units is not None:
+        peers = launch.pull(
+            rows, layer, units, row_scale, is_positive, peer_mean, peer_strength, peer_momentum, peer_gated
+        )  # fmt: skip
     terms = launch.terms(
         rows, is_positive, sample_weight, goodness, threshold_pos, threshold_neg, threshold, loss, maximize, reduction,
-        temperature, alpha,
+        temperature, alpha, skip_below,
     )  # fmt: skip
     parameters = launch.parameter_arguments(
-        rule, weight, weight_state, weight_hyper, weight_lr, bias, bias_state, bias_hyper, bias_lr
+        rule, weight, weight_state, weight_hyper, weight_lr, bias, bias_state, bias_hyper, bias_lr, weight_rounded
     )
-    launch.update(
-        rows, layer, launch.Activities(kept, row_scale, partials), terms, rule, parameters, sumsq, loss_out
-    )  # fmt: skip
+    activities = launch.Activities(kept, row_scale, partials)
+    launch.update(rows, layer, activities, terms, peers, rule, parameters, sumsq, loss_out)
 
 
-def _rows(x_pos: Tensor, x_neg: Tensor, sumsq: Tensor | None, layer: launch.Layer) -> launch.Rows:
+def _rows(x_pos: Tensor, x_neg: Tensor, sumsq: Tensor | None, layer: launch.Layer, shares: bool) -> launch.Rows:
     rows = launch.joint(x_pos, x_neg, sumsq)
-    if rows.sumsq is None and layer.scales_first(rows):
-        # The one case in which normalising costs a pass of its own: float16 products of raw float32 rows.
+    if rows.sumsq is None and layer.norm != "none" and (shares or layer.scales_first(rows)):
+        # Normalising costs a pass of its own where float32 rows go into a float16 product, which must know their
+        # lengths first, and where the product does not read the whole of them.
         rows = rows._replace(sumsq=torch.cat([row_sumsq(x, torch.float32) for x in (rows.x_pos, rows.x_neg)]))
     return rows

@@ -18,33 +18,42 @@ from .configs import Config
 
 # Rows, in, out: small batches of wide layers, and batches that fill a GPU.
 SHAPES = [(200, 1000, 1000), (256, 2000, 2000), (8192, 2048, 2048), (100_000, 784, 500)]
+
+
+def _forward(m: int, n: int, k: int, warps: int, stages: int, tma: int = 0, persistent: int = 0) -> Config:
+    tile = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP": 8, "num_warps": warps, "num_stages": stages}
+    return tile | {"TMA": tma, "PERSISTENT": persistent}
+
+
+def _update(o: int, i: int, k: int, warps: int, stages: int, parts: int, tma: int = 0) -> Config:
+    tile = {"BLOCK_OUT": o, "BLOCK_IN": i, "BLOCK_K": k, "GROUP": 8, "num_warps": warps, "num_stages": stages}
+    return tile | {"PARTS": parts, "TMA": tma}
+
+
 # Small and large tiles; the keys are those of the kernels.
 CANDIDATES = {
     "forward": [
-        {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP": 8, "num_warps": warps, "num_stages": stages}
-        for m, n, k, warps, stages in [
-            (32, 32, 64, 4, 3), (64, 32, 64, 4, 3), (64, 64, 64, 4, 3), (64, 128, 64, 4, 3), (128, 64, 32, 4, 3),
-            (128, 128, 32, 8, 3), (128, 128, 64, 8, 3), (128, 256, 64, 8, 3), (64, 64, 32, 4, 2),
-        ]
+        _forward(32, 32, 64, 4, 3), _forward(64, 32, 64, 4, 3), _forward(64, 64, 64, 4, 3), _forward(64, 128, 64, 4, 3),
+        _forward(128, 64, 32, 4, 3), _forward(128, 128, 32, 8, 3), _forward(128, 128, 64, 8, 3),
+        _forward(128, 256, 64, 8, 3), _forward(64, 64, 32, 4, 2), _forward(128, 128, 64, 8, 4, tma=1),
+        _forward(128, 256, 64, 8, 4, tma=1), _forward(128, 256, 64, 8, 3, tma=1, persistent=1),
     ],
     "update": [
-        {"BLOCK_OUT": o, "BLOCK_IN": i, "BLOCK_K": k, "GROUP": 8, "PARTS": p, "num_warps": warps, "num_stages": stages}
-        for o, i, k, warps, stages, p in [
-            (32, 64, 32, 4, 2, 1), (64, 64, 32, 4, 3, 2), (64, 64, 64, 4, 3, 2), (64, 128, 32, 4, 3, 2),
-            (64, 128, 64, 4, 3, 2), (128, 128, 32, 8, 3, 2), (128, 128, 64, 8, 3, 2), (128, 128, 64, 8, 2, 4),
-        ]
+        _update(32, 64, 32, 4, 2, 1), _update(64, 64, 32, 4, 3, 2), _update(64, 64, 64, 4, 3, 2),
+        _update(64, 128, 32, 4, 3, 2), _update(64, 128, 64, 4, 3, 2), _update(128, 128, 32, 8, 3, 2),
+        _update(128, 128, 64, 8, 3, 2), _update(128, 128, 64, 8, 2, 4), _update(128, 128, 64, 8, 3, 2, tma=1),
+        _update(128, 128, 64, 8, 4, 2, tma=1), _update(128, 256, 64, 8, 3, 8, tma=1),
     ],
 }  # fmt: skip
-SOURCES = ("common", "forward", "coefficient", "rules", "update", "finish")
+SOURCES = ("common", "forward", "coefficient", "rules", "peers", "update", "finish")
 
 
-def tune(folder: Path, seconds: float, say: Callable[[str], None]) -> Path:
-    """Tunes for the current device, for `seconds` at most; shapes that time leaves out keep what they had.
+def tune(folder: Path, seconds: float, say: Callable[[str], None], device: torch.device) -> Path:
+    """Tunes for a device, for `seconds` at most; shapes that time leaves out keep what they had.
 
     Returns:
         The file that was written.
     """
-    device = torch.device("cuda", torch.cuda.current_device())
     name, _ = configs.device_names(device.index)
     found: dict[str, Any] = json.loads(json.dumps(configs.for_device(device.index)))
     for kernel in configs.KERNELS:
@@ -52,9 +61,8 @@ def tune(folder: Path, seconds: float, say: Callable[[str], None]) -> Path:
             found[kernel].setdefault(kind, [])
     deadline = time.monotonic() + seconds
     for kernel, kind, shape in _work():
-        best = _best(kernel, kind, shape, device, deadline)
+        best = _best(kernel, kind, shape, device, deadline, say)
         if best is None:
-            say(f"{kernel} {kind} {shape}: no time left")
             continue
         entries = [entry for entry in found[kernel][kind] if tuple(entry["shape"]) != shape]
         found[kernel][kind] = [*entries, {"shape": list(shape), "config": best[0], "ms": round(best[1], 4)}]
@@ -90,17 +98,29 @@ def _work() -> Iterator[tuple[str, str, tuple[int, int, int]]]:
 
 
 def _best(
-    kernel: str, kind: str, shape: tuple[int, int, int], device: torch.device, deadline: float
+    kernel: str,
+    kind: str,
+    shape: tuple[int, int, int],
+    device: torch.device,
+    deadline: float,
+    say: Callable[[str], None],
 ) -> tuple[Config, float] | None:
+    """The fastest candidate and its milliseconds; None where time does not last for all, or none runs."""
     run = _scratch(kernel, kind, shape, device)
     best: tuple[Config, float] | None = None
     for config in CANDIDATES[kernel]:
         if time.monotonic() > deadline:
-            break
+            say(f"{kernel} {kind} {shape}: no time left")
+            return None
+        if config["TMA"] and not launch.has_bulk_copies(device):
+            continue
         configs.FORCED[kernel] = config
         try:
             milliseconds = float(do_bench(run, warmup=5, rep=30))
         except triton.runtime.errors.OutOfResources:
+            continue
+        except Exception as error:  # one candidate that a compiler cannot take must not cost the others
+            say(f"{kernel} {kind} {shape}: {config} fails with {type(error).__name__}: {error}")
             continue
         finally:
             configs.FORCED.clear()
@@ -123,13 +143,13 @@ def _scratch(kernel: str, kind: str, shape: tuple[int, int, int], device: torch.
     scale = torch.empty(rows, device=device)
     if kernel == "forward":
         operand = weight.to(raw)
-        return lambda: launch.forward(batch, layer._replace(weight=operand), y, None, scale)
-    partials = launch.forward(batch, layer, y, None, scale)
-    terms = launch.terms(batch, None, None, "mean", 2.0, 2.0, None, "logistic", True, "mean", 1.0, 4.0)
+        return lambda: launch.forward(batch, layer._replace(weight=operand), y, row_scale=scale)
+    partials, _ = launch.forward(batch, layer, y, row_scale=scale)
+    terms = launch.terms(batch, None, None, "mean", 2.0, 2.0, None, "logistic", True, "mean", 1.0, 4.0, 0.0)
     states = [[torch.zeros_like(p), torch.zeros_like(p), torch.zeros(())] for p in (weight, bias)]
     # A rate of zero, and decoupled decay: the weight stays as it is however often the step is timed.
     hyper = [0.0, 0.9, 0.999, 1e-8, 0.01, 1.0, 0.0]
-    parameters = launch.parameter_arguments("adam", weight, states[0], hyper, None, bias, states[1], hyper, None)
+    parameters = launch.parameter_arguments("adam", weight, states[0], hyper, None, bias, states[1], hyper, None, None)
     sumsq, loss = torch.empty(rows, device=device), torch.empty((), device=device)
     activities = launch.Activities(y, scale, partials)
-    return lambda: launch.update(batch, layer, activities, terms, "adam", parameters, sumsq, loss)
+    return lambda: launch.update(batch, layer, activities, terms, None, "adam", parameters, sumsq, loss)

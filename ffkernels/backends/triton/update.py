@@ -3,22 +3,25 @@
 import triton
 import triton.language as tl
 
-from .coefficient import row_terms
-from .common import gated, grouped, joint_rows, operand, power_of_two_below
+from .coefficient import positive_rows, row_terms
+from .common import gated, grouped, joint_rows, operand, power_of_two_below, slope_of
+from .peers import with_pull
 from .rules import apply_rule
 
 
 @triton.jit
 def update_kernel(
     x_pos, x_neg, kept, row_scale,  # [n_pos, in], [rows - n_pos, in], [rows, out], [rows] or None
+    x_tiles, kept_tiles,  # rows and activities again as tensor descriptors, under TMA
     n_pos, rows, in_features, out_features,
     x_pos_row, x_neg_row, x_col, kept_row, kept_col,
-    index, coefficient, count,  # the rows in doubt, from `coefficient_kernel`; or None: made on the fly from
-    partials, n_partials, is_positive, n_positive, sample_weight, threshold,
-    threshold_pos, threshold_neg, logit_scale, share_pos, share_neg,
-    sumsq, loss,  # written where coefficients are made on the fly: [rows], [splits]
+    index, coefficient, count,  # from `coefficient_kernel`: the rows in doubt, or with coefficients alone every row
+    partials, n_partials, is_positive, n_positive, sample_weight, threshold,  # without: they are made on the fly
+    threshold_pos, threshold_neg, logit_scale, share_pos, share_neg, skip_below,
+    sumsq, row_losses, n_row_losses, loss,  # written: [rows], on the fly; [] from [n_row_losses] where these are there
+    pull, input_sums, input_splits,  # from `peers_kernel`, or None
     weight, weight_row, weight_col, weight_state0, weight_state0_row, weight_state0_col,
-    weight_state1, weight_state1_row, weight_state1_col,
+    weight_state1, weight_state1_row, weight_state1_col, weight_rounded,
     bias, bias_stride, bias_state0, bias_state0_stride, bias_state1, bias_state1_stride,
     weight_lr, weight_lr_pointer, weight_step_pointer,
     weight_h0, weight_h1, weight_h2, weight_h3, weight_h4, weight_h5, weight_h6, weight_h7, weight_h8,
@@ -27,9 +30,10 @@ def update_kernel(
     partial_weight, partial_bias,  # [splits, out, in], [splits, out] where the batch is split, else None
     RULE: tl.constexpr, ACTIVATION: tl.constexpr,
     GOODNESS: tl.constexpr, LOSS: tl.constexpr, THRESHOLD_PER_ROW: tl.constexpr, PARTIALS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SCALE_X: tl.constexpr,
+    PULL_GATED: tl.constexpr, HAS_BIAS: tl.constexpr, SCALE_X: tl.constexpr,
     COMPUTE: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     """`dW = sum_i (c_i r_i y_i act'(z_i)) x_i^T` and `db = sum_i c_i y_i act'(z_i)`, straight into the rule.
 
@@ -52,26 +56,36 @@ def update_kernel(
         for start in range(first, last, BLOCK_K):
             place = start + tl.arange(0, BLOCK_K)
             here = place < last
-            if index is None:
-                i = place
+            i = place
+            if index is not None:
+                i = tl.load(index + place, mask=here, other=0)
+            if coefficient is not None:
+                c = tl.load(coefficient + place, mask=here, other=0.0)
+            else:
                 _, c, _ = row_terms(
                     i, here, partials, n_partials, is_positive, n_positive, sample_weight, threshold, n_pos, rows,
-                    out_features, threshold_pos, threshold_neg, logit_scale, share_pos, share_neg,
+                    out_features, threshold_pos, threshold_neg, logit_scale, share_pos, share_neg, skip_below,
                     GOODNESS, LOSS, THRESHOLD_PER_ROW, PARTIALS,
                 )  # fmt: skip
+            if TMA:
+                x = x_tiles.load([start, tile_in * BLOCK_IN])  # [BLOCK_K, BLOCK_IN]
+                values = kept_tiles.load([start, tile_out * BLOCK_OUT])  # [BLOCK_K, BLOCK_OUT]
             else:
-                i = tl.load(index + place, mask=here, other=0)
-                c = tl.load(coefficient + place, mask=here, other=0.0)
-            x_at = joint_rows(i, x_pos, x_neg, n_pos, x_pos_row, x_neg_row)[:, None] + k.to(tl.int64)[None, :] * x_col
-            x = tl.load(x_at, mask=here[:, None] & (k < in_features)[None, :], other=0.0)  # [BLOCK_K, BLOCK_IN]
-            dz = gated_rows(kept, i, here, j, out_features, kept_row, kept_col, ACTIVATION)  # [BLOCK_K, BLOCK_OUT]
+                x_row = joint_rows(i, x_pos, x_neg, n_pos, x_pos_row, x_neg_row)
+                x_at = x_row[:, None] + k.to(tl.int64)[None, :] * x_col
+                x = tl.load(x_at, mask=here[:, None] & (k < in_features)[None, :], other=0.0)
+                values = rows_of(kept, i, here, j, out_features, kept_row, kept_col)
+            r = tl.full([BLOCK_K], 1.0, tl.float32)
             if row_scale is not None:
                 r = tl.load(row_scale + i, mask=here, other=0.0)
                 if SCALE_X:
                     x = x.to(tl.float32) * r[:, None]
-                else:
-                    c *= r
-            dz = times_coefficient(dz, c, COMPUTE)
+                    r = tl.full([BLOCK_K], 1.0, tl.float32)
+                c *= r
+            dz = times_coefficient(values, c, ACTIVATION, COMPUTE)
+            if PULL_GATED:
+                dz += gated_pull(values, tl.where(positive_rows(i, here, is_positive, n_pos), r, 0.0), j, out_features,
+                                 pull, ACTIVATION)  # fmt: skip
             if COMPUTE == tl.float16:  # noqa: SIM300
                 # Coefficients carry 1 / (rows width) and a loss's slope: float16 needs them brought near one.
                 power, inverse = power_of_two_below(tl.max(tl.max(tl.abs(dz), axis=1), axis=0))
@@ -81,9 +95,10 @@ def update_kernel(
                 left = operand(tl.trans(dz), COMPUTE, WIDEN)
                 acc = tl.dot(left, operand(x, COMPUTE, WIDEN), acc, input_precision=PRECISION)
         finish_tile(
-            acc, tile_in * BLOCK_IN, j, in_features, out_features, split, partial_weight,
-            weight, weight_row, weight_col, weight_state0, weight_state0_row, weight_state0_col,
-            weight_state1, weight_state1_row, weight_state1_col, weight_lr, weight_lr_pointer, weight_step_pointer,
+            acc, tile_in * BLOCK_IN, j, in_features, out_features, split, partial_weight, pull, input_sums,
+            input_splits, weight, weight_row, weight_col, weight_state0, weight_state0_row, weight_state0_col,
+            weight_state1, weight_state1_row, weight_state1_col, weight_rounded,
+            weight_lr, weight_lr_pointer, weight_step_pointer,
             weight_h0, weight_h1, weight_h2, weight_h3, weight_h4, weight_h5, weight_h6, weight_h7, weight_h8,
             RULE, BLOCK_OUT, BLOCK_IN, PARTS,
         )  # fmt: skip
@@ -95,24 +110,30 @@ def update_kernel(
         for start in range(first, last, BLOCK_K):
             place = start + tl.arange(0, BLOCK_K)
             here = place < last
-            if index is None:
-                i = place
+            i = place
+            if index is not None:
+                i = tl.load(index + place, mask=here, other=0)
+            if coefficient is not None:
+                c = tl.load(coefficient + place, mask=here, other=0.0)
+            else:
                 q, c, losses = row_terms(
                     i, here, partials, n_partials, is_positive, n_positive, sample_weight, threshold, n_pos, rows,
-                    out_features, threshold_pos, threshold_neg, logit_scale, share_pos, share_neg,
+                    out_features, threshold_pos, threshold_neg, logit_scale, share_pos, share_neg, skip_below,
                     GOODNESS, LOSS, THRESHOLD_PER_ROW, PARTIALS,
                 )  # fmt: skip
                 loss_sum += losses
                 if block == 0:
                     tl.store(sumsq + i, q, mask=here)
-            else:
-                i = tl.load(index + place, mask=here, other=0)
-                c = tl.load(coefficient + place, mask=here, other=0.0)
             if HAS_BIAS:
-                dz = gated_rows(kept, i, here, j, out_features, kept_row, kept_col, ACTIVATION)
-                bias_sum += times_coefficient(dz, c, COMPUTE)
-        if index is None:
+                values = rows_of(kept, i, here, j, out_features, kept_row, kept_col)
+                bias_sum += times_coefficient(values, c, ACTIVATION, COMPUTE)
+                if PULL_GATED:
+                    positive = positive_rows(i, here, is_positive, n_pos)
+                    bias_sum += gated_pull(values, tl.where(positive, 1.0, 0.0), j, out_features, pull, ACTIVATION)
+        if coefficient is None:
             tl.store(loss + split, tl.sum(loss_sum, axis=0), mask=block == 0)
+        elif row_losses is not None:
+            tl.store(loss, sum_of(row_losses, n_row_losses), mask=(block == 0) & (split == 0))
         if HAS_BIAS:
             gradient = tl.sum(bias_sum, axis=0)
             here = j < out_features
@@ -120,25 +141,26 @@ def update_kernel(
                 tl.store(partial_bias + tl.cast(split, tl.int64) * out_features + j, gradient, mask=here)
             else:
                 at = j.to(tl.int64)
+                if input_sums is not None:
+                    gradient += tl.load(pull + out_features + j, mask=here, other=0.0)
                 apply_rule(
                     gradient, here, bias, at * bias_stride, bias_state0, at * bias_state0_stride,
-                    bias_state1, at * bias_state1_stride, bias_lr, bias_lr_pointer, bias_step_pointer,
+                    bias_state1, at * bias_state1_stride, None, at, bias_lr, bias_lr_pointer, bias_step_pointer,
                     bias_h0, bias_h1, bias_h2, bias_h3, bias_h4, bias_h5, bias_h6, bias_h7, bias_h8, RULE,
                 )  # fmt: skip
 
 
 @triton.jit
-def gated_rows(kept, i, here, j, out_features, kept_row, kept_col, ACTIVATION: tl.constexpr):
-    """`[len(i), len(j)]` float32: `y act'(z)` of rows `i` and units `j`."""
+def rows_of(kept, i, here, j, out_features, kept_row, kept_col):
+    """`[len(i), len(j)]` what the forward has kept of rows `i` and units `j`."""
     at = kept + i.to(tl.int64)[:, None] * kept_row + j.to(tl.int64)[None, :] * kept_col
-    values = tl.load(at, mask=here[:, None] & (j < out_features)[None, :], other=0.0)
-    return gated(values.to(tl.float32), ACTIVATION)
+    return tl.load(at, mask=here[:, None] & (j < out_features)[None, :], other=0.0)
 
 
 @triton.jit
-def times_coefficient(dz, c, COMPUTE: tl.constexpr):
-    """`dz` times one coefficient for each row."""
-    product = dz * c[:, None]
+def times_coefficient(values, c, ACTIVATION: tl.constexpr, COMPUTE: tl.constexpr):
+    """`c y act'(z)` in float32, from what the forward has kept."""
+    product = gated(values.to(tl.float32), ACTIVATION) * c[:, None]
     if COMPUTE == tl.float16:  # noqa: SIM300
         # An activity beyond float16 is infinite; in a row at rest it must not make NaN.
         product = tl.where(c[:, None] == 0, 0.0, product)
@@ -146,9 +168,26 @@ def times_coefficient(dz, c, COMPUTE: tl.constexpr):
 
 
 @triton.jit
+def gated_pull(values, share, j, out_features, pull, ACTIVATION: tl.constexpr):
+    """`share_i pull_j act'(z_ij)`."""
+    p = tl.load(pull + j, mask=j < out_features, other=0.0)
+    return slope_of(values.to(tl.float32), ACTIVATION) * share[:, None] * p[None, :]
+
+
+@triton.jit
+def sum_of(parts, n_parts):
+    """The sum of `parts` `[n_parts]`, in a fixed order."""
+    total = tl.zeros([256], tl.float32)
+    for start in range(0, n_parts, 256):
+        part = start + tl.arange(0, 256)
+        total += tl.load(parts + part, mask=part < n_parts, other=0.0)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
 def finish_tile(
-    acc, first_column, j, in_features, out_features, split, partial_weight,
-    weight, weight_row, weight_col, state0, state0_row, state0_col, state1, state1_row, state1_col,
+    acc, first_column, j, in_features, out_features, split, partial_weight, pull, input_sums, input_splits,
+    weight, weight_row, weight_col, state0, state0_row, state0_col, state1, state1_row, state1_col, rounded,
     lr, lr_pointer, step_pointer, h0, h1, h2, h3, h4, h5, h6, h7, h8,
     RULE: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -160,13 +199,14 @@ def finish_tile(
         half: tl.constexpr = BLOCK_IN // 2
         left, right = tl.split(tl.permute(tl.reshape(acc, [BLOCK_OUT, 2, half]), [0, 2, 1]))
         finish_tile(
-            left, first_column, j, in_features, out_features, split, partial_weight,
-            weight, weight_row, weight_col, state0, state0_row, state0_col, state1, state1_row, state1_col,
+            left, first_column, j, in_features, out_features, split, partial_weight, pull, input_sums, input_splits,
+            weight, weight_row, weight_col, state0, state0_row, state0_col, state1, state1_row, state1_col, rounded,
             lr, lr_pointer, step_pointer, h0, h1, h2, h3, h4, h5, h6, h7, h8, RULE, BLOCK_OUT, half, PARTS // 2,
         )  # fmt: skip
         finish_tile(
-            right, first_column + half, j, in_features, out_features, split, partial_weight,
-            weight, weight_row, weight_col, state0, state0_row, state0_col, state1, state1_row, state1_col,
+            right, first_column + half, j, in_features, out_features, split, partial_weight, pull, input_sums,
+            input_splits, weight, weight_row, weight_col, state0, state0_row, state0_col, state1, state1_row,
+            state1_col, rounded,
             lr, lr_pointer, step_pointer, h0, h1, h2, h3, h4, h5, h6, h7, h8, RULE, BLOCK_OUT, half, PARTS // 2,
         )  # fmt: skip
     else:
@@ -177,8 +217,11 @@ def finish_tile(
             at = (tl.cast(split, tl.int64) * out_features + row) * in_features + column
             tl.store(partial_weight + at, acc, mask=here)
         else:
+            if input_sums is not None:
+                acc = with_pull(acc, j, k, pull, input_sums, input_splits, in_features, out_features)
             apply_rule(
                 acc, here, weight, row * weight_row + column * weight_col,
                 state0, row * state0_row + column * state0_col, state1, row * state1_row + column * state1_col,
+                rounded, row * in_features + column,
                 lr, lr_pointer, step_pointer, h0, h1, h2, h3, h4, h5, h6, h7, h8, RULE,
             )  # fmt: skip

@@ -115,3 +115,70 @@ def test_a_graph_gives_the_same_numbers():
         step(*batch)
     for a, b in zip(plain.parameters(), graphed.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("shape", [(33, 33, 97, 129), (4096, 4096, 1024, 1024)], ids=str)
+def test_peer_normalisation(shape, mixed, gated):
+    made = problem(*shape, dtype=torch.float32)
+    made.weight.data /= shape[2] ** 0.5
+    ours, exact = on_device(made), on_device(made, torch.float64)
+    order = torch.randperm(shape[0] + shape[1], device="cuda")
+    options = {"objective": ff.Objective("sum", threshold=50.0), "peer": ff.PeerNormalisation("hinton", gated=gated)}
+    means = [torch.full((shape[3],), 0.5, dtype=p.weight.dtype, device="cuda") for p in (ours, exact)]
+    for _ in range(2):
+        for p, mean, step in zip((ours, exact), means, (ff.linear_step_, reference.linear_step_), strict=True):
+            x, side = (p.x_pos, p.x_neg), {}
+            if mixed:
+                x = torch.cat(x)[order], None
+                side = {"is_positive": order < shape[0]}
+            backend = {"backend": "triton"} if p is ours else {}
+            step(*x, p.weight, p.bias, p.optimizer, peer_mean=mean, **options, **side, **backend)
+    assert error(means[0].cpu(), means[1].cpu()) <= 1e-5
+    for name, value in state_of(ours).items():
+        assert error(value.cpu(), state_of(exact)[name].cpu(), 0.1) <= 1e-3, name
+
+
+# In narrower products rounding decides which rows lie below the slope.
+@pytest.mark.parametrize(("dtype", "skip_below"), [("float32", 0.4), *((dtype, 0.0) for dtype in DTYPES)])
+def test_shared_products_and_rows_left_out(skip_below, dtype):
+    field = 10
+    made = problem(600, 600, 1024, 1200, optimizer="sgd-momentum", dtype=torch.float32)
+    made.weight.data /= 32
+    made.x_neg[:, field:] = made.x_pos[:, field:]
+    objective = ff.Objective("sum", threshold=600.0, temperature=100.0)
+    states = []
+    for backend in ("triton", "eager"):
+        p = on_device(made)
+        product = ff.shared_product(p.x_pos, p.weight, field, compute_dtype=DTYPES[dtype])
+        result = ff.linear_step_(
+            p.x_pos, p.x_neg, p.weight, p.bias, p.optimizer, objective=objective, norm="rms", skip_below=skip_below,
+            compute_dtype=DTYPES[dtype], label_field=field, product=product, backend=backend,
+        )  # fmt: skip
+        states.append({"y": result.y, "loss": result.loss, **state_of(p)})
+    rounding = torch.finfo(DTYPES[dtype] or torch.float32).eps
+    for name, value in states[0].items():
+        assert error(value.cpu(), states[1][name].cpu(), 0.1) <= max(1e-3, 8 * rounding), name
+
+
+@pytest.mark.parametrize("way", [{}, {"TMA": 1}, {"TMA": 1, "PERSISTENT": 1}, {"PERSISTENT": 2}], ids=str)
+def test_ways_give_the_same_bits(way, monkeypatch):
+    """Bulk copies and persistent programs change who multiplies, and no sum's order."""
+    from ffkernels.backends.triton import configs
+
+    made = problem(500, 524, 512, 768, optimizer="adam", dtype=torch.float32)
+    made.weight.data /= 23
+    forward = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3}
+    update = {"BLOCK_OUT": 128, "BLOCK_IN": 128, "BLOCK_K": 64, "GROUP": 8, "PARTS": 2, "num_warps": 8, "num_stages": 3}
+    runs = []
+    for chosen in ({}, way):
+        monkeypatch.setitem(configs.FORCED, "forward", {**forward, **chosen})
+        monkeypatch.setitem(configs.FORCED, "update", {**update, "TMA": chosen.get("TMA", 0)})
+        p = on_device(made)
+        x = torch.cat([p.x_pos, p.x_neg]).bfloat16()
+        result = ff.linear_step_(
+            x[:500], x[500:], p.weight, p.bias, p.optimizer, compute_dtype=torch.bfloat16, backend="triton"
+        )
+        runs.append([result.y, result.sumsq, result.loss, *state_of(p).values()])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))

@@ -1,28 +1,24 @@
-"""From tensors to launches: what each kernel is given, on how large a grid, and in which form."""
+"""The launches of a step: which kernels, in which form, on how large a grid."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import configs, rules
+from . import configs
 from .coefficient import coefficient_kernel
+from .device import descriptor, device_of, processors
 from .finish import finish_kernel
 from .forward import forward_kernel
+from .operands import Layer, Rows, Terms, kind_of
 from .peers import peers_kernel
 from .support import interpreted
 from .update import update_kernel
 
-DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # From this many rows on, rounding the weight once costs less than rounding its tiles for every block of rows.
 ROUND_WEIGHT_ROWS = 512
 # From this size on, a launch that makes the coefficients once costs less than making them again for every tile.
@@ -42,78 +38,6 @@ INPUT_SPLITS = 16
 FINISH_BLOCK = {False: {"BLOCK_OUT": 16, "BLOCK_IN": 128}, True: {"BLOCK_OUT": 16, "BLOCK_IN": 16}}
 # A split of the batch has at least this many blocks of rows.
 MIN_BLOCKS_PER_SPLIT = 4
-
-
-class Rows(NamedTuple):
-    """The joint batch: both sides with the same column stride, and the rows' sums of squares where they are known."""
-
-    x_pos: Tensor
-    x_neg: Tensor
-    sumsq: Tensor | None
-
-    @property
-    def total(self) -> int:
-        return self.x_pos.shape[0] + self.x_neg.shape[0]
-
-    @property
-    def as_one(self) -> Tensor | None:
-        """All rows `[rows, in]` as one tensor, where they lie together in memory."""
-        a, b = self.x_pos, self.x_neg
-        if not b.shape[0]:
-            return a
-        storage = a.untyped_storage()
-        end = a.storage_offset() + a.shape[0] * a.stride(0)
-        if b.untyped_storage().data_ptr() != storage.data_ptr() or b.storage_offset() != end:
-            return None
-        return a.as_strided((self.total, a.shape[1]), a.stride()) if a.stride() == b.stride() else None
-
-    def arguments(self) -> dict[str, Any]:
-        return {
-            "x_pos": self.x_pos,
-            "x_neg": self.x_neg,
-            "n_pos": self.x_pos.shape[0],
-            "rows": self.total,
-            "x_pos_row": self.x_pos.stride(0),
-            "x_neg_row": self.x_neg.stride(0),
-            "x_col": self.x_pos.stride(1),
-        }
-
-
-class Layer(NamedTuple):
-    """How rows turn into activities."""
-
-    weight: Tensor
-    bias: Tensor | None
-    norm: str
-    eps: float
-    eps_mode: str
-    activation: str
-    compute_dtype: torch.dtype
-
-    @property
-    def keeps_z(self) -> bool:
-        """Whether the activation's slope needs `z`; of the others `y` is enough."""
-        return self.activation in ("gelu", "silu")
-
-    def scales_first(self, rows: Rows) -> bool:
-        """Whether rows are scaled before they are rounded: float16 has no room for rows of any length."""
-        return self.norm != "none" and self.compute_dtype == torch.float16 and rows.x_pos.dtype == torch.float32
-
-    @property
-    def out_features(self) -> int:
-        return self.weight.shape[0]
-
-    def arithmetic(self) -> dict[str, Any]:
-        """Constants of the products."""
-        precision = "ieee"
-        # On AMD devices TF32 is emulated where it exists at all.
-        if torch.version.hip is None and torch.backends.cuda.matmul.fp32_precision == "tf32":
-            precision = "tf32"
-        return {
-            "COMPUTE": DTYPES[self.compute_dtype],
-            "PRECISION": precision,
-            "WIDEN": interpreted() and self.compute_dtype == torch.bfloat16,
-        }
 
 
 class Sums(NamedTuple):
@@ -139,36 +63,6 @@ class Pull(NamedTuple):
 
     pull: Tensor
     input_sums: Tensor | None
-
-
-def joint(x_pos: Tensor, x_neg: Tensor, sumsq: Tensor | None) -> Rows:
-    """The joint batch as the kernels take it; sides whose column strides differ are copied."""
-    if x_pos.stride(1) != x_neg.stride(1) and x_neg.shape[0]:
-        x_pos, x_neg = x_pos.contiguous(), x_neg.contiguous()
-    return Rows(x_pos, x_neg, vector(sumsq))
-
-
-def vector(values: Tensor | None) -> Tensor | None:
-    """A vector as the kernels take it: without gaps."""
-    return None if values is None else values.contiguous()
-
-
-def kind_of(compute_dtype: torch.dtype, *operands: Tensor) -> str:
-    """Which of `configs.KINDS` a product is."""
-    if compute_dtype == torch.float32:
-        return "float32"
-    return "half" if all(t.dtype == compute_dtype for t in operands) else "mixed"
-
-
-def descriptor(tensor: Tensor | None, block: list[int]) -> TensorDescriptor | None:
-    """`tensor` for the bulk copies of Hopper and newer; None where its layout, or the device, does not allow them."""
-    if tensor is None or not tensor.numel() or tensor.stride(1) != 1:
-        return None
-    if tensor.data_ptr() % 16 or tensor.stride(0) * tensor.element_size() % 16:
-        return None
-    if not interpreted() and not has_bulk_copies(tensor.device):
-        return None
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block)
 
 
 def forward(
@@ -209,7 +103,7 @@ def forward(
         programs = min(programs, config["PERSISTENT"] * processors(weight.device))
     product, columns = (None, in_features) if shared is None else (shared[0].contiguous(), shared[1])
     if programs:
-        with _device_of(weight):
+        with device_of(weight):
             forward_kernel[(programs,)](
                 **rows.arguments(),
                 input_sumsq=rows.sumsq if layer.norm != "none" else None,
@@ -260,7 +154,7 @@ def pull(
     splits = max(1, min(INPUT_SPLITS, rows.total // (8 * block["BLOCK_K"])))
     made = layer.weight.new_empty(2, out_features)
     sums = None if gated else layer.weight.new_empty(splits, in_features)
-    with _device_of(mean):
+    with device_of(mean):
         peers_kernel[(1 if gated else 1 + splits * triton.cdiv(in_features, block["BLOCK_IN"]),)](
             **rows.arguments(),
             unit_sums=units,
@@ -281,69 +175,6 @@ def pull(
             **block,
         )
     return Pull(made, sums)
-
-
-class Terms(NamedTuple):
-    """What turns sums of squares into coefficients: tensors and numbers for `row_terms`, and its constants."""
-
-    arguments: dict[str, Any]
-    constants: dict[str, Any]
-
-    @property
-    def leaves_rows_out(self) -> bool:
-        """Whether many coefficients may be exactly zero: a mean goodness hardly ever saturates a loss in float32."""
-        return self.constants["GOODNESS"] == "sum" or self.arguments["skip_below"] > 0
-
-
-def terms(
-    rows: Rows,
-    is_positive: Tensor | None,
-    sample_weight: Tensor | None,
-    goodness: str,
-    threshold_pos: float,
-    threshold_neg: float,
-    threshold: Tensor | None,
-    loss: str,
-    maximize: bool,
-    reduction: str,
-    temperature: float,
-    alpha: float,
-    skip_below: float,
-) -> Terms:
-    """The objective as `coefficient.row_terms` takes it."""
-    paired = loss != "logistic"
-    n_pos, n = rows.x_pos.shape[0], rows.total
-    n_positive = None
-    if paired:
-        counts = (n_pos, n_pos)
-    elif reduction == "mean":
-        counts = (n, n)
-    else:
-        counts = (n_pos, n - n_pos)
-        if is_positive is not None:
-            # How many rows a mask marks is known on the device only, and stays there.
-            n_positive = is_positive.sum()
-    if threshold is not None and threshold.device != rows.x_pos.device:
-        threshold_pos = threshold_neg = float(threshold)
-        threshold = None
-    arguments = {
-        "is_positive": None if is_positive is None else is_positive.view(torch.uint8),
-        "n_positive": n_positive,
-        "sample_weight": vector(sample_weight),
-        "threshold": vector(threshold),
-        "threshold_pos": threshold_pos,
-        "threshold_neg": threshold_neg,
-        "logit_scale": (alpha if paired else 1.0 / temperature) * (1.0 if maximize else -1.0),
-        "share_pos": 1.0 / max(counts[0], 1),
-        "share_neg": 1.0 / max(counts[1], 1),
-        "skip_below": skip_below,
-    }
-    constants = {
-        "GOODNESS": goodness,
-        "LOSS": loss,
-        "THRESHOLD_PER_ROW": threshold is not None and threshold.dim() == 1,
-    }
-    return Terms(arguments, constants)
 
 
 def update(
@@ -379,7 +210,7 @@ def update(
         "input_sums": None if peers is None else peers.input_sums,
         "input_splits": 0 if peers is None or peers.input_sums is None else peers.input_sums.shape[0],
     }
-    with _device_of(weight):
+    with device_of(weight):
         if form != "on the fly":
             made = coefficients(rows, layer, activities.partials, terms, form, sumsq, loss)
         if splits > 1:
@@ -493,35 +324,6 @@ def coefficients(
     return made
 
 
-def parameter_arguments(
-    rule: str,
-    weight: Tensor,
-    weight_state: list[Tensor],
-    weight_hyper: list[float],
-    weight_lr: Tensor | None,
-    bias: Tensor | None,
-    bias_state: list[Tensor],
-    bias_hyper: list[float],
-    bias_lr: Tensor | None,
-    weight_rounded: Tensor | None,
-) -> dict[str, Any]:
-    """Parameters, their state and the rule's numbers. Counts Adam's step."""
-    arguments: dict[str, Any] = {"weight": weight, "bias": bias, "weight_rounded": weight_rounded}
-    arguments |= {"weight_row": weight.stride(0), "weight_col": weight.stride(1)}
-    arguments["bias_stride"] = bias.stride(0) if bias is not None else 0
-    for slot in range(2):
-        # Of Adam's state the third tensor is the step count, which `rules.numbers` sees to.
-        state = weight_state[slot] if slot < len(weight_state) else None
-        row, column = state.stride() if state is not None else (0, 0)
-        name = f"weight_state{slot}"
-        arguments |= {name: state, f"{name}_row": row, f"{name}_col": column}
-        state = bias_state[slot] if slot < len(bias_state) else None
-        name = f"bias_state{slot}"
-        arguments |= {name: state, f"{name}_stride": state.stride(0) if state is not None else 0}
-    arguments |= rules.numbers("weight", rule, weight_state, weight_hyper, weight_lr)
-    return arguments | rules.numbers("bias", rule if bias is not None else "grad", bias_state, bias_hyper, bias_lr)
-
-
 def coefficient_form(
     rows: int, elements: int, n_partials: int, leave_out: bool
 ) -> Literal["on the fly", "given", "listed"]:
@@ -540,27 +342,3 @@ def at_once(n_partials: int) -> int:
 def count_splits(tiles: int, row_blocks: int, programs: int) -> int:
     """In how many parts the batch goes through the update so that `programs` programs can run at a time."""
     return max(1, min(programs // tiles, row_blocks // MIN_BLOCKS_PER_SPLIT))
-
-
-@lru_cache
-def processors(device: torch.device) -> int:
-    """Processors of a device; the interpreter's one."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-@lru_cache
-def has_bulk_copies(device: torch.device) -> bool:
-    """Whether the device has the tensor memory accelerator."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-@contextmanager
-def _device_of(tensor: Tensor) -> Iterator[None]:
-    """Triton launches on the current device, which need not be the tensors' own."""
-    if tensor.device.type != "cuda":
-        yield
-        return
-    with torch.cuda.device(tensor.device):
-        yield

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...normalisation import row_sumsq
-from . import launch
+from . import launch, operands
 
 
 def linear_forward(
@@ -24,7 +24,7 @@ def linear_forward(
     label_field: int,
 ) -> tuple[Tensor, Tensor]:
     """See `ops.SCHEMAS`."""
-    layer = launch.Layer(weight, bias, norm, eps, eps_mode, activation, compute_dtype)
+    layer = operands.Layer(weight, bias, norm, eps, eps_mode, activation, compute_dtype)
     shared = None if product is None else (product, label_field)
     rows = _rows(x_pos, x_neg, input_sumsq, layer, shared is not None)
     y = weight.new_empty(rows.total, weight.shape[0], dtype=compute_dtype)
@@ -75,10 +75,10 @@ def linear_step_(
     loss_out: Tensor,
 ) -> None:
     """See `ops.SCHEMAS`."""
-    layer = launch.Layer(weight, bias, norm, eps, eps_mode, activation, compute_dtype)
+    layer = operands.Layer(weight, bias, norm, eps, eps_mode, activation, compute_dtype)
     shared = None if product is None else (product, label_field)
     rows = _rows(x_pos, x_neg, input_sumsq, layer, shared is not None)
-    is_positive = launch.vector(is_positive)
+    is_positive = operands.vector(is_positive)
     n, width = rows.total, weight.shape[0]
     kept = y if y is not None and not layer.keeps_z else weight.new_empty(n, width, dtype=compute_dtype)
     row_scale = weight.new_empty(n) if norm != "none" else None
@@ -89,19 +89,19 @@ def linear_step_(
         peers = launch.pull(
             rows, layer, units, row_scale, is_positive, peer_mean, peer_strength, peer_momentum, peer_gated
         )  # fmt: skip
-    terms = launch.terms(
+    terms = operands.terms(
         rows, is_positive, sample_weight, goodness, threshold_pos, threshold_neg, threshold, loss, maximize, reduction,
         temperature, alpha, skip_below,
     )  # fmt: skip
-    parameters = launch.parameter_arguments(
+    parameters = operands.parameter_arguments(
         rule, weight, weight_state, weight_hyper, weight_lr, bias, bias_state, bias_hyper, bias_lr, weight_rounded
     )
     activities = launch.Activities(kept, row_scale, partials)
     launch.update(rows, layer, activities, terms, peers, rule, parameters, sumsq, loss_out)
 
 
-def _rows(x_pos: Tensor, x_neg: Tensor, sumsq: Tensor | None, layer: launch.Layer, shares: bool) -> launch.Rows:
-    rows = launch.joint(x_pos, x_neg, sumsq)
+def _rows(x_pos: Tensor, x_neg: Tensor, sumsq: Tensor | None, layer: operands.Layer, shares: bool) -> operands.Rows:
+    rows = operands.joint(x_pos, x_neg, sumsq)
     if rows.sumsq is None and layer.norm != "none" and (shares or layer.scales_first(rows)):
         # Normalising costs a pass of its own where float32 rows go into a float16 product, which must know their
         # lengths first, and where the product does not read the whole of them.

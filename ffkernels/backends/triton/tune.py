@@ -13,8 +13,9 @@ import torch
 import triton
 from triton.testing import do_bench
 
-from . import configs, launch
+from . import configs, launch, operands
 from .configs import Config
+from .device import has_bulk_copies
 
 # Rows, in, out: small batches of wide layers, and batches that fill a GPU.
 SHAPES = [(200, 1000, 1000), (256, 2000, 2000), (8192, 2048, 2048), (100_000, 784, 500)]
@@ -112,7 +113,7 @@ def _best(
         if time.monotonic() > deadline:
             say(f"{kernel} {kind} {shape}: no time left")
             return None
-        if config["TMA"] and not launch.has_bulk_copies(device):
+        if config["TMA"] and not has_bulk_copies(device):
             continue
         configs.FORCED[kernel] = config
         try:
@@ -137,19 +138,21 @@ def _scratch(kernel: str, kind: str, shape: tuple[int, int, int], device: torch.
     x = torch.randn(rows, in_features, device=device).to(raw)
     weight = torch.randn(out_features, in_features, device=device) / in_features**0.5
     bias = torch.zeros(out_features, device=device)
-    layer = launch.Layer(weight, bias, "l2", 1e-4, "add", "relu", compute)
-    batch = launch.joint(x[: rows // 2], x[rows // 2 :], None)
+    layer = operands.Layer(weight, bias, "l2", 1e-4, "add", "relu", compute)
+    batch = operands.joint(x[: rows // 2], x[rows // 2 :], None)
     y = torch.empty(rows, out_features, device=device, dtype=compute)
     scale = torch.empty(rows, device=device)
     if kernel == "forward":
         operand = weight.to(raw)
         return lambda: launch.forward(batch, layer._replace(weight=operand), y, row_scale=scale)
     partials, _ = launch.forward(batch, layer, y, row_scale=scale)
-    terms = launch.terms(batch, None, None, "mean", 2.0, 2.0, None, "logistic", True, "mean", 1.0, 4.0, 0.0)
+    terms = operands.terms(batch, None, None, "mean", 2.0, 2.0, None, "logistic", True, "mean", 1.0, 4.0, 0.0)
     states = [[torch.zeros_like(p), torch.zeros_like(p), torch.zeros(())] for p in (weight, bias)]
     # A rate of zero, and decoupled decay: the weight stays as it is however often the step is timed.
     hyper = [0.0, 0.9, 0.999, 1e-8, 0.01, 1.0, 0.0]
-    parameters = launch.parameter_arguments("adam", weight, states[0], hyper, None, bias, states[1], hyper, None, None)
+    parameters = operands.parameter_arguments(
+        "adam", weight, states[0], hyper, None, bias, states[1], hyper, None, None
+    )
     sumsq, loss = torch.empty(rows, device=device), torch.empty((), device=device)
     activities = launch.Activities(y, scale, partials)
     return lambda: launch.update(batch, layer, activities, terms, None, "adam", parameters, sumsq, loss)

@@ -1,0 +1,197 @@
+"""What the kernels are given: rows, layer, objective, parameters, each as arguments and constants of a launch."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from . import rules
+from .support import interpreted
+
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+class Rows(NamedTuple):
+    """The joint batch: both sides with the same column stride, and the rows' sums of squares where they are known."""
+
+    x_pos: Tensor
+    x_neg: Tensor
+    sumsq: Tensor | None
+
+    @property
+    def total(self) -> int:
+        return self.x_pos.shape[0] + self.x_neg.shape[0]
+
+    @property
+    def as_one(self) -> Tensor | None:
+        """All rows `[rows, in]` as one tensor, where they lie together in memory."""
+        a, b = self.x_pos, self.x_neg
+        if not b.shape[0]:
+            return a
+        storage = a.untyped_storage()
+        end = a.storage_offset() + a.shape[0] * a.stride(0)
+        if b.untyped_storage().data_ptr() != storage.data_ptr() or b.storage_offset() != end:
+            return None
+        return a.as_strided((self.total, a.shape[1]), a.stride()) if a.stride() == b.stride() else None
+
+    def arguments(self) -> dict[str, Any]:
+        return {
+            "x_pos": self.x_pos,
+            "x_neg": self.x_neg,
+            "n_pos": self.x_pos.shape[0],
+            "rows": self.total,
+            "x_pos_row": self.x_pos.stride(0),
+            "x_neg_row": self.x_neg.stride(0),
+            "x_col": self.x_pos.stride(1),
+        }
+
+
+class Layer(NamedTuple):
+    """How rows turn into activities."""
+
+    weight: Tensor
+    bias: Tensor | None
+    norm: str
+    eps: float
+    eps_mode: str
+    activation: str
+    compute_dtype: torch.dtype
+
+    @property
+    def keeps_z(self) -> bool:
+        """Whether the activation's slope needs `z`; of the others `y` is enough."""
+        return self.activation in ("gelu", "silu")
+
+    def scales_first(self, rows: Rows) -> bool:
+        """Whether rows are scaled before they are rounded: float16 has no room for rows of any length."""
+        return self.norm != "none" and self.compute_dtype == torch.float16 and rows.x_pos.dtype == torch.float32
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+    def arithmetic(self) -> dict[str, Any]:
+        """Constants of the products."""
+        precision = "ieee"
+        # On AMD devices TF32 is emulated where it exists at all.
+        if torch.version.hip is None and torch.backends.cuda.matmul.fp32_precision == "tf32":
+            precision = "tf32"
+        return {
+            "COMPUTE": DTYPES[self.compute_dtype],
+            "PRECISION": precision,
+            "WIDEN": interpreted() and self.compute_dtype == torch.bfloat16,
+        }
+
+
+def joint(x_pos: Tensor, x_neg: Tensor, sumsq: Tensor | None) -> Rows:
+    """The joint batch as the kernels take it; sides whose column strides differ are copied."""
+    if x_pos.stride(1) != x_neg.stride(1) and x_neg.shape[0]:
+        x_pos, x_neg = x_pos.contiguous(), x_neg.contiguous()
+    return Rows(x_pos, x_neg, vector(sumsq))
+
+
+def vector(values: Tensor | None) -> Tensor | None:
+    """A vector as the kernels take it: without gaps."""
+    return None if values is None else values.contiguous()
+
+
+def kind_of(compute_dtype: torch.dtype, *operands: Tensor) -> str:
+    """Which of `configs.KINDS` a product is."""
+    if compute_dtype == torch.float32:
+        return "float32"
+    return "half" if all(t.dtype == compute_dtype for t in operands) else "mixed"
+
+
+class Terms(NamedTuple):
+    """What turns sums of squares into coefficients: tensors and numbers for `row_terms`, and its constants."""
+
+    arguments: dict[str, Any]
+    constants: dict[str, Any]
+
+    @property
+    def leaves_rows_out(self) -> bool:
+        """Whether many coefficients may be exactly zero: a mean goodness hardly ever saturates a loss in float32."""
+        return self.constants["GOODNESS"] == "sum" or self.arguments["skip_below"] > 0
+
+
+def terms(
+    rows: Rows,
+    is_positive: Tensor | None,
+    sample_weight: Tensor | None,
+    goodness: str,
+    threshold_pos: float,
+    threshold_neg: float,
+    threshold: Tensor | None,
+    loss: str,
+    maximize: bool,
+    reduction: str,
+    temperature: float,
+    alpha: float,
+    skip_below: float,
+) -> Terms:
+    """The objective as `coefficient.row_terms` takes it."""
+    paired = loss != "logistic"
+    n_pos, n = rows.x_pos.shape[0], rows.total
+    n_positive = None
+    if paired:
+        counts = (n_pos, n_pos)
+    elif reduction == "mean":
+        counts = (n, n)
+    else:
+        counts = (n_pos, n - n_pos)
+        if is_positive is not None:
+            # How many rows a mask marks is known on the device only, and stays there.
+            n_positive = is_positive.sum()
+    if threshold is not None and threshold.device != rows.x_pos.device:
+        threshold_pos = threshold_neg = float(threshold)
+        threshold = None
+    arguments = {
+        "is_positive": None if is_positive is None else is_positive.view(torch.uint8),
+        "n_positive": n_positive,
+        "sample_weight": vector(sample_weight),
+        "threshold": vector(threshold),
+        "threshold_pos": threshold_pos,
+        "threshold_neg": threshold_neg,
+        "logit_scale": (alpha if paired else 1.0 / temperature) * (1.0 if maximize else -1.0),
+        "share_pos": 1.0 / max(counts[0], 1),
+        "share_neg": 1.0 / max(counts[1], 1),
+        "skip_below": skip_below,
+    }
+    constants = {
+        "GOODNESS": goodness,
+        "LOSS": loss,
+        "THRESHOLD_PER_ROW": threshold is not None and threshold.dim() == 1,
+    }
+    return Terms(arguments, constants)
+
+
+def parameter_arguments(
+    rule: str,
+    weight: Tensor,
+    weight_state: list[Tensor],
+    weight_hyper: list[float],
+    weight_lr: Tensor | None,
+    bias: Tensor | None,
+    bias_state: list[Tensor],
+    bias_hyper: list[float],
+    bias_lr: Tensor | None,
+    weight_rounded: Tensor | None,
+) -> dict[str, Any]:
+    """Parameters, their state and the rule's numbers. Counts Adam's step."""
+    arguments: dict[str, Any] = {"weight": weight, "bias": bias, "weight_rounded": weight_rounded}
+    arguments |= {"weight_row": weight.stride(0), "weight_col": weight.stride(1)}
+    arguments["bias_stride"] = bias.stride(0) if bias is not None else 0
+    for slot in range(2):
+        # Of Adam's state the third tensor is the step count, which `rules.numbers` sees to.
+        state = weight_state[slot] if slot < len(weight_state) else None
+        row, column = state.stride() if state is not None else (0, 0)
+        name = f"weight_state{slot}"
+        arguments |= {name: state, f"{name}_row": row, f"{name}_col": column}
+        state = bias_state[slot] if slot < len(bias_state) else None
+        name = f"bias_state{slot}"
+        arguments |= {name: state, f"{name}_stride": state.stride(0) if state is not None else 0}
+    arguments |= rules.numbers("weight", rule, weight_state, weight_hyper, weight_lr)
+    return arguments | rules.numbers("bias", rule if bias is not None else "grad", bias_state, bias_hyper, bias_lr)

@@ -182,3 +182,30 @@ def test_ways_give_the_same_bits(way, monkeypatch):
         )
         runs.append([result.y, result.sumsq, result.loss, *state_of(p).values()])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_more_than_two_to_the_31_elements():
+    """Offsets are 64 bits wide: the last rows of a batch too large for 32 give what they give alone."""
+    rows, width = 2_800_000, 784
+    if torch.cuda.mem_get_info()[0] < 3 * 2 * rows * width:
+        pytest.skip("needs 13 GB of free memory")
+    x = torch.zeros(rows, width, dtype=torch.bfloat16, device="cuda")
+    x[-200:] = torch.randn(200, width, device="cuda")
+    made = problem(1, 1, width, 33, optimizer="sgd", dtype=torch.float32)
+    states, outputs = [], []
+    for batch in (x, x[-200:]):
+        p = on_device(made)
+        with torch.no_grad():
+            y, sumsq = ff.linear_forward(batch, p.weight, p.bias, compute_dtype=torch.bfloat16, backend="triton")
+        outputs.append([y[-200:].clone(), sumsq[-200:].clone()])
+        # The last rows alone have a weight.
+        weights = torch.zeros(len(batch), device="cuda")
+        weights[-200:] = len(batch)
+        ff.linear_step_(
+            batch[:0], batch, p.weight, p.bias, p.optimizer, sample_weight=weights, outputs="none",
+            compute_dtype=torch.bfloat16, backend="triton",
+        )  # fmt: skip
+        states.append(state_of(p))
+    assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+    for name, value in states[0].items():
+        assert error(value.cpu(), states[1][name].cpu()) <= 1e-2, name

@@ -34,7 +34,7 @@ struct Forward {
         copies_weights = call.bfloat16 || (call.in % 512 == 0 && rows >= 512);
         weight_stride = stride_for(depth);
         weight_scratch = copies_weights ? chunks.rows * weight_stride : 0;
-        y_scratch = keeps_y ? 0 : chunks.rows * stride;
+        y_scratch = keeps_y ? 0 : chunks.rows * stride + 4;  // the last four columns are read as one
         scratch_size = up_to(LANES * depth + weight_scratch + y_scratch, 16);
         scratch = memory.take(scratch_size * call.threads);
     }
@@ -119,8 +119,8 @@ struct Forward {
         for (int64_t o = 0; o < chunks.size(chunk); o++, at += call.in) {
             float* to = own + o * weight_stride;
             if (pairs) to_pairs(at, call.in, to);
-            else
-                for (int64_t k = 0; k < call.in; k++) to[k] = call.bfloat16 ? rounded(at[k]) : at[k];
+            else if (call.bfloat16) round_all(at, call.in, to);
+            else std::memcpy(to, at, size_t(call.in) * 4);
         }
         return {own, weight_stride};
     }
@@ -190,53 +190,37 @@ struct Forward {
 
     // y_t [units, columns] to y [rows, out].
     void write_rows(const Block& block, int64_t chunk, const float* y_t) const {
-        const int64_t first = chunks.first(chunk), units = chunks.size(chunk);
+        if (call.bfloat16) write_rows<uint16_t, quad_of_halves>(block, chunk, y_t);
+        else write_rows<float, quad>(block, chunk, y_t);
+    }
+
+    template <class Number, class Four>
+    void write_rows(const Block& block, int64_t chunk, const float* y_t) const {
+        const int64_t first = chunks.first(chunk), units = chunks.size(chunk), out = call.out, width = stride;
         for (int side = 0; side < 2; side++) {
             const int64_t start = (side ? call.rows[0] : 0) + block.start[side], column = block.column(side, 0);
-            int64_t i = 0;
-            if (!call.bfloat16) {
-                float* y = static_cast<float*>(call.y) + start * call.out + first;
-                for (; i + 4 <= block.rows[side]; i += 4) {
-                    int64_t o = 0;
-                    for (; o + 4 <= units; o += 4) {
-                        quad q[4];
-                        for (int j = 0; j < 4; j++)
-                            q[j] = *reinterpret_cast<const quad_in_memory*>(y_t + (o + j) * stride + column + i);
-                        transpose(q[0], q[1], q[2], q[3]);
-                        for (int j = 0; j < 4; j++)
-                            *reinterpret_cast<quad_in_memory*>(y + (i + j) * call.out + o) = q[j];
+            Number* y = static_cast<Number*>(call.y) + start * out + first;
+            for (int64_t i = 0; i < block.rows[side]; i += 4) {
+                const int64_t rows = smaller(4, block.rows[side] - i);
+                for (int64_t o = 0; o < units; o += 4) {
+                    const int64_t valid = smaller(4, units - o);
+                    quad q[4] = {};
+                    for (int64_t j = 0; j < valid; j++)
+                        q[j] = *reinterpret_cast<const quad_in_memory*>(y_t + (o + j) * width + column + i);
+                    transpose(q[0], q[1], q[2], q[3]);
+                    for (int64_t j = 0; j < rows; j++) {
+                        const Four numbers = to_numbers(q[j], Four{});
+                        Number* to = y + (i + j) * out + o;
+                        if (valid == 4) std::memcpy(to, &numbers, sizeof numbers);
+                        else std::memcpy(to, &numbers, size_t(valid) * sizeof(Number));
                     }
-                    for (; o < units; o++)
-                        for (int j = 0; j < 4; j++) y[(i + j) * call.out + o] = y_t[o * stride + column + i + j];
                 }
             }
-            if (call.bfloat16) {
-                uint16_t* y = static_cast<uint16_t*>(call.y) + start * call.out + first;
-                for (; i + 4 <= block.rows[side]; i += 4) {
-                    int64_t o = 0;
-                    for (; o + 4 <= units; o += 4) {
-                        quad q[4];
-                        for (int j = 0; j < 4; j++)
-                            q[j] = *reinterpret_cast<const quad_in_memory*>(y_t + (o + j) * stride + column + i);
-                        transpose(q[0], q[1], q[2], q[3]);
-                        uint16_t numbers[4][4];
-                        for (int j = 0; j < 4; j++)
-                            for (int u = 0; u < 4; u++) numbers[j][u] = to_bfloat16(q[j][u]);
-                        for (int j = 0; j < 4; j++) std::memcpy(y + (i + j) * call.out + o, numbers[j], 8);
-                    }
-                    for (; o < units; o++)
-                        for (int j = 0; j < 4; j++) y[(i + j) * call.out + o] = to_bfloat16(y_t[o * stride + column + i + j]);
-                }
-            }
-            for (; i < block.rows[side]; i++)
-                for (int64_t o = 0; o < units; o++) {
-                    const int64_t at = (start + i) * call.out + first + o;
-                    const float value = y_t[o * stride + column + i];
-                    if (call.bfloat16) static_cast<uint16_t*>(call.y)[at] = to_bfloat16(value);
-                    else static_cast<float*>(call.y)[at] = value;
-                }
         }
     }
+
+    static quad to_numbers(quad values, quad) { return values; }
+    static quad_of_halves to_numbers(quad values, quad_of_halves) { return to_bfloat16(values); }
 
     // y to y act'(z), where they differ: the slope of leaky ReLU once more.
     void gate(const Block& block, int64_t chunk, float* y_t) const {

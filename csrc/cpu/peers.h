@@ -10,12 +10,13 @@ struct Peers {
     float* activity;  // [out]: sums over the positive rows; then p
     float* input;     // [in]: s
     float* positive;  // per column: 1 for a positive row, else 0
+    float* unpacked;  // [in]: a row
     double count = 0;
 
     Peers(const ffk::Call& c, const Block& largest, Memory& memory) : call(c) {
         if (!there()) return;
         activity = memory.take(up_to(call.out, TILE_ROWS)), input = memory.take(up_to(call.in, PANEL));
-        positive = memory.take(largest.columns());
+        positive = memory.take(largest.columns()), unpacked = memory.take(call.in);
     }
 
     bool there() const { return call.peer_mean != nullptr; }
@@ -33,7 +34,7 @@ struct Peers {
                 const int64_t at = block.start[side] + i;
                 if (call.is_positive != nullptr ? !call.is_positive[(side ? call.rows[0] : 0) + at] : side != 0) continue;
                 const int64_t column = block.column(side, i);
-                const Row row = row_of(call, side, at);
+                const float* row = row_of(call, side, at).operands(call.in, unpacked);
                 positive[column] = 1, count += 1;
                 for (int64_t k = 0; k < call.in; k++) input[k] += scale[column] * row[k];
             }

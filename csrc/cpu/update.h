@@ -168,8 +168,7 @@ struct Update {
 
     void round(float* values, int64_t n, float* operand) const {
         if (pairs) to_pairs(values, n, operand);
-        else if (call.bfloat16)
-            for (int64_t k = 0; k < n; k++) values[k] = rounded(values[k]);
+        else if (call.bfloat16) round_all(values, n, values);
     }
 
     template <int KIND>

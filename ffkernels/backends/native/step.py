@@ -53,7 +53,7 @@ def unsupported(request: Request) -> str | None:
 def _has_unused_bfloat16_unit() -> bool:
     """Whether PyTorch multiplies bfloat16 numbers on a unit that the library does not know."""
     has_unit, is_amx = _bfloat16_unit()
-    return is_amx or (has_unit and instruction_set() != "avx512_bf16")
+    return is_amx
 
 
 @cache

@@ -61,10 +61,12 @@ struct Row {
     }
 };
 
-inline Row row_of(const ffk::Call& call, int side, int64_t i) {
+// Row `i` of the joint batch.
+inline Row row_of(const ffk::Call& call, int64_t i) {
+    const int side = i < call.rows[0] ? 0 : 1;
     const int64_t bytes = call.x_bfloat16 ? 2 : 4;
     const char* base = static_cast<const char*>(call.x[side]);
-    return {base + i * call.x_stride[side] * bytes, call.x_bfloat16 != 0, call.bfloat16 != 0};
+    return {base + (side ? i - call.rows[0] : i) * call.x_stride[side] * bytes, call.x_bfloat16 != 0, call.bfloat16 != 0};
 }
 
 // Of the row as it came: normalisation is not a product, and is not rounded.

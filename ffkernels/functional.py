@@ -237,7 +237,8 @@ def linear_forward(
     below is the algorithm. With `product` there is no gradient: `x` is multiplied in its label field alone.
 
     `copies`: `x` holds the same rows so many times, one copy below the other, under different labels. Where no gradient
-    is asked for, the compiled CPU backend makes sure of that and multiplies what they share once; others read nothing into it.
+    is asked for, the compiled CPU backend makes sure of that and multiplies what they share once; for others it is
+    nothing.
 
     Raises:
         ValueError, TypeError: for an argument that does not fit.

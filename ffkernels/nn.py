@@ -317,7 +317,7 @@ class FFNetwork(nn.Module):
         return torch.cat(best)
 
     def _sharing(self, x: Tensor, num_classes: int) -> dict[str, Any]:
-        """Arguments of `linear_forward` for the first layer and copies of `x` under each label, which share a product."""
+        """Arguments of `linear_forward` for the first layer and copies of `x` under each label: one product for all."""
         first = next(iter(self))
         compute_dtype = check.compute_dtype_of(first.compute_dtype, first.weight)
         if functional.finds_copies(first.weight, compute_dtype, first.activation, first.backend):

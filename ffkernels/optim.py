@@ -1,7 +1,8 @@
 """The caller's own optimizer: which update rule runs fused on its state, and how its state is read and written.
 
-`torch.optim.SGD`, `Adam` and `AdamW` and this module's `SGDW` are recognised; their rule runs inside the operator, on the tensors that the
-optimizer keeps and with the numbers of its `param_groups`, so that schedulers and `state_dict` work as always.
+`torch.optim.SGD`, `Adam`, `AdamW` and this module's `SGDW` are recognised; their rule runs inside the operator, on the
+tensors that the optimizer keeps and with the numbers of its `param_groups`, so that schedulers and `state_dict` work as
+always.
 Any other optimizer, subclass, hook or setting gets `.grad` filled and its own `.step()` called.
 """
 

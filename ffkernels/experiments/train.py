@@ -1,7 +1,8 @@
 """The training loop: layers by Forward-Forward on labelled images, a linear classifier alongside.
 
 The images stay on the device as uint8; minibatches, labels and negatives are made there (`batches.py`), and nothing in
-a step waits for the device. Where negatives do not wait for it, the classifier's pass under the neutral label is one with the step.
+a step waits for the device. Where negatives do not wait for it, the classifier's pass under the neutral label is one
+with the step.
 All that an epoch draws comes from a generator seeded by (seed, epoch), so a run that goes on from a checkpoint gives
 the numbers of one that was never stopped.
 """
@@ -203,8 +204,9 @@ class Trainer:
                 if self.classifier is None:
                     results = self._step(*sides)
                 else:
-                    options = {"num_classes": classes, "skip_below": self.skip_below}
-                    results, features = self.net.step_and_features(*sides, self.net_optimizer, **options)
+                    results, features = self.net.step_and_features(
+                        *sides, self.net_optimizer, classes, skip_below=self.skip_below
+                    )
                     logits = self._step_classifier(features, labels)
             totals.add(results, None if logits is None else logits.argmax(1) != labels)
             if after_step(totals.describe) and totals.rows < len(order):
@@ -429,7 +431,11 @@ def _optimizer(rule: Rule, module: nn.Module) -> Optimizer:
     if rule.optimizer == "adam":
         return Adam(module.parameters(), lr=rule.lr, weight_decay=rule.weight_decay)
     parameters = list(module.parameters())
-    options = {"lr": rule.lr, "momentum": rule.momentum, "dampening": rule.momentum if rule.average else 0.0}
+    options: dict[str, Any] = {
+        "lr": rule.lr,
+        "momentum": rule.momentum,
+        "dampening": rule.momentum if rule.average else 0.0,
+    }
     optimizer: SGD
     if rule.decoupled:
         kinds = [[p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() < 2]]

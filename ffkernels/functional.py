@@ -231,6 +231,7 @@ def linear_forward(
     input_sumsq: Tensor | None = None,
     label_field: int | None = None,
     product: Tensor | None = None,
+    copies: int = 1,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`y = act(r W x + b)` `[rows, out]` in the compute dtype, and the sums of squares of its rows `[rows]`.
@@ -239,6 +240,10 @@ def linear_forward(
     require a gradient, `y` and the sums carry one to weight and bias, by a closed-form backward that cannot be
     differentiated again. None reaches `x`, which is taken as detached: that no gradient flows to the layer
     below is the algorithm. With `product` there is no gradient: `x` is multiplied in its label field alone.
+
+    `copies`: `x` holds the same rows so many times, one copy below the other, under different labels. Where no gradient
+    is asked for, the compiled CPU backend makes sure of that and multiplies what they share once; for others it is
+    nothing.
 
     Raises:
         ValueError, TypeError: for an argument that does not fit.
@@ -252,6 +257,7 @@ def linear_forward(
         check.vector("input_sumsq", input_sumsq, x.shape[0], weight.dtype, weight.device)
     field = check.label_field(label_field, weight, x, None)
     check.shared_product(product, field, x.shape[0], weight)
+    check.copies(copies, x.shape[0])
     request = select.Request(weight.device, weight.dtype, compute, activation, shares=product is not None)
     chosen = select.choose(request, backend)
     layer = (weight, bias, norm, float(eps), eps_mode, activation, compute)
@@ -262,7 +268,9 @@ def linear_forward(
     ):
         return LinearForward.apply(x.detach(), None if input_sumsq is None else input_sumsq.detach(), *layer, chosen)
     with torch.no_grad(), without_autocast(weight.device):
-        return ops.linear_forward(x, x[:0], input_sumsq, *layer, product, field, chosen)
+        once = x.shape[0] // copies
+        sides = (x[:once], x[once:]) if chosen == "native" and copies > 1 else (x, x[:0])
+        return ops.linear_forward(*sides, input_sumsq, *layer, product, field, chosen)
 
 
 @torch.no_grad()
@@ -285,6 +293,12 @@ def shared_product(
     with without_autocast(weight.device):
         rows, matrix = (products.operand(values[:, field:]) for values in (x, weight.detach()))
         return products.into(weight.new_empty(len(x), len(weight)), rows, matrix.t())
+
+
+def finds_copies(weight: Tensor, compute_dtype: torch.dtype, activation: str, backend: str | None) -> bool:
+    """Whether a forward pass runs on the backend that finds out by itself what `copies` of rows share."""
+    request = select.Request(weight.device, weight.dtype, compute_dtype, activation)
+    return select.choose(request, backend) == "native"
 
 
 def goodness_loss(

@@ -17,7 +17,8 @@ from .normalisation import row_scale
 from .objective import Objective
 from .peer import FIRST_MEAN, PeerNormalisation
 
-PREDICTION_ROWS = 1024
+# Rows times labels that a prediction works on at once.
+PREDICTION_ROWS = 1280
 
 
 class FFLinear(nn.Linear):
@@ -174,6 +175,51 @@ class FFNetwork(nn.Module):
         return results
 
     @torch.no_grad()
+    def step_and_features(
+        self,
+        x_pos: Tensor,
+        x_neg: Tensor,
+        optimizers: Optimizer | Sequence[Optimizer | None] | None,
+        num_classes: int = 10,
+        **options: Any,
+    ) -> tuple[list[StepResult], Tensor]:
+        """`step` on twins `[rows, in]` that differ in their label, and what `features(x_pos)` was before it.
+
+        Where every layer hands on what it had before its update, and on the compiled CPU backend, the rows under the
+        neutral label run with the others: one pass over the weights, the first layer's product shared by all three.
+        They weigh nothing in the loss, and their coefficients are exactly zero. `options` are those of `step`.
+        """  # fmt: skip
+        if not self._runs_together(options):
+            features = self.features(x_pos, num_classes=num_classes)
+            return self.step(x_pos, x_neg, optimizers, label_field=num_classes, **options), features
+        rows = len(x_pos)
+        others = torch.cat([x_neg, x_pos])
+        others[rows:, :num_classes] = 1 / num_classes
+        # A mean over 3 rows in place of 2.
+        weight = torch.full((3 * rows,), 1.5, dtype=next(self.parameters()).dtype)
+        weight[2 * rows :] = 0
+        joint = self.step(x_pos, others, optimizers, keep=True, sample_weight=weight, **options)
+        neutral = [(cast("Tensor", result.y)[2 * rows :], result.sumsq[2 * rows :]) for result in joint]
+        results = [
+            replace(result, y=None, sumsq=result.sumsq[: 2 * rows], goodness=result.goodness[: 2 * rows])
+            for result in joint
+        ]
+        return results, self._side_by_side(neutral, None)
+
+    def _runs_together(self, options: dict[str, Any]) -> bool:
+        def fits(layer: FFLinear) -> bool:
+            objective, compute_dtype = layer.objective, check.compute_dtype_of(layer.compute_dtype, layer.weight)
+            return (
+                layer.outputs == "pre"
+                and not objective.paired
+                and objective.reduction == "mean"
+                and not isinstance(objective.threshold, Tensor)
+                and functional.finds_copies(layer.weight, compute_dtype, layer.activation, layer.backend)
+            )
+
+        return "sample_weight" not in options and all(map(fits, self))
+
+    @torch.no_grad()
     def train_layerwise(
         self,
         x_pos: Tensor,
@@ -259,17 +305,25 @@ class FFNetwork(nn.Module):
         """
         chosen = self._chosen(layers, default=range(len(self.layers)))
         sign = torch.tensor([1.0 if layer.objective.maximize else -1.0 for layer in self], device=x.device)[chosen]
-        product = self.shared_product(x, num_classes)
-        totals = []
-        # Few rows under several labels make one batch, whose products run at a better rate.
-        for labels in torch.arange(num_classes, device=x.device).split(max(1, PREDICTION_ROWS // max(1, len(x)))):
-            count = len(labels)
-            rows = negatives.overlay_label(
-                x.repeat(count, 1), labels.repeat_interleave(len(x)), num_classes, label_value
+        negatives.check_rows(x, num_classes)
+        labels = torch.arange(num_classes, device=x.device)
+        best = [labels[:0]]
+        for rows in x.split(max(1, PREDICTION_ROWS // num_classes)):
+            under_all = negatives.overlay_label(
+                rows.repeat(num_classes, 1), labels.repeat_interleave(len(rows)), num_classes, label_value
             )
-            shared = {} if product is None else {"product": product.repeat(count, 1), "label_field": num_classes}
-            totals.append((self.goodness(rows, **shared)[:, chosen] * sign).sum(1).view(count, -1))
-        return torch.cat(totals).argmax(0)
+            totals = (self.goodness(under_all, **self._sharing(rows, num_classes))[:, chosen] * sign).sum(1)
+            best.append(totals.view(num_classes, -1).argmax(0))
+        return torch.cat(best)
+
+    def _sharing(self, x: Tensor, num_classes: int) -> dict[str, Any]:
+        """Arguments of `linear_forward` for the first layer and copies of `x` under each label: one product for all."""
+        first = next(iter(self))
+        compute_dtype = check.compute_dtype_of(first.compute_dtype, first.weight)
+        if functional.finds_copies(first.weight, compute_dtype, first.activation, first.backend):
+            return {"copies": num_classes}
+        product = self.shared_product(x, num_classes)
+        return {} if product is None else {"product": product.repeat(num_classes, 1), "label_field": num_classes}
 
     @torch.no_grad()
     def features(

@@ -1,7 +1,8 @@
 """The caller's own optimizer: which update rule runs fused on its state, and how its state is read and written.
 
-`torch.optim.SGD`, `Adam` and `AdamW` are recognised; their rule runs inside the operator, on the tensors that the
-optimizer keeps and with the numbers of its `param_groups`, so that schedulers and `state_dict` work as always.
+`torch.optim.SGD`, `Adam`, `AdamW` and this module's `SGDW` are recognised; their rule runs inside the operator, on the
+tensors that the optimizer keeps and with the numbers of its `param_groups`, so that schedulers and `state_dict` work as
+always.
 Any other optimizer, subclass, hook or setting gets `.grad` filled and its own `.step()` called.
 """
 
@@ -19,9 +20,40 @@ from .compiling import once_per_trace
 # What each rule's `state` and `hyper` lists hold; `lr` as a tensor comes beside them and overrides the number.
 RULES = {
     "sgd": "state: [momentum_buffer] or []; hyper: lr, momentum, dampening, nesterov, decay, maximize, first_step",
+    "sgdw": "as sgd; decay is decoupled: it shrinks the parameter beside the momentum, by lr decay",
     "adam": "state: [exp_avg, exp_avg_sq, step]; hyper: lr, beta1, beta2, eps, decay, decoupled, maximize",
     "grad": "state: [gradient], written instead of the parameter; hyper: []",
 }
+
+
+class SGDW(SGD):
+    """`torch.optim.SGD` with decoupled decay: `p <- (1 - lr decoupled) p`, and then SGD's own step.
+
+    `decoupled` is the decay, `>= 0`, an option of each group; the other arguments are SGD's.
+    """
+
+    def __init__(self, params: Any, lr: float | Tensor = 1e-3, *, decoupled: float = 0.0, **options: Any) -> None:
+        if not decoupled >= 0:
+            raise ValueError(f"decoupled={decoupled!r} is not a number >= 0")
+        self._decoupled = decoupled
+        super().__init__(params, lr=lr, **options)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        param_group.setdefault("decoupled", self._decoupled)
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and group["decoupled"]:
+                    p.mul_(1 - group["lr"] * group["decoupled"])
+        super().step()
+        return loss
 
 
 @dataclass
@@ -102,7 +134,7 @@ def fused_rule(optimizer: Optimizer | None) -> tuple[str, str]:
     """
     if optimizer is None:
         return "grad", "no optimizer: the gradient is left in .grad"
-    if type(optimizer) not in (SGD, Adam, AdamW):
+    if type(optimizer) not in (SGD, SGDW, Adam, AdamW):
         return "grad", f"{type(optimizer).__name__} runs through .grad and its own step()"
     if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
         return "grad", "the optimizer has step hooks, which only its own step() calls"
@@ -110,7 +142,11 @@ def fused_rule(optimizer: Optimizer | None) -> tuple[str, str]:
         for setting in ("amsgrad", "differentiable"):
             if group.get(setting):
                 return "grad", f"{setting}=True runs through .grad and the optimizer's own step()"
-    return ("sgd" if type(optimizer) is SGD else "adam"), "the update runs fused on the optimizer's state"
+    if type(optimizer) is SGDW and any(
+        group["decoupled"] and group["weight_decay"] for group in optimizer.param_groups
+    ):
+        return "grad", "decay of both kinds runs through .grad and the optimizer's own step()"
+    return {SGD: "sgd", SGDW: "sgdw"}.get(type(optimizer), "adam"), "the update runs fused on the optimizer's state"
 
 
 def plan(optimizer: Optimizer | None, weight: Tensor, bias: Tensor | None) -> Plan:
@@ -131,7 +167,7 @@ def plan(optimizer: Optimizer | None, weight: Tensor, bias: Tensor | None) -> Pl
         else:
             assert optimizer is not None
             state = optimizer.state.get(parameter, {})
-            slots.append((_sgd_slot if rule == "sgd" else _adam_slot)(parameter, group, state))
+            slots.append((_adam_slot if rule == "adam" else _sgd_slot)(parameter, group, state))
     assert slots[0] is not None
     return Plan(optimizer, rule, slots[0], slots[1])
 
@@ -162,7 +198,8 @@ def _sgd_slot(parameter: Tensor, group: dict[str, Any], state: dict[str, Any]) -
         if buffer is None:
             new["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format).detach()
         tensors = [buffer if buffer is not None else new["momentum_buffer"]]
-    keys = ("momentum", "dampening", "nesterov", "weight_decay", "maximize")
+    decay = "decoupled" if "decoupled" in group else "weight_decay"
+    keys = ("momentum", "dampening", "nesterov", decay, "maximize")
     hyper = [float(group[key]) for key in keys] + [float("momentum_buffer" in new)]
     return _slot(parameter, tensors, group, hyper, new)
 

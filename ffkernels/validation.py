@@ -153,6 +153,12 @@ def label_field(columns: object, weight: Tensor, x_pos: Tensor, x_neg: Tensor | 
     return columns
 
 
+def copies(count: object, rows: int) -> None:
+    """Checks that rows are so many copies of the same ones."""
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1 or rows % count:
+        raise ValueError(f"copies={count!r} is not an integer >= 1 that divides the {rows} rows of x")
+
+
 def shared_product(product: Tensor | None, columns: int, rows: int, weight: Tensor) -> None:
     """Checks `product` `[rows, out]` and that its label field is known."""
     if product is None:

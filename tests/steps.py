@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
+from ffkernels.optim import SGDW
+
 # Adam and RMSprop divide by the root of squared gradients: with a small eps, gradients that cancel to rounding noise
 # come out as full steps in a random direction, under which no two ways of summing agree.
 OPTIMIZERS: dict[str, Callable[[Iterable[Tensor]], Optimizer]] = {
@@ -17,6 +19,7 @@ OPTIMIZERS: dict[str, Callable[[Iterable[Tensor]], Optimizer]] = {
     "sgd-decay": lambda p: SGD(p, lr=0.1, weight_decay=0.05, maximize=True),
     "sgd-momentum": lambda p: SGD(p, lr=0.1, momentum=0.9, dampening=0.1, weight_decay=0.01),
     "sgd-nesterov": lambda p: SGD(p, lr=0.1, momentum=0.8, nesterov=True),
+    "sgdw": lambda p: SGDW(p, lr=0.1, momentum=0.9, dampening=0.9, decoupled=0.5),
     "adam": lambda p: Adam(p, lr=0.01, eps=1e-3),
     "adam-decay": lambda p: Adam(p, lr=0.01, betas=(0.8, 0.95), eps=1e-2, weight_decay=0.1, maximize=True),
     "adamw": lambda p: AdamW(p, lr=0.01, eps=1e-3, weight_decay=0.1),

@@ -101,6 +101,22 @@ class Doubled(SGD):
                     p.sub_(2 * p.grad)
 
 
+def test_decoupled_decay_is_what_it_says():
+    p = torch.nn.Parameter(torch.tensor([2.0, -1.0], dtype=torch.float64))
+    optimizer = optim.SGDW([p], lr=0.1, momentum=0.5, decoupled=2.0)
+    expected, buffer = p.detach().clone(), 0.0
+    for _ in range(3):
+        p.grad = p.detach().clone() + 1
+        buffer = 0.5 * buffer + p.grad
+        expected = expected * (1 - 0.1 * 2.0) - 0.1 * buffer
+        optimizer.step()
+        assert error(p, expected) < 1e-15
+    with pytest.raises(ValueError, match="decoupled=-1"):
+        optim.SGDW([p], decoupled=-1)
+    optimizer.param_groups[0]["weight_decay"] = 0.1
+    assert optim.fused_rule(optimizer)[0] == "grad"
+
+
 def test_subclasses_and_hooks_run_their_own_step():
     ours = problem()
     before = ours.weight.detach().clone()

@@ -16,7 +16,7 @@ from bench.peers import HintonSGD
 from ffkernels import cli
 from ffkernels.experiments import batches, picture, results
 from ffkernels.experiments.presets import FFLIB, HINTON_MATLAB, HINTON_UNSUPERVISED, LOEWEX, MOHAMMADPZ, PRESETS, Preset
-from ffkernels.experiments.train import Trainer, _decay, describe, train
+from ffkernels.experiments.train import Trainer, describe, train
 
 from .toy_data import toy_data, write_idx
 
@@ -130,7 +130,6 @@ def test_averaged_decoupled_sgd_is_hintons(data) -> None:
             mine.grad = torch.randn_like(mine)
             other.grad = mine.grad.clone()
         trainer.net_optimizer.step()
-        _decay(trainer.net_optimizer)
         theirs.step()
     for mine, other in zip(trainer.net.parameters(), parameters, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-13, atol=1e-15)
@@ -187,10 +186,10 @@ def test_rows_kept_are_counted(skip: float, data) -> None:
     still = replace(SMALL["loewex"], layers=replace(LOEWEX.layers, lr=0.0), batch_size=600)
     trainer = Trainer(still, data, epochs=1, skip_below=skip)
     seen = []
-    step = trainer.net.step
-    trainer.net.step = lambda *a, **o: seen.append(step(*a, **o)) or seen[-1]  # type: ignore
+    step = trainer.net.step_and_features
+    trainer.net.step_and_features = lambda *a, **o: seen.append(step(*a, **o)) or seen[-1]  # type: ignore
     row = trainer.run_epoch(lambda describe: False)
-    for layer, result, share in zip(trainer.net, seen[0], row["kept"], strict=True):
+    for layer, result, share in zip(trainer.net, seen[0][0], row["kept"], strict=True):
         logit = torch.cat([layer.out_features - result.goodness_pos, result.goodness_neg - layer.out_features])
         slope = torch.sigmoid(logit)
         wanted = (slope >= skip) if skip else slope != 0

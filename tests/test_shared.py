@@ -95,11 +95,74 @@ def test_prediction_and_features_share_the_first_layer(rows, monkeypatch):
         ff.FFLinear, "activity", lambda self, *a, **o: seen.append(o.get("product")) or activity(self, *a, **o)
     )
     assert torch.equal(net.predict(x, K), torch.stack(goodness).argmax(0))
-    assert all((product is None) == bool(i % 3) for i, product in enumerate(seen))
+    assert all((product is None) == bool(i % 3) for i, product in enumerate(seen))  # float64 runs on eager
     plain = net.features(x, num_classes=K)
     assert error(net.features(x, num_classes=K, product=net.shared_product(x, K)), plain) < 1e-12
     unlabelled = net.features(x, num_classes=0)
     assert error(unlabelled[:, 7:], torch.nn.functional.normalize(net.activities(x)[2], eps=1e-4)) < 1e-3
+
+
+@needs_library
+@pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 5, 130])
+def test_copies_share_the_first_layer_of_the_compiled_backend(rows, compute_dtype):
+    """130 rows under 10 labels are more than one block."""
+    x = torch.rand(rows, 90)
+    copies = ff.overlay_label(x.repeat(10, 1), torch.arange(10).repeat_interleave(rows))
+    weight, bias = torch.randn(21, 90), torch.randn(21)
+    ours = ff.linear_forward(copies, weight, bias, compute_dtype=compute_dtype, copies=10, backend="native")
+    theirs = ff.linear_forward(copies, weight, bias, compute_dtype=compute_dtype, backend="eager")
+    for mine, other in zip(ours, theirs, strict=True):
+        assert error(mine, other) < (1e-6 if compute_dtype is None else 4e-3)
+    strangers = torch.rand_like(copies)
+    ours = ff.linear_forward(strangers, weight, bias, copies=10, backend="native")
+    assert error(ours[0], ff.linear_forward(strangers, weight, bias, backend="eager")[0]) < 1e-6
+    with pytest.raises(ValueError, match="copies=3"):
+        ff.linear_forward(torch.rand(4, 90), weight, copies=3)
+
+
+@needs_library
+@pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("idle", [False, True])
+def test_several_negatives_of_a_row_share_its_products(compute_dtype, idle):
+    """`idle`: the rows of one group weigh nothing."""
+    made = problem(20, 60, 90, 21, dtype=torch.float32)
+    x_neg = made.x_pos.repeat(3, 1)
+    x_neg[:, 4:9] = torch.randint(3, (60, 5)).float()
+    ours, theirs = made._replace(x_neg=x_neg), made.copy()._replace(x_neg=x_neg)
+    sample_weight = torch.rand(80)
+    sample_weight[40:60] *= not idle
+    for p, backend in ((ours, "native"), (theirs, "eager")):
+        for _ in range(2):
+            ff.linear_step_(
+                p.x_pos, p.x_neg, p.weight, p.bias, p.optimizer, sample_weight=sample_weight, norm="rms",
+                objective=ff.Objective(goodness="sum", threshold=21), compute_dtype=compute_dtype, backend=backend,
+            )  # fmt: skip
+    assert_same_state(ours, theirs, 1e-5 if compute_dtype is None else 2e-2)
+
+
+@pytest.mark.parametrize("options", [{}, {"outputs": "post"}, {"compute_dtype": torch.bfloat16}], ids=str)
+@pytest.mark.parametrize(
+    "objective", [ff.Objective(goodness="sum", threshold=9.0), ff.Objective(loss="swish")], ids=str
+)
+def test_step_and_features_in_one_pass_are_those_in_two(objective, options):
+    torch.manual_seed(3)
+    peer = ff.PeerNormalisation("loewex")
+    made = {"objective": objective, "peer": peer, "norm": "rms", "outputs": "pre", **options}
+    net, (x_pos, x_neg) = network(torch.float32, **made), twins(8, 12, torch.float32)
+    other = copy.deepcopy(net)
+    tolerance = 1e-5 if "compute_dtype" not in options else 2e-2
+    optimizers = [SGD(n.parameters(), lr=0.1, momentum=0.9) for n in (net, other)]
+    for _ in range(2):
+        results, features = net.step_and_features(x_pos, x_neg, optimizers[0], K)
+        assert error(features, other.features(x_pos, num_classes=K)) < tolerance
+        theirs = other.step(x_pos, x_neg, optimizers[1])
+        for a, b in zip(results, theirs, strict=True):
+            assert a.y is None and error(a.loss, b.loss) < tolerance
+            assert error(a.goodness_pos, b.goodness_pos) < tolerance
+            assert error(a.goodness_neg, b.goodness_neg) < tolerance
+    for mine, of_other in zip(net.state_dict().values(), other.state_dict().values(), strict=True):
+        assert error(mine, of_other) < tolerance
 
 
 def test_float16_rows_are_scaled_first_and_share_no_product():

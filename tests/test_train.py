@@ -180,8 +180,8 @@ def test_first_step_is_the_presets(data) -> None:
         assert layer.weight.std().item() == pytest.approx(1 / math.sqrt(width), rel=0.1)
     weights = [layer.weight.detach().clone().requires_grad_() for layer in trainer.net]
     seen: list[Tensor] = []
-    step = trainer.net.step
-    trainer.net.step = lambda *sides, **options: seen.extend(sides[:2]) or step(*sides, **options)  # type: ignore
+    step = trainer.net.step_and_features
+    trainer.net.step_and_features = lambda *a, **options: seen.extend(a[:2]) or step(*a, **options)  # type: ignore
     trainer.run_epoch(lambda describe: False)
     pos, neg = seen
     assert torch.equal(pos[:, 10:], neg[:, 10:])

@@ -24,65 +24,72 @@ struct Chunks {
     int64_t size(int64_t chunk) const { return smaller(rows, out - first(chunk)); }
 };
 
-// Where negative rows differ from their positive twins; `count` 0 where they are no twins.
+// Where rows differ from the positive rows whose copies they are; `copies` 0 where they are none.
 struct Field {
-    int64_t first = 0, count = 0;
-    bool twins = false;
+    int64_t first = 0, count = 0, copies = 0;
 };
 
-// Rows [start[side], start[side] + rows[side]) of both sides. In vectors "per column" (of products with rows as columns) positives come first; negatives
-// start at `negative`, which is the next column, or, for twins, the next whole vector.
+// Rows of a block come in groups: the positives, the negatives; copies of the positives under other labels are a group each.
+// Group g is rows [g positives + start[g > 0], ... + rows[g > 0]) of the joint batch. In vectors "per column" (of products with rows as columns)
+// groups follow each other; those of copies start at whole vectors, `stride` apart.
 struct Block {
-    int64_t start[2], rows[2], negative;
+    int64_t positives, groups, start[2], rows[2], stride;
     Field field;
 
-    int64_t columns() const { return up_to(negative + rows[1], LANES); }
-    int64_t column(int side, int64_t i) const { return side == 0 ? i : negative + i; }
-    int64_t operands() const { return field.twins ? rows[0] : rows[0] + rows[1]; }
+    int64_t row(int64_t group, int64_t i) const { return group * positives + start[group > 0] + i; }
+    int64_t count(int64_t group) const { return rows[group > 0]; }
+    int64_t column(int64_t group, int64_t i) const { return group * stride + i; }
+    int64_t columns() const { return up_to(column(groups - 1, rows[1]), LANES); }
+    // The row of the joint batch that is multiplied as the i-th, and the number of these.
+    int64_t operand_row(int64_t i) const { return i < rows[0] ? row(0, i) : row(1, i - rows[0]); }
+    int64_t operands() const { return field.copies ? rows[0] : rows[0] + rows[1]; }
 };
 
 inline Block block_of(const ffk::Call& call, int64_t index, int64_t blocks, Field field) {
     Block b{};
     for (int side = 0; side < 2; side++) {
-        b.start[side] = call.rows[side] * index / blocks;
-        b.rows[side] = call.rows[side] * (index + 1) / blocks - b.start[side];
+        const int64_t all = call.rows[field.copies ? 0 : side];
+        b.start[side] = all * index / blocks;
+        b.rows[side] = all * (index + 1) / blocks - b.start[side];
     }
+    b.positives = call.rows[0], b.groups = field.copies ? 1 + field.copies : 2;
     b.field = field;
-    b.negative = field.twins ? up_to(b.rows[0], LANES) : b.rows[0];
+    b.stride = field.copies ? up_to(b.rows[0], LANES) : b.rows[0];
     return b;
 }
 
-// Sides whose rows hold the same bits in all but one short run of columns share their products.
+// The rows of the second side may hold the same bits as those of the first, one after the other and over again, in all but one short run of
+// columns: then they share their products.
 inline Field label_field(const ffk::Call& call) {
-    const int64_t pairs = call.rows[0], bytes = call.x_bfloat16 ? 2 : 4, most = call.in / 8;
-    Field field;
-    if (pairs == 0 || pairs != call.rows[1] || call.is_positive != nullptr) return field;
+    const int64_t pairs = call.rows[0], others = call.rows[1], bytes = call.x_bfloat16 ? 2 : 4, most = call.in / 8;
+    if (pairs == 0 || others == 0 || others % pairs != 0 || call.is_positive != nullptr) return {};
+    const auto numbers = [&](int64_t row) { return static_cast<const char*>(row_of(call, row).at); };
     int64_t first = call.in, last = -1;
-    for (int64_t i = 0; i < pairs; i += larger(1, pairs / 64)) {
-        const char* a = static_cast<const char*>(row_of(call, 0, i).at);
-        const char* b = static_cast<const char*>(row_of(call, 1, i).at);
-        for (int64_t k = 0; k < call.in; k++) {
-            if (std::memcmp(a + k * bytes, b + k * bytes, size_t(bytes)) == 0) continue;
-            first = smaller(first, k), last = larger(last, k);
-            if (last - first >= most) return field;
+    for (int64_t i = 0; i < others; i += larger(1, others / 64)) {
+        const char *a = numbers(i % pairs), *b = numbers(pairs + i);
+        constexpr int64_t STEP = 16;
+        for (int64_t k = 0; k < call.in; k += STEP) {
+            const int64_t end = smaller(call.in, k + STEP);
+            if (std::memcmp(a + k * bytes, b + k * bytes, size_t((end - k) * bytes)) == 0) continue;
+            for (int64_t j = k; j < end; j++)
+                if (std::memcmp(a + j * bytes, b + j * bytes, size_t(bytes)) != 0) first = smaller(first, j), last = larger(last, j);
+            if (last - first >= most) return {};
         }
     }
-    field.first = last < 0 ? 0 : first, field.count = last < 0 ? 0 : last + 1 - first;
-    const int64_t after = field.first + field.count;
-    for (int64_t i = 0; i < pairs; i++) {
-        const char* a = static_cast<const char*>(row_of(call, 0, i).at);
-        const char* b = static_cast<const char*>(row_of(call, 1, i).at);
-        if (std::memcmp(a, b, size_t(field.first * bytes)) != 0) return field;
-        if (std::memcmp(a + after * bytes, b + after * bytes, size_t((call.in - after) * bytes)) != 0) return field;
+    if (last < 0) first = last = 0;
+    const int64_t after = last + 1;
+    for (int64_t i = 0; i < others; i++) {
+        const char *a = numbers(i % pairs), *b = numbers(pairs + i);
+        if (std::memcmp(a, b, size_t(first * bytes)) != 0) return {};
+        if (std::memcmp(a + after * bytes, b + after * bytes, size_t((call.in - after) * bytes)) != 0) return {};
     }
-    field.twins = true;
-    return field;
+    return {first, after - first, others / pairs};
 }
 
-// x_neg - x_pos of twins in a column of their field; zero in any other.
-inline float change_of(const ffk::Call& call, const Block& block, int64_t twin, int64_t column) {
+// How a copy differs from the row of another group in a column of their field; zero in any other.
+inline float change_of(const ffk::Call& call, const Block& block, int64_t group, int64_t from, int64_t i, int64_t column) {
     if (column < block.field.first || column >= block.field.first + block.field.count) return 0;
-    return row_of(call, 1, block.start[1] + twin)[column] - row_of(call, 0, block.start[0] + twin)[column];
+    return row_of(call, block.row(group, i))[column] - row_of(call, block.row(from, i))[column];
 }
 
 inline int workers_for(const ffk::Call& call, int64_t multiplications) {

@@ -9,7 +9,7 @@ namespace {
 
 struct Choice {
     const ffk::Kernels* kernels;
-    bool runs_here;
+    bool runs_here, pays = true;
 };
 
 #if defined(__x86_64__)
@@ -18,8 +18,10 @@ bool has_avx512() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")
         && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
 }
+// Intel's unit for pairs takes two cycles for an instruction where float32 takes half of one: there, rounded numbers are multiplied as float32.
+bool pairs_pay() { return !__builtin_cpu_is("intel"); }
 const Choice choices[] = {
-    {&ffk::avx512_bf16, has_avx512() && __builtin_cpu_supports("avx512bf16")},
+    {&ffk::avx512_bf16, has_avx512() && __builtin_cpu_supports("avx512bf16"), pairs_pay()},
     {&ffk::avx512, has_avx512()},
     {&ffk::avx2, has_avx2()},
     {&ffk::baseline, true},
@@ -30,7 +32,7 @@ const Choice choices[] = {{&ffk::baseline, true}};
 
 const ffk::Kernels* first_choice() {
     for (const Choice& choice : choices)
-        if (choice.runs_here) return choice.kernels;
+        if (choice.runs_here && choice.pays) return choice.kernels;
     return nullptr;
 }
 

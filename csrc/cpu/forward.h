@@ -11,8 +11,8 @@ struct Forward {
     int64_t depth;         // of the product, in places
     int64_t field_first, field_depth;
     int64_t stride;        // of y_t
-    float* packed;         // X^T in panels; the change of the twins' label field behind it
-    float* change;
+    float* packed;         // X^T in panels
+    float* change;         // likewise, one behind the other: what each group of copies changes in the label field of the group before
     float* scale;          // per column: r
     float* sumsq;          // per column: of the results
     float* partial;        // [chunks, columns]: its parts
@@ -27,14 +27,14 @@ struct Forward {
         field_first = pairs ? field.first / 2 : field.first;
         field_depth = field.count ? places(call, field.first + field.count) - field_first : 0;
         packed = memory.take(up_to(rows, LANES) * depth);
-        change = memory.take(up_to(rows, LANES) * field_depth);
+        change = memory.take(up_to(rows, LANES) * field_depth * field.copies);
         scale = memory.take(columns), sumsq = memory.take(columns);
         partial = memory.take(chunks.count() * columns);
         // Rows a power of two apart fall onto the same cache lines: many products with them are worth a copy.
         copies_weights = call.bfloat16 || (call.in % 512 == 0 && rows >= 512);
         weight_stride = stride_for(depth);
         weight_scratch = copies_weights ? chunks.rows * weight_stride : 0;
-        y_scratch = keeps_y ? 0 : chunks.rows * stride;
+        y_scratch = keeps_y ? 0 : chunks.rows * stride + 4;  // the last four columns are read as one
         scratch_size = up_to(LANES * depth + weight_scratch + y_scratch, 16);
         scratch = memory.take(scratch_size * call.threads);
     }
@@ -56,16 +56,8 @@ struct Forward {
             for (int64_t chunk = 0; chunk < chunks.count(); chunk++) total += partial[chunk * block.columns() + i];
             sumsq[i] = total;
         }
-        for (int side = 0; side < 2; side++)
-            if (block.rows[side]) std::memcpy(call.sumsq + (side ? call.rows[0] : 0) + block.start[side],
-                        sumsq + block.column(side, 0), size_t(block.rows[side]) * 4);
-    }
-
-    // Which row of which side an operand is: twins' operands are the positive rows.
-    static int side_of(const Block& block, int64_t& i) {
-        if (i < block.rows[0]) return 0;
-        i -= block.rows[0];
-        return 1;
+        for (int64_t g = 0; g < block.groups; g++)
+            if (block.count(g)) std::memcpy(call.sumsq + block.row(g, 0), sumsq + block.column(g, 0), size_t(block.count(g)) * 4);
     }
 
     void pack(const Block& block, int workers) const {
@@ -78,34 +70,30 @@ struct Forward {
             float* own = scratch + worker * scratch_size;
             const float* rows[LANES] = {};
             for (int j = 0; j < valid; j++) {
-                int64_t i = first + j;
-                const int side = side_of(block, i);
-                const Row row = row_of(call, side, block.start[side] + i);
+                const int64_t i = first + j;
+                const Row row = row_of(call, block.operand_row(i));
                 rows[j] = pairs ? row.pairs(call.in, own + j * depth) : row.operands(call.in, own + j * depth);
-                set_scale(block, side, i, row);
-                if (block.field.twins) set_scale(block, 1, i, row_of(call, 1, block.start[1] + i));
+                set_scale(i, block.operand_row(i));
+                for (int64_t g = 1; g <= block.field.copies; g++) set_scale(block.column(g, i), block.row(g, i));
             }
             pack_columns(rows, valid, depth, packed + panels.offset(panel) + lane, width);
-            float* into = change + fields.offset(panel) + lane;
-            for (int64_t k = 0; k < field_depth; k++)
-                for (int j = 0; j < LANES; j++) into[k * width + j] = j < valid ? change_at(block, first + j, field_first + k) : 0;
+            for (int64_t g = 1; g <= block.field.copies; g++) {
+                float* into = change + (g - 1) * fields.elements() + fields.offset(panel) + lane;
+                for (int64_t k = 0; k < field_depth; k++)
+                    for (int j = 0; j < LANES; j++) into[k * width + j] = j < valid ? change_at(block, g, first + j, field_first + k) : 0;
+            }
         });
     }
 
-    // The place `k` of x_neg - x_pos.
-    float change_at(const Block& block, int64_t twin, int64_t k) const {
-        if (!pairs) return change_of(call, block, twin, k);
-        return pair_of(to_bfloat16(change_of(call, block, twin, 2 * k)), to_bfloat16(change_of(call, block, twin, 2 * k + 1)));
+    // The place `k` of a copy's difference from the group before it.
+    float change_at(const Block& block, int64_t group, int64_t i, int64_t k) const {
+        const auto change = [&](int64_t column) { return change_of(call, block, group, group - 1, i, column); };
+        return pairs ? pair_of(to_bfloat16(change(2 * k)), to_bfloat16(change(2 * k + 1))) : change(k);
     }
 
-    void set_scale(const Block& block, int side, int64_t i, const Row& row) const {
-        float& r = scale[block.column(side, i)];
-        if (call.norm == ffk::NORM_NONE) {
-            r = 1;
-            return;
-        }
-        const int64_t at = (side ? call.rows[0] : 0) + block.start[side] + i;
-        r = row_scale(call, call.input_sumsq != nullptr ? call.input_sumsq[at] : sum_of_squares(row, call.in));
+    void set_scale(int64_t column, int64_t row) const {
+        if (call.norm == ffk::NORM_NONE) scale[column] = 1;
+        else scale[column] = row_scale(call, call.input_sumsq != nullptr ? call.input_sumsq[row] : sum_of_squares(row_of(call, row), call.in));
     }
 
     struct Weights {
@@ -119,8 +107,8 @@ struct Forward {
         for (int64_t o = 0; o < chunks.size(chunk); o++, at += call.in) {
             float* to = own + o * weight_stride;
             if (pairs) to_pairs(at, call.in, to);
-            else
-                for (int64_t k = 0; k < call.in; k++) to[k] = call.bfloat16 ? rounded(at[k]) : at[k];
+            else if (call.bfloat16) round_all(at, call.in, to);
+            else std::memcpy(to, at, size_t(call.in) * 4);
         }
         return {own, weight_stride};
     }
@@ -150,10 +138,12 @@ struct Forward {
                         }
                         const int64_t unit = chunks.first(chunk) + o;
                         finish(tile, a.valid, unit, p * PANEL, to, q + p * PANEL, o == 0);
-                        if (!block.field.twins) continue;
-                        tile.template multiply<PAIRS>(a, field_first, change + fields.offset(p), field_depth);
-                        finish(tile, a.valid, unit, block.negative + p * PANEL, to + block.negative,
-                               q + block.negative + p * PANEL, o == 0);
+                        for (int64_t g = 1; g <= block.field.copies; g++) {
+                            const int64_t column = block.column(g, p * PANEL);
+                            const float* changes = change + (g - 1) * fields.elements() + fields.offset(p);
+                            tile.template multiply<PAIRS>(a, field_first, changes, field_depth);
+                            finish(tile, a.valid, unit, column, to + block.column(g, 0), q + column, o == 0);
+                        }
                     }
                 });
         }
@@ -190,53 +180,37 @@ struct Forward {
 
     // y_t [units, columns] to y [rows, out].
     void write_rows(const Block& block, int64_t chunk, const float* y_t) const {
-        const int64_t first = chunks.first(chunk), units = chunks.size(chunk);
-        for (int side = 0; side < 2; side++) {
-            const int64_t start = (side ? call.rows[0] : 0) + block.start[side], column = block.column(side, 0);
-            int64_t i = 0;
-            if (!call.bfloat16) {
-                float* y = static_cast<float*>(call.y) + start * call.out + first;
-                for (; i + 4 <= block.rows[side]; i += 4) {
-                    int64_t o = 0;
-                    for (; o + 4 <= units; o += 4) {
-                        quad q[4];
-                        for (int j = 0; j < 4; j++)
-                            q[j] = *reinterpret_cast<const quad_in_memory*>(y_t + (o + j) * stride + column + i);
-                        transpose(q[0], q[1], q[2], q[3]);
-                        for (int j = 0; j < 4; j++)
-                            *reinterpret_cast<quad_in_memory*>(y + (i + j) * call.out + o) = q[j];
+        if (call.bfloat16) write_rows<uint16_t, quad_of_halves>(block, chunk, y_t);
+        else write_rows<float, quad>(block, chunk, y_t);
+    }
+
+    template <class Number, class Four>
+    void write_rows(const Block& block, int64_t chunk, const float* y_t) const {
+        const int64_t first = chunks.first(chunk), units = chunks.size(chunk), out = call.out, width = stride;
+        for (int64_t g = 0; g < block.groups; g++) {
+            const int64_t column = block.column(g, 0);
+            Number* y = static_cast<Number*>(call.y) + block.row(g, 0) * out + first;
+            for (int64_t i = 0; i < block.count(g); i += 4) {
+                const int64_t rows = smaller(4, block.count(g) - i);
+                for (int64_t o = 0; o < units; o += 4) {
+                    const int64_t valid = smaller(4, units - o);
+                    quad q[4] = {};
+                    for (int64_t j = 0; j < valid; j++)
+                        q[j] = *reinterpret_cast<const quad_in_memory*>(y_t + (o + j) * width + column + i);
+                    transpose(q[0], q[1], q[2], q[3]);
+                    for (int64_t j = 0; j < rows; j++) {
+                        const Four numbers = to_numbers(q[j], Four{});
+                        Number* to = y + (i + j) * out + o;
+                        if (valid == 4) std::memcpy(to, &numbers, sizeof numbers);
+                        else std::memcpy(to, &numbers, size_t(valid) * sizeof(Number));
                     }
-                    for (; o < units; o++)
-                        for (int j = 0; j < 4; j++) y[(i + j) * call.out + o] = y_t[o * stride + column + i + j];
                 }
             }
-            if (call.bfloat16) {
-                uint16_t* y = static_cast<uint16_t*>(call.y) + start * call.out + first;
-                for (; i + 4 <= block.rows[side]; i += 4) {
-                    int64_t o = 0;
-                    for (; o + 4 <= units; o += 4) {
-                        quad q[4];
-                        for (int j = 0; j < 4; j++)
-                            q[j] = *reinterpret_cast<const quad_in_memory*>(y_t + (o + j) * stride + column + i);
-                        transpose(q[0], q[1], q[2], q[3]);
-                        uint16_t numbers[4][4];
-                        for (int j = 0; j < 4; j++)
-                            for (int u = 0; u < 4; u++) numbers[j][u] = to_bfloat16(q[j][u]);
-                        for (int j = 0; j < 4; j++) std::memcpy(y + (i + j) * call.out + o, numbers[j], 8);
-                    }
-                    for (; o < units; o++)
-                        for (int j = 0; j < 4; j++) y[(i + j) * call.out + o] = to_bfloat16(y_t[o * stride + column + i + j]);
-                }
-            }
-            for (; i < block.rows[side]; i++)
-                for (int64_t o = 0; o < units; o++) {
-                    const int64_t at = (start + i) * call.out + first + o;
-                    const float value = y_t[o * stride + column + i];
-                    if (call.bfloat16) static_cast<uint16_t*>(call.y)[at] = to_bfloat16(value);
-                    else static_cast<float*>(call.y)[at] = value;
-                }
         }
     }
+
+    static quad to_numbers(quad values, quad) { return values; }
+    static quad_of_halves to_numbers(quad values, quad_of_halves) { return to_bfloat16(values); }
 
     // y to y act'(z), where they differ: the slope of leaky ReLU once more.
     void gate(const Block& block, int64_t chunk, float* y_t) const {

@@ -6,7 +6,7 @@
 namespace ffk {
 
 // Raised whenever `Call` or the meaning of a field changes; a library with another number is refused.
-constexpr int INTERFACE = 2;
+constexpr int INTERFACE = 3;
 
 enum Norm : int32_t { NORM_NONE, NORM_L2, NORM_RMS };
 enum EpsMode : int32_t { EPS_ADD, EPS_CLAMP, EPS_INSIDE };

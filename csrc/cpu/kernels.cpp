@@ -20,10 +20,9 @@ int with_memory(F body) {
 
 // As large as any block is.
 Block largest_block(const ffk::Call& call, int64_t blocks, Field field) {
-    Block b{};
-    for (int side = 0; side < 2; side++) b.rows[side] = pieces(call.rows[side], blocks);
-    b.field = field;
-    b.negative = field.twins ? up_to(b.rows[0], LANES) : b.rows[0];
+    Block b = block_of(call, 0, 1, field);
+    for (int side = 0; side < 2; side++) b.rows[side] = pieces(b.rows[side], blocks);
+    b.stride = field.copies ? up_to(b.rows[0], LANES) : b.rows[0];
     return b;
 }
 
@@ -44,16 +43,16 @@ double coefficients(const Objective& objective, const Block& block, const float*
         for (int64_t i = 0; i < block.rows[0]; i++) {
             const int64_t other = block.column(1, i);
             Terms pos, neg;
-            objective.of_pair(block.start[0] + i, sumsq[i], sumsq[other], pos, neg);
+            objective.of_pair(block.row(0, i), sumsq[i], sumsq[other], pos, neg);
             coefficient[i] = pos.coefficient, coefficient[other] = neg.coefficient;
             loss += pos.loss;
         }
         return loss;
     }
-    for (int side = 0; side < 2; side++)
-        for (int64_t i = 0; i < block.rows[side]; i++) {
-            const int64_t at = (side ? objective.call.rows[0] : 0) + block.start[side] + i, column = block.column(side, i);
-            const Terms terms = objective.of_row(at, sumsq[column]);
+    for (int64_t g = 0; g < block.groups; g++)
+        for (int64_t i = 0; i < block.count(g); i++) {
+            const int64_t column = block.column(g, i);
+            const Terms terms = objective.of_row(block.row(g, i), sumsq[column]);
             coefficient[column] = terms.coefficient;
             loss += terms.loss;
         }

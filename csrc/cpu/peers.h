@@ -10,12 +10,13 @@ struct Peers {
     float* activity;  // [out]: sums over the positive rows; then p
     float* input;     // [in]: s
     float* positive;  // per column: 1 for a positive row, else 0
+    float* unpacked;  // [in]: a row
     double count = 0;
 
     Peers(const ffk::Call& c, const Block& largest, Memory& memory) : call(c) {
         if (!there()) return;
         activity = memory.take(up_to(call.out, TILE_ROWS)), input = memory.take(up_to(call.in, PANEL));
-        positive = memory.take(largest.columns());
+        positive = memory.take(largest.columns()), unpacked = memory.take(call.in);
     }
 
     bool there() const { return call.peer_mean != nullptr; }
@@ -28,12 +29,11 @@ struct Peers {
     // Adds a block's rows: y_t [out, stride] and the row scales, per column.
     void see(const Block& block, const float* y_t, int64_t stride, const float* scale) {
         std::memset(positive, 0, size_t(block.columns()) * 4);
-        for (int side = 0; side < 2; side++)
-            for (int64_t i = 0; i < block.rows[side]; i++) {
-                const int64_t at = block.start[side] + i;
-                if (call.is_positive != nullptr ? !call.is_positive[(side ? call.rows[0] : 0) + at] : side != 0) continue;
-                const int64_t column = block.column(side, i);
-                const Row row = row_of(call, side, at);
+        for (int64_t g = 0; g < block.groups; g++)
+            for (int64_t i = 0; i < block.count(g); i++) {
+                const int64_t at = block.row(g, i), column = block.column(g, i);
+                if (call.is_positive != nullptr ? !call.is_positive[at] : g != 0) continue;
+                const float* row = row_of(call, at).operands(call.in, unpacked);
                 positive[column] = 1, count += 1;
                 for (int64_t k = 0; k < call.in; k++) input[k] += scale[column] * row[k];
             }

@@ -33,7 +33,14 @@ struct Row {
     // The row itself where its numbers are its operands, else its operands in `scratch` `[n]`.
     const float* operands(int64_t n, float* scratch) const {
         if (!is_bfloat16 && !rounds) return static_cast<const float*>(at);
-        for (int64_t k = 0; k < n; k++) scratch[k] = (*this)[k];
+        if (!is_bfloat16) {
+            round_all(static_cast<const float*>(at), n, scratch);
+            return scratch;
+        }
+        const uint16_t* x = static_cast<const uint16_t*>(at);
+        int64_t k = 0;
+        for (; k + LANES <= n; k += LANES) store(scratch + k, from_bfloat16(x + k));
+        for (; k < n; k++) scratch[k] = from_bfloat16(x[k]);
         return scratch;
     }
 
@@ -54,24 +61,25 @@ struct Row {
     }
 };
 
-inline Row row_of(const ffk::Call& call, int side, int64_t i) {
+// Row `i` of the joint batch.
+inline Row row_of(const ffk::Call& call, int64_t i) {
+    const int side = i < call.rows[0] ? 0 : 1;
     const int64_t bytes = call.x_bfloat16 ? 2 : 4;
     const char* base = static_cast<const char*>(call.x[side]);
-    return {base + i * call.x_stride[side] * bytes, call.x_bfloat16 != 0, call.bfloat16 != 0};
+    return {base + (side ? i - call.rows[0] : i) * call.x_stride[side] * bytes, call.x_bfloat16 != 0, call.bfloat16 != 0};
 }
 
 // Of the row as it came: normalisation is not a product, and is not rounded.
 inline float sum_of_squares(const Row& row, int64_t n) {
     vec total[4] = {};
     int64_t k = 0;
-    if (!row.is_bfloat16) {
-        const float* x = static_cast<const float*>(row.at);
-        for (; k + 4 * LANES <= n; k += 4 * LANES)
-            for (int v = 0; v < 4; v++) {
-                const vec part = load(x + k + v * LANES);
-                total[v] += part * part;
-            }
-    }
+    for (; k + 4 * LANES <= n; k += 4 * LANES)
+        for (int v = 0; v < 4; v++) {
+            const int64_t at = k + v * LANES;
+            const vec part = row.is_bfloat16 ? from_bfloat16(static_cast<const uint16_t*>(row.at) + at)
+                                             : load(static_cast<const float*>(row.at) + at);
+            total[v] += part * part;
+        }
     float rest = 0;
     for (; k < n; k++) rest += row.exact(k) * row.exact(k);
     return sum((total[0] + total[1]) + (total[2] + total[3])) + rest;

@@ -5,7 +5,7 @@
 
 namespace {
 
-// torch.optim.SGD: g += decay p; m = momentum m + (1 - dampening) g; p -= lr (m, or g + momentum m).
+// torch.optim.SGD: g += decay p; m = momentum m + (1 - dampening) g; p -= lr (m, or g + momentum m). Decoupled: p *= 1 - lr decay instead.
 // torch.optim.Adam: m += (g - m)(1 - beta1); v = beta2 v + (1 - beta2) g^2; p -= lr / c1 m / (sqrt(v) / sqrt(c2) + eps).
 struct Rule {
     float sign, decay, decoupled, lr, momentum, kept;
@@ -45,7 +45,7 @@ struct Rule {
             store(m, buffer);
             g = nesterov ? g + buffer * momentum : buffer;
         }
-        store(p, w - g * lr);
+        store(p, w * decoupled - g * lr);
     }
 
     // `n` elements of a row; what does not fill a vector goes through one that is wide enough.

@@ -15,10 +15,13 @@ struct Update {
     int64_t depth_stride;      // of the left operand's rows, in places
     int64_t sum_stride;        // of the gradient's rows
     float* packed;             // the kept rows of X in panels
-    float* field_packed;       // the same for the change in the twins' label field, of the panels that it touches
+    float* field_packed;       // per group of copies: their change from the positive rows, in the panels that the label field touches
+    int64_t field_size;
     int32_t* kept;             // operands whose coefficient is not zero, in order
-    float* weight_of[2];       // per kept operand: c r; for twins of the positive and of the negative row
-    float* bias_weight_of[2];  // per kept operand: c
+    int32_t* moves;            // per group of copies: whether any of its coefficients is not zero
+    int64_t rows;              // as many operands as a block can have
+    float* weight_of;          // [groups, rows] per kept operand: c r, of the operand itself and of each of its copies
+    float* bias_weight_of;     // likewise: c
     float* sum;                // [out, in]: the gradient over earlier blocks, if there are several
     float* bias_sum;           // [out]: likewise
     float* scratch;            // per worker: an unpacked row, or the left operands of a chunk and its unfinished sums
@@ -27,16 +30,17 @@ struct Update {
     Update(const ffk::Call& c, const Peers& p, const Block& largest, int64_t block_count, Memory& memory)
         : call(c), peers(p), chunks(c.out, largest.operands()), weight_rule(c.rule, c.weight_update), bias_rule(c.bias != nullptr ? c.rule : int32_t(ffk::GRAD), c.bias_update),
           pairs(in_pairs(c)), blocks(block_count), depth_stride(stride_for(places(c, largest.operands()))), sum_stride(stride_for(c.in)) {
-        const int64_t rows = largest.operands();
+        rows = largest.operands();
         const Field field = largest.field;
+        const int64_t groups = 1 + field.copies;
         packed = memory.take(places(call, rows) * up_to(call.in, LANES));
-        field_packed = memory.take(field.count ? places(call, rows) * (up_to(field.count, PANEL) + PANEL) : 0);
-        kept = reinterpret_cast<int32_t*>(memory.take(rows));
-        for (int side = 0; side < 2; side++)
-            weight_of[side] = memory.take(rows), bias_weight_of[side] = memory.take(rows);
+        field_size = field.count ? places(call, rows) * (up_to(field.count, PANEL) + PANEL) : 0;
+        field_packed = memory.take(field_size * field.copies);
+        kept = reinterpret_cast<int32_t*>(memory.take(rows)), moves = reinterpret_cast<int32_t*>(memory.take(groups));
+        weight_of = memory.take(groups * rows), bias_weight_of = memory.take(groups * rows);
         sum = memory.take(blocks > 1 ? up_to(call.out, TILE_ROWS) * sum_stride : 0);
         bias_sum = memory.take(call.out);
-        left_size = chunks.rows * depth_stride * (field.twins ? 2 : 1) + (pairs ? 2 * up_to(rows, 16) : 0);
+        left_size = chunks.rows * depth_stride * groups + (pairs ? 2 * up_to(rows, 16) : 0);
         scratch_size = up_to(larger(2 * call.in, left_size + (rows > DEPTH && blocks == 1 ? chunks.rows * sum_stride : 0)), 16);
         scratch = memory.take(scratch_size * call.threads);
     }
@@ -49,13 +53,12 @@ struct Update {
         pack(block, depth, panels, workers);
         parallel(chunks.count(), workers, [&](int64_t chunk, int worker) {
             float* left = scratch + worker * scratch_size;
-            float* negative = left + chunks.rows * depth_stride;
-            form(block, index, chunk, depth, y_t, stride, left, negative);
+            form(block, index, chunk, depth, y_t, stride, left);
             with_rule([&](auto kind) {
                 constexpr int KIND = decltype(kind)::value;
                 if (call.bias != nullptr && index == blocks - 1) update_bias<KIND>(chunk);
                 with_pairs(pairs, [&](auto in_pairs) {
-                    multiply<KIND, decltype(in_pairs)::value>(block, index, chunk, panels, left, negative, left + left_size);
+                    multiply<KIND, decltype(in_pairs)::value>(block, index, chunk, panels, left, left + left_size);
                 });
             });
         });
@@ -75,14 +78,17 @@ struct Update {
     // Operands in doubt; the others' part of the gradient is exactly zero.
     int64_t choose(const Block& block, const float* coefficient, const float* scale) {
         int64_t depth = 0;
+        std::memset(moves, 0, size_t(1 + block.field.copies) * 4);
         for (int64_t i = 0; i < block.operands(); i++) {
-            const int64_t other = block.field.twins ? block.column(1, i) : i;
-            const float c = coefficient[i], c_other = coefficient[other];
-            if (c == 0 && c_other == 0) continue;
+            bool moved = false;
+            for (int64_t g = 0; g <= block.field.copies; g++) {
+                const int64_t column = g * block.stride + i;
+                const float c = coefficient[column];
+                weight_of[g * rows + depth] = c * scale[column], bias_weight_of[g * rows + depth] = c;
+                if (c != 0) moved = true, moves[g] = 1;
+            }
             kept[depth] = int32_t(i);
-            weight_of[0][depth] = c * scale[i], bias_weight_of[0][depth] = c;
-            weight_of[1][depth] = c_other * scale[other], bias_weight_of[1][depth] = c_other;
-            depth++;
+            if (moved) depth++;
         }
         return depth;
     }
@@ -93,16 +99,13 @@ struct Update {
             for (int64_t k = group * LANES; k < smaller(panels.depth, (group + 1) * LANES); k++) {
                 const float* row = pairs ? two_rows(block, 2 * k, depth, own) : row_at(block, k).operands(call.in, own);
                 pack_row(row, panels, k, packed);
-                if (block.field.count) pack_change(block, depth, panels, k);
+                for (int64_t g = 1; g <= block.field.copies; g++)
+                    if (moves[g] && block.field.count) pack_change(block, g, depth, panels, k);
             }
         });
     }
 
-    Row row_at(const Block& block, int64_t k) const {
-        const int64_t i = kept[k];
-        const int side = i < block.rows[0] ? 0 : 1;
-        return row_of(call, side, block.start[side] + i - (side ? block.rows[0] : 0));
-    }
+    Row row_at(const Block& block, int64_t k) const { return row_of(call, block.operand_row(kept[k])); }
 
     // Kept rows `k` and `k + 1` (zeros beyond the last) as one row of pairs.
     const float* two_rows(const Block& block, int64_t k, int64_t depth, float* own) const {
@@ -113,20 +116,20 @@ struct Update {
         return own;
     }
 
-    void pack_change(const Block& block, int64_t depth, const Panels& panels, int64_t k) const {
+    void pack_change(const Block& block, int64_t group, int64_t depth, const Panels& panels, int64_t k) const {
         const int64_t first = block.field.first, last = first + block.field.count - 1;
         for (int64_t p = first / PANEL; p <= last / PANEL; p++) {
             const int64_t width = panels.vectors(p) * LANES;
-            float* into = field_panel(block, panels, p) + k * width;
+            float* into = field_panel(block, group, panels, p) + k * width;
             for (int64_t j = 0; j < width; j++) {
-                const auto change = [&](int64_t i) { return i < depth ? change_of(call, block, kept[i], p * PANEL + j) : 0; };
+                const auto change = [&](int64_t i) { return i < depth ? change_of(call, block, group, 0, kept[i], p * PANEL + j) : 0; };
                 into[j] = pairs ? pair_of(to_bfloat16(change(2 * k)), to_bfloat16(change(2 * k + 1))) : change(k);
             }
         }
     }
 
-    float* field_panel(const Block& block, const Panels& panels, int64_t panel) const {
-        return field_packed + panels.offset(panel) - panels.offset(block.field.first / PANEL);
+    float* field_panel(const Block& block, int64_t group, const Panels& panels, int64_t panel) const {
+        return field_packed + (group - 1) * field_size + panels.offset(panel) - panels.offset(block.field.first / PANEL);
     }
 
     bool touches_field(const Block& block, int64_t panel) const {
@@ -134,25 +137,23 @@ struct Update {
             && panel <= (block.field.first + block.field.count - 1) / PANEL;
     }
 
-    // The product's left operands: [units, depth] of c r y act'(z); for twins both rows' together, and the negative ones' apart.
-    void form(
-        const Block& block, int64_t index, int64_t chunk, int64_t depth, const float* y_t, int64_t stride, float* left, float* negative
-    ) const {
-        float* unpaired = left + chunks.rows * depth_stride * (block.field.twins ? 2 : 1);
+    // The product's left operands: [units, depth] of c r y act'(z), those of copies added to their row's; and those of each group of copies apart.
+    void form(const Block& block, int64_t index, int64_t chunk, int64_t depth, const float* y_t, int64_t stride, float* left) const {
+        const int64_t size = chunks.rows * depth_stride;
+        float* unpaired = left + size * (1 + block.field.copies);
         for (int64_t o = 0; o < chunks.size(chunk); o++) {
             const int64_t unit = chunks.first(chunk) + o;
-            const float* y = y_t + unit * stride;
             float* to = pairs ? unpaired : left + o * depth_stride;
-            float* below = pairs ? unpaired + up_to(depth, 16) : negative + o * depth_stride;
-            gather(y, depth, depth == block.operands(), to);
-            float bias = dot(to, bias_weight_of[0], depth);
-            for (int64_t k = 0; k < depth; k++) to[k] *= weight_of[0][k];
-            if (block.field.twins) {
-                gather(y + block.negative, depth, depth == block.operands(), below);
-                bias += dot(below, bias_weight_of[1], depth);
-                for (int64_t k = 0; k < depth; k++) below[k] *= weight_of[1][k];
-                for (int64_t k = 0; k < depth; k++) to[k] += below[k];
-                round(below, depth, negative + o * depth_stride);
+            float bias = 0;
+            for (int64_t g = 0; g <= block.field.copies; g++) {
+                if (g > 0 && !moves[g]) continue;
+                float* own = g == 0 ? to : pairs ? unpaired + up_to(depth, 16) : left + g * size + o * depth_stride;
+                gather(y_t + unit * stride + g * block.stride, depth, depth == block.operands(), own);
+                bias += dot(own, bias_weight_of + g * rows, depth);
+                for (int64_t k = 0; k < depth; k++) own[k] *= weight_of[g * rows + k];
+                if (g == 0) continue;
+                for (int64_t k = 0; k < depth; k++) to[k] += own[k];
+                round(own, depth, left + g * size + o * depth_stride);
             }
             round(to, depth, left + o * depth_stride);
             if (peers.there() && index == blocks - 1) bias += float(peers.count) * peers.pull(unit);
@@ -168,8 +169,7 @@ struct Update {
 
     void round(float* values, int64_t n, float* operand) const {
         if (pairs) to_pairs(values, n, operand);
-        else if (call.bfloat16)
-            for (int64_t k = 0; k < n; k++) values[k] = rounded(values[k]);
+        else if (call.bfloat16) round_all(values, n, values);
     }
 
     template <int KIND>
@@ -183,7 +183,7 @@ struct Update {
 
     template <int KIND, bool PAIRS>
     void multiply(
-        const Block& block, int64_t index, int64_t chunk, const Panels& panels, const float* left, const float* negative, float* own_sum
+        const Block& block, int64_t index, int64_t chunk, const Panels& panels, const float* left, float* own_sum
     ) const {
         const int64_t first = chunks.first(chunk), size = chunks.size(chunk);
         float* unfinished = blocks > 1 ? sum + first * sum_stride : own_sum;
@@ -203,9 +203,10 @@ struct Update {
                         tile.clear();
                         tile.template multiply<PAIRS>(a, k, packed + panels.offset(p) + k * NV * LANES, depth, coming);
                         if (k > 0 || index > 0) tile.add(to, sum_stride);
-                        if (last_part && touches_field(block, p)) {
-                            const TileRows b(negative + o * depth_stride, depth_stride, size - o);
-                            tile.template multiply<PAIRS>(b, 0, field_panel(block, panels, p), panels.depth);
+                        for (int64_t g = 1; g <= block.field.copies && last_part && touches_field(block, p); g++) {
+                            if (!moves[g]) continue;
+                            const TileRows b(left + (g * chunks.rows + o) * depth_stride, depth_stride, size - o);
+                            tile.template multiply<PAIRS>(b, 0, field_panel(block, g, panels, p), panels.depth);
                         }
                         if (!last) {
                             tile.write(to, sum_stride);

@@ -24,7 +24,12 @@ constexpr int PANEL = TILE_VECTORS * LANES;
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef float vec_in_memory __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t vec_of_bits __attribute__((vector_size(4 * LANES)));
+typedef uint16_t vec_of_halves __attribute__((vector_size(2 * LANES)));
+typedef uint16_t halves_in_memory __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 typedef float quad __attribute__((vector_size(16)));
+typedef uint32_t quad_of_bits __attribute__((vector_size(16)));
+typedef uint16_t quad_of_halves __attribute__((vector_size(8)));
 typedef float quad_in_memory __attribute__((vector_size(16), aligned(4), may_alias));
 
 inline vec load(const float* p) { return *reinterpret_cast<const vec_in_memory*>(p); }
@@ -87,7 +92,30 @@ inline uint16_t to_bfloat16(float value) {
     return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+inline quad_of_halves to_bfloat16(quad values) {
+    const quad_of_bits bits = (quad_of_bits)values;
+    const quad_of_bits nan = quad_of_bits{} + 0x7fc0;
+    return __builtin_convertvector(values != values ? nan : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16, quad_of_halves);
+}
+
+inline vec from_bfloat16(const uint16_t* p) {
+    const vec_of_halves halves = *reinterpret_cast<const halves_in_memory*>(p);
+    return (vec)(__builtin_convertvector(halves, vec_of_bits) << 16);
+}
+
 inline float rounded(float value) { return from_bfloat16(to_bfloat16(value)); }
+
+inline vec rounded(vec values) {
+    const vec_of_bits bits = (vec_of_bits)values;
+    const vec_of_bits nan = vec_of_bits{} + 0x7fc00000u;
+    return (vec)(values != values ? nan : (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u);
+}
+
+inline void round_all(const float* values, int64_t n, float* to) {
+    int64_t k = 0;
+    for (; k + LANES <= n; k += LANES) store(to + k, rounded(load(values + k)));
+    for (; k < n; k++) to[k] = rounded(values[k]);
+}
 
 // Two bfloat16 numbers in the place of one float.
 inline float pair_of(uint16_t first, uint16_t second) {

@@ -1,7 +1,8 @@
 """The training loop: layers by Forward-Forward on labelled images, a linear classifier alongside.
 
 The images stay on the device as uint8; minibatches, labels and negatives are made there (`batches.py`), and nothing in
-a step waits for the device. The classifier's pass under the neutral label and the step share the first layer's product.
+a step waits for the device. Where negatives do not wait for it, the classifier's pass under the neutral label is one
+with the step.
 All that an epoch draws comes from a generator seeded by (seed, epoch), so a run that goes on from a checkpoint gives
 the numbers of one that was never stopped.
 """
@@ -23,6 +24,7 @@ from torch.optim import SGD, Adam, Optimizer
 
 from .. import FFLinear, FFNetwork, StepResult, hybrid_images, wrong_label
 from .. import validation as check
+from ..optim import SGDW
 from . import checkpoint
 from .batches import as_input, hard_label, labelled_sides, shifted
 from .data import Dataset
@@ -176,9 +178,7 @@ class Trainer:
     def _set_lr(self, factor: float) -> None:
         for rule, optimizer in self.rules:
             for group in optimizer.param_groups:
-                # p - lr (a + decay p) is (p - lr / keep a) keep: the optimizer's own step, then `_decay`.
-                group["keep"] = 1 - rule.lr * factor * group.get("decoupled", 0.0)
-                group["lr"] = rule.lr * factor / group["keep"]
+                group["lr"] = rule.lr * factor
 
     def _train(self, epoch: int, after_step: Callable[[Callable[[], str]], bool]) -> Totals | None:
         preset, classes = self.preset, self.data.num_classes
@@ -194,22 +194,26 @@ class Trainer:
                 logits = None
                 if self.classifier is not None:
                     logits = self._step_classifier(self.net.features_of(results), labels)
-            else:
-                logits = None
-                if self.classifier is not None:
-                    logits = self._step_classifier(self._features(x), labels)
-                wrong = self._wrong_label(labels, logits, generator)
+            elif preset.negatives == "classifier":
+                logits = self._step_classifier(self._features(x), labels)
+                wrong = hard_label(logits, labels, generator)
                 results = self._step(*labelled_sides(x, labels, wrong, classes, preset.label_value))
-            _decay(self.net_optimizer)
+            else:
+                sides = labelled_sides(x, labels, self._wrong_label(labels, generator), classes, preset.label_value)
+                logits = None
+                if self.classifier is None:
+                    results = self._step(*sides)
+                else:
+                    results, features = self.net.step_and_features(
+                        *sides, self.net_optimizer, classes, skip_below=self.skip_below
+                    )
+                    logits = self._step_classifier(features, labels)
             totals.add(results, None if logits is None else logits.argmax(1) != labels)
             if after_step(totals.describe) and totals.rows < len(order):
                 return None
         return totals
 
-    def _wrong_label(self, labels: Tensor, logits: Tensor | None, generator: torch.Generator) -> Tensor:
-        if self.preset.negatives == "classifier":
-            assert logits is not None
-            return hard_label(logits, labels, generator)
+    def _wrong_label(self, labels: Tensor, generator: torch.Generator) -> Tensor:
         if self.preset.negatives == "shuffled":
             return labels[torch.randperm(len(labels), generator=generator, device=self.device)]
         return wrong_label(labels, self.data.num_classes, generator)
@@ -233,7 +237,6 @@ class Trainer:
         error = logits.softmax(1) - (labels[:, None] == classes).to(logits.dtype)
         self.classifier.weight.grad = (error.t() @ features).div_(len(labels))
         self.classifier_optimizer.step()
-        _decay(self.classifier_optimizer)
         return logits
 
     def _as_input(self, images: Tensor) -> Tensor:
@@ -428,26 +431,24 @@ def _optimizer(rule: Rule, module: nn.Module) -> Optimizer:
     if rule.optimizer == "adam":
         return Adam(module.parameters(), lr=rule.lr, weight_decay=rule.weight_decay)
     parameters = list(module.parameters())
-    groups: list[dict[str, Any]] = [{"params": parameters, "weight_decay": rule.weight_decay}]
+    options: dict[str, Any] = {
+        "lr": rule.lr,
+        "momentum": rule.momentum,
+        "dampening": rule.momentum if rule.average else 0.0,
+    }
+    optimizer: SGD
     if rule.decoupled:
-        kinds = (
-            (rule.weight_decay, [p for p in parameters if p.dim() > 1]),
-            (0.0, [p for p in parameters if p.dim() < 2]),
-        )
-        groups = [{"params": of_kind, "decoupled": decay} for decay, of_kind in kinds if of_kind]
-    optimizer = SGD(groups, lr=rule.lr, momentum=rule.momentum, dampening=rule.momentum if rule.average else 0.0)
+        kinds = [[p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() < 2]]
+        decays = (rule.weight_decay, 0.0)
+        groups = [{"params": of_kind, "decoupled": d} for of_kind, d in zip(kinds, decays, strict=True) if of_kind]
+        optimizer = SGDW(groups, **options)
+    else:
+        optimizer = SGD(parameters, weight_decay=rule.weight_decay, **options)
     if rule.average:
         # Without a buffer SGD would start from the first gradient, undamped.
         for p in parameters:
             optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return optimizer
-
-
-@torch.no_grad()
-def _decay(optimizer: Optimizer) -> None:
-    for group in optimizer.param_groups:
-        if group.get("decoupled"):
-            torch._foreach_mul_(group["params"], group["keep"])
 
 
 def _fingerprint(data: Dataset) -> str:

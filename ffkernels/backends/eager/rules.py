@@ -43,6 +43,12 @@ def sgd(p: Tensor, gradient: Tensor, state: list[Tensor], hyper: list[float], lr
     p.sub_(g * lr)
 
 
+def sgdw(p: Tensor, gradient: Tensor, state: list[Tensor], hyper: list[float], lr: float | Tensor) -> None:
+    """`ffkernels.optim.SGDW`: decay taken off the parameter, then `sgd`."""
+    p.mul_(1 - lr * hyper[4])
+    sgd(p, gradient, state, [*hyper[:4], 0.0, *hyper[5:]], lr)
+
+
 def adam(p: Tensor, gradient: Tensor, state: list[Tensor], hyper: list[float], lr: float | Tensor) -> None:
     """torch.optim.Adam (decay added to the gradient) and AdamW (`decoupled`: decay taken off the parameter)."""
     exp_avg, exp_avg_sq, step = state
@@ -67,7 +73,7 @@ def adam(p: Tensor, gradient: Tensor, state: list[Tensor], hyper: list[float], l
     p.sub_(exp_avg / denominator * (lr / (1 - beta1**count)))
 
 
-RULES: dict[str, Rule] = {"sgd": sgd, "adam": adam}
+RULES: dict[str, Rule] = {"sgd": sgd, "sgdw": sgdw, "adam": adam}
 
 
 def _has_fused(p: Tensor, state: list[Tensor]) -> bool:

@@ -13,7 +13,7 @@ NAME = "libffkernels_cpu.so"
 RECORD = "build.json"
 # Another build of the library than that of this installation: one with a sanitizer, say.
 VARIABLE = "FFKERNELS_LIBRARY"
-INTERFACE = 2
+INTERFACE = 3
 
 
 class Update(ctypes.Structure):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .library import Call, Update, instruction_set, load
+from .library import Call, Update, load
 
 if TYPE_CHECKING:
     from ..select import Request
@@ -21,7 +21,7 @@ _ACTIVATIONS = ("relu", "leaky_relu", "identity")
 _GOODNESS = ("mean", "sum", "norm")
 _LOSSES = ("logistic", "symba", "swish")
 _REDUCTIONS = ("mean", "sum_of_means")
-_RULES = ("grad", "sgd", "adam")
+_RULES = {"grad": 0, "sgd": 1, "sgdw": 1, "adam": 2}
 
 
 def unsupported(request: Request) -> str | None:
@@ -50,16 +50,10 @@ def unsupported(request: Request) -> str | None:
     return None
 
 
-def _has_unused_bfloat16_unit() -> bool:
-    """Whether PyTorch multiplies bfloat16 numbers on a unit that the library does not know."""
-    has_unit, is_amx = _bfloat16_unit()
-    return is_amx or (has_unit and instruction_set() != "avx512_bf16")
-
-
 @cache
-def _bfloat16_unit() -> tuple[bool, bool]:
-    """Whether PyTorch has a unit for bfloat16 products on this CPU, and whether that is AMX."""
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported(), torch.cpu._is_amx_tile_supported()
+def _has_unused_bfloat16_unit() -> bool:
+    """Whether PyTorch multiplies bfloat16 numbers on a matrix unit, which the library does not know."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_amx_tile_supported()
 
 
 def linear_forward(
@@ -141,7 +135,7 @@ def linear_step_(
     call.skip_below = skip_below
     call.peer_mean, call.peer_strength, call.peer_momentum = operands.write(peer_mean), peer_strength, peer_momentum
     call.goodness, call.loss_kind = _GOODNESS.index(goodness), _LOSSES.index(loss)
-    call.reduction, call.rule = _REDUCTIONS.index(reduction), _RULES.index(rule)
+    call.reduction, call.rule = _REDUCTIONS.index(reduction), _RULES[rule]
     _set_update(operands, call.weight_update, rule, weight_state, weight_hyper, weight_lr)
     if bias is not None:
         _set_update(operands, call.bias_update, rule, bias_state, bias_hyper, bias_lr)
@@ -225,8 +219,9 @@ def _set_update(
         return
     update.lr = hyper[0] if lr is None else float(lr)
     names: tuple[str, ...]
-    if rule == "sgd":
+    if rule != "adam":
         names = ("momentum", "dampening", "nesterov", "weight_decay", "maximize", "first_step")
+        update.decoupled = rule == "sgdw"
     else:
         names = ("beta1", "beta2", "eps", "weight_decay", "decoupled", "maximize")
     integers: Any = ("nesterov", "maximize", "first_step", "decoupled")

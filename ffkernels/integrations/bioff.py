@@ -27,6 +27,10 @@ LIBRARY = "bioff 1.1.0"
 LAYER = {"norm": "l2", "eps": 1e-4}
 
 
+def _parts(layer: Any) -> tuple[Any, Any]:
+    return layer.relu, layer.threshold
+
+
 class Layer(_TheirLayer):
     """bioff's layer, with its training loop and forward pass on this package.
 
@@ -57,7 +61,7 @@ class Layer(_TheirLayer):
     def _reason(self) -> str | None:
         if self.weight.device.type != torch.device(self.device).type:
             return f"its parameters are on {self.weight.device} and its data goes to {self.device}"
-        return common.reason_against(self, self.relu, self.threshold)
+        return common.reason_against(self, *_parts(self))
 
     def _says(self, reason: str | None) -> bool:
         if reason is not None:
@@ -104,7 +108,7 @@ def accelerate(
     """Makes a `Net` or `Layer` of bioff run on this package: in place, and returned.
 
     Parameters, optimizers and attributes stay the same objects. A layer that cannot run here (a subclass, another
-    activation) stays what it is, and one warning names it. `BioFFClassifier` makes its net inside `fit`: use
+    activation) stays what it is, and one warning names all of these. `BioFFClassifier` makes its net inside `fit`: use
     `with accelerated()` around that.
 
     Args:
@@ -115,17 +119,17 @@ def accelerate(
     Raises:
         TypeError: where there is no bioff layer in `net`.
         ValueError: for a layer without bias, which bioff cannot run either; with `strict`, for any that cannot run.
+        ValueError, TypeError: for a `compute_dtype` or `backend` that a layer cannot run with.
     """
-    layers = {name or "layer": module for name, module in net.named_modules() if isinstance(module, _TheirLayer)}
+    modules = net.named_modules() if isinstance(net, nn.Module) else ()
+    layers = {name or "layer": module for name, module in modules if isinstance(module, _TheirLayer)}
     if not layers:
-        raise TypeError(f"net is a {type(net).__name__} without bioff layers; accepted: bioff's Net or Layer")
-    common.replace_classes(
-        LIBRARY, layers, _TheirLayer, Layer,
-        lambda layer: common.reason_against(layer, layer.relu, layer.threshold), strict,
-    )  # fmt: skip
-    for layer in layers.values():
-        if type(layer) is Layer:
-            layer.compute_dtype, layer.backend = compute_dtype, backend
+        raise TypeError(
+            f"net is a {type(net).__name__} without bioff layers; accepted: bioff's Net or Layer "
+            "(`with accelerated()` around the fit of a BioFFClassifier)"
+        )
+    options = {"compute_dtype": compute_dtype, "backend": backend}
+    common.replace_classes(LIBRARY, layers, _TheirLayer, Layer, _parts, options, strict)
     return net
 
 
@@ -137,16 +141,20 @@ def restore(net: nn.Module) -> nn.Module:
 
 @contextmanager
 def accelerated() -> Iterator[None]:
-    """While it lasts, nets that bioff makes have accelerated layers: `BioFFClassifier.fit` makes and trains one."""
-    core.Layer = Layer
+    """While it lasts, nets that bioff makes have accelerated layers: `BioFFClassifier.fit` makes and trains one.
+
+    It holds in this process, not in those that a search over parameters may start.
+    """
+    before, core.Layer = core.Layer, Layer
     try:
         yield
     finally:
-        core.Layer = _TheirLayer
+        core.Layer = before
 
 
 def _reason_against_batch(x_pos: Tensor, x_neg: Tensor, sample_weights: Tensor) -> str | None:
     if x_pos.shape != x_neg.shape or sample_weights.shape != (len(x_pos),):
         shapes = ", ".join(str(tuple(t.shape)) for t in (x_pos, x_neg, sample_weights))
         return f"x_pos, x_neg and sample_weights of shapes {shapes} are not rows, as many rows, and a weight for each"
-    return "sample_weights wait for a gradient" if sample_weights.requires_grad else None
+    waits = any(t.requires_grad for t in (x_pos, x_neg, sample_weights))
+    return "x_pos, x_neg or sample_weights wait for a gradient" if waits else None

@@ -51,6 +51,8 @@ def reason_against(layer: nn.Linear, activation: Any, threshold: Any) -> str | N
     weight, bias = layer.weight, layer.bias
     if activation_name(activation) is None:
         return f"activation {activation!r} is not one of {', '.join(check.ACTIVATIONS)}"
+    if isinstance(activation, nn.Module) and watched(activation):
+        return f"hooks watch its activation {activation!r}"
     if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not abs(threshold) < float("inf"):
         return f"threshold {threshold!r} is not a finite number"
     if weight.dtype not in check.MASTER_DTYPES:
@@ -102,39 +104,47 @@ def require_bias(layer: nn.Module, library: str, name: str = "layer") -> None:
 def replace_classes(
     library: str,
     layers: dict[str, Any],
-    theirs: type,
-    ours: type,
-    reason: Callable[[Any], str | None],
+    theirs: type[nn.Linear],
+    ours: type[nn.Linear],
+    parts: Callable[[Any], tuple[Any, Any]],
+    options: dict[str, Any],
     strict: bool,
 ) -> None:
-    """Gives layers of class `theirs` the class `ours`, in place; names those that will not run here and why.
+    """Gives layers of class `theirs` that can run here the class `ours`, in place; names the others and why.
 
     Args:
         library: its name, for messages.
-        layers: layers of class `theirs` or a subclass, by the name that messages give them.
-        reason: says why a layer cannot run here, or None.
+        layers: by the name that messages give them; what is of neither class is left alone too.
+        parts: a layer's activation and threshold.
+        options: `compute_dtype` and `backend`, which become attributes of those that run here.
         strict: raise instead of warning.
 
     Raises:
-        ValueError: for a layer without bias; with `strict`, for one that cannot run here.
+        ValueError, TypeError: for a layer without bias, or options that it cannot run with; with `strict`, for one
+            that cannot run here.
     """
-    left = []
+    left, chosen = [], []
     for name, layer in layers.items():
+        if not isinstance(layer, theirs):
+            left.append(f"{name}: it is a {type(layer).__name__}, not {library}'s {theirs.__name__}")
+            continue
         require_bias(layer, library, f"{name} of net")
-        if type(layer) in (theirs, ours):
-            why = reason(layer)
-        else:
-            why = f"it is a {type(layer).__name__}, a subclass of {library}'s {theirs.__name__}"
-        if why is not None:
+        if not (type(layer) is theirs or isinstance(layer, ours)):
+            left.append(f"{name}: it is a {type(layer).__name__}, a subclass of {library}'s {theirs.__name__}")
+        elif why := reason_against(layer, *parts(layer)):
             left.append(f"{name}: {why}")
+        else:
+            functional.explain(layer.weight, activation=str(activation_name(parts(layer)[0])), **options)
+            chosen.append(layer)
     if left:
         message = f"layers of a net of {library} that run on their original path: {'; '.join(left)}"
         if strict:
             raise ValueError(message)
         warn_once(message)
-    for layer in layers.values():
+    for layer in chosen:
         if type(layer) is theirs:
             layer.__class__ = ours
+        vars(layer).update(options)
 
 
 def restore_classes(modules: Iterable[nn.Module], theirs_of: dict[type, type]) -> None:
@@ -155,7 +165,7 @@ def warn_once(message: str) -> None:
 def steps_on_batch(
     x_pos: Tensor, x_neg: Any, layer: nn.Linear, optimizer: Optimizer, epochs: Iterable[int], options: dict[str, Any]
 ) -> None:
-    """One step for each of `epochs` on the same rows, whose sums of squares are taken once. `.grad` is cleared first.
+    """One step for each of `epochs` on the same rows, whose sums of squares are taken once.
 
     Args:
         x_pos, x_neg: `[n_pos, in]` and `[n_neg, in]`.
@@ -165,11 +175,9 @@ def steps_on_batch(
     compute = check.compute_dtype_of(options.get("compute_dtype"), layer.weight)
     for name, x in (("x_pos", x_pos), ("x_neg", x_neg)):
         check.rows_of(name, x, layer.weight, compute)
-    layer.weight.grad = None
-    if layer.bias is not None:
-        layer.bias.grad = None
     sumsq = torch.cat([row_sumsq(x, layer.weight.dtype) for x in (x_pos, x_neg)])
     for _ in epochs:
+        optimizer.zero_grad()
         functional.linear_step_(
             x_pos, x_neg, layer.weight, layer.bias, optimizer, outputs="none", input_sumsq=sumsq, **options
         )

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
-from torch.optim import SGD, Adam, AdamW
+from torch.optim import SGD, Adam
 
 import ffkernels as ff
 from ffkernels import optim, reference
@@ -35,30 +33,6 @@ def test_state_dict_loads_into_a_plain_optimizer(name):
     for _ in range(10):
         step(ours)
     assert_same_state(ours, theirs, 1e-9)
-
-
-@pytest.mark.parametrize("kind", [SGD, Adam, AdamW])
-@pytest.mark.parametrize("scheduled", ["number", "tensor"])
-def test_schedulers(kind, scheduled):
-    ours = problem()
-    theirs = ours.copy()
-    schedulers = []
-    made = []
-    for p in (ours, theirs):
-        lr = 0.05 if scheduled == "number" else torch.tensor(0.05)
-        # Plain SGD refuses nothing about a tensor lr; Adam wants foreach off for one.
-        extra = {} if kind is SGD else {"foreach": False, "eps": 1e-3}
-        optimizer = kind([p.weight, p.bias], lr=lr, **extra)
-        schedulers.append(torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5))
-        made.append(p._replace(optimizer=optimizer))
-    ours, theirs = made
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for _ in range(4):
-            step(ours), step(theirs, reference.linear_step_)
-            for scheduler in schedulers:
-                scheduler.step()
-    assert_same_state(ours, theirs, 1e-7 if scheduled == "tensor" else 1e-10)
 
 
 def test_weight_and_bias_in_groups_of_their_own():

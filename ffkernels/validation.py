@@ -129,6 +129,16 @@ def optimizer_object(optimizer: object) -> None:
         raise TypeError(f"optimizer is a {type(optimizer).__name__}; accepted: a torch.optim.Optimizer, or None")
 
 
+def optimizer_state(key: str, value: Tensor, parameter: Tensor) -> None:
+    """Raises ValueError unless what an optimizer keeps for a parameter is like it, as a backend takes for granted."""
+    if (value.dtype, value.shape, value.device) != (parameter.dtype, parameter.shape, parameter.device):
+        kept, accepted = (f"{t.dtype} {tuple(t.shape)} on {t.device}" for t in (value, parameter))
+        raise ValueError(
+            f"the optimizer's {key} is {kept}; accepted: {accepted}, as its parameter is "
+            "(one that is moved or cast after training began needs a new optimizer)"
+        )
+
+
 def fraction(name: str, value: object) -> None:
     """Raises TypeError or ValueError unless `value` is a number from 0 to 1."""
     if isinstance(value, bool) or not isinstance(value, int | float):

@@ -167,15 +167,40 @@ def test_goodness_loss_is_finite_where_the_naive_one_overflows(dtype):
     assert error(goodness.grad, exact.grad) < torch.finfo(dtype).eps
 
 
-def test_goodness_loss_around_layers_that_are_not_ours():
-    """A convolution, a normalisation and pooling under one optimizer: the gradients of the plain writing."""
-    net = nn.Sequential(nn.Conv2d(2, 5, 3), nn.BatchNorm2d(5), nn.GELU(), nn.AvgPool2d(2)).double()
-    x, side = torch.randn(8, 2, 9, 9, dtype=torch.float64), torch.arange(8) < 3
+class GraphLayer(nn.Module):
+    """`gelu(A X W)` of graphs beside their adjacency: `[graphs, nodes, nodes + in]` in, `[graphs, nodes, out]` out."""
+
+    def __init__(self, nodes: int, features: int, out: int) -> None:
+        super().__init__()
+        self.nodes, self.linear = nodes, nn.Linear(features, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        adjacency, features = x[..., : self.nodes], x[..., self.nodes :]
+        return nn.functional.gelu(self.linear(adjacency @ features))
+
+
+NOT_OURS = {
+    "convolution": (
+        lambda: nn.Sequential(nn.Conv2d(2, 5, 3), nn.BatchNorm2d(5), nn.GELU(), nn.AvgPool2d(2)), (2, 9, 9)
+    ),
+    "transformer block": (
+        lambda: nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True, norm_first=True), (5, 8)
+    ),
+    "graph layer": (lambda: GraphLayer(4, 6, 7), (4, 10)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NOT_OURS)
+def test_goodness_loss_around_layers_that_are_not_ours(kind):
+    """Under one optimizer: the gradients of the plain writing."""
+    make, shape = NOT_OURS[kind]
+    net, x, side = make().double(), torch.randn(8, *shape, dtype=torch.float64), torch.arange(8) < 3
     objective = ff.Objective(threshold=0.3, reduction="sum_of_means")
     found = []
     for loss in (ff.goodness_loss, lambda g, s, o: reference.loss_of(g, s, o, None)):
         goodness = net(x).square().flatten(1).mean(1)
         found.append(gradients(loss(goodness, side, objective), *net.parameters()))
+    assert sum(float(g.abs().sum()) for g in found[0]) > 1e-3
     for ours, theirs in zip(*found, strict=True):
         assert error(ours, theirs, FLOOR) <= EXACT
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import struct
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import command, compare, counts, data, picture, readme, report, run, timing
+from bench import command, compare, counts, data, epoch, picture, readme, report, run, timing
 from bench.cases import AXES, CASES, NUM_CLASSES, TIERS, Batch, Case, select_cases
 from bench.contenders import OURS, Autograd, Backprop, FFKernels
 from bench.memory import peak_bytes, resident_rise
@@ -424,3 +425,29 @@ def description_of(path: Path) -> str:
             return body.partition(b"\0")[2].decode()
         at += 12 + length
     raise AssertionError(f"{path} has no description: {json.dumps(path.name)}")
+
+
+def test_an_epoch_trains_the_networks_on_the_same_minibatches() -> None:
+    pytest.importorskip("fflib")
+    case, batches = small(CASES["fflib-float32"])
+
+    class Batches(data.Data):
+        def batch(self, case: Case, index: int) -> Batch:
+            return batches[index % len(batches)]
+
+    nets = epoch.networks(case, bfloat16=True)
+    twin = copy.deepcopy(nets[epoch.ORIGINAL])
+    rows = epoch.train(case, nets, Batches(), steps=7, block=3)
+    for index in range(7):
+        twin.run_train_combined(*batches[index % len(batches)])
+    weights = [net.layers[1].weight for net in (*nets.values(), twin)]
+    assert torch.equal(weights[0], weights[3]) and not torch.equal(weights[0], weights[2])
+    assert torch.allclose(weights[1], weights[0], rtol=1e-4, atol=1e-6)
+    assert torch.allclose(weights[2], weights[0], rtol=0.1, atol=0.02)
+    for row in rows:
+        assert row["seconds"] == pytest.approx(
+            sum(t * n for t, n in zip(row["block_ms"], (3, 3, 1), strict=True)) / 1e3, rel=0.01
+        )
+    assert rows[0]["times_as_fast_as_fflib"]["median"] == 1
+    images, labels = torch.rand(12, 20), torch.arange(12) % NUM_CLASSES
+    assert 0 <= epoch.error(nets[epoch.ORIGINAL], images, labels) <= 1

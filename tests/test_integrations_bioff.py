@@ -111,7 +111,11 @@ def frozen(layer: Any) -> None:
     layer.bias.requires_grad_(False)
 
 
-@pytest.mark.parametrize("change", [tanh, frozen])
+def watched(layer: Any) -> None:
+    layer.relu.register_forward_hook(lambda module, x, y: 2 * y)
+
+
+@pytest.mark.parametrize("change", [tanh, frozen, watched])
 def test_what_cannot_run_here_trains_on_its_original_path_with_one_warning(change):
     a, b = pair()
     for net in (a, b):
@@ -126,6 +130,28 @@ def test_what_cannot_run_here_trains_on_its_original_path_with_one_warning(chang
     assert_same(a, b)
 
 
+def test_rows_that_wait_for_a_gradient_get_it():
+    a, b = (net.layers[0] for net in pair())
+    x_pos, x_neg, weights = rows(), rows(), torch.ones(10, dtype=torch.float64)
+    gradients = []
+    for layer in (a, b):
+        x = x_pos.clone().requires_grad_()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            layer.train(x, x_neg, weights)
+        gradients.append(x.grad)
+    assert error(*gradients) <= EXACT
+    assert_same(a, b)
+
+
+def test_accelerated_may_be_nested():
+    with ours.accelerated():
+        with ours.accelerated():
+            pass
+        assert core.Layer is ours.Layer
+    assert core.Layer is core.Net(3, [3]).layers[0].__class__ is not ours.Layer
+
+
 def test_unequal_sides_run_on_the_original_path():
     a, b = pair()
     weights = torch.ones(1, dtype=torch.float64)
@@ -137,8 +163,11 @@ def test_unequal_sides_run_on_the_original_path():
 
 
 def test_mistakes():
-    with pytest.raises(TypeError, match="net is a Linear without bioff layers"):
-        ours.accelerate(nn.Linear(3, 3))
+    from bioff import BioFFClassifier
+
+    for wrong in (nn.Linear(3, 3), BioFFClassifier()):
+        with pytest.raises(TypeError, match=rf"net is a {type(wrong).__name__} without bioff layers.*accelerated\(\)"):
+            ours.accelerate(wrong)
     with pytest.raises(ValueError, match="layer of net has bias=False"):
         ours.accelerate(core.Layer(3, 3, bias=False))
     with pytest.raises(ValueError, match="layer has bias=False"):

@@ -19,6 +19,7 @@ from ffkernels.integrations import contracts
 
 from .steps import error
 from .test_peer import WholeGradient
+from .toy_data import mnist_or_toy
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
@@ -201,6 +202,19 @@ def test_one_loop_model(dtype, peer, optimizer):
             assert error(layer.peer_mean, mean) <= TOLERANCE[dtype]
 
 
+def their_signed_step(
+    layer: nn.Linear, optimizer: Any, x: Tensor, signs: Tensor, theta: float
+) -> tuple[Tensor, Tensor]:
+    """nebuly's step by autograd: activities, and goodness minus theta."""
+    y = F.relu(layer(direction(x, 1e-8)))
+    above = y.square().mean(1) - theta
+    loss = softplus(-above[signs == 1]).mean() + softplus(above[signs == -1]).mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return y, above
+
+
 @DTYPES
 def test_signs_in_any_row_order(dtype):
     ours = contracts.SignedLayer(12, 10, "Adam", {"lr": 0.03}, dtype=dtype)
@@ -211,12 +225,7 @@ def test_signs_in_any_row_order(dtype):
         x, theta = rows(15, 12, dtype), 1.0 + step / 20
         signs = torch.where(torch.rand(15) < 0.4, 1, -1)
         y, separation = ours.ff_train(x, signs, theta)
-        expected = F.relu(theirs(direction(x, 1e-8)))
-        above = expected.square().mean(1) - theta
-        loss = softplus(-above[signs == 1]).mean() + softplus(above[signs == -1]).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        expected, above = their_signed_step(theirs, optimizer, x, signs, theta)
         assert error(y, expected) <= TOLERANCE[dtype] and not y.requires_grad
         for a, side in zip(separation, (1, -1), strict=True):
             assert error(a, above[signs == side].mean()) <= TOLERANCE[dtype]
@@ -228,3 +237,59 @@ def test_signs_in_any_row_order(dtype):
         contracts.SignedLayer(3, 3, "Adams")
     with pytest.raises(ValueError, match="signs holds values other than 1 and -1"):
         ours.ff_train(x, torch.zeros(15), 2.0)
+
+
+def greedy_on(batches: list[list[Tensor]]) -> tuple[nn.Module, nn.Module]:
+    ours = contracts.GreedyLayer(784, 100, num_epochs=50)
+    theirs = TheirLayer(ours, F.relu)
+    ours.train(*batches[0][:2])
+    theirs.learn(*batches[0][:2])
+    return ours, theirs
+
+
+def inner_loop_on(batches: list[list[Tensor]]) -> tuple[nn.Module, nn.Module]:
+    ours = contracts.InnerLoopLayer(784, 100)
+    theirs = TheirLayer(ours, F.gelu)
+    for x_pos, x_neg, *_ in batches[:5]:
+        ours(x_pos, x_neg)
+        theirs.learn(x_pos, x_neg)
+    return ours, theirs
+
+
+def one_loop_on(batches: list[list[Tensor]]) -> tuple[nn.Module, nn.Module]:
+    ours = contracts.OneLoopNetwork([784, 100, 80])
+    theirs = TheirModel(ours, 0.03, whole_gradient=True)
+    optimizers = [SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=3e-4) for model in (ours, theirs)]
+    for *images, labels in batches:
+        inputs = dict(zip(("pos_images", "neg_images", "neutral_sample"), images, strict=True))
+        ours.train_step(inputs, {"class_labels": labels}, optimizers[0])
+        optimizers[1].zero_grad()
+        theirs(*images, labels)["Loss"].backward()
+        optimizers[1].step()
+    return ours, theirs
+
+
+def signed_on(batches: list[list[Tensor]]) -> tuple[nn.Module, nn.Module]:
+    ours, theirs = contracts.SignedLayer(784, 100), nn.Linear(784, 100)
+    theirs.load_state_dict(ours.state_dict())
+    optimizer = Adam(theirs.parameters(), lr=0.03)
+    for x_pos, x_neg, *_ in batches:
+        order = torch.randperm(2 * len(x_pos))
+        x = torch.cat([x_pos, x_neg])[order]
+        signs = torch.where(order < len(x_pos), 1, -1)
+        ours.ff_train(x, signs, 2.0)
+        their_signed_step(theirs, optimizer, x, signs, 2.0)
+    return ours, theirs
+
+
+@pytest.mark.parametrize("run", [greedy_on, inner_loop_on, one_loop_on, signed_on])
+def test_fifty_steps_on_mnist_end_at_the_same_weights(run):
+    mnist = mnist_or_toy()
+    batches = []
+    for at in range(0, 50 * 64, 64):
+        labels = mnist.train_labels[at : at + 64].long()
+        x = mnist.train_images[at : at + 64].flatten(1).float() / 255
+        wrong = ff.wrong_label(labels)
+        batches.append([ff.overlay_label(x, labels), ff.overlay_label(x, wrong), ff.neutral_label(x), labels])
+    ours, theirs = run(batches)
+    assert_same(ours, theirs, torch.float32)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +22,8 @@ common.require_version("bioff", "1.1.0")
 from bioff import core  # noqa: E402
 from bioff.core import Layer as _TheirLayer  # noqa: E402
 
-LIBRARY = "bioff 1.1.0"
-LAYER = {"norm": "l2", "eps": 1e-4}
 
-
-class Layer(_TheirLayer):
+class Layer(common.Accelerated, _TheirLayer):
     """bioff's layer, with its training loop and forward pass on this package.
 
     Arguments are those of bioff's, then `compute_dtype` and `backend` as in `ffkernels.linear_step_`.
@@ -36,39 +32,19 @@ class Layer(_TheirLayer):
         ValueError: for `bias=False`, which bioff's layer cannot run either.
     """
 
-    compute_dtype: torch.dtype | None = None
-    backend: str | None = None
-
-    def __init__(
-        self,
-        *args: Any,
-        compute_dtype: torch.dtype | None = None,
-        backend: str | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        common.require_bias(self, LIBRARY)
-        self.compute_dtype, self.backend = compute_dtype, backend
-
-    def _options(self) -> dict[str, Any]:
-        activation = common.activation_name(self.relu)
-        return {**LAYER, "activation": activation, "compute_dtype": self.compute_dtype, "backend": self.backend}
+    LIBRARY = "bioff 1.1.0"
+    PARTS = ("relu", "threshold")
 
     def _reason(self) -> str | None:
         if self.weight.device.type != torch.device(self.device).type:
             return f"its parameters are on {self.weight.device} and its data goes to {self.device}"
-        return common.reason_against(self, self.relu, self.threshold)
-
-    def _says(self, reason: str | None) -> bool:
-        if reason is not None:
-            common.warn_once(f"a bioff layer ({self.extra_repr()}) runs on its original path: {reason}")
-        return reason is None
+        return super()._reason()
 
     def forward(self, x: Tensor) -> Tensor:
         """Activities `[rows, out]`; under autograd with a gradient to weight and bias, and to `x` if it wants one."""
         x = x.to(self.device)
         # Only bioff's own writing passes a gradient on to the layer below.
-        if (x.requires_grad and torch.is_grad_enabled()) or not self._says(self._reason()):
+        if (x.requires_grad and torch.is_grad_enabled()) or not self._runs_here(self._reason()):
             return super().forward(x)
         y, _ = functional.linear_forward(x, self.weight, self.bias, **self._options())
         return common.in_dtype_of(self.weight, y)
@@ -86,7 +62,7 @@ class Layer(_TheirLayer):
             or common.reason_against_step(self, self.opt)
             or _reason_against_batch(x_pos, x_neg, sample_weights)
         )
-        if not self._says(reason):
+        if not self._runs_here(reason):
             return super().train(x_pos, x_neg, sample_weights)
         x_pos, x_neg = x_pos.detach().to(self.device), x_neg.detach().to(self.device)
         weights = sample_weights.detach().to(self.device, self.weight.dtype)
@@ -104,7 +80,7 @@ def accelerate(
     """Makes a `Net` or `Layer` of bioff run on this package: in place, and returned.
 
     Parameters, optimizers and attributes stay the same objects. A layer that cannot run here (a subclass, another
-    activation) stays what it is, and one warning names it. `BioFFClassifier` makes its net inside `fit`: use
+    activation) stays what it is, and one warning names all of these. `BioFFClassifier` makes its net inside `fit`: use
     `with accelerated()` around that.
 
     Args:
@@ -115,17 +91,17 @@ def accelerate(
     Raises:
         TypeError: where there is no bioff layer in `net`.
         ValueError: for a layer without bias, which bioff cannot run either; with `strict`, for any that cannot run.
+        ValueError, TypeError: for a `compute_dtype` or `backend` that a layer cannot run with.
     """
-    layers = {name or "layer": module for name, module in net.named_modules() if isinstance(module, _TheirLayer)}
+    modules = net.named_modules() if isinstance(net, nn.Module) else ()
+    layers = {name or "layer": module for name, module in modules if isinstance(module, _TheirLayer)}
     if not layers:
-        raise TypeError(f"net is a {type(net).__name__} without bioff layers; accepted: bioff's Net or Layer")
-    common.replace_classes(
-        LIBRARY, layers, _TheirLayer, Layer,
-        lambda layer: common.reason_against(layer, layer.relu, layer.threshold), strict,
-    )  # fmt: skip
-    for layer in layers.values():
-        if type(layer) is Layer:
-            layer.compute_dtype, layer.backend = compute_dtype, backend
+        raise TypeError(
+            f"net is a {type(net).__name__} without bioff layers; accepted: bioff's Net or Layer "
+            "(`with accelerated()` around the fit of a BioFFClassifier)"
+        )
+    options = {"compute_dtype": compute_dtype, "backend": backend}
+    common.replace_classes(layers, _TheirLayer, Layer, options, strict)
     return net
 
 
@@ -137,16 +113,20 @@ def restore(net: nn.Module) -> nn.Module:
 
 @contextmanager
 def accelerated() -> Iterator[None]:
-    """While it lasts, nets that bioff makes have accelerated layers: `BioFFClassifier.fit` makes and trains one."""
-    core.Layer = Layer
+    """While it lasts, nets that bioff makes have accelerated layers: `BioFFClassifier.fit` makes and trains one.
+
+    It holds in this process, not in those that a search over parameters may start.
+    """
+    before, core.Layer = core.Layer, Layer
     try:
         yield
     finally:
-        core.Layer = _TheirLayer
+        core.Layer = before
 
 
 def _reason_against_batch(x_pos: Tensor, x_neg: Tensor, sample_weights: Tensor) -> str | None:
     if x_pos.shape != x_neg.shape or sample_weights.shape != (len(x_pos),):
         shapes = ", ".join(str(tuple(t.shape)) for t in (x_pos, x_neg, sample_weights))
         return f"x_pos, x_neg and sample_weights of shapes {shapes} are not rows, as many rows, and a weight for each"
-    return "sample_weights wait for a gradient" if sample_weights.requires_grad else None
+    waits = any(t.requires_grad for t in (x_pos, x_neg, sample_weights))
+    return "x_pos, x_neg or sample_weights wait for a gradient" if waits else None

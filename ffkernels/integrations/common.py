@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import lru_cache
 from importlib import metadata
 from typing import Any
@@ -51,6 +51,8 @@ def reason_against(layer: nn.Linear, activation: Any, threshold: Any) -> str | N
     weight, bias = layer.weight, layer.bias
     if activation_name(activation) is None:
         return f"activation {activation!r} is not one of {', '.join(check.ACTIVATIONS)}"
+    if isinstance(activation, nn.Module) and watched(activation):
+        return f"hooks watch its activation {activation!r}"
     if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not abs(threshold) < float("inf"):
         return f"threshold {threshold!r} is not a finite number"
     if weight.dtype not in check.MASTER_DTYPES:
@@ -99,42 +101,80 @@ def require_bias(layer: nn.Module, library: str, name: str = "layer") -> None:
         raise ValueError(f"{name} has bias=False, with which {library} cannot run; accepted: bias=True")
 
 
+class Accelerated:
+    """What both libraries' accelerated layers share; a base beside the library's own.
+
+    Raises:
+        ValueError: for `bias=False`, which neither library can run.
+    """
+
+    LIBRARY: str
+    PARTS: tuple[str, str]  # the attributes that hold activation and threshold
+    compute_dtype: torch.dtype | None = None
+    backend: str | None = None
+
+    def __init__(
+        self, *args: Any, compute_dtype: torch.dtype | None = None, backend: str | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        layer: Any = self
+        require_bias(layer, self.LIBRARY)
+        self.compute_dtype, self.backend = compute_dtype, backend
+
+    def _options(self) -> dict[str, Any]:
+        """`y = act(x / (norm(x) + 1e-4) W^T + b)`, the layer of both libraries, as `linear_step_` takes it."""
+        activation = activation_name(getattr(self, self.PARTS[0]))
+        own = {"compute_dtype": self.compute_dtype, "backend": self.backend}
+        return {"norm": "l2", "eps": 1e-4, "activation": activation, **own}
+
+    def _reason(self: Any) -> str | None:
+        """Why its forward cannot run here, or None."""
+        return reason_against(self, *(getattr(self, part) for part in self.PARTS))
+
+    def _runs_here(self: Any, reason: str | None) -> bool:
+        """Whether there is no reason against it; a reason is said, once."""
+        if reason is not None:
+            warn_once(f"a layer of {self.LIBRARY} ({self.extra_repr()}) runs on its original path: {reason}")
+        return reason is None
+
+
 def replace_classes(
-    library: str,
-    layers: dict[str, Any],
-    theirs: type,
-    ours: type,
-    reason: Callable[[Any], str | None],
-    strict: bool,
+    layers: dict[str, Any], theirs: type[nn.Linear], ours: Any, options: dict[str, Any], strict: bool
 ) -> None:
-    """Gives layers of class `theirs` the class `ours`, in place; names those that will not run here and why.
+    """Gives layers of class `theirs` that can run here the class `ours`, in place; names the others and why.
 
     Args:
-        library: its name, for messages.
-        layers: layers of class `theirs` or a subclass, by the name that messages give them.
-        reason: says why a layer cannot run here, or None.
+        layers: by the name that messages give them; what is of neither class is left alone too.
+        options: `compute_dtype` and `backend`, which become attributes of those that run here.
         strict: raise instead of warning.
 
     Raises:
-        ValueError: for a layer without bias; with `strict`, for one that cannot run here.
+        ValueError, TypeError: for a layer without bias, or options that it cannot run with; with `strict`, for one
+            that cannot run here.
     """
-    left = []
+    left, chosen = [], []
     for name, layer in layers.items():
-        require_bias(layer, library, f"{name} of net")
-        if type(layer) in (theirs, ours):
-            why = reason(layer)
-        else:
-            why = f"it is a {type(layer).__name__}, a subclass of {library}'s {theirs.__name__}"
-        if why is not None:
+        if not isinstance(layer, theirs):
+            left.append(f"{name}: it is a {type(layer).__name__}, not {ours.LIBRARY}'s {theirs.__name__}")
+            continue
+        require_bias(layer, ours.LIBRARY, f"{name} of net")
+        activation, threshold = (getattr(layer, part) for part in ours.PARTS)
+        if not (type(layer) is theirs or isinstance(layer, ours)):
+            left.append(f"{name}: it is a {type(layer).__name__}, a subclass of {ours.LIBRARY}'s {theirs.__name__}")
+        elif why := reason_against(layer, activation, threshold):
             left.append(f"{name}: {why}")
+        else:
+            functional.explain(layer.weight, activation=str(activation_name(activation)), **options)
+            chosen.append(layer)
     if left:
-        message = f"layers of a net of {library} that run on their original path: {'; '.join(left)}"
+        message = f"layers of a net of {ours.LIBRARY} that run on their original path: {'; '.join(left)}"
         if strict:
             raise ValueError(message)
         warn_once(message)
-    for layer in layers.values():
+    for layer in chosen:
         if type(layer) is theirs:
             layer.__class__ = ours
+        vars(layer).update(options)
 
 
 def restore_classes(modules: Iterable[nn.Module], theirs_of: dict[type, type]) -> None:
@@ -155,7 +195,7 @@ def warn_once(message: str) -> None:
 def steps_on_batch(
     x_pos: Tensor, x_neg: Any, layer: nn.Linear, optimizer: Optimizer, epochs: Iterable[int], options: dict[str, Any]
 ) -> None:
-    """One step for each of `epochs` on the same rows, whose sums of squares are taken once. `.grad` is cleared first.
+    """One step for each of `epochs` on the same rows, whose sums of squares are taken once.
 
     Args:
         x_pos, x_neg: `[n_pos, in]` and `[n_neg, in]`.
@@ -165,11 +205,9 @@ def steps_on_batch(
     compute = check.compute_dtype_of(options.get("compute_dtype"), layer.weight)
     for name, x in (("x_pos", x_pos), ("x_neg", x_neg)):
         check.rows_of(name, x, layer.weight, compute)
-    layer.weight.grad = None
-    if layer.bias is not None:
-        layer.bias.grad = None
     sumsq = torch.cat([row_sumsq(x, layer.weight.dtype) for x in (x_pos, x_neg)])
     for _ in epochs:
+        optimizer.zero_grad()
         functional.linear_step_(
             x_pos, x_neg, layer.weight, layer.bias, optimizer, outputs="none", input_sumsq=sumsq, **options
         )

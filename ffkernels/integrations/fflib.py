@@ -8,7 +8,6 @@ the same parameters and optimizer. What a layer cannot do here it does as before
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -22,21 +21,13 @@ common.require_version("fflib", "0.3.0")
 
 from fflib.nn import ff_linear, ff_net, ffc  # noqa: E402
 
-LIBRARY = "fflib 0.3.0"
-LAYER = {"norm": "l2", "eps": 1e-4}
-
 
 def _logistic(t: Tensor) -> Tensor:
     """fflib's own, infinite where exp is: what `goodness` reports must not change."""
     return torch.log(1 + torch.exp(t))
 
 
-@lru_cache(maxsize=64)
-def _objective(threshold: float, maximize: bool) -> Objective:
-    return Objective(goodness="mean", threshold=threshold, maximize=maximize)
-
-
-class FFLinear(ff_linear.FFLinear):
+class FFLinear(common.Accelerated, ff_linear.FFLinear):
     """fflib's layer, with its training step and forward pass on this package.
 
     Arguments are those of fflib's, then `compute_dtype` and `backend` as in `ffkernels.linear_step_`. Activities are
@@ -46,32 +37,12 @@ class FFLinear(ff_linear.FFLinear):
         ValueError: for `bias=False`, which fflib's layer cannot run either.
     """
 
-    compute_dtype: torch.dtype | None = None
-    backend: str | None = None
+    LIBRARY = "fflib 0.3.0"
+    PARTS = ("activation_fn", "loss_threshold")
 
-    def __init__(
-        self,
-        *args: Any,
-        compute_dtype: torch.dtype | None = None,
-        backend: str | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        common.require_bias(self, LIBRARY)
-        self.compute_dtype, self.backend = compute_dtype, backend
-
-    def _options(self) -> dict[str, Any]:
-        activation = common.activation_name(self.activation_fn)
-        return {**LAYER, "activation": activation, "compute_dtype": self.compute_dtype, "backend": self.backend}
-
-    def _runs_here(self, training: bool = False) -> bool:
-        reason = common.reason_against(self, self.activation_fn, self.loss_threshold)
-        if reason is None and training:
-            reason = common.overridden(self, FFLinear, ("forward", "goodness"))
-            reason = reason or common.reason_against_step(self, self.opt)
-        if reason is not None:
-            common.warn_once(f"an fflib layer ({self.extra_repr()}) runs on its original path: {reason}")
-        return reason is None
+    def _trains_here(self) -> bool:
+        overridden = common.overridden(self, FFLinear, ("forward", "goodness"))
+        return self._runs_here(self._reason() or overridden or common.reason_against_step(self, self.opt))
 
     def _activity(self, x: Tensor) -> tuple[Tensor, Tensor]:
         y, sumsq = functional.linear_forward(x, self.weight, self.bias, **self._options())
@@ -80,7 +51,7 @@ class FFLinear(ff_linear.FFLinear):
     def forward(self, x: Tensor) -> Tensor:
         """Activities `[rows, out]`; under autograd with a gradient to weight and bias, and to `x` if it wants one."""
         # Only fflib's own writing passes a gradient on to the layer below.
-        if (x.requires_grad and torch.is_grad_enabled()) or not self._runs_here():
+        if (x.requires_grad and torch.is_grad_enabled()) or not self._runs_here(self._reason()):
             return super().forward(x)
         return self._activity(x)[0]
 
@@ -88,7 +59,7 @@ class FFLinear(ff_linear.FFLinear):
         self, x: Tensor, logistic_fn: Callable[[Tensor], Tensor] = _logistic, inverse: bool = False
     ) -> tuple[Tensor, Tensor]:
         """`(logistic_fn(+-(mean y^2 - threshold)) [rows], y [rows, out])`."""
-        if common.overridden(self, FFLinear, ("forward",)) or not self._runs_here():
+        if common.overridden(self, FFLinear, ("forward",)) or not self._runs_here(self._reason()):
             return super().goodness(x, logistic_fn, inverse)
         y, sumsq = self._activity(x.detach())
         z = sumsq / self.out_features - self.loss_threshold
@@ -96,7 +67,7 @@ class FFLinear(ff_linear.FFLinear):
 
     def run_train(self, x_pos: Tensor, x_neg: Tensor) -> None:
         """One training step on the layer's own optimizer. `.grad` is None afterwards."""
-        if self.opt is None or not self._runs_here(training=True):
+        if self.opt is None or not self._trains_here():
             super().run_train(x_pos, x_neg)
         else:
             self.step(x_pos, x_neg, "none")
@@ -105,8 +76,9 @@ class FFLinear(ff_linear.FFLinear):
         self, x_pos: Tensor, x_neg: Tensor, outputs: str, input_sumsq: Tensor | None = None
     ) -> functional.StepResult:
         """The step of `run_train`, with `ffkernels.linear_step_`'s result."""
-        self.weight.grad = self.bias.grad = None
-        objective = _objective(self.loss_threshold, bool(self.maximize))
+        assert self.opt is not None
+        self.opt.zero_grad()
+        objective = Objective(threshold=self.loss_threshold, maximize=bool(self.maximize))
         return functional.linear_step_(
             x_pos, x_neg, self.weight, self.bias, self.opt,
             objective=objective, outputs=outputs, input_sumsq=input_sumsq, **self._options(),
@@ -115,20 +87,20 @@ class FFLinear(ff_linear.FFLinear):
 
 def _train_combined(layers: Sequence[ff_linear.FFLinear], x_pos: Tensor, x_neg: Tensor) -> None:
     """A step of every layer, each on the updated activities of the one below; the last one's are not computed."""
-    sumsq = None
+    sumsq, dtype = None, x_pos.dtype
     for i, layer in enumerate(layers):
         last = i == len(layers) - 1
         if isinstance(layer, FFLinear) and layer.opt is not None and not common.watched(layer):
             replaced = common.overridden(layer, FFLinear, ("run_train", "__call__"))
-            if not replaced and layer._runs_here(training=True):
+            if not replaced and layer._trains_here():
                 result = layer.step(x_pos, x_neg, "none" if last else "post", sumsq)
                 if last:
                     return
                 assert result.pos is not None and result.neg is not None
-                x_pos, x_neg, sumsq = result.pos, result.neg, result.sumsq
+                x_pos, x_neg, sumsq, dtype = result.pos, result.neg, result.sumsq, layer.weight.dtype
                 continue
-        # The original path; activities in a compute dtype are handed on in the parameters'.
-        x_pos, x_neg = (x.to(layer.weight.dtype) if sumsq is not None else x for x in (x_pos, x_neg))
+        # The original path; activities in a compute dtype are handed on in that of the parameters.
+        x_pos, x_neg = (x if sumsq is None else x.to(dtype) for x in (x_pos, x_neg))
         layer.run_train(x_pos, x_neg)
         x_pos, x_neg, sumsq = layer(x_pos), layer(x_neg), None
 
@@ -172,7 +144,7 @@ def accelerate(
     """Makes an fflib net or layer run on this package: in place, and returned.
 
     Parameters, optimizers, hooks and attributes stay the same objects. A layer that cannot run here (a subclass, an
-    activation that `linear_step_` does not know) stays what it is, and one warning names it.
+    activation that `linear_step_` does not know) stays what it is, and one warning names all of these.
 
     Args:
         net: an `FFNet`, `FFC`, a subclass of either, or an `FFLinear`.
@@ -182,17 +154,13 @@ def accelerate(
     Raises:
         TypeError: where there is no fflib layer in `net`.
         ValueError: for a layer without bias, which fflib cannot run either; with `strict`, for any that cannot run.
+        ValueError, TypeError: for a `compute_dtype` or `backend` that a layer cannot run with.
     """
     layers = _layers(net)
-    if not layers:
-        raise TypeError(f"net is a {type(net).__name__} without fflib layers; accepted: fflib's FFNet, FFC or FFLinear")
-    common.replace_classes(
-        LIBRARY, layers, ff_linear.FFLinear, FFLinear,
-        lambda layer: common.reason_against(layer, layer.activation_fn, layer.loss_threshold), strict,
-    )  # fmt: skip
-    for layer in layers.values():
-        if type(layer) is FFLinear:
-            layer.compute_dtype, layer.backend = compute_dtype, backend
+    if not any(isinstance(layer, ff_linear.FFLinear) for layer in layers.values()):
+        raise TypeError(f"net is a {type(net).__name__} without FFLinear in it; accepted: fflib's FFNet, FFC, FFLinear")
+    options = {"compute_dtype": compute_dtype, "backend": backend}
+    common.replace_classes(layers, ff_linear.FFLinear, FFLinear, options, strict)
     if type(net) in _OURS:
         net.__class__ = _OURS[type(net)]
     return net
@@ -205,8 +173,7 @@ def restore(net: nn.Module) -> nn.Module:
 
 
 def _layers(net: nn.Module) -> dict[str, Any]:
-    """The fflib layers of a net by name. `FFC` registers them nowhere but keeps a list, as `FFNet` does too."""
+    """The layers of a net by name. `FFC` registers them nowhere but keeps a list, as `FFNet` does too."""
     if isinstance(net, ff_linear.FFLinear):
         return {"layer": net}
-    listed = getattr(net, "layers", None) or []
-    return {f"layers[{i}]": layer for i, layer in enumerate(listed) if isinstance(layer, ff_linear.FFLinear)}
+    return {f"layers[{i}]": layer for i, layer in enumerate(getattr(net, "layers", None) or [])}

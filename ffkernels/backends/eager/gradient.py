@@ -10,6 +10,7 @@ from torch import Tensor
 from . import rules
 from .layer import LabelField, Layer, Rows
 from .peers import Peers
+from .products import binary_exponent
 
 # Elements of the weight gradient (4 MB of float32) that are there at once: the update rule reads them from cache.
 PANEL_ELEMENTS = 1 << 20
@@ -74,7 +75,7 @@ class Gradient:
         exponent = negative = None
         if self.layer.products.compute_dtype == torch.float16 and dz.numel():
             # Coefficients carry 1 / (rows width) and a loss's slope: float16 needs them brought near one.
-            exponent = torch.frexp(dz.abs().amax()).exponent
+            exponent = binary_exponent(dz)
             dz = torch.ldexp(dz, -exponent)
         operand = self.layer.products.operand
         if field is not None:

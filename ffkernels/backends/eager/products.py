@@ -13,6 +13,12 @@ def multiplies_natively(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+def binary_exponent(values: Tensor) -> Tensor:
+    """`e` (0-dim, int32) with the largest of `|values|` about `2^e`: what `frexp` says, which not every device has."""
+    largest = values.abs().amax().clamp_min(torch.finfo(values.dtype).tiny)
+    return largest.log2().ceil().to(torch.int32)
+
+
 class Products:
     """Products of operands in `compute_dtype`, written to tensors of `dtype`.
 

@@ -167,9 +167,10 @@ class _Operands:
         return x.data_ptr(), x.stride(0)
 
     def write(self, tensor: Tensor | None) -> int | None:
-        if tensor is None or tensor.is_contiguous():
+        # Only Adam's step count may come in another dtype.
+        if tensor is None or (tensor.is_contiguous() and tensor.dtype == torch.float32):
             return None if tensor is None else tensor.data_ptr()
-        copy = tensor.contiguous()
+        copy = tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         self.written.append((tensor, copy))
         return copy.data_ptr()
 

@@ -12,7 +12,8 @@ import triton.language as tl
 # What a kernel is given as h0 to h8, by rule. No flag needs a kernel of its own: each is a number that makes a term
 # vanish. `sign` is -1 under `maximize`; a correction is `1 - beta^step`, or log(beta) where the step is on the device.
 NUMBERS = {
-    "sgd": ("sign", "decay", "keep", "take", "gradient_share", "buffer_share"),
+    "sgd": ("sign", "decay", "keep", "take", "gradient_share", "buffer_share", "shrink"),
+    "sgdw": ("sign", "decay", "keep", "take", "gradient_share", "buffer_share", "shrink"),
     "adam": ("sign", "decay", "shrink", "take1", "keep2", "take2", "eps", "correction1", "correction2"),
     "grad": (),
 }
@@ -35,12 +36,12 @@ def apply_rule(
             lr = tl.load(lr_pointer).to(tl.float32)
         p = tl.load(parameter + at, mask=here, other=0.0)
         g = h0 * gradient + h1 * p
-        if RULE == "sgd":
+        if RULE == "sgd" or RULE == "sgdw":
             if state0 is not None:
                 buffer = h2 * tl.load(state0 + at0, mask=here, other=0.0) + h3 * g
                 tl.store(state0 + at0, buffer, mask=here)
                 g = h4 * g + h5 * buffer
-            p -= lr * g
+            p = p * (1.0 - lr * h6) - lr * g
         else:
             tl.static_assert(RULE == "adam")
             correction1 = h7
@@ -79,11 +80,12 @@ def numbers(
         lr_pointer = lr
     step_pointer = None
     values: dict[str, float] = {}
-    if rule == "sgd":
+    if rule in ("sgd", "sgdw"):
         _, momentum, dampening, nesterov, decay, maximize, first_step = hyper
         values = {
             "sign": -1.0 if maximize else 1.0,
-            "decay": decay,
+            "decay": decay if rule == "sgd" else 0.0,
+            "shrink": decay if rule == "sgdw" else 0.0,
             "keep": 0.0 if first_step else momentum,
             "take": 1.0 if first_step else 1.0 - dampening,
             "gradient_share": 1.0 if nesterov else 0.0,

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 ACTIVATIONS = ("relu", "leaky_relu", "gelu", "silu", "identity")
 LOSSES = ("logistic", "symba", "swish")
-RULES = ("sgd", "adam", "grad")
+RULES = ("sgd", "sgdw", "adam", "grad")
 OLDEST_CAPABILITY = (8, 0)
 
 

@@ -138,14 +138,14 @@ def _networks() -> list[Case]:
     """Networks of the size that MNIST asks for, as the peers train them."""
     fflib = Case(
         "fflib", "fflib", (794, 2000, 2000), 128,
-        package="fflib", label="concatenated", compiled=True, warm_steps=20, seconds=25,
+        package="fflib", label="concatenated", compiled=True, warm_steps=10, seconds=20,
     )  # fmt: skip
     loewex = Case(
         "loewex", "loewex", (784, 1000, 1000, 1000), 100,
-        one_optimizer=True, compiled=True, warm_steps=100, seconds=20,
+        one_optimizer=True, compiled=True, warm_steps=50, seconds=20,
     )  # fmt: skip
     full_batch = Case(
-        "mohammadpz", "mohammadpz", (784, 500), 50_000, compiled=True, proof_steps=2, warm_steps=0, seconds=60
+        "mohammadpz", "mohammadpz", (784, 500), 50_000, compiled=True, proof_steps=2, warm_steps=0, seconds=40
     )
     bioff = Case("bioff-float32", "bioff", (794, 256, 128), 500, package="bioff", label="concatenated", compiled=True)
     others = {

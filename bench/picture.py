@@ -12,7 +12,7 @@ from ffkernels.experiments.picture import FAINT, INK, POSITIVE, STYLE, available
 
 from .cases import AXES
 from .contenders import OURS
-from .report import Result, curves
+from .report import Result, curves, in_words
 from .run import Row
 from .timing import exponent
 
@@ -63,8 +63,7 @@ def draw(result: Result, path: Path) -> None:
     with rc_context(STYLE):
         figure = Figure(figsize=(12, (height if cases else 0) + (3.6 if drawn else 0) + 0.8), layout="constrained")
         figure.suptitle(
-            f"{about['cpu'] if about.get('device', 'cpu') == 'cpu' else about['device']}, {about['threads']} threads, "
-            f"torch {about['torch']}, commit {(about['commit'] or 'unknown')[:8]}",
+            f"{in_words(about)}, commit {(about['commit'] or 'unknown')[:8]}",
             x=0.01, ha="left", fontsize=11,
         )  # fmt: skip
         parts = [part for part, there in (("cases", cases), ("curves", drawn)) if there]

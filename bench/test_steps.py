@@ -13,7 +13,7 @@ from .cases import Batch, Case, select_cases
 from .contenders import Maker
 from .data import Data
 from .proof import Exact, ExactLabels, exact_of
-from .report import has_bfloat16_unit
+from .report import bfloat16_units
 from .run import contenders_of
 
 SECONDS = 2.0  # for each contender of a case
@@ -22,7 +22,7 @@ PARAMETERS = [
         case,
         make,
         id=f"{case.name}: {name}",
-        marks=pytest.mark.skipif(case.low_precision is not None and not has_bfloat16_unit(), reason="no bfloat16 unit"),
+        marks=pytest.mark.skipif(case.low_precision is not None and not bfloat16_units(), reason="no bfloat16 unit"),
     )
     for case in select_cases(None, "default")
     for name, make in contenders_of(case, case.compiled).items()

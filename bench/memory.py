@@ -23,7 +23,7 @@ def keep_freed_memory() -> bool:
     """Has the C library (glibc) keep what is freed, as far as it can, for the next step; whether it does.
 
     Else it depends on what happens to lie at the end of the heap whether a step gets its gradients back from the system
-    page by page each time. That luck lasts as long as the process: plain Adam on 1024 units took 6.8 ms or 11.8 ms.
+    page by page each time, and that luck lasts as long as the process.
     """
     try:
         return all(ctypes.CDLL(None).mallopt(parameter, value) for parameter, value in KEPT.items())

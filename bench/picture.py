@@ -170,7 +170,8 @@ def _curve(axes: Any, rows: Sequence[Row], axis: str, key: str) -> None:
     _plain_numbers(axes.yaxis, between=high < 1000 * low)
     axes.grid(axis="y", color=FAINT, alpha=0.25)
     axes.set(title=CURVES[key], xlabel=AXIS_LABELS[axis])
-    axes.legend(fontsize=7)
+    if axes.lines:
+        axes.legend(fontsize=7)
 
 
 def _plain_numbers(axis: Any, between: bool = True) -> None:

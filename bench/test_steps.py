@@ -12,6 +12,7 @@ import torch
 from .cases import Batch, Case, select_cases
 from .contenders import Maker
 from .data import Data
+from .memory import keep_freed_memory
 from .proof import Exact, ExactLabels, exact_of
 from .report import bfloat16_units
 from .run import contenders_of
@@ -33,6 +34,7 @@ class Prepared:
     """The data of the case that is being measured, and what its contenders are held against."""
 
     def __init__(self) -> None:
+        keep_freed_memory()
         self.data = Data()
         self.case: Case | None = None
 

@@ -74,6 +74,15 @@ def test_a_contender_that_computes_something_else_is_caught() -> None:
     assert not exact.check(Autograd(case, case.initial(seed=1))).holds
 
 
+def test_a_peer_that_overflows_is_caught_and_no_yardstick() -> None:
+    case = replace(CASES["hinton-float32"], sizes=(784, 300), rows=10, proof_steps=1)
+    initial = [(20 * weight, bias) for weight, bias in case.initial()]  # whose goodness is far above e^89
+    exact = exact_of(case, initial, [tuple(torch.rand(10, 784) for _ in range(2))])
+    assert exact.budget < 1e-3
+    assert exact.check(FFKernels(case, initial)).holds
+    assert not exact.check(Autograd(case, initial)).holds
+
+
 def test_a_prediction_of_something_else_is_caught() -> None:
     case, batches = small(CASES["predict-mohammadpz"])
     exact = exact_of(case, case.initial(), batches)
@@ -464,6 +473,19 @@ def test_on_cuda_the_most_important_comes_first_and_compiling_after_the_short_ca
     kinds = [kind for kind, _ in itertools.groupby((job.case.tier, job.compiled) for job in jobs)]
     assert kinds == [kind for kind in plan.IMPORTANCE if kind != ("all", True)] + [("all", True)]
     assert max(job.seconds for job in jobs) <= plan.CUDA_SECONDS
+
+
+def test_a_second_result_of_a_case_replaces_the_first(monkeypatch, tmp_path: Path) -> None:
+    def rows(case: Case, data: object, compiled: bool, *others: object) -> list[run.Row]:
+        return [{"case": case.name, "compiled": compiled}]
+
+    monkeypatch.setattr(command, "run_case", rows)
+    cases = [replace(CASES[name], device="cuda") for name in ("overhead", "batch-1")]
+    monkeypatch.setattr(command, "contenders_of", lambda case, compiled: {})
+    result = {"machine": {}, "rows": []}
+    assert command._run(plan.plan(cases, False, False), result, tmp_path / "r.json", math.inf) == []
+    assert {row["case"]: row["compiled"] for row in result["rows"]} == {"batch-1": False, "overhead": True}
+    assert len(report.load(tmp_path / "r.json")["rows"]) == 2
 
 
 def test_what_does_not_begin_in_time_is_left_out_and_said(quick: list[str], tmp_path: Path, capsys) -> None:

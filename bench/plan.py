@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from .cases import Case
 
-QUICK = 0.25  # of the time that a case is given
+QUICK = 0.4  # of the time that a case is given
 CUDA_SECONDS = 2.0  # at most: nobody else slows a GPU down, and it is lent by the minute
 # (tier, with the contenders of torch.compile, which tunes for minutes on CUDA): what comes last is missed the least.
 IMPORTANCE = (

@@ -138,16 +138,19 @@ def _networks() -> list[Case]:
     """Networks of the size that MNIST asks for, as the peers train them."""
     fflib = Case(
         "fflib", "fflib", (794, 2000, 2000), 128,
-        package="fflib", label="concatenated", compiled=True, warm_steps=20, seconds=25,
+        package="fflib", label="concatenated", compiled=True, warm_steps=10, seconds=18,
     )  # fmt: skip
     loewex = Case(
         "loewex", "loewex", (784, 1000, 1000, 1000), 100,
-        one_optimizer=True, compiled=True, warm_steps=100, seconds=20,
+        one_optimizer=True, compiled=True, warm_steps=50, seconds=18,
     )  # fmt: skip
     full_batch = Case(
-        "mohammadpz", "mohammadpz", (784, 500), 50_000, compiled=True, proof_steps=2, warm_steps=0, seconds=60
+        "mohammadpz", "mohammadpz", (784, 500), 50_000, compiled=True, proof_steps=2, warm_steps=0, seconds=65
     )
-    bioff = Case("bioff-float32", "bioff", (794, 256, 128), 500, package="bioff", label="concatenated", compiled=True)
+    bioff = Case(
+        "bioff-float32", "bioff", (794, 256, 128), 500,
+        package="bioff", label="concatenated", compiled=True, seconds=10,
+    )  # fmt: skip
     others = {
         "hinton": ((784, 1000, 1000, 1000), 100),
         "ffpytorch": ((784, 500, 500), 5000),
@@ -157,12 +160,17 @@ def _networks() -> list[Case]:
         "barbano": ((784, 2000, 2000), 128),
         "recurrentff": ((784, 500, 500), 500),
     }
+    # Nearly all its gradients are smaller than the eps of its Adam, under which rounding decides by luck.
+    eased = {"dah33-symba": "adam"}
     return [
         *_in_dtypes(fflib, float32="quick", bfloat16="default", float64="all", float16="all"),
         *_in_dtypes(loewex, float32="quick", bfloat16="default", float64="all", float16="all"),
-        *_in_dtypes(full_batch, float32="default", bfloat16="default"),
+        *_in_dtypes(full_batch, float32="default", bfloat16="all"),
         bioff,
-        *(Case(f"{name}-float32", name, *shape, proof_steps=2, tier="all") for name, shape in others.items()),
+        *(
+            Case(f"{name}-float32", name, *shape, optimizer_name=eased.get(name), proof_steps=2, tier="all")
+            for name, shape in others.items()
+        ),
     ]
 
 
@@ -176,10 +184,13 @@ def _layers() -> list[Case]:
         for name, n in AXES["width"].items()
     ]
     batches = [
-        replace(base, name=name, rows=n, seconds=5 if n < 4096 else 12, tier=_tier(n, 8192))
+        replace(base, name=name, rows=n, seconds=5 if n < 1024 else 12, tier=_tier(n, 8192))
         for name, n in AXES["batch"].items()
     ]
-    depths = [replace(base, name=name, sizes=(512,) * (n + 1), rows=512) for name, n in AXES["depth"].items()]
+    depths = [
+        replace(base, name=name, sizes=(512,) * (n + 1), rows=512, seconds=5 if n < 4 else 8)
+        for name, n in AXES["depth"].items()
+    ]
     return [tiny, *optimizers, *widths, *batches, *depths]
 
 
@@ -189,9 +200,13 @@ def _tier(size: int, largest: int) -> str:
 
 def _predictions() -> list[Case]:
     fflib = Case(
-        "predict-fflib", "fflib", (794, 2000, 2000), 128, task="predict", package="fflib", label="concatenated"
+        "predict-fflib", "fflib", (794, 2000, 2000), 128,
+        task="predict", package="fflib", label="concatenated", seconds=8,
+    )  # fmt: skip
+    mohammadpz = Case(
+        "predict-mohammadpz", "mohammadpz", (784, 500, 500), 1000, task="predict", seconds=8, tier="quick"
     )
-    return [fflib, Case("predict-mohammadpz", "mohammadpz", (784, 500, 500), 1000, task="predict", tier="quick")]
+    return [fflib, mohammadpz]
 
 
 CASES = {case.name: case for case in (*_networks(), *_predictions(), *_layers())}

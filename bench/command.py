@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,15 +14,17 @@ import torch
 
 from ffkernels.experiments.progress import Progress
 
-from . import compare, picture, readme, report
+from . import agree, compare, picture, readme, report
 from .cases import Case, select_cases
 from .contenders import PACKAGES, installed
 from .data import Data
-from .run import NotExact, Row, contenders_of, run_case
+from .memory import keep_freed_memory
+from .plan import QUICK, Job, plan
+from .run import NotExact, contenders_of, run_case
 
 PROGRAM = "python -m ffkernels bench"
-NOT_EXACT, USER_ERROR = 1, 2
-QUICK, QUICK_WARM = 0.25, 5  # of the time that a case is given; steps before it is timed
+FAILED, USER_ERROR = 1, 2
+QUICK_WARM = 5  # steps before a case is timed
 BUSY = 0.5  # load from which on times are not to be trusted
 NO_BFLOAT16 = (
     "The bfloat16 and float16 cases are left out: this CPU has neither AMX nor AVX512-BF16, so they would say nothing "
@@ -30,18 +33,22 @@ NO_BFLOAT16 = (
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the command; 0, 1 where a case failed its exactness test, 2 for what the user can mend."""
+    """Runs the command; 0, 1 where a case is not exact or two runs do not agree, 2 for what the user can mend."""
     options = parser().parse_args(arguments)
     try:
         if options.readme:
             for path in readme.update():
                 print(f"Written: {path}")
             return 0
+        if options.agree:
+            pairs = agree.pairs_of(*map(report.load, options.agree))
+            print(agree.table(pairs))
+            return 0 if all(pair.agrees for pair in pairs) else FAILED
         cases = _cases(options)
         if options.compare:
             return _compare(options, cases)
         return _measure(options, cases)
-    except (ValueError, compare.CannotCompare) as error:
+    except (ValueError, FileNotFoundError, compare.CannotCompare) as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return USER_ERROR
 
@@ -56,10 +63,16 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--list", action="store_true", help="name the cases and who runs them, and measure nothing")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda, else cpu")
     parser.add_argument("--warm", type=int, metavar="N", help="steps before timing: trained nets leave out more rows")
+    parser.add_argument(
+        "--within", type=float, default=float("inf"), metavar="SECONDS", help="begin no case after that"
+    )
     parser.add_argument("--force", action="store_true", help="low-precision cases even without a unit for them")
     parser.add_argument("--output", type=Path, default=report.RESULTS, metavar="DIR", help="for the results as JSON")
     parser.add_argument("--compare", metavar="REF", help="measure this checkout against another commit")
     parser.add_argument("--setup", metavar="COMMAND", help="with --compare: run in REF's tree first, to build it")
+    parser.add_argument(
+        "--agree", nargs=2, type=Path, metavar="JSON", help="whether two results of one commit lie within 5%%"
+    )
     parser.add_argument("--readme", action="store_true", help="make README's table and picture from the results")
     return parser
 
@@ -71,7 +84,7 @@ def _cases(options: argparse.Namespace) -> list[Case]:
     device = device if options.device == "auto" else options.device
     tier = "all" if options.all or device == "cuda" else "quick" if options.quick else "default"
     cases = select_cases(options.case, tier, device)
-    if device == "cpu" and not (options.force or report.has_bfloat16_unit()):
+    if device == "cpu" and not (options.force or report.bfloat16_units()):
         kept = [case for case in cases if case.low_precision is None]
         if len(kept) < len(cases):
             _say(NO_BFLOAT16)
@@ -83,40 +96,27 @@ def _cases(options: argparse.Namespace) -> list[Case]:
 
 
 def _measure(options: argparse.Namespace, cases: list[Case]) -> int:
-    chosen = {case.name: contenders_of(case, _compiled(case, options)) for case in cases}
+    jobs = plan(cases, options.quick, options.all)
     for package in PACKAGES:
         if any(case.package == package for case in cases) and installed(package) is None:
             _say(f"{package} is left out: it is not installed with all that it needs (pip install {package}).")
     if options.list:
-        for name, makers in chosen.items():
-            print(f"{name}: {'; '.join(makers)}")
+        for job in jobs:
+            print(f"{job.case.name}: {'; '.join(contenders_of(job.case, job.compiled))}")
         return 0
     if not cases:
         return 0
-    data, about = Data(), report.machine(cases[0].device)
+    about = report.machine(cases[0].device) | {"freed_memory_kept": keep_freed_memory()}
     if about["load_before"] is not None and about["load_before"] > BUSY:
         _say(f"This machine is busy (load {about['load_before']:.1f}): measure alone.")
-    rows: list[Row] = []
-    result = {"machine": about, "data": data.source, "quick": options.quick, "rows": rows}
     path = options.output / f"{time.strftime('%Y%m%d-%H%M%S')}.json"
-    refused = []
-    with Progress(sum(map(len, chosen.values()))) as progress:
-        for case in cases:
-            seconds = case.seconds * (QUICK if options.quick else 1)
-            progress.line(f"{case.name} ...")
-            try:
-                rows += run_case(
-                    case, data, _compiled(case, options), seconds, lambda text: progress.step(lambda: text)
-                )
-            except NotExact as error:
-                refused.append(str(error))
-                continue
-            result["data"] = data.source
-            report.save(result, path)  # after each case, so that what is measured stays
+    result: report.Result = {"machine": about, "data": "noise", "quick": options.quick, "rows": []}
+    problems = _run(jobs, result, path, options.within)
+    rows = result["rows"]
     if rows:
         print(report.table(rows))
         print("\n".join(["", report.growth(rows)]) if report.growth(rows) else "")
-        print(f"{about['device']}, {about['cpu']}, {about['threads']} threads, torch {about['torch']}, {data.source}.")
+        print(f"{report.in_words(about)}, {result['data']}.")
         print(f"Written: {path}")
         if picture.available():
             drawn = path.with_suffix(".png")
@@ -124,9 +124,34 @@ def _measure(options: argparse.Namespace, cases: list[Case]) -> int:
             print(f"Written: {drawn}")
         else:
             _say(picture.MISSING)
-    for sentence in refused:
+    for sentence in problems:
         _say(f"{PROGRAM}: {sentence}")
-    return NOT_EXACT if refused else 0
+    return FAILED if problems else 0
+
+
+def _run(jobs: Sequence[Job], result: report.Result, path: Path, within: float) -> list[str]:
+    """Fills the rows of a result, and saves it after each case, so that what is measured stays; what went wrong."""
+    data, end, problems = Data(), time.monotonic() + within, []
+    with Progress(sum(len(contenders_of(job.case, job.compiled)) for job in jobs)) as progress:
+        for job in jobs:
+            name = job.case.name
+            if time.monotonic() > end:
+                progress.line(f"{name}{' with torch.compile' if job.compiled else ''} is left out: the time is over")
+                continue
+            progress.line(f"{name} ...")
+            try:
+                rows = run_case(job.case, data, job.compiled, job.seconds, lambda text: progress.step(lambda: text))
+            except NotExact as error:
+                problems.append(str(error))
+                continue
+            except Exception as error:  # the other cases can do without this one
+                traceback.print_exc()
+                problems.append(f"{name} failed: {type(error).__name__}: {error}")
+                continue
+            result["rows"] = [row for row in result["rows"] if row["case"] != name] + rows
+            result["data"] = data.source
+            report.save(result, path)
+    return problems
 
 
 def _compare(options: argparse.Namespace, cases: list[Case]) -> int:
@@ -137,10 +162,6 @@ def _compare(options: argparse.Namespace, cases: list[Case]) -> int:
         cells.append((line.case, here, there, str(line.ratio), line.ratio.verdict))
     print(report.aligned(cells, right=(1, 2)))
     return 0
-
-
-def _compiled(case: Case, options: argparse.Namespace) -> bool:
-    return not options.quick and (case.compiled or options.all)
 
 
 def _say(text: str) -> None:

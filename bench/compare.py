@@ -51,8 +51,7 @@ def paired_times(
 ) -> tuple[list[float], list[float]]:
     """Seconds per step of both in each round; they take turns until `seconds` are over, and who is first rotates."""
     sides = {"here": here, "there": there}
-    pilot = [side.block(1, 1) for side in sides.values()]
-    block, lead = block_of(min(pilot), max(pilot))
+    lead, block = block_of(min(side.block(1, 1) for side in sides.values()))
     times: dict[str, list[float]] = {name: [] for name in sides}
     end = now() + seconds
     for turn in range(MAX_ROUNDS):

@@ -388,13 +388,17 @@ def trainers_of(case: Case, compiled: bool) -> dict[str, Maker]:
     package, maker = case.package and installed(case.package), BioFF if case.package == "bioff" else FFLib
     if package:
         makers[package] = maker
-    makers["autograd"] = Autograd
+    # Where a step takes seconds, those are left out whose time the others tell.
+    short = case.rows < 10_000
+    if short or not low:
+        makers["autograd"] = Autograd
     if low:
         if package:
             makers[f"{package}, autocast"] = partial(maker, autocast=True)
         makers["autograd, autocast"] = partial(Autograd, autocast=True)
     if compiled:
         makers["autograd, compiled"] = partial(Autograd, compiled="losses", autocast=low)
+    if compiled and short:
         makers["autograd, compiled with optimizer"] = partial(Autograd, compiled="losses and optimizer", autocast=low)
     makers["backprop"] = partial(Backprop, autocast=low)
     if compiled:

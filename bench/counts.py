@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -59,7 +60,7 @@ class Limit:
 
 
 def limit_of(case: Case) -> Limit:
-    """Measures product rate and copy bandwidth now, and holds the case against them."""
+    """Measures the product rate now and, with the first case, the copy bandwidth, and holds the case against them."""
     rates = (product_rate(case.product_dtype, case.device), copy_bandwidth(case.device))
     return Limit(*rates, flops(case), least_bytes(case))
 
@@ -71,8 +72,11 @@ def product_rate(dtype: torch.dtype, device: str, size: int | None = None) -> fl
     return 2 * size**3 / _best(lambda: torch.mm(a, b, out=out), device)
 
 
+@cache
 def copy_bandwidth(device: str) -> float:
-    """Bytes read and written per second in the best of a few copies of far more than the cache holds."""
+    """Bytes read and written per second in the best of a few copies of far more than the cache holds; measured once,
+    since the first touch of so much memory takes seconds.
+    """
     size = max(1 << (30 if device == "cuda" else 28), 4 * cache_bytes(device))
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)

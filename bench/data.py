@@ -48,10 +48,11 @@ class Data:
         return tuple(x.to(case.device, case.master_dtype) for x in self._rows(case, index))
 
     def _rows(self, case: Case, index: int) -> Batch:
-        generator = torch.Generator().manual_seed(index)
         if case.label == "none":
+            on_device = torch.Generator(case.device).manual_seed(index)
             shape = (case.rows, case.sizes[0])
-            return tuple(torch.randn(shape, generator=generator).clamp_(min=0) for _ in range(2))
+            return tuple(torch.randn(shape, generator=on_device, device=case.device).clamp_(min=0) for _ in range(2))
+        generator = torch.Generator().manual_seed(index)
         self._load()
         epoch, position = divmod(index, len(self.images) // case.rows)
         if self.order[0] != epoch:

@@ -1,4 +1,4 @@
-"""The most memory that a step has at once, beyond what was there before it."""
+"""How memory is given out, and the most that a step has at once beyond what was there before it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,23 @@ from torch.profiler import ProfilerActivity, profile
 
 # The profiler's own messages, two for each measurement.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+
+# What mallopt calls them: above which size memory comes straight from the system, and how much of what is free stays.
+M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
+KEPT = {M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: (1 << 31) - 1}
+
+
+def keep_freed_memory() -> bool:
+    """Has the C library (glibc) keep what is freed, as far as it can, for the next step; whether it does.
+
+    Else it depends on what happens to lie at the end of the heap whether a step gets its gradients back from the system
+    page by page each time, and that luck lasts as long as the process.
+    """
+    try:
+        return all(ctypes.CDLL(None).mallopt(parameter, value) for parameter, value in KEPT.items())
+    except (OSError, AttributeError):
+        return False
 
 
 def peak_bytes(work: Callable[[], object], device: str) -> int:

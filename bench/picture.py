@@ -12,7 +12,7 @@ from ffkernels.experiments.picture import FAINT, INK, POSITIVE, STYLE, available
 
 from .cases import AXES
 from .contenders import OURS
-from .report import Result, curves
+from .report import Result, curves, in_words
 from .run import Row
 from .timing import exponent
 
@@ -36,6 +36,7 @@ KINDS = {
     "floor": ("floor: products and state", FAINT, "|"),
 }
 LEAST = 0.1  # of the ratios that are drawn where they are
+CURVES = {"median_ms": "Time of a step (ms)", "peak_bytes": "Memory of a step at its peak (MB)"}
 AXIS_LABELS = {"width": "width of a square layer", "batch": "rows of each side", "depth": "layers"}
 
 
@@ -54,34 +55,32 @@ def draw(result: Result, path: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = [row for row in result["rows"] if "median_ms" in row]
-    drawn = {axis: key for axis, key in _CURVES if len(_points(rows, axis, key)) > 1}
+    drawn = [axis for axis in AXES if len(_points(rows, axis, "median_ms")) > 1]
     by_case = [row for row in rows if not any(row["case"] in AXES[axis] for axis in drawn)]
     cases = list(dict.fromkeys(row["case"] for row in by_case))
     shares = [row for row in by_case if "of_limit" in row]
     height = 0.9 + 0.42 * len(cases)
     about = result["machine"]
     with rc_context(STYLE):
-        figure = Figure(figsize=(12, (height if cases else 0) + (3.6 if drawn else 0) + 0.8), layout="constrained")
+        heights = {"cases": height if cases else 0, "curves": 6.6 if drawn else 0}
+        figure = Figure(figsize=(12, sum(heights.values()) + 0.8), layout="constrained")
         figure.suptitle(
-            f"{about['cpu'] if about.get('device', 'cpu') == 'cpu' else about['device']}, {about['threads']} threads, "
-            f"torch {about['torch']}, commit {(about['commit'] or 'unknown')[:8]}",
+            f"{in_words(about)}, commit {(about['commit'] or 'unknown')[:8]}",
             x=0.01, ha="left", fontsize=11,
         )  # fmt: skip
-        parts = [part for part, there in (("cases", cases), ("curves", drawn)) if there]
-        heights = [{"cases": height, "curves": 3.6}[part] for part in parts]
-        for part, sub in zip(parts, _subfigures(figure, heights), strict=True):
+        parts = [part for part in heights if heights[part]]
+        for part, sub in zip(parts, _subfigures(figure, [heights[part] for part in parts]), strict=True):
             if part == "curves":
-                for axes, (axis, key) in zip(_row(sub, len(drawn)), drawn.items(), strict=True):
-                    _curve(axes, rows, axis, key)
+                grid = sub.subplots(2, len(drawn), squeeze=False)
+                for line, key in zip(grid, CURVES, strict=True):
+                    for axes, axis in zip(line, drawn, strict=True):
+                        _curve(axes, rows, axis, key)
                 continue
             panels = _row(sub, 2 if shares else 1)
             _speed_ups(panels[0], by_case, cases)
             if shares:
                 _shares(panels[1], shares, cases)
         figure.savefig(path, dpi=110, metadata={"Description": fingerprint(result)})
-
-
-_CURVES = (("batch", "median_ms"), ("width", "median_ms"), ("depth", "peak_bytes"))
 
 
 def fingerprint(result: Result) -> str:
@@ -167,16 +166,18 @@ def _curve(axes: Any, rows: Sequence[Row], axis: str, key: str) -> None:
     axes.set_yscale("log")
     axes.set_xticks(_points(rows, axis, key))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    _plain_numbers(axes.yaxis)
+    low, high = axes.get_ylim()
+    _plain_numbers(axes.yaxis, between=high < 1000 * low)
     axes.grid(axis="y", color=FAINT, alpha=0.25)
-    what = "Time of a step (ms)" if key == "median_ms" else "Memory of a step at its peak (MB)"
-    axes.set(title=what, xlabel=AXIS_LABELS[axis])
-    axes.legend(fontsize=7)
+    axes.set(title=CURVES[key], xlabel=AXIS_LABELS[axis])
+    if axes.lines:
+        axes.legend(fontsize=7)
 
 
-def _plain_numbers(axis: Any) -> None:
+def _plain_numbers(axis: Any, between: bool = True) -> None:
+    """Powers of ten as numbers, and with `between` their double and fivefold too."""
     axis.set_major_formatter(lambda value, _: f"{value:g}")
-    axis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
+    axis.set_minor_formatter(lambda value, _: f"{value:g}" if between and f"{value:e}"[0] in "25" else "")
 
 
 def _legend(axes: Any) -> None:

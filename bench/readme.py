@@ -10,7 +10,7 @@ from .cases import AXES, CASES
 from .contenders import OURS
 from .report import Result
 from .run import Row
-from .timing import paired_ratio
+from .timing import Ratio
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -53,21 +53,29 @@ def parts(text: str) -> tuple[str, str, str]:
 
 
 def by_device(results: Sequence[Result]) -> dict[str, Result]:
-    """One result per device: every case from the newest run that has it in full, else from the newest quick one."""
+    """One result per device, "cpu" for CPUs: every case from the newest run that has it in full, else from the newest
+    quick one; of several CPUs only the one measured last, since its name stands over all rows.
+    """
     found: dict[str, Result] = {}
+    newest = {_name(result): result["machine"] for result in results}
     for quick in (True, False):
         for result in (result for result in results if result["quick"] == quick):
-            about = result["machine"]
-            device = about.get("device", "cpu")
-            name = "cpu" if device == "cpu" else "-".join(device.lower().split())
+            name = _name(result)
+            if any(result["machine"].get(key) != newest[name].get(key) for key in ("cpu", "threads")):
+                continue
             rows: dict[str, list[Row]] = {}
             for row in (found[name]["rows"] if name in found else []) + _marked(result):
                 rows.setdefault(row["case"], []).append(row)
             for case, of_case in rows.items():
-                newest = of_case[-1]["run"]
-                rows[case] = [row for row in of_case if row["run"] == newest]
+                last = of_case[-1]["run"]
+                rows[case] = [row for row in of_case if row["run"] == last]
             found[name] = {**result, "rows": [row for of_case in rows.values() for row in of_case]}
     return found
+
+
+def _name(result: Result) -> str:
+    device = result["machine"].get("device", "cpu")
+    return "cpu" if device == "cpu" else "-".join(device.lower().split())
 
 
 def _marked(result: Result) -> list[Row]:
@@ -81,22 +89,25 @@ def text(results: dict[str, Result]) -> str:
 
 def _section(name: str, result: Result) -> str:
     about, rows = result["machine"], [row for row in result["rows"] if "median_ms" in row]
-    device = about["cpu"] if about.get("device", "cpu") == "cpu" else about["device"]
     on_curves = {case for cases in AXES.values() for case in cases}
-    cases = [case for case in dict.fromkeys(row["case"] for row in rows) if case not in on_curves]
+    cases = [
+        case
+        for case in dict.fromkeys(row["case"] for row in rows)
+        if case not in on_curves and not case.startswith("optimizer-")
+    ]
     table = {case: _cells([row for row in rows if row["case"] == case]) for case in cases}
     filled = [column for column in next(iter(table.values()), {}) if any(cells[column] for cells in table.values())]
     lines = [
-        f"{device}, {about['threads']} threads, torch {about['torch']}, {about['date'][:10]}. The time of a step of",
-        "this package, and how many times as long the others take: the median of ratios paired within one run, and",
-        "its interval.",
+        f"{report.in_words(about)}, {about['date'][:10]}.",
+        "The time of a step of this package, and how many times as long the others take: the median of ratios paired",
+        "within one run, and its interval.",
         "",
         f"| {' | '.join(filled)} |",
         f"|{'---|' * len(filled)}",
         *(f"| {' | '.join(cells[column] for column in filled)} |" for cells in table.values()),
         "",
         "The floor is the bare products of all rows and one pass over weights and optimizer state; above 1 there, this",
-        "package does fewer products than that.",
+        "package does fewer products than that. The picture also has single layers, and growth.",
     ]
     if any(row["quick"] for row in rows):
         lines.append("(q): from a `--quick` run, with wide intervals.")
@@ -112,7 +123,7 @@ def _cells(rows: Sequence[Row]) -> dict[str, str]:
     }
     fastest = {column: _fastest(rows, kind) for column, kind in COLUMNS.items()}
     for column, row in fastest.items():
-        cells[column] = "" if row is None else str(paired_ratio(row["block_ms"], ours["block_ms"]))
+        cells[column] = "" if row is None else str(Ratio(**row["over_ours"]))
     cells["share of the limit"] = f"{ours['of_limit']:.2f}" if "of_limit" in ours else ""
     memory = [report.size(row["peak_bytes"]) for row in (ours, fastest["plain PyTorch"]) if row and "peak_bytes" in row]
     cells["memory (plain PyTorch's)"] = f"{memory[0]} ({memory[1]})" if len(memory) > 1 else ""

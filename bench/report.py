@@ -21,13 +21,27 @@ from .timing import exponent
 
 RESULTS = Path(__file__).parent / "results"
 Result = dict[str, Any]
-COLUMNS = ("case", "contender", "time", "over ours", "of limit", "memory", "resident", "first step", "same step")
+COLUMNS = (
+    "case",
+    "contender",
+    "time",
+    "host",
+    "over ours",
+    "of limit",
+    "memory",
+    "resident",
+    "first step",
+    "same step",
+)
 
 
-def has_bfloat16_unit() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware."""
-    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+# Units that multiply bfloat16 in hardware, and how torch is asked for them.
+UNITS = {"AMX": "_is_amx_tile_supported", "AVX512-BF16": "_is_avx512_bf16_supported"}
+
+
+def bfloat16_units() -> list[str]:
+    """The units of this CPU that multiply bfloat16."""
+    return [name for name, check in UNITS.items() if getattr(torch.cpu, check, lambda: False)()]
 
 
 def machine(device: str) -> Row:
@@ -38,7 +52,7 @@ def machine(device: str) -> Row:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "isa": torch.backends.cpu.get_cpu_capability(),
-        "bfloat16_unit": has_bfloat16_unit(),
+        "bfloat16_units": bfloat16_units(),
         "load_before": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "allocator": {k: v for k, v in os.environ.items() if k.startswith("MALLOC_") or k == "LD_PRELOAD"},
         "torch": torch.__version__,
@@ -49,6 +63,19 @@ def machine(device: str) -> Row:
         "commit": git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(git("status", "--porcelain")),
     }
+
+
+def in_words(about: Row) -> str:
+    """Device, units for bfloat16, threads, torch."""
+    if about.get("device", "cpu") != "cpu":
+        return f"{about['device']}, torch {about['torch']}"
+    units = about.get("bfloat16_units")
+    if units is None:  # results of before this was told apart
+        unit = "a bfloat16 unit" if about.get("bfloat16_unit") else "no bfloat16 unit"
+    else:
+        unit = " and ".join(units) or "no bfloat16 unit"
+        unit += "" if "AMX" in units else ", no AMX"
+    return f"{about['cpu']} with {unit}, {about['threads']} threads, torch {about['torch']}"
 
 
 def _version(package: str) -> str | None:
@@ -89,35 +116,51 @@ def save(result: Result, path: Path) -> None:
 
 def load_results(folder: Path = RESULTS) -> list[Result]:
     """All results in a folder, the oldest first."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    return [load(path) for path in sorted(folder.glob("*.json"))]
 
 
-def table(rows: Iterable[Row]) -> str:
-    """The rows for a terminal, one block for each case."""
-    cells: list[Sequence[str]] = [COLUMNS]
+def load(path: Path) -> Result:
+    """A result as `save` wrote it."""
+    result: Result = json.loads(path.read_text())
+    return result
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows for a terminal, one block for each case; the host's time apart where it is not the whole."""
+    apart = any(row.get("host_ms") != row.get("median_ms") for row in rows)
+    columns = [column for column in COLUMNS if column != "host" or apart]
+    cells: list[Sequence[str]] = [columns]
     before = None
     for row in rows:
         if row["case"] != before and before is not None:
-            cells.append(("",) * len(cells[0]))
-        case, before = row["case"] if row["case"] != before else "", row["case"]
-        if "failed" in row:
-            cells.append((case, row["contender"], "", "", "", "", "", "", f"did not run: {row['failed']}"[:80]))
-            continue
-        ratio = row["over_ours"]
-        cells.append(
-            (
-                case,
-                row["contender"],
-                duration(row["median_ms"] / 1e3),
-                "" if row["contender"] == OURS else f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]",
-                f"{row['of_limit']:.2f}" if "of_limit" in row else "",
-                size(row["peak_bytes"]) if "peak_bytes" in row else "",
-                size(row["resident_bytes"]) if row.get("resident_bytes") is not None else "",
-                duration(row["first_step_s"]) if "first_step_s" in row else "",
-                _proof(row),
-            )
-        )
-    return aligned(cells, right=(2, 4, 5, 6, 7))
+            cells.append(("",) * len(columns))
+        shown = _cells(row) | {"case": row["case"] if row["case"] != before else ""}
+        before = row["case"]
+        cells.append([shown.get(column, "") for column in columns])
+    flush_right = ("time", "host", "of limit", "memory", "resident", "first step")
+    return aligned(cells, right=[i for i, column in enumerate(columns) if column in flush_right])
+
+
+def _cells(row: Row) -> dict[str, str]:
+    """What the table says of a row, by column."""
+    if "failed" in row:
+        return {"contender": row["contender"], "same step": f"did not run: {row['failed']}"[:80]}
+    ratio = row["over_ours"]
+    cells = {
+        "contender": row["contender"],
+        "time": duration(row["median_ms"] / 1e3),
+        "host": duration(row["host_ms"] / 1e3),
+        "over ours": f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]",
+        "same step": _proof(row),
+    }
+    if row["contender"] == OURS:
+        del cells["over ours"]
+    if "of_limit" in row:
+        cells["of limit"] = f"{row['of_limit']:.2f}"
+    if "first_step_s" in row:
+        cells["first step"] = duration(row["first_step_s"])
+    sizes = {"memory": row.get("peak_bytes"), "resident": row.get("resident_bytes")}
+    return cells | {column: size(number) for column, number in sizes.items() if number is not None}
 
 
 def aligned(cells: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:

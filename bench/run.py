@@ -70,11 +70,12 @@ def run_case(
         if not name.startswith("backprop"):  # whose products are others
             rows[name]["of_limit"] = _rounded(limit.seconds / statistics.median(taken.seconds))
         median = statistics.median(taken.seconds)
-        ratio = paired_ratio(taken.seconds, times[OURS].seconds)
+        ratio = paired_ratio(taken.seconds, taken.beside)
         rows[name] |= {
             "median_ms": _rounded(median * 1e3),
             "host_ms": _rounded(statistics.median(taken.host) * 1e3),
             "block_ms": [_rounded(t * 1e3) for t in taken.seconds],
+            "beside_ms": [_rounded(t * 1e3) for t in taken.beside],
             "over_ours": {key: _rounded(value, 6) for key, value in asdict(ratio).items()},
         }
         if not name.endswith(", graph"):  # whose memory is a pool of its own, reserved for good

@@ -12,8 +12,9 @@ import torch
 from .cases import Batch, Case, select_cases
 from .contenders import Maker
 from .data import Data
+from .memory import keep_freed_memory
 from .proof import Exact, ExactLabels, exact_of
-from .report import has_bfloat16_unit
+from .report import bfloat16_units
 from .run import contenders_of
 
 SECONDS = 2.0  # for each contender of a case
@@ -22,7 +23,7 @@ PARAMETERS = [
         case,
         make,
         id=f"{case.name}: {name}",
-        marks=pytest.mark.skipif(case.low_precision is not None and not has_bfloat16_unit(), reason="no bfloat16 unit"),
+        marks=pytest.mark.skipif(case.low_precision is not None and not bfloat16_units(), reason="no bfloat16 unit"),
     )
     for case in select_cases(None, "default")
     for name, make in contenders_of(case, case.compiled).items()
@@ -33,6 +34,7 @@ class Prepared:
     """The data of the case that is being measured, and what its contenders are held against."""
 
     def __init__(self) -> None:
+        keep_freed_memory()
         self.data = Data()
         self.case: Case | None = None
 

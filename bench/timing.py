@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
 
 import torch
@@ -17,26 +17,27 @@ from .cases import Batch
 from .data import cache_bytes
 
 CONFIDENCE = 0.95
-# A block of steps is at least this long where the steps are short, so that each contender runs warm.
-BLOCK_S = 0.05
 MAX_BLOCK = 200
-MIN_ROUNDS, MAX_ROUNDS = 6, 61
+MIN_ROUNDS, MAX_ROUNDS = 6, 201
 Step = Callable[..., object]
 
 
 class HostClock:
     """Times steps of a CPU, which are over when the call returns."""
 
+    block_s = 0.03  # of a block, at least, where the steps are short: long enough to run warm
+
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self.now = now
 
     def block(self, step: Step, batches: Sequence[Batch]) -> tuple[float, float]:
-        """Seconds per step, and the part of them that the host was busy: all."""
-        start = self.now()
+        """Seconds of the median step, and the part of them that the host was busy: all."""
+        times = []
         for batch in batches:
+            start = self.now()
             step(*batch)
-        seconds = (self.now() - start) / len(batches)
-        return seconds, seconds
+            times.append(self.now() - start)
+        return statistics.median(times), statistics.median(times)
 
 
 class CudaClock:
@@ -46,6 +47,7 @@ class CudaClock:
     until the host has issued the step: between the two events lies the GPU's own time.
     """
 
+    block_s = 0.01
     MAX_SPIN_CYCLES = 200_000_000
     CYCLES_PER_S = 2e9  # at most, on current GPUs
 
@@ -54,13 +56,13 @@ class CudaClock:
         self.now = time.perf_counter
 
     def block(self, step: Step, batches: Sequence[Batch]) -> tuple[float, float]:
-        """Seconds per step on the GPU, and seconds that the host needs to issue one."""
+        """Seconds of the median step on the GPU, and seconds that the host needs to issue it."""
         torch.cuda.synchronize()
         start = self.now()
         step(*batches[0])
         torch.cuda.synchronize()
         spin = min(self.MAX_SPIN_CYCLES, int(2 * (self.now() - start) * self.CYCLES_PER_S))
-        events, host = [], 0.0
+        device, host = [], []
         for batch in batches:
             before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             self.scratch.zero_()
@@ -68,12 +70,11 @@ class CudaClock:
             before.record()
             start = self.now()
             step(*batch)
-            host += self.now() - start
+            host.append(self.now() - start)
             after.record()
-            events.append((before, after))
             torch.cuda.synchronize()
-        device = sum(before.elapsed_time(after) for before, after in events) / 1e3
-        return device / len(batches), host / len(batches)
+            device.append(before.elapsed_time(after) / 1e3)
+        return statistics.median(device), statistics.median(host)
 
 
 Clock = HostClock | CudaClock
@@ -81,53 +82,64 @@ Clock = HostClock | CudaClock
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds per step of one contender, one entry for each round; and those of the host."""
+    """Seconds per step of one contender, one entry for each round; those of the host; the reference's beside them."""
 
     seconds: list[float]
     host: list[float]
+    beside: list[float]
 
 
 def interleave(steps: dict[str, Step], pool: Sequence[Batch], seconds: float, clock: Clock) -> dict[str, Times]:
-    """Times contenders that take turns until `seconds` are over, for 6 to 61 rounds.
+    """Times contenders against the first of them, the reference, until `seconds` are over, for 6 to 201 rounds.
 
-    In a round every contender takes the same batches in one block, so that it runs with its own caches warm, as in
-    training; a tenth of a block's steps go before it untimed, and at least one where steps are short. Who comes first
-    rotates, and so do the batches, through a pool larger than the cache.
+    In a round every contender takes one block of steps, and the reference one before and one after each of them. What
+    slows a shared machine lasts some tenths of a second: the mean of both sees most of what the contender between them
+    saw. Every block runs with its own caches warm, as in training, and lasts about as long for everyone (`block_of`).
+    The order rotates, and so do the batches, through a pool larger than the cache.
     """
-    endless = cycle(pool)
+    (reference, *others), endless = steps, cycle(pool)
     with _no_garbage_collection():
         end = clock.now() + seconds
-        batches = list(islice(endless, 1))
-        first = {name: clock.block(step, batches) for name, step in steps.items()}
-        block, lead = block_of(min(s for s, _ in first.values()), max(s for s, _ in first.values()))
-        # Where single steps make a round, the trial was the first one.
-        begun = block == 1 and lead == 0
-        times = {
-            name: Times([step_s], [host_s]) if begun else Times([], []) for name, (step_s, host_s) in first.items()
-        }
-        for turn in range(begun, MAX_ROUNDS):
+        blocks = {name: block_of(_trial(step, pool[0], clock), clock.block_s) for name, step in steps.items()}
+        times = {name: Times([], [], []) for name in steps}
+
+        def block(name: str) -> float:
+            lead, count = blocks[name]
+            for batch in islice(endless, lead):
+                steps[name](*batch)
+            step_s, host_s = clock.block(steps[name], list(islice(endless, count)))
+            times[name].seconds.append(step_s)
+            times[name].host.append(host_s)
+            return step_s
+
+        last = block(reference)
+        for turn in range(MAX_ROUNDS):
             if turn >= MIN_ROUNDS and clock.now() > end:
                 break
-            batches = list(islice(endless, lead + block))
-            for name in rotated(steps, turn):
-                for batch in batches[:lead]:
-                    steps[name](*batch)
-                step_s, host_s = clock.block(steps[name], batches[lead:])
-                times[name].seconds.append(step_s)
-                times[name].host.append(host_s)
-    return times
+            for name in rotated(others, turn):
+                block(name)
+                before, last = last, block(reference)
+                times[name].beside.append((before + last) / 2)
+    return {**times, reference: replace(times[reference], beside=times[reference].seconds)}
 
 
-def block_of(fastest_s: float, slowest_s: float) -> tuple[int, int]:
-    """How many steps make a block, and how many go before it untimed, for steps of that length."""
-    block = max(1, min(MAX_BLOCK, math.ceil(BLOCK_S / max(fastest_s, 1e-9))))
-    return block, 0 if slowest_s > 10 * BLOCK_S else max(1, block // 10)
+def _trial(step: Step, batch: Batch, clock: Clock) -> float:
+    """Seconds that a step takes with all that the clock does around it."""
+    start = clock.now()
+    clock.block(step, [batch])
+    return clock.now() - start
+
+
+def block_of(step_s: float, block_s: float = HostClock.block_s) -> tuple[int, int]:
+    """How many steps go before a block untimed, and how many make it, for steps of that length."""
+    block = max(1, min(MAX_BLOCK, math.ceil(block_s / max(step_s, 1e-9))))
+    return 0 if step_s > 10 * block_s else max(1, block // 10), block
 
 
 def rotated(names: Iterable[str], turn: int) -> list[str]:
     """The order of a round: someone else comes first each time."""
     names = list(names)
-    first = turn % len(names)
+    first = turn % max(1, len(names))
     return names[first:] + names[:first]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from .cases import CASES, Batch, Case
 from .contenders import OURS, Contender, backends_of
 from .data import Data
+from .memory import keep_freed_memory
 from .proof import exact_of
 from .run import contenders_of
 from .timing import Clock, CudaClock, HostClock
@@ -57,6 +58,7 @@ class Worker:
 
 def main() -> None:
     """Answers until stdin ends."""
+    keep_freed_memory()
     worker = Worker()
     answers, sys.stdout = sys.stdout, sys.stderr  # nothing else may come between the answers
     for line in sys.stdin:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import struct
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import command, compare, counts, data, epoch, picture, readme, report, run, timing
+from bench import agree, command, compare, counts, data, epoch, gpu, picture, plan, readme, report, run, timing
 from bench.cases import AXES, CASES, NUM_CLASSES, TIERS, Batch, Case, select_cases
 from bench.contenders import OURS, Autograd, Backprop, FFKernels
 from bench.memory import peak_bytes, resident_rise
@@ -69,6 +73,15 @@ def test_a_contender_that_computes_something_else_is_caught() -> None:
     assert exact.check(Autograd(case, case.initial())).holds
     assert not exact.check(Autograd(replace(case, peer_name="keras-io"), case.initial())).holds
     assert not exact.check(Autograd(case, case.initial(seed=1))).holds
+
+
+def test_a_peer_that_overflows_is_caught_and_no_yardstick() -> None:
+    case = replace(CASES["hinton-float32"], sizes=(784, 300), rows=10, proof_steps=1)
+    initial = [(20 * weight, bias) for weight, bias in case.initial()]  # whose goodness is far above e^89
+    exact = exact_of(case, initial, [tuple(torch.rand(10, 784) for _ in range(2))])
+    assert exact.budget < 1e-3
+    assert exact.check(FFKernels(case, initial)).holds
+    assert not exact.check(Autograd(case, initial)).holds
 
 
 def test_a_prediction_of_something_else_is_caught() -> None:
@@ -194,6 +207,8 @@ class FakeTime:
     def now(self) -> float:
         return self.seconds
 
+    perf_counter = now
+
     def sleep(self, seconds: float) -> None:
         self.seconds += seconds
 
@@ -213,12 +228,31 @@ class FakeSide:
 
 
 @pytest.mark.parametrize(("factor", "verdict"), [(1.1, "slower"), (0.9, "faster"), (1.0, "no difference seen")])
-def test_compare_sees_a_planted_difference_of_a_tenth(factor: float, verdict: str) -> None:
-    time = FakeTime()
-    here, there = FakeSide(time, 0.002 * factor, seed=1), FakeSide(time, 0.002, seed=2)
-    ratio = paired_ratio(*compare.paired_times(here, there, 5, time.now, lambda: None))
-    assert ratio.verdict == verdict
-    assert ratio.median == pytest.approx(factor, abs=0.03)
+def test_compare_sees_a_planted_difference_of_a_tenth(factor: float, verdict: str, monkeypatch, capsys) -> None:
+    time, seeds = FakeTime(), itertools.count()
+
+    class Server(FakeSide):
+        def __init__(self, root: Path) -> None:
+            super().__init__(time, 0.002 * (factor if root == compare.ROOT else 1.0), seed=next(seeds))
+
+        def __enter__(self) -> Server:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+        def prepare(self, case: Case) -> str:
+            return "native"
+
+    monkeypatch.setattr(compare, "Server", Server)
+    monkeypatch.setattr(compare, "worktree", lambda ref, setup: nullcontext(Path("elsewhere")))
+    monkeypatch.setattr(compare, "time", time)
+    assert cli.main(["bench", "--case", "overhead", "--compare", "main", "--device", "cpu"]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("overhead ")
+    assert line.endswith(f"]  {verdict}")
+    ratio = float(line.partition("[")[0].split()[-1])
+    assert ratio == pytest.approx(factor, abs=0.02)
 
 
 def test_a_sleep_planted_in_a_contender_is_seen() -> None:
@@ -235,31 +269,52 @@ def test_a_sleep_planted_in_a_contender_is_seen() -> None:
 
     steps = {"plain": step(plain, 0.010), "slowed": step(slowed, 0.011)}
     times = interleave(steps, batches, 2.0, HostClock(time.now))
-    ratio = paired_ratio(times["slowed"].seconds, times["plain"].seconds)
+    ratio = paired_ratio(times["slowed"].seconds, times["slowed"].beside)
     assert ratio.verdict == "slower"
     assert ratio.median == pytest.approx(1.1)
 
 
-def test_contenders_take_turns_on_the_same_batches() -> None:
+def test_every_contender_runs_between_two_blocks_of_the_first() -> None:
     time, seen = FakeTime(), []
 
-    def taker(name: str) -> Callable[..., object]:
+    def taker(name: str, seconds: float) -> Callable[..., object]:
         def take(x: Tensor) -> None:
             seen.append((name, x.item()))
-            time.sleep(0.02)
+            time.sleep(seconds)
 
         return take
 
-    pool = [(torch.tensor(i),) for i in range(100)]
-    times = interleave({name: taker(name) for name in "abc"}, pool, 0.5, HostClock(time.now))
-    assert {len(t.seconds) for t in times.values()} == {timing.MIN_ROUNDS}
+    pool = [(torch.tensor(i),) for i in range(1000)]
+    steps = {"a": taker("a", 0.010), "b": taker("b", 0.030), "c": taker("c", 0.001)}
+    times = interleave(steps, pool, 0.5, HostClock(time.now))
+    assert [len(times[name].seconds) for name in "abc"] == [2 * timing.MIN_ROUNDS + 1, *2 * [timing.MIN_ROUNDS]]
     del seen[:3]  # the trial steps
-    per_round = [seen[i : i + 12] for i in range(0, len(seen), 12)]
-    for turn, taken in enumerate(per_round):
-        blocks = [taken[i : i + 4] for i in range(0, 12, 4)]  # one step untimed, three timed
-        assert [block[0][0] for block in blocks] == list("abcabc"[turn % 3 : turn % 3 + 3])
-        assert len({tuple(x for _, x in block) for block in blocks}) == 1
-    assert len({x for taken in per_round for _, x in taken}) == 4 * timing.MIN_ROUNDS
+    blocks = [list(of) for _, of in itertools.groupby(seen, key=lambda taken: taken[0])]
+    order = "".join(block[0][0] for block in blocks)
+    assert order == "abaca" + "caba" + "baca" + "caba" + "baca" + "caba"
+    # 30 ms a block, and a step untimed before it.
+    assert {(block[0][0], len(block)) for block in blocks} == {("a", 1 + 3), ("b", 1 + 1), ("c", 3 + 30)}
+    taken = [index for _, index in seen]
+    assert taken == list(range(len(taken))), "batches rotate through the pool"
+
+
+def test_a_ratio_is_over_what_the_reference_took_around_it() -> None:
+    time = FakeTime()
+    length = itertools.count(1)  # every step of a slowing machine takes longer than the one before
+
+    def take(x: Tensor) -> None:
+        time.sleep(next(length))
+
+    times = interleave({"a": take, "b": take}, [(torch.zeros(()),)], 0.0, HostClock(time.now))
+    a, b = times["a"], times["b"]
+    assert a.beside == a.seconds
+    assert b.beside == [(before + after) / 2 for before, after in itertools.pairwise(a.seconds)] == b.seconds
+
+
+def test_one_slow_step_is_not_the_time_of_its_block() -> None:
+    time, lengths = FakeTime(), iter([1.0, 7.0, 1.0])
+    block = HostClock(time.now).block(lambda: time.sleep(next(lengths)), [(), (), ()])
+    assert block == (1.0, 1.0)
 
 
 def test_batches_do_not_fit_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,7 +373,7 @@ def test_a_case_that_is_not_exact_is_not_reported(quick: list[str], tmp_path: Pa
         self.net.layers[0].weight.data.mul_(1.01)
 
     monkeypatch.setattr(FFKernels, "step", off)
-    assert cli.main(quick) == command.NOT_EXACT
+    assert cli.main(quick) == command.FAILED
     out, err = capsys.readouterr()
     assert out == ""
     assert "overhead: ffkernels is not exact (off by " in err
@@ -367,6 +422,141 @@ def test_a_server_is_this_tree_in_a_process_of_its_own() -> None:
             server.ask(block=[1, 1])
 
 
+# Whether two runs agree.
+
+
+def result_of(*rows: tuple[str, str, float, float], **machine: str) -> report.Result:
+    """A result whose rows are (case, contender, milliseconds, over ours)."""
+    about = {"device": "cpu", "cpu": "x", "threads": 2, "commit": "c"} | machine
+    made = [
+        {"case": case, "contender": name, "median_ms": ms, "over_ours": {"median": ratio}}
+        for case, name, ms, ratio in rows
+    ]
+    return {"machine": about, "quick": False, "rows": made}
+
+
+def test_two_runs_agree_where_no_ratio_over_a_millisecond_moves_by_more_than_5_percent(tmp_path: Path, capsys) -> None:
+    first = [("long", OURS, 2.0, 1.0), ("long", "autograd", 4.0, 2.0), ("short", OURS, 0.9, 1.0)]
+    for name, again, code in (("same", 2.09, 0), ("above", 2.11, 1), ("below", 1.89, 1)):
+        paths = [tmp_path / f"{name}-{i}.json" for i in range(2)]
+        report.save(result_of(*first, ("short", "autograd", 9.0, 10.0)), paths[0])
+        second = [*first[:1], ("long", "autograd", 40.0, again), first[2], ("short", "autograd", 9.0, 1.0)]
+        report.save(result_of(*second), paths[1])
+        assert cli.main(["bench", "--agree", *map(str, paths)]) == code
+        out = capsys.readouterr().out
+        assert f"{1 - code} of 1 ratios agree within 5%." in out
+        assert "short" not in out
+
+
+def test_runs_that_cannot_agree_are_not_held_against_each_other(tmp_path: Path, capsys) -> None:
+    row = ("long", OURS, 2.0, 1.0)
+    with pytest.raises(ValueError, match="their commits"):
+        agree.pairs_of(result_of(row), result_of(row, commit="d"))
+    with pytest.raises(ValueError, match="no case over 1 ms"):
+        agree.pairs_of(result_of(row), result_of(("other", OURS, 2.0, 1.0)))
+    assert cli.main(["bench", "--agree", str(tmp_path / "none.json"), str(tmp_path / "none.json")]) == 2
+    assert "none.json" in capsys.readouterr().err
+
+
+# The plan, and a GPU's.
+
+
+def test_on_a_cpu_each_case_runs_once_in_the_order_of_the_list() -> None:
+    jobs = plan.plan(select_cases(None, "default"), quick=False, compile_all=False)
+    assert [job.case.name for job in jobs] == [case.name for case in select_cases(None, "default")]
+    assert all((job.compiled, job.seconds) == (job.case.compiled, job.case.seconds) for job in jobs)
+
+
+def test_on_cuda_the_most_important_comes_first_and_compiling_after_the_short_cases() -> None:
+    jobs = plan.plan([replace(case, device="cuda") for case in CASES.values()], quick=False, compile_all=False)
+    assert {job.case.name for job in jobs if not job.compiled} == set(CASES)
+    assert {job.case.name for job in jobs if job.compiled} == {case.name for case in CASES.values() if case.compiled}
+    kinds = [kind for kind, _ in itertools.groupby((job.case.tier, job.compiled) for job in jobs)]
+    assert kinds == [kind for kind in plan.IMPORTANCE if kind != ("all", True)] + [("all", True)]
+    assert max(job.seconds for job in jobs) <= plan.CUDA_SECONDS
+
+
+def test_a_second_result_of_a_case_replaces_the_first(monkeypatch, tmp_path: Path) -> None:
+    def rows(case: Case, data: object, compiled: bool, *others: object) -> list[run.Row]:
+        return [{"case": case.name, "compiled": compiled}]
+
+    monkeypatch.setattr(command, "run_case", rows)
+    cases = [replace(CASES[name], device="cuda") for name in ("overhead", "batch-1")]
+    monkeypatch.setattr(command, "contenders_of", lambda case, compiled: {})
+    result = {"machine": {}, "rows": []}
+    assert command._run(plan.plan(cases, False, False), result, tmp_path / "r.json", math.inf) == []
+    assert {row["case"]: row["compiled"] for row in result["rows"]} == {"batch-1": False, "overhead": True}
+    assert len(report.load(tmp_path / "r.json")["rows"]) == 2
+
+
+def test_what_does_not_begin_in_time_is_left_out_and_said(quick: list[str], tmp_path: Path, capsys) -> None:
+    assert cli.main([*quick, "--within", "-1"]) == 0
+    assert "overhead is left out" in "".join(capsys.readouterr())
+    assert not (tmp_path / "results").exists()
+
+
+# Installed beside torch where the suite is complete, and nowhere else.
+OPTIONAL = ("hypothesis", "tqdm", "matplotlib", "scipy", "sklearn", "fflib", "bioff", "numcodecs")
+ON_A_GPU = """
+import sys
+sys.modules.update(dict.fromkeys({optional}))
+import bench.command, bench.gpu, bench.test_steps, tests.conftest, tests.test_gpu
+from ffkernels import cli
+sys.exit(cli.main(["bench", "--case", "overhead", "--list", "--device", "cpu"]))
+"""
+
+
+def test_what_make_gpu_runs_needs_nothing_that_is_optional() -> None:
+    program = ON_A_GPU.format(optional=OPTIONAL)
+    done = subprocess.run([sys.executable, "-c", program], cwd=compare.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "overhead: ffkernels" in done.stdout
+
+
+def test_the_parts_of_make_gpu_fit_nine_minutes_and_benchmarks_stop_before_they_are_stopped(monkeypatch) -> None:
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: f"/bin/{name}")
+    parts = {name: (command, seconds) for name, command, seconds in gpu.parts(Path("out"))}
+    assert sum(seconds for _, seconds in parts.values()) <= 9 * 60
+    arguments, limit = parts["benchmarks"]
+    within = command.parser().parse_args(arguments[arguments.index("bench") + 1 :]).within
+    assert within < limit
+
+
+def test_make_gpu_goes_on_where_a_part_fails_or_takes_too_long(tmp_path: Path, monkeypatch, capsys) -> None:
+    def python(code: str) -> list[str]:
+        return [sys.executable, "-c", code]
+
+    parts = [("fails", python("raise SystemExit(3)"), 60), ("hangs", python("import time; time.sleep(99)"), 1)]
+    parts += [("missing", [str(tmp_path / "no such program")], 60), ("works", python("print('seen')"), 60)]
+    monkeypatch.setattr(gpu, "parts", lambda output: parts)
+    monkeypatch.setattr(gpu, "machine", lambda device: {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sys, "argv", ["gpu", "--output", str(tmp_path)])
+    assert gpu.main() == 1
+    found = json.loads((tmp_path / "summary.json").read_text())["parts"]
+    assert list(found) == ["fails", "hangs", "missing", "works"]
+    assert [found["fails"]["result"], found["works"]["result"]] == [3, 0]
+    assert found["hangs"]["result"] == "stopped after 1 s"
+    assert found["missing"]["result"].startswith("did not start")
+    assert (tmp_path / "works.log").read_text() == "seen\n"
+
+
+def test_a_case_that_fails_costs_only_itself(quick: list[str], tmp_path: Path, monkeypatch, capsys) -> None:
+    honest = command.run_case
+
+    def failing(case: Case, *arguments: object) -> list[run.Row]:
+        if case.name == "depth-1":
+            raise RuntimeError("out of memory")
+        return honest(case, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(command, "run_case", failing)
+    quick[2:3] = ["depth-1", "overhead"]
+    assert cli.main(quick) == command.FAILED
+    assert "depth-1 failed: RuntimeError: out of memory" in capsys.readouterr().err
+    (result,) = report.load_results(tmp_path / "results")
+    assert {row["case"] for row in result["rows"]} == {"overhead"}
+
+
 # Text and README.
 
 
@@ -378,6 +568,24 @@ def test_growth_tells_the_exponents() -> None:
     last = report.growth(rows).splitlines()[-1].split()
     assert last == ["depth", OURS, "1..16", "depth^1.25", "depth^2.00"]
     assert report.growth(rows[:1]) == ""
+
+
+def test_the_table_has_the_hosts_time_where_it_is_not_the_whole() -> None:
+    row = {"case": "a", "contender": OURS, "median_ms": 1.0, "host_ms": 1.0}
+    row["over_ours"] = {"median": 1.0, "low": 1.0, "high": 1.0}
+    assert "host" not in report.table([row])
+    assert report.table([row, row | {"contender": "autograd", "host_ms": 0.25}]).splitlines()[2].split()[1:5] == [
+        "1", "ms", "250", "us",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("units", "words"),
+    [([], "no bfloat16 unit, no AMX"), (["AVX512-BF16"], "AVX512-BF16, no AMX"), (["AMX"], "AMX")],
+)
+def test_the_machine_in_words_names_its_matrix_unit(units: list[str], words: str) -> None:
+    about = {"cpu": "x", "bfloat16_units": units, "threads": 2, "torch": "2"}
+    assert report.in_words(about) == f"x with {words}, 2 threads, torch 2"
 
 
 def test_saved_results_are_the_same_when_loaded(tmp_path: Path) -> None:
@@ -396,6 +604,14 @@ def test_readme_takes_each_case_from_its_newest_full_run() -> None:
     rows = readme.by_device(results)["cpu"]["rows"]
     assert {row["case"]: row["run"] for row in rows} == {"a": "2", "b": "2", "c": "3"}
     assert len(rows) == 3
+
+
+def test_readme_mixes_no_two_cpus() -> None:
+    def result(cpu: str, *cases: str) -> report.Result:
+        return result_of(*((case, OURS, 2.0, 1.0) for case in cases), cpu=cpu, date=cpu)
+
+    rows = readme.by_device([result("old", "a", "b"), result("new", "a")])["cpu"]["rows"]
+    assert [(row["case"], row["run"]) for row in rows] == [("a", "new")]
 
 
 def test_readme_is_made_from_the_results() -> None:

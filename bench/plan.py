@@ -1,0 +1,47 @@
+"""In which order cases run, with whose contenders, and for how long."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .cases import Case
+
+QUICK = 0.4  # of the time that a case is given
+CUDA_SECONDS = 2.0  # at most: nobody else slows a GPU down, and it is lent by the minute
+# (tier, with the contenders of torch.compile, which tunes for minutes on CUDA): what comes last is missed the least.
+IMPORTANCE = (
+    ("quick", False),
+    ("default", False),
+    ("quick", True),
+    ("all", False),
+    ("default", True),
+    ("all", True),
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One case to measure."""
+
+    case: Case
+    compiled: bool  # with the contenders of torch.compile
+    seconds: float  # of timing
+
+
+def plan(cases: Sequence[Case], quick: bool, compile_all: bool) -> list[Job]:
+    """The jobs for some cases, all on one device.
+
+    On CUDA, where the time may end before the list does, the most important come first, and a case that
+    `torch.compile` takes part in is measured without it before that; the second result replaces the first.
+    """
+    share = QUICK if quick else 1.0
+    compiled = {case.name: not quick and (case.compiled or compile_all) for case in cases}
+    if not any(case.device == "cuda" for case in cases):
+        return [Job(case, compiled[case.name], case.seconds * share) for case in cases]
+    jobs = [
+        Job(case, with_compile, min(CUDA_SECONDS, case.seconds * share))
+        for case in cases
+        for with_compile in ((False, True) if compiled[case.name] else (False,))
+    ]
+    return sorted(jobs, key=lambda job: IMPORTANCE.index((job.case.tier, job.compiled)))

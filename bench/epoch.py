@@ -86,7 +86,7 @@ def main() -> int:
         return 2
     about = report.machine("cpu")
     torch.manual_seed(0)
-    nets = networks(CASE, bfloat16=report.has_bfloat16_unit())
+    nets = networks(CASE, bfloat16=bool(report.bfloat16_units()))
     rows = train(CASE, nets, Data(), len(mnist.train_labels) // CASE.rows)
     images, labels = mnist.test_images.flatten(1).float() / 255, mnist.test_labels
     for row in rows:

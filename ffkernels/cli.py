@@ -1,4 +1,4 @@
-"""The command line: `python -m ffkernels train | reproduce | bench | info | tune`."""
+"""The command line: `python -m ffkernels train | reproduce | paper | bench | info | tune`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ from . import Objective, __version__, explain
 from .backends.native import library
 from .backends.select import Request
 from .backends.triton import support as triton_support
-from .experiments import data, picture, presets, results, train
+from .experiments import ablation, data, picture, presets, results, train
 
 PROGRAM = "python -m ffkernels"
 COMPUTE_DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -84,6 +85,16 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--readme", action="store_true", help="no training: make README.md's table from the results")
     command.add_argument("--results", type=Path, default=Path(results.FOLDER), help="folder of rows (%(default)s)")
     _add_run_options(command)
+
+    command = commands.add_parser(
+        "paper",
+        help="the runs and measurements behind docs/paper.md (needs the checkout)",
+        description="ablation trains what is missing in results/ablation; backprop measures steps and the time to 2% "
+        "error and writes results/backprop.json; tables makes those of docs/paper.md from both.",
+    )
+    command.set_defaults(run=_paper)
+    command.add_argument("what", choices=("ablation", "backprop", "tables"))
+    command.add_argument("--data", default="mnist", help="mnist, fashion-mnist or a folder of IDX files (%(default)s)")
 
     commands.add_parser("bench", help="measure this machine against what people use today (needs the checkout)")
     command = commands.add_parser("info", help="versions, devices, and which backends run on them")
@@ -242,12 +253,33 @@ def _say_stopped(trainer: train.Trainer, output: Path, argv: list[str]) -> None:
 
 
 def _bench(arguments: argparse.Namespace, argv: list[str]) -> int:
+    return _of_checkout("bench.command").main(argv[1:])
+
+
+def _of_checkout(module: str) -> Any:
     root = Path(__file__).resolve().parents[1]
     if not (root / "bench" / "command.py").exists():
         raise UserError("the benchmark is not part of the installed package: run this in a checkout of the repository")
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))
-    return importlib.import_module("bench.command").main(argv[1:])
+    return importlib.import_module(module)
+
+
+def _paper(arguments: argparse.Namespace, argv: list[str]) -> int:
+    backprop = _of_checkout("bench.backprop")
+    try:
+        if arguments.what == "ablation":
+            ablation.run(data.load(arguments.data), ablation.FOLDER, _say)
+        elif arguments.what == "backprop":
+            backprop.save(data.load(arguments.data), _say)
+        else:
+            page = Path("docs", "paper.md")
+            results.update_page(page, ablation.BEGIN, ablation.END, ablation.table(results.load(ablation.FOLDER)))
+            results.update_page(page, backprop.BEGIN, backprop.END, backprop.tables())
+            print(f"{page}: made from {ablation.FOLDER} and {backprop.FILE}")
+    except ValueError as error:
+        raise UserError(error) from error
+    return 0
 
 
 def _info(arguments: argparse.Namespace, argv: list[str]) -> int:

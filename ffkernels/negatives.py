@@ -32,7 +32,7 @@ def overlay_label(x: Tensor, labels: Tensor, num_classes: int = 10, value: float
         raise ValueError(f"labels must be [{x.shape[0]}], one per row of x; got {list(labels.shape)}")
     if labels.device != x.device:
         raise ValueError(f"labels must be on the device of x, {x.device}; got {labels.device}")
-    _check_value(value)
+    check_value(value)
     out = x.clone(memory_format=torch.contiguous_format)
     out[:, :num_classes] = _label_field(labels, num_classes, value, x.dtype)
     return out
@@ -46,7 +46,7 @@ def neutral_label(x: Tensor, num_classes: int = 10, value: float | None = None) 
     """
     check_rows(x, num_classes)
     value = 1 / num_classes if value is None else value
-    _check_value(value)
+    check_value(value)
     out = x.clone(memory_format=torch.contiguous_format)
     out[:, :num_classes] = value
     return out
@@ -209,7 +209,8 @@ def _check_int(number: int, name: str, least: int) -> None:
         raise ValueError(f"{name} must be at least {least}; got {number}")
 
 
-def _check_value(value: float) -> None:
+def check_value(value: float) -> None:
+    """Raises TypeError or ValueError unless `value`, which is to mark a label, is a finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"value must be a number; got {type(value).__name__}")
     if not math.isfinite(value):

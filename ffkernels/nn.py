@@ -306,12 +306,12 @@ class FFNetwork(nn.Module):
         chosen = self._chosen(layers, default=range(len(self.layers)))
         sign = torch.tensor([1.0 if layer.objective.maximize else -1.0 for layer in self], device=x.device)[chosen]
         negatives.check_rows(x, num_classes)
-        labels = torch.arange(num_classes, device=x.device)
-        best = [labels[:0]]
+        negatives.check_value(label_value)
+        best = [x.new_empty(0, dtype=torch.int64)]
         for rows in x.split(max(1, PREDICTION_ROWS // num_classes)):
-            under_all = negatives.overlay_label(
-                rows.repeat(num_classes, 1), labels.repeat_interleave(len(rows)), num_classes, label_value
-            )
+            under_all = rows.repeat(num_classes, 1)
+            field = under_all.view(num_classes, len(rows), -1)[:, :, :num_classes]
+            field.zero_().diagonal(dim1=0, dim2=2).fill_(label_value)
             totals = (self.goodness(under_all, **self._sharing(rows, num_classes))[:, chosen] * sign).sum(1)
             best.append(totals.view(num_classes, -1).argmax(0))
         return torch.cat(best)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import ffkernels as ff
+from bench import backprop
 from bench.peers import HintonSGD
 from ffkernels import cli
-from ffkernels.experiments import batches, picture, results
+from ffkernels.experiments import ablation, batches, picture, results
 from ffkernels.experiments.presets import FFLIB, HINTON_MATLAB, HINTON_UNSUPERVISED, LOEWEX, MOHAMMADPZ, PRESETS, Preset
 from ffkernels.experiments.train import Trainer, describe, train
 
@@ -285,6 +287,46 @@ def test_a_row_of_results_and_the_table_made_of_it(data, tmp_path: Path) -> None
     (tmp_path / "rows" / "bad.json").write_text("[]")
     with pytest.raises(ValueError, match=r"bad\.json: no row of results"):
         results.load(tmp_path / "rows")
+
+
+def test_the_ablation_runs_what_is_missing(data, tmp_path, monkeypatch) -> None:
+    small = replace(ablation.ABLATION, hidden=(20, 20), epochs=1, goodness_every=1, goodness_layers=None)
+    monkeypatch.setattr(ablation, "SEEDS", (0, 1))
+    monkeypatch.setattr(ablation, "SKIP_BELOW", (0.0, 3e-2))
+    assert ablation.table([]) == ablation.NONE_YET
+    said: list[str] = []
+    written = ablation.run(data, tmp_path, said.append, small)
+    assert len(set(written)) == len(said) == 8
+    written[3].unlink()
+    assert ablation.run(data, tmp_path, said.append, small) == [written[3]]
+    rows = results.load(tmp_path)
+    lines = ablation.table(rows).splitlines()
+    assert [line.split(" | ")[:2] for line in lines[2:6]] == [
+        ["| float32", "0 (exact)"], ["| float32", "0.03"], ["| bfloat16", "0 (exact)"], ["| bfloat16", "0.03"]
+    ]  # fmt: skip
+    errors = [r["error_classifier"] for r in rows if r["compute_dtype"] == "float32" and r["skip_below"]]
+    assert f"| {sum(errors) / 2:.2%} [{min(errors):.2%}, {max(errors):.2%}] |" in lines[3]
+
+
+def test_steps_against_backprop_are_rows_and_a_table(data, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda f, **options: f)
+    small = {name: replace(SMALL[name], goodness_every=1) for name in ("loewex", "hinton-matlab")}
+    monkeypatch.setattr(backprop.presets, "PRESETS", small)
+    monkeypatch.setattr(backprop, "MOST_EPOCHS", 1)
+    monkeypatch.setattr(backprop, "POOL", 3)
+    stages = [backprop.Stage(name, 2, "third step") for name in small]
+    steps = backprop.measure(data, lambda text: None, 0.01, stages)
+    assert [(row["recipe"], row["compute_dtype"]) for row in steps] == list(product(small, ("float32", "bfloat16")))
+    assert all(row["ms"] > 0 and row["over_plain"][1] <= row["over_plain"][0] <= row["over_plain"][2] for row in steps)
+    target = backprop.time_to_target(data, lambda text: None, list(small))
+    assert [row["recipe"] for row in target] == [*small, "backprop"] * 2
+    path = tmp_path / "rows.json"
+    assert backprop.tables(path) == backprop.NONE_YET
+    machine = {"cpu": "one", "threads": 2, "torch": "2"}
+    path.write_text(json.dumps({"machine": machine, "data": "toy", "steps": steps, "target": target}))
+    text = backprop.tables(path)
+    assert "{:.2f} [{:.2f}, {:.2f}]".format(*steps[0]["over_compiled"]) in text
+    assert text.count("not in 1 epochs") + text.count(" s, 1 epochs") == 2 * (2 + 2 + 1)
 
 
 def test_reproduce_on_the_command_line(tmp_path, monkeypatch, capsys) -> None:

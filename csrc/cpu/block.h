@@ -58,6 +58,17 @@ inline Block block_of(const ffk::Call& call, int64_t index, int64_t blocks, Fiel
     return b;
 }
 
+inline int workers_for(const ffk::Call& call, int64_t multiplications) {
+    return multiplications < SMALL_WORK ? 1 : call.threads;
+}
+
+template <class F>
+void parallel(int64_t tasks, int workers, const F& f) {
+    ffk::run_tasks(tasks, workers, [](void* context, int64_t task, int worker) {
+        (*static_cast<const F*>(context))(task, worker);
+    }, const_cast<F*>(&f));
+}
+
 // The rows of the second side may hold the same bits as those of the first, one after the other and over again, in all but one short run of
 // columns: then they share their products.
 inline Field label_field(const ffk::Call& call) {
@@ -78,11 +89,18 @@ inline Field label_field(const ffk::Call& call) {
     }
     if (last < 0) first = last = 0;
     const int64_t after = last + 1;
-    for (int64_t i = 0; i < others; i++) {
-        const char *a = numbers(i % pairs), *b = numbers(pairs + i);
-        if (std::memcmp(a, b, size_t(first * bytes)) != 0) return {};
-        if (std::memcmp(a + after * bytes, b + after * bytes, size_t((call.in - after) * bytes)) != 0) return {};
-    }
+    constexpr int64_t RUN = 64;
+    int differs = 0;
+    parallel(pieces(others, RUN), workers_for(call, others * call.in), [&](int64_t run, int) {
+        for (int64_t i = run * RUN; i < smaller(others, (run + 1) * RUN); i++) {
+            const char *a = numbers(i % pairs), *b = numbers(pairs + i);
+            if (std::memcmp(a, b, size_t(first * bytes)) == 0
+                && std::memcmp(a + after * bytes, b + after * bytes, size_t((call.in - after) * bytes)) == 0) continue;
+            __atomic_store_n(&differs, 1, __ATOMIC_RELAXED);
+            return;
+        }
+    });
+    if (differs) return {};
     return {first, after - first, others / pairs};
 }
 
@@ -90,10 +108,6 @@ inline Field label_field(const ffk::Call& call) {
 inline float change_of(const ffk::Call& call, const Block& block, int64_t group, int64_t from, int64_t i, int64_t column) {
     if (column < block.field.first || column >= block.field.first + block.field.count) return 0;
     return row_of(call, block.row(group, i))[column] - row_of(call, block.row(from, i))[column];
-}
-
-inline int workers_for(const ffk::Call& call, int64_t multiplications) {
-    return multiplications < SMALL_WORK ? 1 : call.threads;
 }
 
 // Hands out pieces of one allocation; with no memory behind it, only counts.
@@ -112,13 +126,6 @@ struct Memory {
 inline int64_t stride_for(int64_t columns) {
     const int64_t stride = up_to(columns, 16);
     return stride % 256 == 0 ? stride + 16 : stride;
-}
-
-template <class F>
-void parallel(int64_t tasks, int workers, const F& f) {
-    ffk::run_tasks(tasks, workers, [](void* context, int64_t task, int worker) {
-        (*static_cast<const F*>(context))(task, worker);
-    }, const_cast<F*>(&f));
 }
 
 }  // namespace

@@ -202,6 +202,17 @@ LOEWEX = Preset(
     goodness_every=10,
 )
 
+ABLATION = replace(
+    LOEWEX,
+    name="ablation",
+    source="Made for this package: loewex, smaller and shorter, so that many runs can be held against each other.",
+    assumed="",
+    published="",
+    hidden=(500, 500, 500),
+    epochs=8,
+    goodness_every=8,
+)
+
 MOHAMMADPZ = Preset(
     name="mohammadpz",
     source="github.com/mohammadpz/pytorch_forward_forward: 50,000 images as one batch, shuffled labels as negatives, "
@@ -249,5 +260,6 @@ PRESETS = {
     preset.name: preset
     for preset in (
         QUICK, HINTON_MATLAB, HINTON_SUPERVISED, HINTON_JITTER, HINTON_UNSUPERVISED, LOEWEX, MOHAMMADPZ, FFLIB,
+        ABLATION,
     )
 }  # fmt: skip

@@ -136,8 +136,8 @@ def table(rows: Sequence[Row]) -> str:
             recipe + (f" on {data}" if data != "mnist" else ""),
             str(epochs),
             dtype + (f", rows below {skip:g} left out" if skip else ""),
-            _errors([row["error_classifier"] for row in of_group]),
-            _errors([row["error_goodness"] for row in of_group]),
+            errors([row["error_classifier"] for row in of_group]),
+            errors([row["error_goodness"] for row in of_group]),
             published,
             str(len(of_group)),
             f"{statistics.mean(row['train_seconds'] for row in of_group):,.0f}",
@@ -147,8 +147,9 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def _errors(errors: list[float | None]) -> str:
-    found = [error for error in errors if error is not None]
+def errors(of_runs: Sequence[float | None]) -> str:
+    """Mean and range of the errors that are known."""
+    found = [error for error in of_runs if error is not None]
     if not found:
         return ""
     mean = f"{statistics.mean(found):.2%}"
@@ -161,9 +162,18 @@ def update_readme(readme: Path, folder: Path) -> None:
     Raises:
         ValueError: where a marker is missing, or a file of results is none.
     """
-    text = readme.read_text()
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"{readme} does not have the two markers once each: {BEGIN} and {END}")
-    before, _, rest = text.partition(BEGIN)
-    made = f"{before}{BEGIN}\n\n{table(load(folder))}\n\n{END}{rest.partition(END)[2]}"
-    write_atomically(readme, lambda file: file.write(made.encode()))
+    update_page(readme, BEGIN, END, table(load(folder)))
+
+
+def update_page(page: Path, begin: str, end: str, text: str) -> None:
+    """Puts `text` between two markers of a page.
+
+    Raises:
+        ValueError: where a marker is missing.
+    """
+    old = page.read_text()
+    if old.count(begin) != 1 or old.count(end) != 1:
+        raise ValueError(f"{page} does not have the two markers once each: {begin} and {end}")
+    before, _, rest = old.partition(begin)
+    made = f"{before}{begin}\n\n{text}\n\n{end}{rest.partition(end)[2]}"
+    write_atomically(page, lambda file: file.write(made.encode()))

@@ -1,0 +1,211 @@
+"""Forward-Forward against backpropagation: a step of the same hidden layers, and the time to 2% test error."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam
+
+from ffkernels.experiments import presets
+from ffkernels.experiments.batches import as_input
+from ffkernels.experiments.checkpoint import write_atomically
+from ffkernels.experiments.data import Dataset
+from ffkernels.experiments.train import Trainer
+
+from . import report
+from .cases import CASES, Batch
+from .contenders import Backprop
+from .timing import HostClock, interleave, paired_ratio
+
+FILE = Path("results", "backprop.json")
+BEGIN, END = "<!-- backprop: made by `python -m ffkernels paper tables` -->", "<!-- /backprop -->"
+NONE_YET = "Not measured yet: `python -m ffkernels paper backprop` does."
+TARGET = 0.02
+MOST_EPOCHS = 20
+RATES = (0.01, 0.03, 0.1)
+POOL = 40
+DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
+
+Row = dict[str, Any]
+Say = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A recipe, and after how many steps its own are timed."""
+
+    recipe: str
+    steps: int
+    note: str
+
+
+STAGES = (
+    Stage("loewex", 500, "second epoch"),
+    Stage("hinton-matlab", 600, "second epoch"),
+    Stage("loewex", 0, "first steps"),
+    Stage("quick", 600, "second epoch; a pair loss of mean goodness, Adam"),
+    Stage("fflib", 422, "second epoch; a soft loss, Adam, layers hand on what they compute anew"),
+)
+
+
+def measure(data: Dataset, say: Say, seconds: float = 6.0, stages: Sequence[Stage] = STAGES) -> list[Row]:
+    """A row for each stage and dtype: milliseconds of our step, and backprop's, plain and compiled, over it."""
+    rows = []
+    for stage in stages:
+        for name, dtype in DTYPES.items():
+            trainer = Trainer(presets.PRESETS[stage.recipe], data, compute_dtype=dtype)
+            batches = _batches(trainer, stage.steps)
+            times = interleave(_steps(trainer, name, batches[0]), batches, seconds, HostClock())
+            ours = times["ours"].seconds
+            row: Row = {
+                "recipe": stage.recipe, "stage": stage.note, "compute_dtype": name,
+                "layers": [next(iter(trainer.net)).in_features, *trainer.preset.hidden],
+                "batch": trainer.preset.batch_size, "ms": statistics.median(ours) * 1e3,
+            }  # fmt: skip
+            for other in ("plain", "compiled"):
+                # Ours over theirs, as the targets are set: below 1 Forward-Forward is the faster one.
+                ratio = paired_ratio(ours, times[other].seconds)
+                row[f"over_{other}"] = [ratio.median, ratio.low, ratio.high]
+                row[f"{other}_ms"] = statistics.median(times[other].seconds) * 1e3
+            rows.append(row)
+            say(f"{stage.recipe}, {stage.note}, {name}: {row['ms']:.2f} ms, plain backprop {row['plain_ms']:.2f} ms")
+    return rows
+
+
+def _batches(trainer: Trainer, steps: int) -> list[Batch]:
+    """Both sides of some minibatches, as the recipe makes them, once so many steps are done."""
+    taken: list[Batch] = []
+    step, done = trainer.net.step, 0
+
+    def watched(x_pos: Tensor, x_neg: Tensor, *args: Any, **options: Any) -> Any:
+        if done >= steps:
+            taken.append((x_pos, x_neg[: len(x_pos)]))
+        return step(x_pos, x_neg, *args, **options)
+
+    def after_step(describe: Callable[[], str]) -> bool:
+        nonlocal done
+        done += 1
+        return len(taken) == POOL
+
+    trainer.net.step = watched  # type: ignore
+    epoch = 0
+    while len(taken) < POOL:
+        epoch += 1
+        trainer._train(epoch, after_step)
+    trainer.net.step = step  # type: ignore
+    # The network stays at this stage, and as many of its rows at rest, however many steps are timed.
+    for group in trainer.net_optimizer.param_groups:
+        group["lr"] = 0.0
+    return taken
+
+
+def _steps(trainer: Trainer, dtype: str, batch: Batch) -> dict[str, Callable[..., object]]:
+    """Steps on `(x_pos, x_neg)`: ours of the hidden layers alone, backprop's with its head on the positive rows."""
+    preset, rows = trainer.preset, len(batch[0])
+    sizes = (batch[0].shape[1], *preset.hidden)
+    case = replace(CASES["loewex-float32"], sizes=sizes, rows=rows, dtype=dtype)
+    plain, compiled = (Backprop(case, [], autocast=dtype != "float32", compiled=c) for c in (False, True))
+    if preset.layers.optimizer == "adam":
+        for contender in (plain, compiled):
+            contender.optimizers = [Adam(contender.parameters(), lr=1e-3)]
+    for contender in (plain, compiled):
+        for _ in range(3):
+            contender.step(*batch)
+
+    def ours(x_pos: Tensor, x_neg: Tensor) -> object:
+        return trainer.net.step(x_pos, x_neg, trainer.net_optimizer)
+
+    return {"ours": ours, "plain": plain.step, "compiled": compiled.step}
+
+
+def time_to_target(data: Dataset, say: Say, recipes: Sequence[str] = ("loewex", "hinton-matlab")) -> list[Row]:
+    """Seconds of training until the test error is at most 2%: recipes by both ways of reading out, and backprop."""
+    rows = []
+    for name, dtype in DTYPES.items():
+        for recipe in recipes:
+            trainer = Trainer(replace(presets.PRESETS[recipe], goodness_every=1), data, compute_dtype=dtype)
+            reached: Row = {}
+            while len(trainer.rows) < min(MOST_EPOCHS, trainer.epochs) and len(reached) < 2:
+                row = trainer.run_epoch(lambda describe: False)
+                assert row is not None
+                for reader in ("classifier", "goodness"):
+                    if row[f"test_error_{reader}"] <= TARGET:
+                        seconds = sum(row["train_seconds"] for row in trainer.rows)
+                        reached.setdefault(reader, [seconds, row["epoch"]])
+            rows.append({"recipe": recipe, "compute_dtype": name, **reached})
+            say(f"{recipe}, {name}: {reached}")
+        found = [(rate, _backprop_to_target(data, name, rate)) for rate in RATES]
+        rate, best = min(found, key=lambda pair: pair[1][0] if pair[1] else math.inf)
+        rows.append({"recipe": "backprop", "compute_dtype": name, "lr": rate, **({"classifier": best} if best else {})})
+        say(f"backprop, {name}, rate {rate}: {best}")
+    return rows
+
+
+def _backprop_to_target(data: Dataset, dtype: str, rate: float) -> list[float]:
+    """[seconds, epochs] of plain PyTorch on the positive images of loewex; nothing where 2% is not reached."""
+    case = replace(CASES["loewex-float32"], dtype=dtype)
+    learner = Backprop(case, [], autocast=dtype != "float32")
+    learner.optimizers = [SGD(learner.parameters(), lr=rate, momentum=0.9)]
+    images, labels = data.train_images[:50_000], data.train_labels[:50_000]
+    generator, seconds = torch.Generator().manual_seed(0), 0.0
+    for epoch in range(1, MOST_EPOCHS + 1):
+        start = time.monotonic()
+        for rows in torch.randperm(len(labels), generator=generator).split(case.rows):
+            if len(rows) == case.rows:
+                learner.labels = labels[rows]
+                learner.step(as_input(images[rows]))
+        seconds += time.monotonic() - start
+        with torch.no_grad():
+            x = as_input(data.test_images)
+            for layer in learner.layers[:-1]:
+                x = nn.functional.relu(layer(x))
+            if (learner.layers[-1](x).argmax(1) != data.test_labels).float().mean() <= TARGET:
+                return [seconds, epoch]
+    return []
+
+
+def save(data: Dataset, say: Say, path: Path = FILE) -> None:
+    """Measures everything and writes it as data."""
+    about = report.machine("cpu")
+    found = {"machine": about, "data": data.name, "steps": measure(data, say), "target": time_to_target(data, say)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda file: file.write((json.dumps(found, indent=1) + "\n").encode()))
+
+
+def tables(path: Path = FILE) -> str:
+    """Both tables in Markdown."""
+    if not path.exists():
+        return NONE_YET
+    found = json.loads(path.read_text())
+    lines = [
+        "| recipe | when | products | its step | over plain backprop's | over the compiled one's |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in found["steps"]:
+        ratios = ("{:.2f} [{:.2f}, {:.2f}]".format(*row[f"over_{other}"]) for other in ("plain", "compiled"))
+        what = f"{row['recipe']}: {'-'.join(map(str, row['layers']))}, batch {row['batch']}"
+        cells = (what, row["stage"], row["compute_dtype"], f"{row['ms']:.2f} ms", *ratios)
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "| to 2% test error | products | by classifier | by goodness |", "|---|---|---|---|"]
+    for row in found["target"]:
+        name = row["recipe"] + (f", rate {row['lr']:g}" if "lr" in row else "")
+        reached = (_reached(row, reader) for reader in ("classifier", "goodness"))
+        lines.append(f"| {' | '.join((name, row['compute_dtype'], *reached))} |")
+    about = found["machine"]
+    where = f"{about['cpu']}, {about['threads']} threads, torch {about['torch']}, {found['data']}"
+    return "\n".join([*lines, "", f"{where}. Ratios are medians paired within one run, and their intervals."])
+
+
+def _reached(row: Row, reader: str) -> str:
+    if reader in row:
+        return "{:.1f} s, {} epochs".format(*row[reader])
+    return "" if row["recipe"] == "backprop" and reader == "goodness" else f"not in {MOST_EPOCHS} epochs"

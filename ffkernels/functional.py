@@ -269,7 +269,7 @@ def linear_forward(
         return LinearForward.apply(x.detach(), None if input_sumsq is None else input_sumsq.detach(), *layer, chosen)
     with torch.no_grad(), without_autocast(weight.device):
         once = x.shape[0] // copies
-        sides = (x[:once], x[once:]) if chosen == "native" and copies > 1 else (x, x[:0])
+        sides = (x[:once], x[once:]) if chosen in select.FINDS_COPIES and copies > 1 else (x, x[:0])
         return ops.linear_forward(*sides, input_sumsq, *layer, product, field, chosen)
 
 
@@ -296,9 +296,9 @@ def shared_product(
 
 
 def finds_copies(weight: Tensor, compute_dtype: torch.dtype, activation: str, backend: str | None) -> bool:
-    """Whether a forward pass runs on the backend that finds out by itself what `copies` of rows share."""
+    """Whether a forward pass runs on a backend that finds out by itself what `copies` of rows share."""
     request = select.Request(weight.device, weight.dtype, compute_dtype, activation)
-    return select.choose(request, backend) == "native"
+    return select.choose(request, backend) in select.FINDS_COPIES
 
 
 def goodness_loss(

@@ -73,7 +73,7 @@ def measure(data: Dataset, say: Say, seconds: float = 6.0, stages: Sequence[Stag
             }  # fmt: skip
             for other in ("plain", "compiled"):
                 # Ours over theirs, as the targets are set: below 1 Forward-Forward is the faster one.
-                ratio = paired_ratio(ours, times[other].seconds)
+                ratio = paired_ratio(times[other].beside, times[other].seconds)
                 row[f"over_{other}"] = [ratio.median, ratio.low, ratio.high]
                 row[f"{other}_ms"] = statistics.median(times[other].seconds) * 1e3
             rows.append(row)

@@ -168,6 +168,26 @@ def test_rows_with_zero_coefficient_are_left_out_exactly(instruction_set):
     assert_same_state(ours, theirs, 0)
 
 
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16], ids=str)
+def test_coefficients_below_the_smallest_normal_number_count_as_zero(compute, instruction_set):
+    """A float32 below 1.2e-38 in a product takes a hundred times as long and moves no weight: its row is at rest."""
+    rows = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    weight = torch.eye(2)
+    # One side alone, half of the mean's weight: coefficients are sigmoid(t), t the logit of each row.
+    for logit, there in ((-86.0, True), (-88.0, False)):
+        threshold = rows.square().sum(1) - logit
+        gradient = torch.nn.Parameter(weight.clone())
+        objective = ff.Objective(goodness="sum", threshold=threshold)
+        options = {"objective": objective, "norm": "none", "compute_dtype": compute, "backend": "native"}
+        ff.linear_step_(rows[:0], rows, gradient, None, None, **options)
+        expected = torch.sigmoid(torch.tensor(logit, dtype=torch.float64)) * (rows.T @ rows).double()
+        assert gradient.grad is not None
+        if there:
+            torch.testing.assert_close(gradient.grad.double(), expected, rtol=1e-2, atol=0)
+        else:
+            assert not gradient.grad.any()
+
+
 @pytest.mark.parametrize("shape", [(200, 200, 300, 200), (4300, 4300, 37, 530), (64, 64, 100, 5)])
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16], ids=str)
 def test_the_number_of_threads_changes_no_bit(shape, compute, instruction_set):

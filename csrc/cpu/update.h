@@ -83,7 +83,7 @@ struct Update {
             bool moved = false;
             for (int64_t g = 0; g <= block.field.copies; g++) {
                 const int64_t column = g * block.stride + i;
-                const float c = coefficient[column];
+                const float c = flushed(coefficient[column]);
                 weight_of[g * rows + depth] = c * scale[column], bias_weight_of[g * rows + depth] = c;
                 if (c != 0) moved = true, moves[g] = 1;
             }
@@ -150,7 +150,7 @@ struct Update {
                 float* own = g == 0 ? to : pairs ? unpaired + up_to(depth, 16) : left + g * size + o * depth_stride;
                 gather(y_t + unit * stride + g * block.stride, depth, depth == block.operands(), own);
                 bias += dot(own, bias_weight_of + g * rows, depth);
-                for (int64_t k = 0; k < depth; k++) own[k] *= weight_of[g * rows + k];
+                for (int64_t k = 0; k < depth; k++) own[k] = flushed(own[k] * weight_of[g * rows + k]);
                 if (g == 0) continue;
                 for (int64_t k = 0; k < depth; k++) to[k] += own[k];
                 round(own, depth, left + g * size + o * depth_stride);

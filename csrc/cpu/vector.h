@@ -136,4 +136,7 @@ inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 inline int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
+// Numbers below the smallest normal one to zero: a product with them takes a hundred times as long.
+inline float flushed(float value) { return __builtin_fabsf(value) < 1.17549435e-38f ? 0 : value; }
+
 }  // namespace

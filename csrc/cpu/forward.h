@@ -34,7 +34,7 @@ struct Forward {
         copies_weights = call.bfloat16 || (call.in % 512 == 0 && rows >= 512);
         weight_stride = stride_for(depth);
         weight_scratch = copies_weights ? chunks.rows * weight_stride : 0;
-        y_scratch = keeps_y ? 0 : chunks.rows * stride + 4;  // the last four columns are read as one
+        y_scratch = keeps_y ? 0 : chunks.rows * stride + LANES;  // whole vectors are read beyond the last column
         scratch_size = up_to(LANES * depth + weight_scratch + y_scratch, 16);
         scratch = memory.take(scratch_size * call.threads);
     }
@@ -180,37 +180,41 @@ struct Forward {
 
     // y_t [units, columns] to y [rows, out].
     void write_rows(const Block& block, int64_t chunk, const float* y_t) const {
-        if (call.bfloat16) write_rows<uint16_t, quad_of_halves>(block, chunk, y_t);
-        else write_rows<float, quad>(block, chunk, y_t);
+        if (call.bfloat16) write_rows<uint16_t>(block, chunk, y_t);
+        else write_rows<float>(block, chunk, y_t);
     }
 
-    template <class Number, class Four>
+    template <class Number>
     void write_rows(const Block& block, int64_t chunk, const float* y_t) const {
         const int64_t first = chunks.first(chunk), units = chunks.size(chunk), out = call.out, width = stride;
         for (int64_t g = 0; g < block.groups; g++) {
-            const int64_t column = block.column(g, 0);
             Number* y = static_cast<Number*>(call.y) + block.row(g, 0) * out + first;
-            for (int64_t i = 0; i < block.count(g); i += 4) {
-                const int64_t rows = smaller(4, block.count(g) - i);
-                for (int64_t o = 0; o < units; o += 4) {
-                    const int64_t valid = smaller(4, units - o);
-                    quad q[4] = {};
-                    for (int64_t j = 0; j < valid; j++)
-                        q[j] = *reinterpret_cast<const quad_in_memory*>(y_t + (o + j) * width + column + i);
-                    transpose(q[0], q[1], q[2], q[3]);
-                    for (int64_t j = 0; j < rows; j++) {
-                        const Four numbers = to_numbers(q[j], Four{});
-                        Number* to = y + (i + j) * out + o;
-                        if (valid == 4) std::memcpy(to, &numbers, sizeof numbers);
-                        else std::memcpy(to, &numbers, size_t(valid) * sizeof(Number));
-                    }
+            const int64_t count = block.count(g);
+            for (int64_t i = 0; i < count; i += LANES)
+                for (int64_t o = 0; o < units; o += LANES) {
+                    // The last units come once more, with those before them.
+                    const int64_t unit = units < LANES ? 0 : smaller(o, units - LANES), valid = smaller(LANES, units - unit);
+                    const float* from = y_t + unit * width + block.column(g, i);
+                    vec v[LANES];
+#pragma GCC unroll 16
+                    for (int j = 0; j < LANES; j++) v[j] = j < valid ? load(from + j * width) : vec{};
+                    transpose(v);
+#pragma GCC unroll 16
+                    for (int j = 0; j < LANES; j++)
+                        if (i + j < count) write(v[j], valid, y + (i + j) * out + unit);
                 }
-            }
         }
     }
 
-    static quad to_numbers(quad values, quad) { return values; }
-    static quad_of_halves to_numbers(quad values, quad_of_halves) { return to_bfloat16(values); }
+    static void write(vec values, int64_t n, float* to) {
+        if (n == LANES) store(to, values);
+        else std::memcpy(to, &values, size_t(n) * 4);
+    }
+    static void write(vec values, int64_t n, uint16_t* to) {
+        const vec_of_halves numbers = to_bfloat16(values);
+        if (n == LANES) store(to, numbers);
+        else std::memcpy(to, &numbers, size_t(n) * 2);
+    }
 
     // y to y act'(z), where they differ: the slope of leaky ReLU once more.
     void gate(const Block& block, int64_t chunk, float* y_t) const {

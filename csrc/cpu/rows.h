@@ -108,18 +108,16 @@ inline float row_scale(const ffk::Call& call, float sumsq) {
 
 // Up to LANES rows become the columns of a panel: panel[k * width + lane] = rows[lane][k], zeros beyond `valid`.
 inline void pack_columns(const float* const* rows, int valid, int64_t depth, float* panel, int64_t width) {
-    for (int lane = 0; lane < LANES; lane += 4) {
-        int64_t k = 0;
-        if (lane + 4 <= valid)
-            for (; k + 4 <= depth; k += 4) {
-                quad q[4];
-                for (int i = 0; i < 4; i++) q[i] = *reinterpret_cast<const quad_in_memory*>(rows[lane + i] + k);
-                transpose(q[0], q[1], q[2], q[3]);
-                for (int i = 0; i < 4; i++)
-                    *reinterpret_cast<quad_in_memory*>(panel + (k + i) * width + lane) = q[i];
-            }
-        for (; k < depth; k++)
-            for (int i = lane; i < lane + 4; i++) panel[k * width + i] = i < valid ? rows[i][k] : 0;
+    for (int64_t k = 0; k < depth; k += LANES) {
+        // The last ones come once more, with those before them.
+        const int64_t first = depth < LANES ? 0 : smaller(k, depth - LANES), count = smaller(LANES, depth - first);
+        vec v[LANES];
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) v[i] = i < valid ? load_some(rows[i] + first, count) : vec{};
+        transpose(v);
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++)
+            if (i < count) store(panel + (first + i) * width, v[i]);
     }
 }
 

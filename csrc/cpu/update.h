@@ -150,7 +150,7 @@ struct Update {
                 float* own = g == 0 ? to : pairs ? unpaired + up_to(depth, 16) : left + g * size + o * depth_stride;
                 gather(y_t + unit * stride + g * block.stride, depth, depth == block.operands(), own);
                 bias += dot(own, bias_weight_of + g * rows, depth);
-                for (int64_t k = 0; k < depth; k++) own[k] = flushed(own[k] * weight_of[g * rows + k]);
+                weigh(own, weight_of + g * rows, depth);
                 if (g == 0) continue;
                 for (int64_t k = 0; k < depth; k++) to[k] += own[k];
                 round(own, depth, left + g * size + o * depth_stride);
@@ -162,9 +162,16 @@ struct Update {
     }
 
     void gather(const float* from, int64_t depth, bool everything, float* to) const {
+        const int32_t* places = kept;
         if (everything) std::memcpy(to, from, size_t(depth) * 4);
         else
-            for (int64_t k = 0; k < depth; k++) to[k] = from[kept[k]];
+            for (int64_t k = 0; k < depth; k++) to[k] = from[places[k]];
+    }
+
+    static void weigh(float* values, const float* weights, int64_t n) {
+        int64_t k = 0;
+        for (; k + LANES <= n; k += LANES) store(values + k, flushed(load(values + k) * load(weights + k)));
+        for (; k < n; k++) values[k] = flushed(values[k] * weights[k]);
     }
 
     void round(float* values, int64_t n, float* operand) const {

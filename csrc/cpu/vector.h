@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
@@ -27,13 +28,16 @@ typedef float vec_in_memory __attribute__((vector_size(4 * LANES), aligned(4), m
 typedef uint32_t vec_of_bits __attribute__((vector_size(4 * LANES)));
 typedef uint16_t vec_of_halves __attribute__((vector_size(2 * LANES)));
 typedef uint16_t halves_in_memory __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
-typedef float quad __attribute__((vector_size(16)));
-typedef uint32_t quad_of_bits __attribute__((vector_size(16)));
-typedef uint16_t quad_of_halves __attribute__((vector_size(8)));
-typedef float quad_in_memory __attribute__((vector_size(16), aligned(4), may_alias));
 
 inline vec load(const float* p) { return *reinterpret_cast<const vec_in_memory*>(p); }
 inline void store(float* p, vec v) { *reinterpret_cast<vec_in_memory*>(p) = v; }
+inline void store(uint16_t* p, vec_of_halves v) { *reinterpret_cast<halves_in_memory*>(p) = v; }
+inline vec load_some(const float* p, int64_t n) {
+    if (n >= LANES) return load(p);
+    vec v = {};
+    std::memcpy(&v, p, size_t(n) * 4);
+    return v;
+}
 inline vec broadcast(float a) { return a - vec{}; }
 
 // A unit for bfloat16 multiplies pairs: two numbers of consecutive depth, in the place of one float, which is never computed with.
@@ -67,14 +71,22 @@ inline float sum(vec v) {
     return total;
 }
 
-// Rows of four become columns of four.
-inline void transpose(quad& a, quad& b, quad& c, quad& d) {
-    const quad ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-    const quad cd = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
-    a = __builtin_shufflevector(ab, cd, 0, 1, 4, 5);
-    b = __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
-    c = __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5);
-    d = __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7);
+// One round of a transposition: numbers whose row and lane differ in bit D change places.
+template <int D, size_t... I>
+__attribute__((always_inline)) inline void exchange(vec (&rows)[LANES], std::index_sequence<I...>) {
+#pragma GCC unroll 16
+    for (size_t i = 0; i < LANES; i++) {
+        if (i & D) continue;
+        const vec a = rows[i], b = rows[i + D];
+        rows[i] = __builtin_shufflevector(a, b, (I & D ? LANES + I - D : I)...);
+        rows[i + D] = __builtin_shufflevector(a, b, (I & D ? LANES + I : I + D)...);
+    }
+}
+
+template <int D = LANES / 2>
+__attribute__((always_inline)) inline void transpose(vec (&rows)[LANES]) {
+    exchange<D>(rows, std::make_index_sequence<LANES>{});
+    if constexpr (D > 1) transpose<D / 2>(rows);
 }
 
 inline float from_bfloat16(uint16_t bits) {
@@ -92,10 +104,10 @@ inline uint16_t to_bfloat16(float value) {
     return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-inline quad_of_halves to_bfloat16(quad values) {
-    const quad_of_bits bits = (quad_of_bits)values;
-    const quad_of_bits nan = quad_of_bits{} + 0x7fc0;
-    return __builtin_convertvector(values != values ? nan : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16, quad_of_halves);
+inline vec_of_halves to_bfloat16(vec values) {
+    const vec_of_bits bits = (vec_of_bits)values;
+    const vec_of_bits nan = vec_of_bits{} + 0x7fc0;
+    return __builtin_convertvector(values != values ? nan : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16, vec_of_halves);
 }
 
 inline vec from_bfloat16(const uint16_t* p) {
@@ -137,6 +149,7 @@ inline int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / 
 inline int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
 // Numbers below the smallest normal one to zero: a product with them takes a hundred times as long.
+inline vec flushed(vec values) { return ((vec_of_bits)values & 0x7fffffffu) < 0x00800000u ? vec{} : values; }
 inline float flushed(float value) { return __builtin_fabsf(value) < 1.17549435e-38f ? 0 : value; }
 
 }  // namespace

@@ -191,7 +191,8 @@ def _layers() -> list[Case]:
         replace(base, name=name, sizes=(512,) * (n + 1), rows=512, seconds=5 if n < 4 else 8)
         for name, n in AXES["depth"].items()
     ]
-    return [tiny, *optimizers, *widths, *batches, *depths]
+    square = replace(base, name="square-2048", sizes=(2048, 2048), rows=2048, seconds=12)
+    return [tiny, square, *optimizers, *widths, *batches, *depths]
 
 
 def _tier(size: int, largest: int) -> str:

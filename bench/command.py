@@ -6,11 +6,13 @@ import argparse
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch._dynamo
 
 from ffkernels.experiments.progress import Progress
 
@@ -19,13 +21,17 @@ from .cases import Case, select_cases
 from .contenders import PACKAGES, installed
 from .data import Data
 from .memory import keep_freed_memory
-from .plan import QUICK, Job, plan
-from .run import NotExact, contenders_of, run_case
+from .plan import SHARES, Job, plan, rounds_of
+from .run import Measurement, NotExact, contenders_of
 
 PROGRAM = "python -m ffkernels bench"
 FAILED, USER_ERROR = 1, 2
 QUICK_WARM = 5  # steps before a case is timed
 BUSY = 0.5  # load from which on times are not to be trusted
+# The contenders of several cases share code: nobody may fall back to what is not compiled because others were.
+COMPILED_TOGETHER = {
+    "recompile_limit": 200, "accumulated_recompile_limit": 1000, "fail_on_recompile_limit_hit": True,
+}  # fmt: skip
 NO_BFLOAT16 = (
     "The bfloat16 and float16 cases are left out: this CPU has neither AMX nor AVX512-BF16, so they would say nothing "
     "about one that has (--force runs them all the same)."
@@ -59,6 +65,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--case", nargs="+", metavar="NAME", help="only these; a name may be a pattern: 'width-*'")
     tier = parser.add_mutually_exclusive_group()
     tier.add_argument("--quick", action="store_true", help="a few cases, nothing compiled, wide intervals: a minute")
+    tier.add_argument(
+        "--thorough", action="store_true", help="four times as long, for intervals half as wide: half an hour"
+    )
     tier.add_argument("--all", action="store_true", help="every case, also the largest")
     parser.add_argument("--list", action="store_true", help="name the cases and who runs them, and measure nothing")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda, else cpu")
@@ -95,8 +104,12 @@ def _cases(options: argparse.Namespace) -> list[Case]:
     return cases
 
 
+def _effort(options: argparse.Namespace) -> str:
+    return "quick" if options.quick else "thorough" if options.thorough else "full"
+
+
 def _measure(options: argparse.Namespace, cases: list[Case]) -> int:
-    jobs = plan(cases, options.quick, options.all)
+    jobs = plan(cases, _effort(options), options.all)
     for package in PACKAGES:
         if any(case.package == package for case in cases) and installed(package) is None:
             _say(f"{package} is left out: it is not installed with all that it needs (pip install {package}).")
@@ -111,7 +124,7 @@ def _measure(options: argparse.Namespace, cases: list[Case]) -> int:
         _say(f"This machine is busy (load {about['load_before']:.1f}): measure alone.")
     path = options.output / f"{time.strftime('%Y%m%d-%H%M%S')}.json"
     result: report.Result = {"machine": about, "data": "noise", "quick": options.quick, "rows": []}
-    problems = _run(jobs, result, path, options.within)
+    problems = _run(jobs, _effort(options), result, path, options.within)
     rows = result["rows"]
     if rows:
         print(report.table(rows))
@@ -129,35 +142,50 @@ def _measure(options: argparse.Namespace, cases: list[Case]) -> int:
     return FAILED if problems else 0
 
 
-def _run(jobs: Sequence[Job], result: report.Result, path: Path, within: float) -> list[str]:
-    """Fills the rows of a result, and saves it after each case, so that what is measured stays; what went wrong."""
+def _run(jobs: Sequence[Job], effort: str, result: report.Result, path: Path, within: float) -> list[str]:
+    """Fills the rows of a result, and saves it after each visit, so that what is measured stays; what went wrong."""
     data, end, problems = Data(), time.monotonic() + within, []
-    with Progress(sum(len(contenders_of(job.case, job.compiled)) for job in jobs)) as progress:
-        for job in jobs:
-            name = job.case.name
+    groups, visits = rounds_of(jobs, effort)
+    steps = sum(len(contenders_of(job.case, job.compiled)) + visits for job in jobs)
+    with Progress(steps) as progress, torch._dynamo.config.patch(COMPILED_TOGETHER):
+
+        def begun(job: Job) -> Measurement | None:
             if time.monotonic() > end:
-                progress.line(f"{name}{' with torch.compile' if job.compiled else ''} is left out: the time is over")
-                continue
-            progress.line(f"{name} ...")
-            try:
-                rows = run_case(job.case, data, job.compiled, job.seconds, lambda text: progress.step(lambda: text))
-            except NotExact as error:
-                problems.append(str(error))
-                continue
-            except Exception as error:  # the other cases can do without this one
-                traceback.print_exc()
-                problems.append(f"{name} failed: {type(error).__name__}: {error}")
-                continue
-            result["rows"] = [row for row in result["rows"] if row["case"] != name] + rows
+                with_compile = " with torch.compile" if job.compiled else ""
+                progress.line(f"{job.case.name}{with_compile} is left out: the time is over")
+                return None
+            progress.line(f"{job.case.name} ...")
+            return Measurement(job.case, data, job.compiled, lambda text: progress.step(lambda: text))
+
+        def visited(job: Job, measurement: Measurement) -> Measurement:
+            rows = measurement.visit(job.seconds / visits, visits)
+            result["rows"] = [row for row in result["rows"] if row["case"] != job.case.name] + rows
             result["data"] = data.source
             report.save(result, path)
+            progress.step(lambda: f"{job.case.name}: timed")
+            return measurement
+
+        def tried(job: Job, work: Callable[[], Measurement | None]) -> Measurement | None:
+            try:
+                return work()
+            except NotExact as error:
+                problems.append(str(error))
+            except Exception as error:  # the other cases can do without this one
+                traceback.print_exc()
+                problems.append(f"{job.case.name} failed: {type(error).__name__}: {error}")
+            return None
+
+        for group in groups:
+            torch.compiler.reset()  # what other cases have compiled counts towards the limits
+            ready = [(job, tried(job, partial(begun, job))) for job in group]
+            for _ in range(visits):
+                ready = [(job, tried(job, partial(visited, job, of))) for job, of in ready if of is not None]
     return problems
 
 
 def _compare(options: argparse.Namespace, cases: list[Case]) -> int:
     cells = [("case", "this checkout", options.compare, "here over there", "this checkout is")]
-    share = QUICK if options.quick else 1.0
-    for line in compare.compare(options.compare, cases, options.setup, share, _say):
+    for line in compare.compare(options.compare, cases, options.setup, SHARES[_effort(options)], _say):
         here, there = (report.duration(value) for value in (line.here_s, line.there_s))
         cells.append((line.case, here, there, str(line.ratio), line.ratio.verdict))
     print(report.aligned(cells, right=(1, 2)))

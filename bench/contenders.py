@@ -384,7 +384,10 @@ def trainers_of(case: Case, compiled: bool) -> dict[str, Maker]:
     """Name and maker of everyone who takes a case's training step; ours first, and the plain peer after it."""
     low = case.low_precision is not None
     makers: dict[str, Maker] = {OURS: FFKernels}
-    makers |= {f"{OURS}, {backend}": partial(FFKernels, backend=backend) for backend in backends_of(case)[1:]}
+    # Along a curve the plain writing and the floor say enough, and backprop where there are layers to go back through.
+    curve = case.label == "none" and not case.compiled
+    if not curve:
+        makers |= {f"{OURS}, {backend}": partial(FFKernels, backend=backend) for backend in backends_of(case)[1:]}
     package, maker = case.package and installed(case.package), BioFF if case.package == "bioff" else FFLib
     if package:
         makers[package] = maker
@@ -400,7 +403,8 @@ def trainers_of(case: Case, compiled: bool) -> dict[str, Maker]:
         makers["autograd, compiled"] = partial(Autograd, compiled="losses", autocast=low)
     if compiled and short:
         makers["autograd, compiled with optimizer"] = partial(Autograd, compiled="losses and optimizer", autocast=low)
-    makers["backprop"] = partial(Backprop, autocast=low)
+    if not curve or len(case.shapes) > 1:
+        makers["backprop"] = partial(Backprop, autocast=low)
     if compiled:
         makers["backprop, compiled"] = partial(Backprop, autocast=low, compiled=True)
     if case.device == "cuda":

@@ -65,13 +65,14 @@ class Data:
         wrong = ff.wrong_label(labels, NUM_CLASSES, generator)
         return _labelled(images, labels, case.label), _labelled(images, wrong, case.label)
 
-    def pool(self, case: Case, first: int) -> list[Batch]:
+    def pool(self, case: Case, first: int, visits: int = 1) -> list[Batch]:
         """Batches from the `first`-th on, together twice as large as the last cache: by the time one comes round
-        again, it is out of it. Of the smallest batches, which take no time to read, there are fewer.
+        again, it is out of it. Of the smallest batches, which take no time to read, there are fewer; so there are of
+        those for one of several `visits`, between which other cases fill the cache.
         """
         pool = [self.batch(case, first)]
         one = sum(x.nbytes for x in pool[0])
-        count = min(MAX_POOL, -(-2 * cache_bytes(case.device) // one))
+        count = min(MAX_POOL, -(-2 * cache_bytes(case.device) // (visits * one)))
         return pool + [self.batch(case, first + i) for i in range(1, count)]
 
 

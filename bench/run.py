@@ -17,7 +17,7 @@ from .data import Data
 from .memory import peak_bytes, resident_rise
 from .predictors import predictors_of
 from .proof import Exact, ExactLabels, exact_of, first_step
-from .timing import Clock, CudaClock, HostClock, interleave, paired_ratio
+from .timing import Clock, CudaClock, HostClock, Times, interleave, paired_ratio
 
 Row = dict[str, Any]
 
@@ -31,59 +31,76 @@ def contenders_of(case: Case, compiled: bool = True) -> dict[str, Maker]:
     return (predictors_of if case.task == "predict" else trainers_of)(case, compiled)
 
 
-def run_case(
-    case: Case, data: Data, compiled: bool, seconds: float, progress: Callable[[str], object] = lambda text: None
-) -> list[Row]:
-    """Proves, warms and times every contender; one row of data for each, ours first.
+class Measurement:
+    """A case whose contenders are proven and warm, and have been timed in as many visits as there were.
 
     Args:
         compiled: with torch.compile's contenders.
-        seconds: for the timing, of all contenders together.
         progress: called with a few words after each contender's proof.
 
     Raises:
         NotExact: where this package, on whichever backend, does not compute what the case asks for.
     """
-    torch.compiler.reset()  # what other cases have compiled counts towards a limit, beyond which nothing more is
-    initial = case.initial()
-    proof_batches = [data.batch(case, index) for index in range(case.proof_steps)]
-    exact = exact_of(case, initial, proof_batches)
-    contenders: dict[str, Contender] = {}
-    rows: dict[str, Row] = {}
-    for name, make in contenders_of(case, compiled).items():
-        rows[name] = {"case": case.name, "contender": name}
-        contender, proven = _proven(name, make, case, initial, exact, proof_batches[0])
-        rows[name] |= proven
-        if contender is not None:
-            contenders[name] = contender
-        progress(f"{case.name}: {name}")
 
-    pool = data.pool(case, case.proof_steps + case.warm_steps)
-    for index in range(case.warm_steps if case.task == "train" else 1):
-        batch = data.batch(case, case.proof_steps + index)
-        for contender in contenders.values():
-            contender.step(*batch)
-    limit = limit_of(case)
-    clock: Clock = CudaClock() if case.device == "cuda" else HostClock()
-    times = interleave({name: c.step for name, c in contenders.items()}, pool, seconds, clock)
-    for name, taken in times.items():
-        if not name.startswith("backprop"):  # whose products are others
-            rows[name]["of_limit"] = _rounded(limit.seconds / statistics.median(taken.seconds))
-        median = statistics.median(taken.seconds)
-        ratio = paired_ratio(taken.seconds, taken.beside)
-        rows[name] |= {
-            "median_ms": _rounded(median * 1e3),
-            "host_ms": _rounded(statistics.median(taken.host) * 1e3),
-            "block_ms": [_rounded(t * 1e3) for t in taken.seconds],
-            "beside_ms": [_rounded(t * 1e3) for t in taken.beside],
-            "over_ours": {key: _rounded(value, 6) for key, value in asdict(ratio).items()},
-        }
-        if not name.endswith(", graph"):  # whose memory is a pool of its own, reserved for good
-            rows[name] |= _memory(contenders[name], pool[0], case.device)
-    rows[OURS] |= {key: _rounded(value, 6) for key, value in asdict(limit).items()}
-    rows[OURS] |= {"backend": backends_of(case)[0], "steps_before_timing": case.proof_steps + case.warm_steps}
-    rows[OURS] |= rows_at_rest(case, contenders[OURS], pool[0])
-    return list(rows.values())
+    def __init__(
+        self, case: Case, data: Data, compiled: bool, progress: Callable[[str], object] = lambda text: None
+    ) -> None:
+        self.case, self.data = case, data
+        initial = case.initial()
+        proof_batches = [data.batch(case, index) for index in range(case.proof_steps)]
+        exact = exact_of(case, initial, proof_batches)
+        self.contenders: dict[str, Contender] = {}
+        self.proven: dict[str, Row] = {}
+        for name, make in contenders_of(case, compiled).items():
+            contender, self.proven[name] = _proven(name, make, case, initial, exact, proof_batches[0])
+            if contender is not None:
+                self.contenders[name] = contender
+            progress(f"{case.name}: {name}")
+        warm_steps = case.warm_steps if case.task == "train" else 1
+        for index in range(warm_steps):
+            batch = data.batch(case, case.proof_steps + index)
+            for contender in self.contenders.values():
+                contender.step(*batch)
+        self.next_batch = case.proof_steps + warm_steps
+        self.clock: Clock = CudaClock() if case.device == "cuda" else HostClock()
+        self.times: dict[str, Times] = {}
+
+    def visit(self, seconds: float, visits: int = 1) -> list[Row]:
+        """Times all contenders together for so long, one of `visits` times; a row of data for each, ours first."""
+        pool = self.data.pool(self.case, self.next_batch, visits)
+        self.next_batch += len(pool)
+        steps = {name: contender.step for name, contender in self.contenders.items()}
+        if not self.times:
+            self.limit = limit_of(self.case)
+        times = interleave(steps, pool, seconds, self.clock, visits)
+        if not self.times:
+            # Of a CUDA graph the memory is a pool of its own, reserved for good.
+            measured = {name: of for name, of in self.contenders.items() if not name.endswith(", graph")}
+            self.memory = {name: _memory(of, pool[0], self.case.device) for name, of in measured.items()}
+            self.at_rest = rows_at_rest(self.case, self.contenders[OURS], pool[0])
+        self.times = {name: self.times[name] + taken if name in self.times else taken for name, taken in times.items()}
+        return self._rows()
+
+    def _rows(self) -> list[Row]:
+        case = self.case
+        rows = {name: {"case": case.name, "contender": name, **proven} for name, proven in self.proven.items()}
+        for name, taken in self.times.items():
+            median = statistics.median(taken.seconds)
+            if not name.startswith("backprop"):  # whose products are others
+                rows[name]["of_limit"] = _rounded(self.limit.seconds / median)
+            ratio = paired_ratio(taken.seconds, taken.beside)
+            rows[name] |= {
+                "median_ms": _rounded(median * 1e3),
+                "host_ms": _rounded(statistics.median(taken.host) * 1e3),
+                "block_ms": [_rounded(t * 1e3) for t in taken.seconds],
+                "beside_ms": [_rounded(t * 1e3) for t in taken.beside],
+                "over_ours": {key: _rounded(value, 6) for key, value in asdict(ratio).items()},
+                **self.memory.get(name, {}),
+            }
+        rows[OURS] |= {key: _rounded(value, 6) for key, value in asdict(self.limit).items()}
+        rows[OURS] |= {"backend": backends_of(case)[0], "steps_before_timing": case.proof_steps + case.warm_steps}
+        rows[OURS] |= self.at_rest
+        return list(rows.values())
 
 
 def _proven(

@@ -88,9 +88,16 @@ class Times:
     host: list[float]
     beside: list[float]
 
+    def __add__(self, more: Times) -> Times:
+        return Times(self.seconds + more.seconds, self.host + more.host, self.beside + more.beside)
 
-def interleave(steps: dict[str, Step], pool: Sequence[Batch], seconds: float, clock: Clock) -> dict[str, Times]:
+
+def interleave(
+    steps: dict[str, Step], pool: Sequence[Batch], seconds: float, clock: Clock, visits: int = 1
+) -> dict[str, Times]:
     """Times contenders against the first of them, the reference, until `seconds` are over, for 6 to 201 rounds.
+
+    This is one of `visits`, which share these rounds among them.
 
     In a round every contender takes one block of steps, and the reference one before and one after each of them. What
     slows a shared machine lasts some tenths of a second: the mean of both sees most of what the contender between them
@@ -113,8 +120,8 @@ def interleave(steps: dict[str, Step], pool: Sequence[Batch], seconds: float, cl
             return step_s
 
         last = block(reference)
-        for turn in range(MAX_ROUNDS):
-            if turn >= MIN_ROUNDS and clock.now() > end:
+        for turn in range(math.ceil(MAX_ROUNDS / visits)):
+            if turn >= MIN_ROUNDS / visits and clock.now() > end:
                 break
             for name in rotated(others, turn):
                 block(name)

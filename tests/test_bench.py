@@ -317,6 +317,35 @@ def test_one_slow_step_is_not_the_time_of_its_block() -> None:
     assert block == (1.0, 1.0)
 
 
+def test_visits_share_the_rounds_and_the_cases_take_turns(monkeypatch, tmp_path: Path) -> None:
+    visited = []
+
+    class Told:
+        def __init__(self, case: Case, *others: object) -> None:
+            self.case = case
+
+        def visit(self, seconds: float, visits: int) -> list[run.Row]:
+            visited.append((self.case.name, seconds, visits))
+            return [{"case": self.case.name, "visit": len(visited)}]
+
+    monkeypatch.setattr(command, "Measurement", Told)
+    result = {"machine": {}, "rows": []}
+    jobs = [plan.Job(CASES[name], False, 8.0) for name in ("overhead", "batch-1")]
+    assert command._run(jobs, "full", result, tmp_path / "r.json", math.inf) == []
+    assert visited == plan.VISITS * [
+        ("overhead", 8 / plan.VISITS, plan.VISITS),
+        ("batch-1", 8 / plan.VISITS, plan.VISITS),
+    ]
+    assert [row["visit"] for row in result["rows"]] == [2 * plan.VISITS - 1, 2 * plan.VISITS]
+    assert plan.rounds_of(jobs, "quick") == ([[jobs[0]], [jobs[1]]], 1)
+
+    time, steps = FakeTime(), {"a": lambda x: time.sleep(1.0), "b": lambda x: time.sleep(3.0)}
+    several = [interleave(steps, [(torch.zeros(()),)], 0.0, HostClock(time.now), visits=3) for _ in range(3)]
+    times = several[0]["b"] + several[1]["b"] + several[2]["b"]
+    assert len(times.seconds) == timing.MIN_ROUNDS
+    assert paired_ratio(times.seconds, times.beside).median == pytest.approx(3)
+
+
 def test_batches_do_not_fit_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     case = replace(CASES["width-512"], sizes=(16, 16), rows=8)  # 1 KB a batch
     monkeypatch.setattr(data, "cache_bytes", lambda device: 5 * 1024)
@@ -462,13 +491,13 @@ def test_runs_that_cannot_agree_are_not_held_against_each_other(tmp_path: Path, 
 
 
 def test_on_a_cpu_each_case_runs_once_in_the_order_of_the_list() -> None:
-    jobs = plan.plan(select_cases(None, "default"), quick=False, compile_all=False)
+    jobs = plan.plan(select_cases(None, "default"), effort="full", compile_all=False)
     assert [job.case.name for job in jobs] == [case.name for case in select_cases(None, "default")]
     assert all((job.compiled, job.seconds) == (job.case.compiled, job.case.seconds) for job in jobs)
 
 
 def test_on_cuda_the_most_important_comes_first_and_compiling_after_the_short_cases() -> None:
-    jobs = plan.plan([replace(case, device="cuda") for case in CASES.values()], quick=False, compile_all=False)
+    jobs = plan.plan([replace(case, device="cuda") for case in CASES.values()], effort="full", compile_all=False)
     assert {job.case.name for job in jobs if not job.compiled} == set(CASES)
     assert {job.case.name for job in jobs if job.compiled} == {case.name for case in CASES.values() if case.compiled}
     kinds = [kind for kind, _ in itertools.groupby((job.case.tier, job.compiled) for job in jobs)]
@@ -477,14 +506,19 @@ def test_on_cuda_the_most_important_comes_first_and_compiling_after_the_short_ca
 
 
 def test_a_second_result_of_a_case_replaces_the_first(monkeypatch, tmp_path: Path) -> None:
-    def rows(case: Case, data: object, compiled: bool, *others: object) -> list[run.Row]:
-        return [{"case": case.name, "compiled": compiled}]
+    class Told:
+        def __init__(self, case: Case, data: object, compiled: bool, *others: object) -> None:
+            self.row = {"case": case.name, "compiled": compiled}
 
-    monkeypatch.setattr(command, "run_case", rows)
+        def visit(self, seconds: float, visits: int) -> list[run.Row]:
+            return [self.row]
+
+    monkeypatch.setattr(command, "Measurement", Told)
     cases = [replace(CASES[name], device="cuda") for name in ("overhead", "batch-1")]
     monkeypatch.setattr(command, "contenders_of", lambda case, compiled: {})
     result = {"machine": {}, "rows": []}
-    assert command._run(plan.plan(cases, False, False), result, tmp_path / "r.json", math.inf) == []
+    jobs = plan.plan(cases, "full", False)
+    assert command._run(jobs, "full", result, tmp_path / "r.json", math.inf) == []
     assert {row["case"]: row["compiled"] for row in result["rows"]} == {"batch-1": False, "overhead": True}
     assert len(report.load(tmp_path / "r.json")["rows"]) == 2
 
@@ -542,14 +576,13 @@ def test_make_gpu_goes_on_where_a_part_fails_or_takes_too_long(tmp_path: Path, m
 
 
 def test_a_case_that_fails_costs_only_itself(quick: list[str], tmp_path: Path, monkeypatch, capsys) -> None:
-    honest = command.run_case
+    class Failing(command.Measurement):
+        def visit(self, *arguments: object) -> list[run.Row]:
+            if self.case.name == "depth-1":
+                raise RuntimeError("out of memory")
+            return super().visit(*arguments)  # type: ignore[arg-type]
 
-    def failing(case: Case, *arguments: object) -> list[run.Row]:
-        if case.name == "depth-1":
-            raise RuntimeError("out of memory")
-        return honest(case, *arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(command, "run_case", failing)
+    monkeypatch.setattr(command, "Measurement", Failing)
     quick[2:3] = ["depth-1", "overhead"]
     assert cli.main(quick) == command.FAILED
     assert "depth-1 failed: RuntimeError: out of memory" in capsys.readouterr().err

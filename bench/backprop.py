@@ -28,9 +28,9 @@ from .timing import HostClock, interleave, paired_ratio
 
 FILE = Path("results", "backprop.json")
 BEGIN, END = "<!-- backprop: made by `python -m ffkernels paper tables` -->", "<!-- /backprop -->"
-NONE_YET = "Not measured yet: `python -m ffkernels paper backprop` does."
+NOT_YET = "Not measured yet: `python -m ffkernels paper {}` does."
 TARGET = 0.02
-MOST_EPOCHS = 20
+MOST_EPOCHS = 40
 RATES = (0.01, 0.03, 0.1)
 POOL = 40
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
@@ -173,36 +173,54 @@ def _backprop_to_target(data: Dataset, dtype: str, rate: float) -> list[float]:
     return []
 
 
-def save(data: Dataset, say: Say, path: Path = FILE) -> None:
-    """Measures everything and writes it as data."""
+def save(part: str, data: Dataset, say: Say, path: Path = FILE) -> None:
+    """Measures a part, "steps" or "target", and writes it as data beside the other one."""
     about = report.machine("cpu")
-    found = {"machine": about, "data": data.name, "steps": measure(data, say), "target": time_to_target(data, say)}
+    rows = (measure if part == "steps" else time_to_target)(data, say)
+    found = {**_load(path), part: {"machine": about, "data": data.name, "rows": rows}}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda file: file.write((json.dumps(found, indent=1) + "\n").encode()))
 
 
+def _load(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def tables(path: Path = FILE) -> str:
     """Both tables in Markdown."""
-    if not path.exists():
-        return NONE_YET
-    found = json.loads(path.read_text())
+    found = _load(path)
+    parts = (("steps", _steps_table), ("target", _target_table))
+    return "\n\n".join(_section(part, found.get(part), table) for part, table in parts)
+
+
+def _section(part: str, found: Row | None, table: Callable[[list[Row]], list[str]]) -> str:
+    if found is None:
+        return NOT_YET.format(part)
+    about = found["machine"]
+    where = f"{about['cpu']}, {about['threads']} threads, torch {about['torch']}, {found['data']}"
+    return "\n".join([*table(found["rows"]), "", f"{where}."])
+
+
+def _steps_table(rows: list[Row]) -> list[str]:
     lines = [
         "| recipe | when | products | its step | over plain backprop's | over the compiled one's |",
         "|---|---|---|---|---|---|",
     ]
-    for row in found["steps"]:
+    for row in rows:
         ratios = ("{:.2f} [{:.2f}, {:.2f}]".format(*row[f"over_{other}"]) for other in ("plain", "compiled"))
         what = f"{row['recipe']}: {'-'.join(map(str, row['layers']))}, batch {row['batch']}"
         cells = (what, row["stage"], row["compute_dtype"], f"{row['ms']:.2f} ms", *ratios)
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "| to 2% test error | products | by classifier | by goodness |", "|---|---|---|---|"]
-    for row in found["target"]:
+    return [*lines, "", "Ratios are medians paired within one run, and their intervals."]
+
+
+def _target_table(rows: list[Row]) -> list[str]:
+    lines = ["| to 2% test error | products | by classifier | by goodness |", "|---|---|---|---|"]
+    for row in rows:
         name = row["recipe"] + (f", rate {row['lr']:g}" if "lr" in row else "")
         reached = (_reached(row, reader) for reader in ("classifier", "goodness"))
         lines.append(f"| {' | '.join((name, row['compute_dtype'], *reached))} |")
-    about = found["machine"]
-    where = f"{about['cpu']}, {about['threads']} threads, torch {about['torch']}, {found['data']}"
-    return "\n".join([*lines, "", f"{where}. Ratios are medians paired within one run, and their intervals."])
+    return lines
 
 
 def _reached(row: Row, reader: str) -> str:

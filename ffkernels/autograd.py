@@ -75,7 +75,8 @@ class LinearForward(torch.autograd.Function):
         ctx.options, ctx.dtype = (norm, eps, eps_mode, activation, compute_dtype, backend), weight.dtype
         ctx.set_materialize_grads(False)
         with without_autocast(weight.device):
-            y, sumsq = ops.linear_forward(x, x[:0], input_sumsq, weight, bias, *ctx.options[:-1], None, 0, backend)
+            options = (*ctx.options[:-1], None, 0, True, backend)
+            y, sumsq = ops.linear_forward(x, x[:0], input_sumsq, weight, bias, *options)
         # Without a z to compute again the weight may change before the backward, as it may under plain autograd.
         ctx.save_for_backward(x, input_sumsq, y, *((weight, bias) if activation in NEEDS_Z else ()))
         return y, sumsq
@@ -93,9 +94,8 @@ class LinearForward(torch.autograd.Function):
         with without_autocast(x.device):
             z, wide = None, y.to(ctx.dtype)
             if layer:
-                z, _ = ops.linear_forward(
-                    x, x[:0], input_sumsq, *layer, norm, eps, eps_mode, "identity", compute_dtype, None, 0, backend
-                )
+                options = (norm, eps, eps_mode, "identity", compute_dtype, None, 0, True, backend)
+                z, _ = ops.linear_forward(x, x[:0], input_sumsq, *layer, *options)
                 z = z.to(ctx.dtype)
             t = torch.zeros_like(wide) if grad_y is None else grad_y.to(ctx.dtype)
             if grad_sumsq is not None:

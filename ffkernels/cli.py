@@ -89,11 +89,11 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "paper",
         help="the runs and measurements behind docs/paper.md (needs the checkout)",
-        description="ablation trains what is missing in results/ablation; backprop measures steps and the time to 2% "
-        "error and writes results/backprop.json; tables makes those of docs/paper.md from both.",
+        description="ablation trains what is missing in results/ablation; steps and target measure steps, and the time "
+        "to 2% error, against backprop's and write results/backprop.json; tables makes those of docs/paper.md.",
     )
     command.set_defaults(run=_paper)
-    command.add_argument("what", choices=("ablation", "backprop", "tables"))
+    command.add_argument("what", choices=("ablation", "steps", "target", "tables"))
     command.add_argument("--data", default="mnist", help="mnist, fashion-mnist or a folder of IDX files (%(default)s)")
 
     commands.add_parser("bench", help="measure this machine against what people use today (needs the checkout)")
@@ -270,8 +270,8 @@ def _paper(arguments: argparse.Namespace, argv: list[str]) -> int:
     try:
         if arguments.what == "ablation":
             ablation.run(data.load(arguments.data), ablation.FOLDER, _say)
-        elif arguments.what == "backprop":
-            backprop.save(data.load(arguments.data), _say)
+        elif arguments.what != "tables":
+            backprop.save(arguments.what, data.load(arguments.data), _say)
         else:
             page = Path("docs", "paper.md")
             results.update_page(page, ablation.BEGIN, ablation.END, ablation.table(results.load(ablation.FOLDER)))

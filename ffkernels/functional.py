@@ -211,7 +211,7 @@ def linear_step_(
         goodness = objective.goodness_of(sumsq, width)
         if outputs == "post":
             now = weight if rounded is None else rounded
-            y, sumsq = ops.linear_forward(x_pos, x_neg, input_sumsq, now, *layer[1:], None, field, chosen)
+            y, sumsq = ops.linear_forward(x_pos, x_neg, input_sumsq, now, *layer[1:], None, field, True, chosen)
         if order is not None:
             back = order.argsort()
             y, sumsq, goodness = None if y is None else y[back], sumsq[back], goodness[back]
@@ -232,6 +232,7 @@ def linear_forward(
     label_field: int | None = None,
     product: Tensor | None = None,
     copies: int = 1,
+    keep: bool = True,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`y = act(r W x + b)` `[rows, out]` in the compute dtype, and the sums of squares of its rows `[rows]`.
@@ -243,7 +244,7 @@ def linear_forward(
 
     `copies`: `x` holds the same rows so many times, one copy below the other, under different labels. Where no gradient
     is asked for, the compiled CPU backend makes sure of that and multiplies what they share once; for others it is
-    nothing.
+    nothing. Without `keep` only the sums are wanted: `y` is `[0, out]`, and is written nowhere.
 
     Raises:
         ValueError, TypeError: for an argument that does not fit.
@@ -266,11 +267,13 @@ def linear_forward(
         and torch.is_grad_enabled()
         and (weight.requires_grad or (bias is not None and bias.requires_grad))
     ):
-        return LinearForward.apply(x.detach(), None if input_sumsq is None else input_sumsq.detach(), *layer, chosen)
+        known = None if input_sumsq is None else input_sumsq.detach()
+        y, sumsq = LinearForward.apply(x.detach(), known, *layer, chosen)
+        return y if keep else y[:0], sumsq
     with torch.no_grad(), without_autocast(weight.device):
         once = x.shape[0] // copies
         sides = (x[:once], x[once:]) if chosen in select.FINDS_COPIES and copies > 1 else (x, x[:0])
-        return ops.linear_forward(*sides, input_sumsq, *layer, product, field, chosen)
+        return ops.linear_forward(*sides, input_sumsq, *layer, product, field, keep, chosen)
 
 
 @torch.no_grad()

@@ -89,7 +89,7 @@ class FFLinear(nn.Linear):
 
     def goodness(self, x: Tensor) -> Tensor:
         """Goodness `[rows]` of rows `x` `[rows, in]`."""
-        return self.objective.goodness_of(self.activity(x)[1], self.out_features)
+        return self.objective.goodness_of(self.activity(x, keep=False)[1], self.out_features)
 
     def step(self, x_pos: Tensor, x_neg: Tensor | None, optimizer: Optimizer | None, **options: Any) -> StepResult:
         """One training step, `ffkernels.linear_step_`; `options` go there and override the layer's own."""
@@ -251,10 +251,11 @@ class FFNetwork(nn.Module):
             )
         return optimizers
 
-    def _pass(self, x: Tensor, **shared: Any) -> Iterable[tuple[FFLinear, Tensor, Tensor]]:
+    def _pass(self, x: Tensor, keep: bool = True, **shared: Any) -> Iterable[tuple[FFLinear, Tensor, Tensor]]:
+        """Layers, activities, sums of squares; without `keep` the last layer's activities are left out."""
         sumsq = None
-        for layer in self:
-            x, sumsq = layer.activity(x, sumsq, **shared)
+        for index, layer in enumerate(self, 1):
+            x, sumsq = layer.activity(x, sumsq, keep=keep or index < len(self.layers), **shared)
             shared = {}
             yield layer, x, sumsq
 
@@ -283,7 +284,7 @@ class FFNetwork(nn.Module):
 
         `shared`: `product` and `label_field` of `linear_forward`, for the first layer.
         """
-        passed = self._pass(x, **shared)
+        passed = self._pass(x, keep=False, **shared)
         per_layer = [layer.objective.goodness_of(sumsq, layer.out_features) for layer, _, sumsq in passed]
         return torch.stack(per_layer, dim=1)
 

@@ -34,10 +34,10 @@ _UPDATE = (
 SCHEMAS = {
     # The rows of x_pos [n_pos, in] followed by those of x_neg [n_neg, in] are the joint batch; input_sumsq [rows],
     # weight [out, in] (or what its step has left in weight_rounded), bias [out] -> y [rows, out] in the compute dtype,
-    # its sums of squares [rows].
+    # its sums of squares [rows]. Without `keep` nobody reads y: it is [0, out].
     "linear_forward": (
         "(Tensor x_pos, Tensor x_neg, Tensor? input_sumsq, Tensor weight, Tensor? bias, "
-        f"{_LAYER}, {_SHARED}, str backend) -> (Tensor, Tensor)"
+        f"{_LAYER}, {_SHARED}, bool keep, str backend) -> (Tensor, Tensor)"
     ),
     # One whole layer step on the joint batch. Written: weight and bias (or, under the rule
     # "grad", their gradients), optimizer state, sumsq [rows], loss [], and where given y [rows, out], the activities
@@ -58,10 +58,11 @@ _library = torch.library.Library("ffkernels", "DEF")
 def _linear_forward_fake(
     x_pos: Tensor, x_neg: Tensor, input_sumsq: Tensor | None, weight: Tensor, bias: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor]:
-    compute_dtype = args[4]
+    compute_dtype, keep = args[4], args[7]
     rows = x_pos.shape[0] + x_neg.shape[0]
     master = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    return x_pos.new_empty(rows, weight.shape[0], dtype=compute_dtype), weight.new_empty(rows, dtype=master)
+    y = x_pos.new_empty(rows if keep else 0, weight.shape[0], dtype=compute_dtype)
+    return y, weight.new_empty(rows, dtype=master)
 
 
 def _linear_step_fake(*args: Any) -> None:

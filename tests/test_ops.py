@@ -16,10 +16,10 @@ from ffkernels.backends import select
 from .steps import OPTIMIZERS, problem
 
 
-def forward_arguments(compute_dtype: torch.dtype, sumsq: bool) -> tuple:
+def forward_arguments(compute_dtype: torch.dtype, sumsq: bool, keep: bool = True) -> tuple:
     p = problem(dtype=torch.float32)
     known = torch.cat([p.x_pos, p.x_neg]).square().sum(1) if sumsq else None
-    return (p.x_pos, p.x_neg, known, p.weight, p.bias, "l2", 1e-4, "add", "relu", compute_dtype, None, 0, "eager")
+    return (p.x_pos, p.x_neg, known, p.weight, p.bias, "l2", 1e-4, "add", "relu", compute_dtype, None, 0, keep, "eager")
 
 
 def step_arguments(
@@ -60,12 +60,29 @@ def step_arguments(
 
 
 @pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("sumsq", [False, True])
-def test_opcheck_forward(compute_dtype, sumsq):
+@pytest.mark.parametrize(("sumsq", "keep"), [(False, True), (True, True), (True, False)])
+def test_opcheck_forward(compute_dtype, sumsq, keep):
     # No derivative is registered: the result carries no gradient.
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     with torch.no_grad():
-        torch.library.opcheck(ops.linear_forward, forward_arguments(compute_dtype, sumsq), test_utils=checks)
+        torch.library.opcheck(ops.linear_forward, forward_arguments(compute_dtype, sumsq, keep), test_utils=checks)
+
+
+@pytest.mark.parametrize("rows", [7, 2600])
+@pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", [None, "eager"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_sums_alone_are_those_of_the_activities(rows, compute_dtype, backend, frozen):
+    x, weight = torch.rand(rows, 30), torch.randn(50, 30).requires_grad_(not frozen)
+    options = {"compute_dtype": compute_dtype, "backend": backend}
+    y, alone = ff.linear_forward(x, weight, keep=False, **options)
+    assert y.shape == (0, 50)
+    assert y.dtype == compute_dtype
+    expected = ff.linear_forward(x, weight, **options)[1]
+    assert torch.equal(alone, expected)
+    if not frozen:
+        (ours,), (theirs,) = (torch.autograd.grad(sums.sum(), weight) for sums in (alone, expected))
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "sgd-momentum", "adam", "adamw", "rmsprop"])
@@ -216,6 +233,6 @@ def test_a_step_on_a_device_never_waits_for_it(compute_dtype, optimizer, is_posi
     arguments[-2] = arguments[-2].to("meta")
     with torch.no_grad():
         eager.linear_step_(*arguments[:-1])
-        eager.linear_forward(*arguments[:2], None, *arguments[5:12], None, 0)
+        eager.linear_forward(*arguments[:2], None, *arguments[5:12], None, 0, True)
     with pytest.raises(RuntimeError):
         arguments[-2].item()

@@ -321,9 +321,12 @@ def test_steps_against_backprop_are_rows_and_a_table(data, tmp_path, monkeypatch
     target = backprop.time_to_target(data, lambda text: None, list(small))
     assert [row["recipe"] for row in target] == [*small, "backprop"] * 2
     path = tmp_path / "rows.json"
-    assert backprop.tables(path) == backprop.NONE_YET
-    machine = {"cpu": "one", "threads": 2, "torch": "2"}
-    path.write_text(json.dumps({"machine": machine, "data": "toy", "steps": steps, "target": target}))
+    assert backprop.tables(path) == "\n\n".join(backprop.NOT_YET.format(part) for part in ("steps", "target"))
+    monkeypatch.setattr(backprop, "measure", lambda *_: steps)
+    monkeypatch.setattr(backprop, "time_to_target", lambda *_: target)
+    backprop.save("steps", data, lambda text: None, path)
+    assert backprop.tables(path).endswith(backprop.NOT_YET.format("target"))
+    backprop.save("target", data, lambda text: None, path)
     text = backprop.tables(path)
     assert "{:.2f} [{:.2f}, {:.2f}]".format(*steps[0]["over_compiled"]) in text
     assert text.count("not in 1 epochs") + text.count(" s, 1 epochs") == 2 * (2 + 2 + 1)

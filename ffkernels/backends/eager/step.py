@@ -42,18 +42,19 @@ def linear_forward(
     compute_dtype: torch.dtype,
     product: Tensor | None,
     label_field: int,
+    keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """See `ops.SCHEMAS`."""
     layer = Layer(weight, bias, norm, eps, eps_mode, activation, compute_dtype)
     n_pos, n = x_pos.shape[0], x_pos.shape[0] + x_neg.shape[0]
-    y, sumsq = x_pos.new_empty(n, layer.width, dtype=compute_dtype), weight.new_empty(n)
+    y, sumsq = x_pos.new_empty(n if keep else 0, layer.width, dtype=compute_dtype), weight.new_empty(n)
     for block in blocks(n_pos, n - n_pos, _block_rows(n, layer.width), _twins(x_pos, x_neg, label_field)):
-        in_place = block.take(y) if compute_dtype == weight.dtype and len(block.ranges) == 1 else None
+        in_place = block.take(y) if keep and compute_dtype == weight.dtype and len(block.ranges) == 1 else None
         parts = input_parts(block, x_pos, x_neg)
         rows = layer.rows(parts, block.take(input_sumsq), label_field, _of_first_side(block, parts, product))
         activity, _, q = layer.forward(rows, in_place)
         block.put(q, sumsq)
-        if in_place is None or activity is not in_place:
+        if keep and (in_place is None or activity is not in_place):
             block.put(activity, y)
     return y, sumsq
 

@@ -69,13 +69,14 @@ def linear_forward(
     compute_dtype: torch.dtype,
     product: Tensor | None,
     label_field: int,
+    keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """See `ops.SCHEMAS`."""
     n = x_pos.shape[0] + x_neg.shape[0]
-    y, sumsq = x_pos.new_empty(n, weight.shape[0], dtype=compute_dtype), weight.new_empty(n)
+    y, sumsq = x_pos.new_empty(n if keep else 0, weight.shape[0], dtype=compute_dtype), weight.new_empty(n)
     operands = _Operands()
     call = _layer(operands, x_pos, x_neg, input_sumsq, weight, bias, norm, eps, eps_mode, activation, compute_dtype)
-    call.y, call.sumsq = y.data_ptr(), sumsq.data_ptr()
+    call.y, call.sumsq = y.data_ptr() if keep else None, sumsq.data_ptr()
     operands.run("ffk_linear_forward", call)
     return y, sumsq
 

@@ -22,6 +22,7 @@ def linear_forward(
     compute_dtype: torch.dtype,
     product: Tensor | None,
     label_field: int,
+    keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """See `ops.SCHEMAS`."""
     layer = operands.Layer(weight, bias, norm, eps, eps_mode, activation, compute_dtype)
@@ -30,7 +31,8 @@ def linear_forward(
     y = weight.new_empty(rows.total, weight.shape[0], dtype=compute_dtype)
     partials, _ = launch.forward(rows, layer, y, shared=shared)
     # Adding them in the kernel's last program would need counters set to zero first: a launch as well.
-    return y, partials.sum(0) if len(partials) > 1 else partials[0]
+    sumsq = partials.sum(0) if len(partials) > 1 else partials[0]
+    return y if keep else y.new_empty(0, y.shape[1]), sumsq
 
 
 def linear_step_(

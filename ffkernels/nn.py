@@ -343,7 +343,7 @@ class FFNetwork(nn.Module):
         Returns:
             `[rows, sum of widths]` in the weights' dtype.
         """
-        shared = {} if product is None else {"product": product, "label_field": num_classes}
+        shared: dict[str, Any] = {} if product is None else {"product": product, "label_field": num_classes}
         passed = self._pass(negatives.neutral_label(x, num_classes) if num_classes else x, **shared)
         return self._side_by_side([(y, sumsq) for _, y, sumsq in passed], layers)
 

@@ -26,7 +26,7 @@ from .cases import CASES, Batch
 from .contenders import Backprop
 from .timing import HostClock, interleave, paired_ratio
 
-FILE = Path("results", "backprop.json")
+FILE = Path("results", "backprop", "mnist.json")
 BEGIN, END = "<!-- backprop: made by `python -m ffkernels paper tables` -->", "<!-- /backprop -->"
 NOT_YET = "Not measured yet: `python -m ffkernels paper {}` does."
 TARGET = 0.02

@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         "paper",
         help="the runs and measurements behind docs/paper.md (needs the checkout)",
         description="ablation trains what is missing in results/ablation; steps and target measure steps, and the time "
-        "to 2% error, against backprop's and write results/backprop.json; tables makes those of docs/paper.md.",
+        "to 2% error, against backprop's and write results/backprop; tables makes those of docs/paper.md.",
     )
     command.set_defaults(run=_paper)
     command.add_argument("what", choices=("ablation", "steps", "target", "tables"))

@@ -274,6 +274,9 @@ def test_a_row_of_results_and_the_table_made_of_it(data, tmp_path: Path) -> None
     line = next(line for line in lines if "| float32 |" in line)
     assert f"| {sum(errors) / 2:.2%} [{errors[0]:.2%}, {errors[1]:.2%}] |" in line
     assert "| loewex on toy | 1 |" in line and "| 2 |" in line
+    machines = [{"device": "A", "threads": 2}, {"device": "B", "threads": 1}, {"device": "A", "threads": 2}]
+    runs = [{**row, **where, "train_seconds": s} for row, where, s in zip(rows, machines, (1200, 9, 1400), strict=True)]
+    assert results.seconds(runs) == "1,300 (A, 2 threads); 9 (B, 1 thread)"
 
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{results.BEGIN}\nold\n{results.END}\nafter\n")

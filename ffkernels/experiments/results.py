@@ -23,7 +23,7 @@ BEGIN, END = "<!-- results: made by `python -m ffkernels reproduce --readme` -->
 NONE_YET = "No run is recorded yet: `python -m ffkernels reproduce NAME` writes one into `results/`."
 COLUMNS = (
     "recipe", "epochs", "products", "error by classifier", "by goodness", "published", "seeds",
-    "seconds of training", "on",
+    "seconds of training",
 )  # fmt: skip
 
 Row = dict[str, Any]
@@ -124,13 +124,13 @@ def table(rows: Sequence[Row]) -> str:
     groups: dict[tuple[Any, ...], list[Row]] = {}
     order = list(PRESETS)
     for row in sorted(rows, key=lambda row: order.index(row["recipe"]) if row["recipe"] in order else len(order)):
-        what = ("recipe", "data", "epochs", "compute_dtype", "skip_below", "device", "threads")
+        what = ("recipe", "data", "epochs", "compute_dtype", "skip_below")
         groups.setdefault(tuple(row[name] for name in what), []).append(row)
     lines = [
         f"| {' | '.join(COLUMNS)} |",
         f"|{'---|' * len(COLUMNS)}",
     ]
-    for (recipe, data, epochs, dtype, skip, device, threads), of_group in groups.items():
+    for (recipe, data, epochs, dtype, skip), of_group in groups.items():
         published = PRESETS[recipe].published if recipe in PRESETS and data == "mnist" else ""
         cells = (
             recipe + (f" on {data}" if data != "mnist" else ""),
@@ -140,11 +140,21 @@ def table(rows: Sequence[Row]) -> str:
             errors([row["error_goodness"] for row in of_group]),
             published,
             str(len(of_group)),
-            f"{statistics.mean(row['train_seconds'] for row in of_group):,.0f}",
-            f"{device}, {threads} thread{'s' if threads > 1 else ''}",
+            seconds(of_group),
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def seconds(rows: Sequence[Row]) -> str:
+    """Mean seconds of training on each machine, and with each number of threads."""
+    machines: dict[tuple[str, int], list[float]] = {}
+    for row in rows:
+        machines.setdefault((row["device"], row["threads"]), []).append(row["train_seconds"])
+    return "; ".join(
+        f"{statistics.mean(times):,.0f} ({device}, {threads} thread{'s' if threads > 1 else ''})"
+        for (device, threads), times in machines.items()
+    )
 
 
 def errors(of_runs: Sequence[float | None]) -> str:

@@ -21,7 +21,8 @@ struct Forward {
     bool copies_weights;
 
     Forward(const ffk::Call& c, const Block& largest, bool keeps_y, Memory& memory)
-        : call(c), chunks(c.out, largest.operands()), pairs(in_pairs(c)), depth(places(c, c.in)), stride(stride_for(largest.columns())) {
+        // Whole vectors are read beyond a group's last column.
+        : call(c), chunks(c.out, largest.operands()), pairs(in_pairs(c)), depth(places(c, c.in)), stride(stride_for(largest.columns() + LANES)) {
         const int64_t rows = largest.operands(), columns = largest.columns();
         const Field field = largest.field;
         field_first = pairs ? field.first / 2 : field.first;
@@ -34,7 +35,7 @@ struct Forward {
         copies_weights = call.bfloat16 || (call.in % 512 == 0 && rows >= 512);
         weight_stride = stride_for(depth);
         weight_scratch = copies_weights ? chunks.rows * weight_stride : 0;
-        y_scratch = keeps_y ? 0 : chunks.rows * stride + LANES;  // whole vectors are read beyond the last column
+        y_scratch = keeps_y ? 0 : chunks.rows * stride;
         scratch_size = up_to(LANES * depth + weight_scratch + y_scratch, 16);
         scratch = memory.take(scratch_size * call.threads);
     }

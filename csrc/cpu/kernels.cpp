@@ -70,7 +70,7 @@ int linear_step(const ffk::Call& call) {
         const Forward forward(call, largest, true, memory);
         Peers peers(call, largest, memory);
         Update update(call, peers, largest, blocks, memory);
-        float* y_t = memory.take(up_to(call.out, TILE_ROWS) * forward.stride + LANES);  // as in Forward::y_scratch
+        float* y_t = memory.take(up_to(call.out, TILE_ROWS) * forward.stride);
         float* coefficient = memory.take(largest.columns());
         if (!real) return;
         double loss = 0;

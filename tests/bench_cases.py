@@ -1,0 +1,34 @@
+"""Cases and results that are small enough for tests of the benchmark."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from bench import report
+from bench.cases import Batch, Case
+
+
+def small(case: Case) -> tuple[Case, list[Batch]]:
+    """A case with little data and few units, and its batches."""
+    case = replace(case, sizes=(30, *(12 for _ in case.sizes[1:])), rows=10)
+    generator = torch.Generator().manual_seed(8)
+
+    def rows() -> Tensor:
+        x = torch.rand(10, 30, generator=generator).to(case.master_dtype)
+        return x * (torch.rand(10, 30, generator=generator) < 0.7) * (0.5 + torch.rand(10, 1, generator=generator))
+
+    sides = 1 if case.task == "predict" else 2
+    return case, [tuple(rows().to(case.master_dtype) for _ in range(sides)) for _ in range(case.proof_steps)]
+
+
+def result_of(*rows: tuple[str, str, float, float], **machine: str) -> report.Result:
+    """A result whose rows are (case, contender, milliseconds, over ours)."""
+    about = {"device": "cpu", "cpu": "x", "threads": 2, "commit": "c"} | machine
+    made = [
+        {"case": case, "contender": name, "median_ms": ms, "over_ours": {"median": ratio}}
+        for case, name, ms, ratio in rows
+    ]
+    return {"machine": about, "quick": False, "rows": made}

@@ -145,7 +145,7 @@ def _networks() -> list[Case]:
         one_optimizer=True, compiled=True, warm_steps=50, seconds=16,
     )  # fmt: skip
     full_batch = Case(
-        "mohammadpz", "mohammadpz", (784, 500), 50_000, compiled=True, proof_steps=2, warm_steps=0, seconds=45
+        "mohammadpz", "mohammadpz", (784, 500), 50_000, compiled=True, proof_steps=2, warm_steps=0, seconds=60
     )
     bioff = Case(
         "bioff-float32", "bioff", (794, 256, 128), 500,
@@ -176,19 +176,25 @@ def _networks() -> list[Case]:
 
 def _layers() -> list[Case]:
     """Layers by themselves, on noise: over optimizers, and along width, batch and depth."""
-    base = Case("", "mohammadpz", (1024, 1024), 128, label="none", optimizer_name="adam", proof_steps=2, seconds=4)
+    base = Case(
+        "", "mohammadpz", (1024, 1024), 128,
+        label="none", optimizer_name="adam", proof_steps=2, warm_steps=2, seconds=5,
+    )  # fmt: skip
     tiny = replace(base, name="overhead", sizes=(8, 8), rows=1, compiled=True, tier="quick", seconds=3)
-    optimizers = [replace(base, name=f"optimizer-{name}", optimizer_name=name) for name in OPTIMIZERS]
+    optimizers = [
+        replace(base, name=f"optimizer-{name}", optimizer_name=name, tier="all" if name == "adam" else "default")
+        for name in OPTIMIZERS  # with Adam it is width-1024
+    ]
     widths = [
-        replace(base, name=name, sizes=(n, n), seconds=4 if n < 2048 else 10, tier=_tier(n, 4096))
+        replace(base, name=name, sizes=(n, n), seconds=5 if n < 2048 else 10, tier=_tier(n, 4096))
         for name, n in AXES["width"].items()
     ]
     batches = [
-        replace(base, name=name, rows=n, seconds=4 if n < 1024 else 10, tier=_tier(n, 8192))
+        replace(base, name=name, rows=n, seconds=5 if n < 1024 else 10, tier=_tier(n, 8192))
         for name, n in AXES["batch"].items()
     ]
     depths = [
-        replace(base, name=name, sizes=(512,) * (n + 1), rows=512, seconds=4 if n < 4 else 7)
+        replace(base, name=name, sizes=(512,) * (n + 1), rows=512, seconds=5 if n < 4 else 7)
         for name, n in AXES["depth"].items()
     ]
     square = replace(base, name="square-2048", sizes=(2048, 2048), rows=2048, seconds=12)

@@ -14,16 +14,16 @@ from torch.profiler import ProfilerActivity, profile
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
-# What mallopt calls them: above which size memory comes straight from the system, and how much of what is free stays.
-M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
-KEPT = {M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: (1 << 31) - 1}
+# What mallopt calls them: how many pieces may come straight from the system, and what goes back to it (-1: nothing).
+M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
+KEPT = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1}
 
 
 def keep_freed_memory() -> bool:
-    """Has the C library (glibc) keep what is freed, as far as it can, for the next step; whether it does.
+    """Has the C library (glibc) keep what is freed for the next step; whether it does.
 
     Else it depends on what happens to lie at the end of the heap whether a step gets its gradients back from the system
-    page by page each time, and that luck lasts as long as the process.
+    page by page each time, and that luck lasts as long as the process; pieces of 32 MB and more always come that way.
     """
     try:
         return all(ctypes.CDLL(None).mallopt(parameter, value) for parameter, value in KEPT.items())

@@ -3,7 +3,7 @@
 The library has no Python and no torch symbol in it, so one build serves every version of both, and an isolated build
 can make it. FFKERNELS_BUILD says whether it is: `auto` (if unset) builds it where a C++ compiler is found and makes
 a pure-Python package otherwise, `off` builds nothing, `cpu` fails where the library cannot be built. CXX names the
-compiler. FFKERNELS_SANITIZE (`address,undefined` or `thread`) builds it for a sanitizer.
+compiler. FFKERNELS_SANITIZE (`address,undefined` or `thread`) builds it for a sanitizer, with AMX's unit emulated.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ LIBRARY, RECORD = "libffkernels_cpu.so", "build.json"
 # Each instruction set has its own copy of the kernels; which one runs is chosen where the library is loaded.
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"]
 INSTRUCTION_SETS = {
+    "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
     "avx512_bf16": [*AVX512, "-mavx512bf16"],
     "avx512": AVX512,
     "avx2": ["-mavx2", "-mfma"],
@@ -61,7 +62,8 @@ def compile_library(into: Path) -> dict[str, str]:
         raise RuntimeError("no C++ compiler was found (g++, clang++ or the one that CXX names)")
     sets = INSTRUCTION_SETS if platform.machine() in ("x86_64", "AMD64") else {"baseline": []}
     sanitizer = os.environ.get("FFKERNELS_SANITIZE")
-    flags = [*FLAGS, *(["-O1", "-g", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"] if sanitizer else [])]
+    checked = ["-O1", "-g", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-DFFK_EMULATES_MATRIX_UNIT"]
+    flags = [*FLAGS, *(checked if sanitizer else [])]
     with tempfile.TemporaryDirectory() as folder:
         units = [(SOURCES / f"{name}.cpp", Path(folder, f"{name}.o"), []) for name in ("dispatch", "threads")]
         units += [

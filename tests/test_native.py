@@ -21,14 +21,14 @@ LOADED = library.load()
 pytestmark = pytest.mark.skipif(LOADED.library is None, reason=LOADED.reason)
 needs_library = pytestmark
 
-BUILT_IN = library.instruction_set()
+BEST = b""
 SETS = [
     name
-    for name in ("avx512_bf16", "avx512", "avx2", "baseline")
+    for name in ("amx", "avx512_bf16", "avx512", "avx2", "baseline")
     if LOADED.library and LOADED.library.ffk_limit(name.encode()) == 0
 ]
 if LOADED.library:
-    LOADED.library.ffk_limit(BUILT_IN.encode())
+    LOADED.library.ffk_limit(BEST)
 
 NEAR = 5e-5  # of float32 numbers that went through a few steps, in the Frobenius norm
 FLOOR = 0.1  # the least norm that counts: differences of goodness cancel to the rounding of goodness
@@ -38,7 +38,7 @@ FLOOR = 0.1  # the least norm that counts: differences of goodness cancel to the
 def instruction_set(request):
     assert LOADED.library.ffk_limit(request.param.encode()) == 0
     yield request.param
-    LOADED.library.ffk_limit(BUILT_IN.encode())
+    LOADED.library.ffk_limit(BEST)
 
 
 def in_float64(options: dict) -> dict:
@@ -113,7 +113,7 @@ def test_agrees_with_the_definition(
         compare(ours, x_neg_is_there=not mixed, **options)
     finally:
         torch.set_num_threads(before)
-        LOADED.library.ffk_limit(BUILT_IN.encode())
+        LOADED.library.ffk_limit(BEST)
 
 
 # Beyond one depth of a tile, one chunk of units, one block of rows; in vectors that are and are not whole.

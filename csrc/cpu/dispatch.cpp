@@ -5,11 +5,17 @@
 #include "interface.h"
 #include "kernels.h"
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace {
 
 struct Choice {
     const ffk::Kernels* kernels;
-    bool runs_here, pays = true;
+    bool runs_here, for_float32 = true, for_bfloat16 = true;
 };
 
 #if defined(__x86_64__)
@@ -18,10 +24,26 @@ bool has_avx512() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")
         && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
 }
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+bool has_amx() {
+#if defined(FFK_EMULATES_MATRIX_UNIT)
+    return has_avx512_bf16();
+#elif defined(__linux__)
+    unsigned a, b, c, features = 0;
+    const unsigned bfloat16 = 1u << 22, tiles = 1u << 24;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &features) || (features & bfloat16) == 0 || (features & tiles) == 0) return false;
+    // Linux saves the tiles of those processes alone that ask for it.
+    constexpr long REQUEST = 0x1023, TILE_DATA = 18;
+    return has_avx512_bf16() && syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+#else
+    return false;
+#endif
+}
 // Intel's unit for pairs takes two cycles for an instruction where float32 takes half of one: there, rounded numbers are multiplied as float32.
 bool pairs_pay() { return !__builtin_cpu_is("intel"); }
 const Choice choices[] = {
-    {&ffk::avx512_bf16, has_avx512() && __builtin_cpu_supports("avx512bf16"), pairs_pay()},
+    {&ffk::amx, has_amx(), false},
+    {&ffk::avx512_bf16, has_avx512_bf16(), pairs_pay(), pairs_pay()},
     {&ffk::avx512, has_avx512()},
     {&ffk::avx2, has_avx2()},
     {&ffk::baseline, true},
@@ -30,13 +52,14 @@ const Choice choices[] = {
 const Choice choices[] = {{&ffk::baseline, true}};
 #endif
 
-const ffk::Kernels* first_choice() {
+const ffk::Kernels* first_choice(bool bfloat16) {
     for (const Choice& choice : choices)
-        if (choice.runs_here && choice.pays) return choice.kernels;
+        if (choice.runs_here && (bfloat16 ? choice.for_bfloat16 : choice.for_float32)) return choice.kernels;
     return nullptr;
 }
 
-std::atomic<const ffk::Kernels*> chosen{first_choice()};
+// By whether the products are bfloat16 ones.
+std::atomic<const ffk::Kernels*> chosen[2]{first_choice(false), first_choice(true)};
 
 }  // namespace
 
@@ -44,19 +67,23 @@ extern "C" {
 
 int ffk_interface() { return ffk::INTERFACE; }
 
-const char* ffk_instruction_set() { return chosen.load()->name; }
+const char* ffk_instruction_set(int bfloat16) { return chosen[bfloat16 != 0].load()->name; }
 
 int ffk_limit(const char* name) {
+    if (*name == 0) {
+        for (int i = 0; i < 2; i++) chosen[i] = first_choice(i != 0);
+        return 0;
+    }
     for (const Choice& choice : choices)
         if (std::strcmp(choice.kernels->name, name) == 0 && choice.runs_here) {
-            chosen = choice.kernels;
+            chosen[0] = chosen[1] = choice.kernels;
             return 0;
         }
     return 1;
 }
 
-int ffk_linear_forward(const ffk::Call* call) { return chosen.load()->linear_forward(*call); }
+int ffk_linear_forward(const ffk::Call* call) { return chosen[call->bfloat16 != 0].load()->linear_forward(*call); }
 
-int ffk_linear_step(const ffk::Call* call) { return chosen.load()->linear_step(*call); }
+int ffk_linear_step(const ffk::Call* call) { return chosen[call->bfloat16 != 0].load()->linear_step(*call); }
 
 }  // extern "C"

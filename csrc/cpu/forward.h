@@ -25,7 +25,7 @@ struct Forward {
         : call(c), chunks(c.out, largest.operands()), pairs(in_pairs(c)), depth(places(c, c.in)), stride(stride_for(largest.columns() + LANES)) {
         const int64_t rows = largest.operands(), columns = largest.columns();
         const Field field = largest.field;
-        field_first = pairs ? field.first / 2 : field.first;
+        field_first = pairs ? field.first / 2 / PAIRS_AT_ONCE * PAIRS_AT_ONCE : field.first;
         field_depth = field.count ? places(call, field.first + field.count) - field_first : 0;
         packed = memory.take(up_to(rows, LANES) * depth);
         change = memory.take(up_to(rows, LANES) * field_depth * field.copies);

@@ -6,7 +6,7 @@
 namespace ffk {
 
 // Raised whenever `Call` or the meaning of a field changes; a library with another number is refused.
-constexpr int INTERFACE = 3;
+constexpr int INTERFACE = 4;
 
 enum Norm : int32_t { NORM_NONE, NORM_L2, NORM_RMS };
 enum EpsMode : int32_t { EPS_ADD, EPS_CLAMP, EPS_INSIDE };
@@ -51,8 +51,9 @@ struct Call {
 #pragma GCC visibility push(default)
 extern "C" {
 int ffk_interface();
-// The instruction set in use; `ffk_limit` chooses a lesser one by name for tests and returns 0, or 1 if this CPU lacks it.
-const char* ffk_instruction_set();
+// The instruction set in use for float32 or for bfloat16 products; `ffk_limit` chooses one by name for both, or the best again where it is empty, and returns 0, or 1
+// if this CPU lacks it.
+const char* ffk_instruction_set(int bfloat16);
 int ffk_limit(const char* name);
 // The OpenMP runtime's entry point `GOMP_parallel`, so that torch's own threads do the work; null: std::thread.
 void ffk_use_threads(void* gomp_parallel);

@@ -10,6 +10,6 @@ struct Kernels {
     int (*linear_step)(const Call&);
 };
 
-extern const Kernels avx512_bf16, avx512, avx2, baseline;
+extern const Kernels amx, avx512_bf16, avx512, avx2, baseline;
 
 }  // namespace ffk

@@ -5,18 +5,24 @@
 
 namespace {
 
-// Whether a call's products run on the bfloat16 unit, and how many places `n` numbers take along their depth.
+// Whether a call's products run on a bfloat16 unit, and how many places `n` numbers take along their depth.
 inline bool in_pairs(const ffk::Call& call) { return MULTIPLIES_PAIRS && call.bfloat16; }
-inline int64_t places(const ffk::Call& call, int64_t n) { return in_pairs(call) ? pieces(n, 2) : n; }
+inline int64_t places(const ffk::Call& call, int64_t n) { return in_pairs(call) ? up_to(pieces(n, 2), PAIRS_AT_ONCE) : n; }
 
-// `n` numbers to pairs, with a zero behind an odd one.
+// Zeros behind `n` numbers, up to the end of their places.
+inline void end_pairs(float* places, int64_t n) {
+    uint16_t* numbers = reinterpret_cast<uint16_t*>(places);
+    std::memset(numbers + n, 0, size_t(up_to(n, 2 * PAIRS_AT_ONCE) - n) * 2);
+}
+
+// `n` numbers to pairs.
 inline void to_pairs(const float* values, int64_t n, float* to) {
     uint16_t* numbers = reinterpret_cast<uint16_t*>(to);
     int64_t k = 0;
     if (MULTIPLIES_PAIRS)
         for (; k + 2 * LANES <= n; k += 2 * LANES) store(to + k / 2, to_pairs(load(values + k), load(values + k + LANES)));
     for (; k < n; k++) numbers[k] = to_bfloat16(values[k]);
-    if (n % 2) numbers[n] = 0;
+    end_pairs(to, n);
 }
 
 // One input row as float32 operands: bfloat16 is widened, and float32 rounded where the products are bfloat16 ones.
@@ -44,15 +50,15 @@ struct Row {
         return scratch;
     }
 
-    // The same in pairs; `scratch`: [(n + 1) / 2].
+    // The same in pairs; `scratch`: as many places as they take.
     const float* pairs(int64_t n, float* scratch) const {
         if (!is_bfloat16) {
             to_pairs(static_cast<const float*>(at), n, scratch);
             return scratch;
         }
-        if (n % 2 == 0 && reinterpret_cast<uintptr_t>(at) % 4 == 0) return static_cast<const float*>(at);
+        if (n % (2 * PAIRS_AT_ONCE) == 0 && reinterpret_cast<uintptr_t>(at) % 4 == 0) return static_cast<const float*>(at);
         std::memcpy(scratch, at, size_t(n) * 2);
-        if (n % 2) reinterpret_cast<uint16_t*>(scratch)[n] = 0;
+        end_pairs(scratch, n);
         return scratch;
     }
 

@@ -1,20 +1,22 @@
 // The one inner loop of every product: a tile of C = A B stays in registers while A and B stream past it.
 #pragma once
-#include "vector.h"
+#include "matrix_unit.h"
 
 namespace {
 
 // How deep a tile goes before it moves on: A's rows and B's panel of that depth stay in the nearest caches.
 constexpr int64_t DEPTH = 400;
+static_assert(DEPTH % PAIRS_AT_ONCE == 0);
 // How many rows of B's panel are on their way while one is multiplied.
 constexpr int64_t AHEAD = 8;
 
-// A's rows for one tile. A tile at the edge reads its last row several times and writes only `valid` rows.
+// A's rows for one tile. A tile at the edge reads its last row several times, on AMX's unit whatever lies behind it, and writes only `valid` rows.
 struct TileRows {
     const float* row[TILE_ROWS];
+    int64_t stride;
     int valid;
 
-    TileRows(const float* a, int64_t stride, int64_t rows) : valid(int(smaller(rows, TILE_ROWS))) {
+    TileRows(const float* a, int64_t row_stride, int64_t rows) : stride(row_stride), valid(int(smaller(rows, TILE_ROWS))) {
         for (int m = 0; m < TILE_ROWS; m++) row[m] = a + smaller(m, valid - 1) * stride;
     }
 };
@@ -72,6 +74,9 @@ struct Tile {
     __attribute__((always_inline)) void multiply(
         const TileRows& a, int64_t first, const float* b, int64_t depth, const Coming& coming = {}
     ) {
+#if defined(__AMX_BF16__)
+        if constexpr (PAIRS) return multiply_on_unit(a, first, b, depth, coming);
+#endif
         const float* row[TILE_ROWS];
         for (int m = 0; m < TILE_ROWS; m++) row[m] = a.row[m] + first;
         for (int64_t k = 0; k < depth; k++, b += NV * LANES) {
@@ -92,6 +97,31 @@ struct Tile {
         }
         for (int64_t k = depth; k < coming.count; k++) coming.fetch(k);
     }
+
+#if defined(__AMX_BF16__)
+    // Tiles 0 to 3 are the sums: 0 and 1 of the upper 16 rows, 2 and 3 of the lower ones.
+    void multiply_on_unit(const TileRows& a, int64_t first, const float* b, int64_t depth, const Coming& coming) {
+        constexpr int64_t WIDTH = NV * LANES;
+        float *upper = reinterpret_cast<float*>(at[0]), *lower = reinterpret_cast<float*>(at[16]);
+        MatrixUnit::load<0>(upper, WIDTH), MatrixUnit::load<2>(lower, WIDTH);
+        if (NV > 1) MatrixUnit::load<1>(upper + LANES, WIDTH), MatrixUnit::load<3>(lower + LANES, WIDTH);
+        const float *above = a.row[0] + first, *below = above + 16 * a.stride;
+        int64_t fetched = 0;
+        for (int64_t k = 0; k < depth; k += PAIRS_AT_ONCE, b += PAIRS_AT_ONCE * WIDTH) {
+            for (const int64_t due = smaller(k + PAIRS_AT_ONCE, coming.count); fetched < due; fetched++) coming.fetch(fetched);
+            MatrixUnit::load<4>(above + k, a.stride), MatrixUnit::load<6>(b, WIDTH);
+            MatrixUnit::multiply<0, 4, 6>();
+            MatrixUnit::load<5>(below + k, a.stride);
+            MatrixUnit::multiply<2, 5, 6>();
+            if (NV == 1) continue;
+            MatrixUnit::load<7>(b + LANES, WIDTH);
+            MatrixUnit::multiply<1, 4, 7>(), MatrixUnit::multiply<3, 5, 7>();
+        }
+        for (; fetched < coming.count; fetched++) coming.fetch(fetched);
+        MatrixUnit::store<0>(upper, WIDTH), MatrixUnit::store<2>(lower, WIDTH);
+        if (NV > 1) MatrixUnit::store<1>(upper + LANES, WIDTH), MatrixUnit::store<3>(lower + LANES, WIDTH);
+    }
+#endif
 };
 
 // Panels of B are PANEL columns wide; the last is as many vectors wide as the rest needs.
@@ -113,8 +143,11 @@ struct Constant {
 // Calls `f` with whether the products multiply pairs, as a constant.
 template <class F>
 inline void with_pairs(bool pairs, F f) {
-    if (MULTIPLIES_PAIRS && pairs) f(Constant<MULTIPLIES_PAIRS>{});
-    else f(Constant<false>{});
+    if (!MULTIPLIES_PAIRS || !pairs) return f(Constant<false>{});
+#if defined(__AMX_BF16__)
+    const MatrixUnit unit;
+#endif
+    f(Constant<MULTIPLIES_PAIRS>{});
 }
 
 // Calls `f` with the panel's number of vectors as a constant.

@@ -109,6 +109,10 @@ struct Update {
 
     // Kept rows `k` and `k + 1` (zeros beyond the last) as one row of pairs.
     const float* two_rows(const Block& block, int64_t k, int64_t depth, float* own) const {
+        if (k >= depth) {
+            std::memset(own, 0, size_t(call.in) * 4);
+            return own;
+        }
         const float* first = row_at(block, k).operands(call.in, own);
         const bool alone = k + 1 == depth;
         const float* second = alone ? first : row_at(block, k + 1).operands(call.in, own + call.in);

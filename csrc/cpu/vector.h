@@ -11,8 +11,10 @@
 
 namespace {
 
-// A tile's accumulators, one row of B's vectors and one broadcast element of A share the register file.
-#if defined(__AVX512F__)
+// A tile's accumulators, one row of B's vectors and one broadcast element of A share the register file; on AMX's unit a tile is four of its own.
+#if defined(__AMX_BF16__)
+constexpr int LANES = 16, TILE_ROWS = 32, TILE_VECTORS = 2;
+#elif defined(__AVX512F__)
 constexpr int LANES = 16, TILE_ROWS = 9, TILE_VECTORS = 3;
 #elif defined(__AVX2__)
 constexpr int LANES = 8, TILE_ROWS = 4, TILE_VECTORS = 3;
@@ -43,6 +45,12 @@ inline vec broadcast(float a) { return a - vec{}; }
 // A unit for bfloat16 multiplies pairs: two numbers of consecutive depth, in the place of one float, which is never computed with.
 #if defined(__AVX512BF16__)
 constexpr bool MULTIPLIES_PAIRS = true;
+// A product's depth is filled up with zeros to a multiple of what the unit takes at once.
+#if defined(__AMX_BF16__)
+constexpr int64_t PAIRS_AT_ONCE = 16;
+#else
+constexpr int64_t PAIRS_AT_ONCE = 1;
+#endif
 
 // sum += a[0] b[0] + a[1] b[1] in every lane of b.
 inline vec add_pairs(vec sum, const float* a, vec b) {
@@ -55,6 +63,7 @@ inline vec add_pairs(vec sum, const float* a, vec b) {
 inline vec to_pairs(vec first, vec second) { return (vec)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first); }
 #else
 constexpr bool MULTIPLIES_PAIRS = false;
+constexpr int64_t PAIRS_AT_ONCE = 1;
 
 inline vec add_pairs(vec sum, const float*, vec) { return sum; }
 inline vec to_pairs(vec first, vec) { return first; }

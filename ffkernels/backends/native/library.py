@@ -13,7 +13,7 @@ NAME = "libffkernels_cpu.so"
 RECORD = "build.json"
 # Another build of the library than that of this installation: one with a sanitizer, say.
 VARIABLE = "FFKERNELS_LIBRARY"
-INTERFACE = 3
+INTERFACE = 4
 
 
 class Update(ctypes.Structure):
@@ -98,10 +98,10 @@ def build_record() -> dict[str, str]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def instruction_set() -> str:
-    """The instruction set that the loaded library uses on this CPU."""
+def instruction_set(bfloat16: bool = False) -> str:
+    """The instruction set that the loaded library uses on this CPU for float32 or for bfloat16 products."""
     library = load().library
-    return "" if library is None else library.ffk_instruction_set().decode()
+    return "" if library is None else library.ffk_instruction_set(int(bfloat16)).decode()
 
 
 def describe() -> list[str]:
@@ -110,8 +110,11 @@ def describe() -> list[str]:
     if loaded.library is None:
         return [loaded.reason]
     threads = "torch's own threads" if _torchs_threads() else "threads of its own"
+    sets = instruction_set()
+    if instruction_set(bfloat16=True) != sets:
+        sets += f" for float32 and {instruction_set(bfloat16=True)} for bfloat16"
     return [
-        f"compiled library: {instruction_set()} on {threads}",
+        f"compiled library: {sets} on {threads}",
         f"built with: {record.get('compiler', 'unknown')} {record.get('flags', '')}".rstrip(),
     ]
 

@@ -34,8 +34,8 @@ def unsupported(request: Request) -> str | None:
         return f"{request.dtype} parameters: has float32 ones"
     if request.compute_dtype == torch.float16:
         return "torch.float16 products: has float32 and bfloat16 ones"
-    if request.compute_dtype == torch.bfloat16 and not request.forced and _has_unused_bfloat16_unit():
-        return "torch.bfloat16 products: has none for the unit that this CPU has for them"
+    if request.compute_dtype == torch.bfloat16 and not request.forced and _has_matrix_unit():
+        return "torch.bfloat16 products: its kernels for this CPU's matrix unit are unproven, and run where asked for"
     if request.activation not in _ACTIVATIONS:
         return f"activation {request.activation!r}: has {', '.join(_ACTIVATIONS)}"
     if request.shares:
@@ -51,8 +51,8 @@ def unsupported(request: Request) -> str | None:
 
 
 @cache
-def _has_unused_bfloat16_unit() -> bool:
-    """Whether PyTorch multiplies bfloat16 numbers on a matrix unit, which the library does not know."""
+def _has_matrix_unit() -> bool:
+    """Whether PyTorch multiplies bfloat16 numbers on AMX, where no kernel of the library has been measured."""
     return torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_amx_tile_supported()
 
 

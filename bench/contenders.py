@@ -62,6 +62,11 @@ class FFKernels:
     def parameters(self) -> list[Tensor]:
         return list(self.net.parameters())
 
+    def state(self) -> list[Tensor]:
+        """Parameters and optimizer state: all that steps change."""
+        kept = [value for optimizer in self.optimizers for of in optimizer.state.values() for value in of.values()]
+        return [*self.parameters(), *filter(torch.is_tensor, kept)]
+
 
 def our_network(case: Case, initial: Layers, backend: str | None = None) -> ff.FFNetwork:
     """This package's network for a case."""

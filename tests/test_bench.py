@@ -205,6 +205,30 @@ def test_a_case_that_fails_costs_only_itself(quick: list[str], tmp_path: Path, m
     assert {row["case"] for row in result["rows"]} == {"overhead"}
 
 
+def test_every_visit_starts_from_the_same_weights(monkeypatch) -> None:
+    monkeypatch.setattr(data, "MAX_POOL", 2)
+    monkeypatch.setattr(run, "limit_of", lambda case: counts.Limit(1.0, 1.0, 1, 1))
+    measurement = run.Measurement(replace(CASES["overhead"], optimizer_name="adam"), data.Data(), compiled=False)
+    ours = measurement.contenders[OURS]
+    assert isinstance(ours, FFKernels)
+    seen: list[list[Tensor]] = []
+
+    def take_steps(steps, pool, *others) -> dict[str, timing.Times]:
+        seen.append([value.detach().clone() for value in ours.state()])
+        for step in steps.values():
+            step(*pool[0])
+        seen.append([value.detach().clone() for value in ours.state()])
+        return {name: timing.Times([1.0], [1.0], [1.0]) for name in steps}
+
+    monkeypatch.setattr(run, "interleave", take_steps)
+    for _ in range(2):
+        measurement.visit(1.0, 2)
+    before, after, again, _ = seen
+    assert len(before) == 8  # weight and bias, and three of Adam's for each
+    assert all(map(torch.equal, before, again))
+    assert not any(map(torch.equal, before, after))
+
+
 # Text and README.
 
 

@@ -213,7 +213,8 @@ def _predictions() -> list[Case]:
     mohammadpz = Case(
         "predict-mohammadpz", "mohammadpz", (784, 500, 500), 1000, task="predict", seconds=8, tier="quick"
     )
-    return [fflib, mohammadpz]
+    low = replace(fflib, name="predict-fflib-bfloat16", dtype="bfloat16", tier="all")
+    return [fflib, low, mohammadpz]
 
 
 CASES = {case.name: case for case in (*_networks(), *_predictions(), *_layers())}

@@ -146,6 +146,8 @@ def predictors_of(case: Case, compiled: bool) -> dict[str, Maker]:
     if package:
         makers[package] = FFLibPrediction
     makers["plain"] = PlainPrediction
+    if case.low_precision is not None:
+        makers["plain, autocast"] = partial(PlainPrediction, autocast=True)
     if compiled:
         makers["plain, compiled"] = partial(PlainPrediction, compiled=True)
     return makers | {"backprop": BackpropPrediction, "floor": PredictionFloor}

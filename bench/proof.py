@@ -79,7 +79,8 @@ class ExactLabels:
         exact = PlainPrediction(case, initial, dtype=torch.float64)
         with torch.no_grad():
             self.goodness = exact.totals(self.batch[0].double())
-        self.budget = 2 * self._error(PlainPrediction(case, initial).step(*self.batch)) + 1e-6
+        plain = PlainPrediction(case, initial, autocast=case.low_precision is not None)
+        self.budget = 2 * self._error(plain.step(*self.batch)) + 1e-6
 
     def check(self, contender: Contender) -> Proof:
         """Predicts with a contender, and compares."""

@@ -6,11 +6,11 @@
 namespace {
 
 // torch.optim.SGD: g += decay p; m = momentum m + (1 - dampening) g; p -= lr (m, or g + momentum m). Decoupled: p *= 1 - lr decay instead.
-// torch.optim.Adam: m += (g - m)(1 - beta1); v = beta2 v + (1 - beta2) g^2; p -= lr / c1 m / (sqrt(v) / sqrt(c2) + eps).
+// torch.optim.Adam: m = beta1 m + (1 - beta1) g; v = beta2 v + (1 - beta2) g^2; p -= lr / c1 m / (sqrt(v) / sqrt(c2) + eps).
 struct Rule {
     float sign, decay, decoupled, lr, momentum, kept;
     bool nesterov, first;
-    float one_minus_beta1, beta2, one_minus_beta2, inverse_root, eps;
+    float beta1, one_minus_beta1, beta2, one_minus_beta2, inverse_root, eps;
 
     Rule(int kind, const ffk::Update& u) {
         sign = u.maximize ? -1.f : 1.f;
@@ -23,7 +23,7 @@ struct Rule {
         const double step = double(*u.state[2]) + 1;
         lr = float(u.lr / (1 - __builtin_pow(u.beta1, step)));
         inverse_root = float(1 / __builtin_sqrt(1 - __builtin_pow(u.beta2, step)));
-        one_minus_beta1 = float(1 - u.beta1), beta2 = float(u.beta2), one_minus_beta2 = float(1 - u.beta2);
+        beta1 = float(u.beta1), one_minus_beta1 = float(1 - u.beta1), beta2 = float(u.beta2), one_minus_beta2 = float(1 - u.beta2);
         eps = float(u.eps);
     }
 
@@ -34,7 +34,8 @@ struct Rule {
         vec w = load(p);
         g = g * sign + w * decay;
         if (KIND == ffk::ADAM) {
-            const vec mean = load(m) + (g - load(m)) * one_minus_beta1;
+            // A sum of both parts: m + (g - m)(1 - beta1) loses a gradient that is small beside m where beta1 is small.
+            const vec mean = load(m) * beta1 + g * one_minus_beta1;
             const vec square = load(v) * beta2 + g * g * one_minus_beta2;
             store(m, mean), store(v, square);
             store(p, w * decoupled - mean * lr / (square_root(square) * inverse_root + eps));

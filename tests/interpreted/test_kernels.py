@@ -22,6 +22,7 @@ from ffkernels.objective import GOODNESS, LOSSES, REDUCTIONS
 from .. import test_ops, test_precision
 from ..steps import OPTIMIZERS, Problem, error, problem, state_of
 from ..test_step import LAYOUTS
+from ..test_surface import after_a_large_gradient
 
 launch = pytest.importorskip("ffkernels.backends.triton.launch")
 configs = pytest.importorskip("ffkernels.backends.triton.configs")
@@ -513,3 +514,7 @@ def test_tuning(monkeypatch, tmp_path):
     assert sum("no such tile" in line for line in said) == 6
     assert tune.tune(tmp_path, -1, said.append, torch.device("cpu")) == path
     assert said[-1].endswith("no time left")
+
+
+def test_a_small_gradient_after_a_large_one():
+    after_a_large_gradient("triton")

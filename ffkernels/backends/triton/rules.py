@@ -53,7 +53,8 @@ def apply_rule(
                 correction2 = (1.0 - tl.exp(steps * h8)).to(tl.float32)
             first = tl.load(state0 + at0, mask=here, other=0.0)
             second = tl.load(state1 + at1, mask=here, other=0.0)
-            first += h3 * (g - first)
+            # A sum of both parts: first + h3 (g - first) loses a gradient that is small beside it where beta1 is small.
+            first = (1.0 - h3) * first + h3 * g
             second = h4 * second + h5 * (g * g)
             tl.store(state0 + at0, first, mask=here)
             tl.store(state1 + at1, second, mask=here)

@@ -1,0 +1,673 @@
+"""Random layer steps over the whole surface of `linear_step_`, each element held against float64 within its own bound.
+
+`truth` runs the definition in float64 and carries an error along with every number: what rounding to `u` (half the
+distance of the neighbours of 1) may have done to it in the dtype under test, first order, worst case. An element is
+right if it lies within that bound, so that a term that cancels away, a row that another row has touched, or an
+optimizer's option that was not read shows, however small beside the rest.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+import ffkernels as ff
+from ffkernels import validation as check
+from ffkernels.objective import GOODNESS, REDUCTIONS
+from ffkernels.optim import SGDW
+from ffkernels.peer import FORMS
+from ffkernels.reference import ACTIVATIONS, softplus
+
+COMPUTE = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+THRESHOLD_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# The optimizer's rule at so many gradients between the least and the largest that rounding may have made.
+PROBES = 17
+
+
+class Bounded(NamedTuple):
+    """Numbers in float64, and how far from each a right result may lie."""
+
+    value: Tensor
+    error: Tensor
+
+    def sum(self, dim: int, u: float) -> Bounded:
+        terms = self.value.shape[dim] + 2
+        return Bounded(self.value.sum(dim), self.error.sum(dim) + terms * u * self.value.abs().sum(dim))
+
+
+def _rows_in(layout: str, x: Tensor) -> Tensor:
+    """`x` `[rows, columns]` (or a vector) in other memory; what lies around it is NaN."""
+    if layout == "read-only":
+        return _read_only(x)
+    if x.dim() == 1:
+        return x if layout == "contiguous" else torch.stack([x, torch.full_like(x, torch.nan)], 1)[:, 0]
+    if layout == "transposed":
+        return x.t().contiguous().t()
+    if layout == "wider":
+        return torch.nn.functional.pad(x, (1, 2), value=torch.nan)[:, 1:-2]
+    if layout == "strided":
+        return torch.stack([x, torch.full_like(x, torch.nan)], 2)[:, :, 0]
+    return x
+
+
+def _read_only(x: Tensor) -> Tensor:
+    """A copy of `x` in memory that a write to would end the process."""
+    if x.dtype == torch.bfloat16 or not x.numel():
+        return x.clone()
+    pages = mmap.mmap(-1, x.numel() * x.element_size())
+    pages.write(x.contiguous().numpy().tobytes())
+    sealed = np.frombuffer(pages, dtype=x.numpy().dtype).reshape(tuple(x.shape))
+    _protect(pages)
+    return torch.from_numpy(sealed)
+
+
+def _protect(pages: mmap.mmap) -> None:
+    import ctypes
+
+    start = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+    if ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(start), len(pages), mmap.PROT_READ) != 0:
+        raise OSError(ctypes.get_errno(), "mprotect")
+
+
+LAYOUTS = ("contiguous", "transposed", "wider", "strided", "read-only")
+WRITABLE = LAYOUTS[:-1]
+
+
+def _sgdw(p: list[Tensor], **options: Any) -> Optimizer:
+    return SGDW(p, **options)
+
+
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"SGD": SGD, "SGDW": _sgdw, "Adam": Adam, "AdamW": AdamW}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One drawn step: everything but the tensors, which follow from `seed`."""
+
+    seed: int
+    compute: str
+    n_pos: int
+    n_neg: int
+    in_features: int
+    out_features: int
+    has_bias: bool
+    objective: dict[str, Any]
+    threshold: str
+    threshold_dtype: torch.dtype
+    options: dict[str, Any]
+    optimizer: str
+    settings: dict[str, Any]
+    lr_tensor: bool
+    twins: bool
+    label_at: float
+    label_size: float
+    told: bool
+    product: bool
+    mixed: bool
+    weighted: bool
+    known_sumsq: bool
+    layouts: dict[str, str]
+    rounded_input: bool
+    row_scale: float
+    peer: dict[str, Any] | None
+    steps: int = 2
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float64 if self.compute == "float64" else torch.float32
+
+    @property
+    def u(self) -> float:
+        # The truth is itself of float64: its rounding counts beside that of the package's.
+        return torch.finfo(self.dtype).eps * (1 if self.dtype == torch.float64 else 0.5)
+
+    @property
+    def u_operand(self) -> float:
+        return 0.0 if COMPUTE[self.compute] == self.dtype else torch.finfo(COMPUTE[self.compute]).eps / 2
+
+    @property
+    def least_operand(self) -> float:
+        """What is lost of operands that are small for the compute dtype: half of its smallest number."""
+        lowest = torch.finfo(COMPUTE[self.compute])
+        return lowest.smallest_normal * lowest.eps / 2 if self.u_operand else 0.0
+
+
+_sgd_settings = st.fixed_dictionaries(
+    {"lr": st.sampled_from([0.0, 0.01, 0.5]), "maximize": st.booleans(), "weight_decay": st.sampled_from([0.0, 0.1])}
+)
+_momentum = st.one_of(
+    st.fixed_dictionaries({"momentum": st.just(0.0)}),
+    st.fixed_dictionaries({"momentum": st.sampled_from([0.5, 0.9]), "dampening": st.sampled_from([0.0, 0.1, 0.9])}),
+    st.fixed_dictionaries({"momentum": st.sampled_from([0.5, 0.9]), "nesterov": st.just(True)}),
+)
+_sgd = st.builds(lambda a, b: {**a, **b}, _sgd_settings, _momentum)
+_adam = st.fixed_dictionaries(
+    {
+        "lr": st.sampled_from([0.0, 1e-3, 0.1]),
+        "betas": st.sampled_from([(0.9, 0.999), (0.0, 0.9), (0.8, 0.5)]),
+        "eps": st.sampled_from([1e-8, 1e-3]),
+        "weight_decay": st.sampled_from([0.0, 0.1]),
+        "maximize": st.booleans(),
+    }
+)
+_settings = {
+    "SGD": _sgd,
+    "SGDW": st.builds(lambda a, b: {**a, "decoupled": b}, _sgd, st.sampled_from([0.0, 0.3])),
+    "Adam": _adam,
+    "AdamW": _adam,
+}
+
+
+@st.composite
+def cases(draw: Any, backend: str) -> Case:
+    """Steps that `backend` can run."""
+    precisions = ["float32", "bfloat16"] if backend == "native" else list(COMPUTE)
+    activations = ["relu", "leaky_relu", "identity"] if backend == "native" else list(check.ACTIVATIONS)
+    compute = draw(st.sampled_from(precisions))
+    paired = draw(st.booleans()) and draw(st.booleans())
+    objective: dict[str, Any] = {
+        "goodness": draw(st.sampled_from(GOODNESS)),
+        "maximize": draw(st.booleans()),
+        "reduction": draw(st.sampled_from(REDUCTIONS)),
+    }
+    if paired:
+        objective |= {"loss": draw(st.sampled_from(["symba", "swish"])), "alpha": draw(st.sampled_from([0.3, 4.0]))}
+    else:
+        objective |= {"temperature": draw(st.sampled_from([0.2, 1.0, 5.0]))}
+    twins = draw(st.booleans())
+    n_pos = draw(st.integers(0, 40) | st.integers(0, 5))
+    n_neg = n_pos if twins or paired else draw(st.integers(0, 40))
+    activation = draw(st.sampled_from(activations))
+    peer = None
+    if draw(st.integers(0, 3)) == 0 and not (backend == "native" and activation == "leaky_relu"):
+        gated = backend != "native" and draw(st.booleans())
+        peer = {
+            "form": draw(st.sampled_from(FORMS)),
+            "strength": draw(st.sampled_from([0.0, 0.03, 1.0])),
+            "momentum": draw(st.sampled_from([0.0, 0.9])),
+            "gated": gated,
+        }
+    optimizer = draw(st.sampled_from(list(OPTIMIZERS)))
+    mixed = draw(st.booleans()) and not twins
+    label_sizes = [1.0, 30.0] if compute == "float16" else [1.0, 1e2, 1e4, 1e8]
+    return Case(
+        seed=draw(st.integers(0, 2**20)),
+        compute=compute,
+        n_pos=n_pos,
+        n_neg=n_neg,
+        in_features=draw(st.integers(1, 70)),
+        out_features=draw(st.integers(1, 70)),
+        has_bias=draw(st.booleans()),
+        objective=objective,
+        threshold=draw(st.sampled_from(["number", "sides", "tensor", "rows"])) if not paired else "number",
+        threshold_dtype=draw(st.sampled_from(THRESHOLD_DTYPES)),
+        options={
+            "norm": draw(st.sampled_from(check.NORMS)),
+            "eps": draw(st.sampled_from([0.0, 1e-4, 0.5])),
+            "eps_mode": draw(st.sampled_from(check.EPS_MODES)),
+            "activation": activation,
+            "outputs": draw(st.sampled_from(check.OUTPUTS)),
+            "skip_below": draw(st.sampled_from([0.0, 0.0, 1e-3, 0.3])),
+        },
+        optimizer=optimizer,
+        settings=draw(_settings[optimizer]),
+        lr_tensor=draw(st.booleans()) and draw(st.booleans()),
+        twins=twins,
+        label_at=draw(st.sampled_from([0.0, 0.0, 0.5, 1.0])),
+        label_size=draw(st.sampled_from(label_sizes)),
+        told=draw(st.booleans()),
+        product=draw(st.booleans()) and backend != "native" and compute != "float16",
+        mixed=mixed,
+        weighted=draw(st.booleans()),
+        known_sumsq=draw(st.booleans()) and draw(st.booleans()),
+        layouts={
+            "weight": draw(st.sampled_from(WRITABLE)),
+            "bias": draw(st.sampled_from(WRITABLE)),
+            "x_pos": draw(st.sampled_from(LAYOUTS)),
+            "x_neg": draw(st.sampled_from(LAYOUTS)),
+            "rows": draw(st.sampled_from(LAYOUTS)),
+        },
+        rounded_input=draw(st.booleans()),
+        row_scale=draw(st.sampled_from([1.0, 1.0, 1e-3, 10.0 if compute == "float16" else 1e3])),
+        peer=peer,
+    )
+
+
+@dataclass
+class Made:
+    """A case's tensors: those that the package gets, in their layouts."""
+
+    x_pos: Tensor
+    x_neg: Tensor | None
+    weight: torch.nn.Parameter
+    bias: torch.nn.Parameter | None
+    optimizer: Optimizer
+    objective: ff.Objective
+    peer_mean: Tensor | None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def x(self) -> Tensor:
+        return self.x_pos if self.x_neg is None else torch.cat([self.x_pos, self.x_neg])
+
+
+def make(case: Case) -> Made:
+    """The tensors of a case, always the same ones."""
+    g = torch.Generator().manual_seed(case.seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(case.dtype)
+
+    n = case.n_pos + case.n_neg
+    x = normal(n, case.in_features) * case.row_scale
+    x[: n // 5] *= 0.01
+    x[n // 2 : n // 2 + 1] = 0
+    width = max(1, case.in_features // 10)
+    first = 0 if case.told else round(case.label_at * (case.in_features - width))
+    if case.twins:
+        x[case.n_pos :] = x[: case.n_pos]
+        labels = normal(n, width)
+        x[:, first : first + width] = labels * case.row_scale
+        x[: case.n_pos, first : first + width] *= case.label_size
+    if case.rounded_input:
+        x = x.to(COMPUTE[case.compute])
+    weight = torch.nn.Parameter(_rows_in(case.layouts["weight"], normal(case.out_features, case.in_features)))
+    bias = torch.nn.Parameter(_rows_in(case.layouts["bias"], normal(case.out_features))) if case.has_bias else None
+    parameters = [weight] if bias is None else [weight, bias]
+    settings = dict(case.settings)
+    if case.lr_tensor:
+        settings["lr"] = torch.tensor(settings["lr"])
+    objective, options = ff.Objective(**case.objective), dict(case.options)
+    numbers = torch.rand(n, generator=g, dtype=torch.float64) * 4
+    if case.threshold == "sides":
+        objective = replace(objective, threshold=(1.5, 3.0))
+    elif case.threshold == "tensor":
+        objective = replace(objective, threshold=numbers.sum().fmod(5).to(case.threshold_dtype))
+    elif case.threshold == "rows":
+        objective = replace(objective, threshold=_rows_in(case.layouts["rows"], numbers.to(case.threshold_dtype)))
+    if case.weighted:
+        entries = n // 2 if objective.paired else n
+        drawn = torch.rand(entries, generator=g, dtype=torch.float64).to(case.dtype)
+        options["sample_weight"] = _rows_in(case.layouts["rows"], drawn)
+    made = Made(
+        _rows_in(case.layouts["x_pos"], x[: case.n_pos]),
+        _rows_in(case.layouts["x_neg"], x[case.n_pos :]),
+        weight,
+        bias,
+        OPTIMIZERS[case.optimizer](parameters, **settings),
+        objective,
+        None if case.peer is None else torch.rand(case.out_features, generator=g, dtype=torch.float64).to(case.dtype),
+        options,
+    )
+    if case.peer is not None:
+        options["peer"] = ff.PeerNormalisation(**case.peer)
+    if case.mixed:
+        order = torch.randperm(n, generator=g)
+        made.x_pos, made.x_neg = _rows_in(case.layouts["x_pos"], x[order]), None
+        options["is_positive"] = (torch.arange(n) < case.n_pos)[order]
+    elif case.twins and case.told:
+        options["label_field"] = width
+        if case.product:
+            made.options["product"] = None  # made anew for each step's weight
+    if case.known_sumsq:
+        options["input_sumsq"] = _rows_in(case.layouts["rows"], made.x.double().square().sum(1).to(case.dtype))
+    return made
+
+
+def check_case(case: Case, backend: str) -> None:
+    """Runs the steps of a case on `backend`; raises AssertionError with the first element that is not right."""
+    made = make(case)
+    before = {name: tensor.clone() for name, tensor in _inputs(made).items()}
+    for step in range(case.steps):
+        expected = Expected(case, made)
+        if "product" in made.options:
+            made.options["product"] = ff.shared_product(
+                made.x_pos, made.weight, made.options["label_field"], compute_dtype=_compute_dtype(case)
+            )
+        result = ff.linear_step_(
+            made.x_pos, made.x_neg, made.weight, made.bias, made.optimizer, objective=made.objective,
+            compute_dtype=_compute_dtype(case), peer_mean=made.peer_mean, backend=backend, **made.options,
+        )  # fmt: skip
+        expected.check(result, made, step)
+    for name, tensor in _inputs(made).items():
+        assert torch.equal(tensor, before[name]), f"{name}, which is only read, was written"
+
+
+def check_forward(case: Case, backend: str) -> None:
+    """`linear_forward` of a case's rows, with a weight that may be read-only."""
+    made = make(case)
+    if case.layouts["rows"] == "read-only":
+        made.weight, made.bias = _read_only(made.weight.detach()), None if made.bias is None else made.bias.detach()
+    options = {key: case.options[key] for key in ("norm", "eps", "eps_mode", "activation")}
+    copies = 2 if case.twins else 1
+    y, sumsq = ff.linear_forward(
+        made.x, made.weight, made.bias, compute_dtype=_compute_dtype(case), copies=copies, backend=backend,
+        input_sumsq=made.options.get("input_sumsq"), **options,
+    )  # fmt: skip
+    forward = Forward(case, made, made.weight.detach().double())
+    _assert_within("y", y, forward.stored())
+    _assert_within("sumsq", sumsq, forward.q)
+
+
+def _compute_dtype(case: Case) -> torch.dtype | None:
+    return None if COMPUTE[case.compute] == case.dtype else COMPUTE[case.compute]
+
+
+def _inputs(made: Made) -> dict[str, Tensor]:
+    named = {"x_pos": made.x_pos, "x_neg": made.x_neg, "threshold": made.objective.threshold, **made.options}
+    return {name: value for name, value in named.items() if isinstance(value, Tensor) and name != "product"}
+
+
+class Forward:
+    """Activities of a case's rows under `weight`, with their bounds."""
+
+    def __init__(self, case: Case, made: Made, weight: Tensor) -> None:
+        self.case = case
+        u, u_c = case.u, case.u_operand
+        options = made.options | case.options
+        self.x = x = made.x.double()
+        bias = 0.0 if made.bias is None else made.bias.detach().double()
+        width = x.shape[1]
+        square = x.square().sum(1)
+        length_error = (width + 8) * u
+        norm, eps, mode = options["norm"], options["eps"], options["eps_mode"]
+        scaled = square / width if norm == "rms" else square
+        if norm == "none":
+            r = torch.ones_like(square)
+            length_error = 0.0
+        elif mode == "add":
+            r = 1 / (scaled.sqrt() + eps)
+        elif mode == "clamp":
+            r = 1 / scaled.sqrt().clamp(min=eps)
+        else:
+            r = (scaled + eps).rsqrt()
+        self.r = r = r.masked_fill(square == 0, 1.0 if norm == "none" else 0.0)
+        self.r_error = length_error
+        # [rows, out]: sums of products, and of their absolute values
+        sums, sizes = x @ weight.T, x.abs() @ weight.abs().T
+        r = r[:, None]
+        error = sizes * ((width + 4) * u + 2.1 * u_c) * r + (sums * r).abs() * length_error
+        self.z = z = sums * r + bias
+        error = error + case.least_operand * (weight.abs().sum(1) + r * x.abs().sum(1, keepdim=True))
+        self.z_error = error = error + 4 * u * ((sums * r).abs() + abs(bias)) + _tiny(case)
+        steep = {"gelu": 1.13, "silu": 1.1}.get(options["activation"], 1.0)
+        y = ACTIVATIONS[options["activation"]](z)
+        curved = options["activation"] in ("gelu", "silu")
+        # GELU and SiLU of large negative numbers cancel: float32's erf leaves units of the size of z.
+        self.y = Bounded(y, steep * error + 8 * u * (z.abs() if curved else y.abs()))
+        out = y.shape[1]
+        q = self.y.value.square().sum(1)
+        slack = (2 * y.abs() * self.y.error + self.y.error.square()).sum(1)
+        self.q = Bounded(q, slack + (out + 4) * u * q)
+
+    def stored(self) -> Bounded:
+        """The activities as they are handed on, rounded to the compute dtype."""
+        unit = self.case.u_operand
+        least = torch.finfo(COMPUTE[self.case.compute]).smallest_normal if unit else 0.0
+        return Bounded(self.y.value, self.y.error * (1 + unit) + unit * self.y.value.abs() + least)
+
+
+def _tiny(case: Case) -> float:
+    """What is flushed to zero: below the smallest normal number."""
+    return torch.finfo(case.dtype).smallest_normal
+
+
+class Expected:
+    """What a step has to give, from the parameters and the state as they are before it."""
+
+    def __init__(self, case: Case, made: Made) -> None:
+        self.case = case
+        n = len(made.x)
+        is_positive = made.options.get("is_positive")
+        self.side = torch.arange(n) < case.n_pos if is_positive is None else is_positive
+        self.forward = forward = Forward(case, made, made.weight.detach().double())
+        objective, u = made.objective, case.u
+        width = case.out_features
+        q = forward.q
+        if objective.goodness == "mean":
+            self.goodness = Bounded(q.value / width, q.error / width + u * q.value / width)
+        elif objective.goodness == "sum":
+            self.goodness = q
+        else:
+            root = q.value.sqrt()
+            slack = torch.minimum(q.error.sqrt(), q.error / root)
+            self.goodness = Bounded(root, torch.where(root > 0, slack, q.error.sqrt()) + 2 * u * root)
+        slope, self.loss = self._objective(objective, made)
+        self.coefficient = self._coefficient(objective, slope)
+        self._gradients(made)
+        self._update(made)
+
+    def _objective(self, objective: ff.Objective, made: Made) -> tuple[Bounded, Bounded]:
+        """dLoss/dgoodness `[rows]`, and the loss."""
+        u, g, side = self.case.u, self.goodness, self.side
+        flip = 1.0 if objective.maximize else -1.0
+        weights = made.options.get("sample_weight")
+        n_pos, n_neg = int(side.sum()), int((~side).sum())
+        skip = self.case.options["skip_below"]
+        if objective.paired:
+            places = side.nonzero()[:, 0], (~side).nonzero()[:, 0]
+            pos, neg = (Bounded(g.value[at], g.error[at]) for at in places)
+            scale = torch.full_like(pos.value, -objective.alpha * flip)
+            logit = scale * (pos.value - neg.value)
+            size = scale.abs() * (pos.value + neg.value)
+            error = scale.abs() * (pos.error + neg.error) + 3 * u * size
+            weight = torch.full_like(logit, 1 / max(len(logit), 1))
+        else:
+            theta = self._thresholds(objective)
+            scale = torch.where(side, -flip, flip).double() / objective.temperature
+            logit = scale * (g.value - theta)
+            error = scale.abs() * (g.error + 3 * u * (g.value + theta.abs())) + 2 * u * logit.abs()
+            if objective.reduction == "mean":
+                weight = torch.full_like(logit, 1 / max(n_pos + n_neg, 1))
+            else:
+                weight = 1 / torch.where(side, max(n_pos, 1), max(n_neg, 1)).double()
+        if weights is not None:
+            weight = weight * weights.double()
+        near = torch.exp(-(logit.abs() - error).clamp(min=0))
+        if objective.loss == "swish":
+            s = torch.sigmoid(logit)
+            value, steep = logit * s, s * (1 + logit * (1 - s))
+            steep_error = (0.5 * torch.ones_like(near)).minimum((logit.abs() + error + 3) * near) * error
+            loss_error = 1.1 * error + 8 * u * (value.abs() + near)
+            steep_error = steep_error + 8 * u * (s + (logit * s * (1 - s)).abs())
+        else:
+            value, steep = softplus(logit), torch.sigmoid(logit)
+            steep_error = near.clamp(max=0.25) * error + 8 * u * steep
+            loss_error = torch.sigmoid(logit + error) * error + 8 * u * value
+        steep_error = steep_error + _tiny(self.case)
+        if skip:
+            sure = steep.abs() < skip * (1 - 4 * u) - steep_error
+            unsure = ((steep.abs() - skip).abs() <= steep_error + 4 * u * skip) & ~sure
+            steep_error = torch.where(unsure, steep.abs() + steep_error, steep_error)
+            steep, steep_error = steep.masked_fill(sure, 0), steep_error.masked_fill(sure, 0)
+        loss = Bounded(weight * value, weight * loss_error + 3 * u * (weight * value).abs()).sum(0, u)
+        slope, slope_error = weight * scale * steep, (weight * scale).abs() * (steep_error + 6 * u * steep.abs())
+        if objective.paired:
+            signed, both = torch.zeros_like(g.value), torch.zeros_like(g.value)
+            for at, sign in zip(places, (1, -1), strict=True):
+                signed[at], both[at] = sign * slope, slope_error
+            slope, slope_error = signed, both
+        return Bounded(slope, slope_error), loss
+
+    def _thresholds(self, objective: ff.Objective) -> Tensor:
+        if isinstance(objective.threshold, Tensor):
+            return objective.threshold.double().expand(self.side.shape)
+        pos, neg = objective.thresholds()
+        return torch.where(self.side, *(torch.tensor(v, dtype=torch.float64) for v in (pos, neg)))
+
+    def _coefficient(self, objective: ff.Objective, slope: Bounded) -> Bounded:
+        """`c = 2 dLoss/dq` `[rows]`."""
+        u = self.case.u
+        if objective.goodness != "norm":
+            factor = 2 / self.case.out_features if objective.goodness == "mean" else 2.0
+            return Bounded(slope.value * factor, slope.error * factor + 3 * u * (slope.value * factor).abs())
+        g = self.goodness
+        least = g.value - g.error
+        value = torch.where(g.value > 0, slope.value / g.value, 0.0)
+        error = (slope.error + slope.value.abs() * g.error / g.value) / least + 3 * u * value.abs()
+        # A goodness that may be nothing but rounding divides by anything; a row of zeros has none.
+        doubtful = torch.where(g.value + g.error > 1e3 * _tiny(self.case), math.inf, 0.0)
+        return Bounded(value, torch.where(least > 0, error, doubtful))
+
+    def _gradients(self, made: Made) -> None:
+        case, forward, c = self.case, self.forward, self.coefficient
+        u, activation = case.u, case.options["activation"]
+        z = forward.z.clone().requires_grad_()
+        y = ACTIVATIONS[activation](z)
+        (steep,) = torch.autograd.grad(y.sum(), z) if len(z) else (torch.zeros_like(z),)
+        y, z = y.detach(), z.detach()
+        gated = y * steep
+        gated_error = 2 * forward.y.error + 16 * u * gated.abs()
+        # [rows, out]: c y act'(z), what a row gives to the bias's gradient
+        value = c.value[:, None] * gated
+        error = (
+            c.value.abs()[:, None] * gated_error
+            + _product(c.error[:, None], gated.abs() + gated_error)
+            + 4 * u * value.abs()
+            + _tiny(case)
+        )
+        self.mean = None
+        if made.peer_mean is not None:
+            pull, pull_error = self._pull(made, steep, z)
+            value, error = value + pull, error + pull_error + u * pull.abs()
+        r, x = forward.r[:, None], forward.x
+        dz, dz_error = value * r, _product(error, r) + (value * r).abs() * (forward.r_error + 2 * u)
+        if case.compute == "float16":
+            # dz is brought near one before it is rounded; small inputs are not.
+            dz_error = dz_error + 2**-24 * (dz.abs().amax() if dz.numel() else 0.0)
+        sizes = dz.abs().T @ x.abs()
+        doubt = _matmul(dz_error.T, x.abs())
+        least = case.least_operand * torch.maximum(dz.abs(), value.abs()).sum(0)[:, None]
+        self.weight_gradient = Bounded(dz.T @ x, doubt + least + sizes * ((len(x) + 6) * u + 2.2 * case.u_operand))
+        self.bias_gradient = Bounded(value, error).sum(0, u)
+
+    def _pull(self, made: Made, steep: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """What peer normalisation adds to `dz / r` `[rows, out]`; sets `mean`."""
+        peer, u = made.options["peer"], self.case.u
+        assert made.peer_mean is not None
+        before = made.peer_mean.double()
+        rows = int(self.side.sum())
+        if rows == 0:
+            self.mean = Bounded(before, torch.zeros_like(before))
+            return torch.zeros_like(z), torch.zeros_like(z)
+        active = Bounded(self.forward.y.value[self.side], self.forward.y.error[self.side]).sum(0, u)
+        m = peer.momentum
+        moved = m * before + (1 - m) * active.value / rows
+        error = (1 - m) * active.error / rows + 6 * u * (m * before.abs() + (1 - m) * active.value.abs() / rows)
+        self.mean = Bounded(moved, error)
+        away = moved - moved.mean()
+        away_error = error + error.mean() + (len(moved) + 3) * u * moved.abs().mean() + 2 * u * moved.abs()
+        factor = peer.strength / rows
+        if peer.form == "loewex":
+            factor *= 2 * (1 - m) / len(moved)
+        mask = self.side.double()[:, None]
+        gate = steep if peer.gated else torch.ones_like(z)
+        gate_error = torch.zeros_like(z)
+        if peer.gated:
+            # Where rounding decides the sign of z, it decides the slope.
+            gate_error = torch.where(z.abs() <= self.forward.z_error, 1.2, 16 * u + 1.2 * self.forward.z_error)
+        value = factor * away * gate * mask
+        return value, (factor * away_error * gate.abs() + factor * away.abs() * gate_error) * mask + 8 * u * value.abs()
+
+    def _update(self, made: Made) -> None:
+        """Parameters and state after the optimizer's own step, in float64, over all gradients within their bounds."""
+        gradients = [self.weight_gradient] if made.bias is None else [self.weight_gradient, self.bias_gradient]
+        parameters = [made.weight] if made.bias is None else [made.weight, made.bias]
+        probes = [
+            _stepped(made.optimizer, parameters, [g.value + share * g.error for g in gradients])
+            for share in torch.linspace(-1, 1, PROBES).tolist()
+        ]
+        centre = probes[PROBES // 2]
+        before = _tensors(made.optimizer, parameters)
+        decay = max(made.optimizer.param_groups[0].get("weight_decay", 0.0), 0.0)
+        self.after = {}
+        for (name, i), value in centre.items():
+            gradient, old = gradients[i], before.get((name, i), torch.zeros_like(value))
+            error = torch.stack([(probe[name, i] - value).abs() for probe in probes]).amax(0)
+            size = value.abs() + old.abs()
+            if name != "step":
+                pushed = gradient.value.abs() + decay * before["parameter", i].abs()
+                if name == "parameter":
+                    size = size + (value - old).abs()
+                else:
+                    size = size + pushed + pushed.square()
+                # The probes are points: between two of them a step divided by a small root may go a little further.
+                error = (1.5 * error).masked_fill(gradient.error.isinf(), math.inf)
+            self.after[name, i] = Bounded(value, error + 16 * self.case.u * size + _tiny(self.case))
+
+    def check(self, result: ff.StepResult, made: Made, step: int) -> None:
+        where = f"step {step}: "
+        _assert_within(where + "goodness", result.goodness, self.goodness)
+        _assert_within(where + "loss", result.loss, self.loss)
+        parameters = [made.weight] if made.bias is None else [made.weight, made.bias]
+        for key, value in _tensors(made.optimizer, parameters).items():
+            _assert_within(f"{where}{key[0]} of parameter {key[1]}", value, self.after[key])
+        if self.mean is not None:
+            _assert_within(where + "peer_mean", made.peer_mean, self.mean)
+        outputs = self.case.options["outputs"]
+        handed_on = Forward(self.case, made, made.weight.detach().double()) if outputs == "post" else self.forward
+        if outputs == "pre" or self.case.u_operand == 0:
+            _assert_within(where + "sumsq", result.sumsq, handed_on.q)
+        else:
+            # A fused step may hand on what the rounded weight gives.
+            _assert_within(where + "sumsq", result.sumsq, Bounded(handed_on.q.value, 2 * handed_on.q.error))
+        if outputs != "none":
+            assert result.y is not None
+            assert result.y.dtype == COMPUTE[self.case.compute]
+            _assert_within(where + "y", result.y, handed_on.stored())
+
+
+def _stepped(optimizer: Optimizer, parameters: list[Tensor], gradients: list[Tensor]) -> dict[tuple[str, int], Tensor]:
+    """The caller's optimizer in float64, one step on: every tensor by name and parameter."""
+    copies = [torch.nn.Parameter(p.detach().to(torch.float64, copy=True).contiguous()) for p in parameters]
+    own = type(optimizer)(copies, lr=0.1)
+    own.load_state_dict(deepcopy(optimizer.state_dict()))
+    for group in own.param_groups:
+        group["lr"] = float(group["lr"])
+        group["foreach"] = group["fused"] = False
+    for copy, gradient in zip(copies, gradients, strict=True):
+        copy.grad = gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    own.step()
+    return _tensors(own, copies)
+
+
+def _tensors(optimizer: Optimizer, parameters: list[Tensor]) -> dict[tuple[str, int], Tensor]:
+    found = {("parameter", i): p.detach() for i, p in enumerate(parameters)}
+    for i, p in enumerate(parameters):
+        found |= {(key, i): value for key, value in optimizer.state.get(p, {}).items() if isinstance(value, Tensor)}
+    return {key: value.double() for key, value in found.items()}
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """`a b` of bounds: nothing times infinity is nothing."""
+    return torch.where((a == 0) | (b == 0), 0.0, a * b)
+
+
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` of bounds, infinity wherever an infinite bound meets something."""
+    endless = a.isinf()
+    total = a.masked_fill(endless, 0) @ b
+    return total.masked_fill(endless.double() @ (b != 0).double() > 0, math.inf) if endless.any() else total
+
+
+def _assert_within(name: str, actual: Tensor | None, expected: Bounded) -> None:
+    assert actual is not None
+    assert actual.shape == expected.value.shape, f"{name} has shape {tuple(actual.shape)}"
+    off = (actual.detach().double() - expected.value).abs()
+    wrong = ~(off <= expected.error) & ~expected.error.isinf()
+    if wrong.any():
+        at = tuple(int(i) for i in wrong.nonzero()[0])
+        raise AssertionError(
+            f"{name}{list(at)} is {float(actual[at])!r}; right: {float(expected.value[at])!r} within "
+            f"{float(expected.error[at]):.3g} ({int(wrong.sum())} of {wrong.numel()} elements are wrong)"
+        )

@@ -1,4 +1,4 @@
-"""More random steps than `tests/test_surface.py` draws: `python -m tests.fuzz --minutes 5`; the first that fails is shown.
+"""More random steps than `tests/test_surface.py` draws: `python -m tests.fuzz --minutes 5`; the first failure is shown.
 
 Each round is seeded by its number, so that a failure comes again; it is shrunk to a small case before it is shown.
 """

@@ -8,6 +8,7 @@ optimizer's option that was not read shows, however small beside the rest.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
 from collections.abc import Callable
@@ -72,8 +73,6 @@ def _read_only(x: Tensor) -> Tensor:
 
 
 def _protect(pages: mmap.mmap) -> None:
-    import ctypes
-
     start = ctypes.addressof(ctypes.c_char.from_buffer(pages))
     if ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(start), len(pages), mmap.PROT_READ) != 0:
         raise OSError(ctypes.get_errno(), "mprotect")

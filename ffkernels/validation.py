@@ -158,9 +158,14 @@ def label_field(columns: object, weight: Tensor, x_pos: Tensor, x_neg: Tensor | 
         return columns
     if x_neg.shape != x_pos.shape:
         raise ValueError(f"x_neg has shape {tuple(x_neg.shape)}; accepted with label_field: {tuple(x_pos.shape)}")
-    if x_pos.device.type == "cpu" and not torch.equal(x_pos[:, columns:], x_neg[:, columns:]):
+    if x_pos.device.type == "cpu" and not same_numbers(x_pos[:, columns:], x_neg[:, columns:]):
         raise ValueError(f"x_neg differs from x_pos outside the first {columns} columns, the label_field")
     return columns
+
+
+def same_numbers(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape hold the same numbers; NaN is the same as NaN."""
+    return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def copies(count: object, rows: int) -> None:

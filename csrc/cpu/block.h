@@ -104,12 +104,6 @@ inline Field label_field(const ffk::Call& call) {
     return {first, after - first, others / pairs};
 }
 
-// How a copy differs from the row of another group in a column of their field; zero in any other.
-inline float change_of(const ffk::Call& call, const Block& block, int64_t group, int64_t from, int64_t i, int64_t column) {
-    if (column < block.field.first || column >= block.field.first + block.field.count) return 0;
-    return row_of(call, block.row(group, i))[column] - row_of(call, block.row(from, i))[column];
-}
-
 // Hands out pieces of one allocation; with no memory behind it, only counts.
 struct Memory {
     float* base;

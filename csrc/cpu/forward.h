@@ -9,10 +9,10 @@ struct Forward {
     Chunks chunks;
     bool pairs;
     int64_t depth;         // of the product, in places
-    int64_t field_first, field_depth;
+    int64_t field_first, field_depth;  // the places that the label field touches: of these no group knows another's
     int64_t stride;        // of y_t
     float* packed;         // X^T in panels
-    float* change;         // likewise, one behind the other: what each group of copies changes in the label field of the group before
+    float* fields;         // likewise, one behind the other: what each group of copies has in those places
     float* scale;          // per column: r
     float* sumsq;          // per column: of the results
     float* partial;        // [chunks, columns]: its parts
@@ -28,7 +28,7 @@ struct Forward {
         field_first = pairs ? field.first / 2 / PAIRS_AT_ONCE * PAIRS_AT_ONCE : field.first;
         field_depth = field.count ? places(call, field.first + field.count) - field_first : 0;
         packed = memory.take(up_to(rows, LANES) * depth);
-        change = memory.take(up_to(rows, LANES) * field_depth * field.copies);
+        fields = memory.take(up_to(rows, LANES) * field_depth * field.copies);
         scale = memory.take(columns), sumsq = memory.take(columns);
         partial = memory.take(chunks.count() * columns);
         // Rows a power of two apart fall onto the same cache lines: many products with them are worth a copy.
@@ -62,7 +62,7 @@ struct Forward {
     }
 
     void pack(const Block& block, int workers) const {
-        const Panels panels{block.operands(), depth}, fields{block.operands(), field_depth};
+        const Panels panels{block.operands(), depth};
         std::memset(scale, 0, size_t(block.columns()) * 4);
         parallel(panels.padded() / LANES, workers, [&](int64_t group, int worker) {
             const int64_t first = group * LANES, panel = first / PANEL, lane = first % PANEL;
@@ -79,17 +79,26 @@ struct Forward {
             }
             pack_columns(rows, valid, depth, packed + panels.offset(panel) + lane, width);
             for (int64_t g = 1; g <= block.field.copies; g++) {
-                float* into = change + (g - 1) * fields.elements() + fields.offset(panel) + lane;
-                for (int64_t k = 0; k < field_depth; k++)
-                    for (int j = 0; j < LANES; j++) into[k * width + j] = j < valid ? change_at(block, g, first + j, field_first + k) : 0;
+                float* into = field_of(block, g, panel) + lane;
+                for (int j = 0; j < LANES; j++) {
+                    const Row row = row_of(call, block.row(g, first + smaller(j, valid - 1)));
+                    for (int64_t k = 0; k < field_depth; k++) into[k * width + j] = j < valid ? place(row, field_first + k) : 0;
+                }
             }
         });
     }
 
-    // The place `k` of a copy's difference from the group before it.
-    float change_at(const Block& block, int64_t group, int64_t i, int64_t k) const {
-        const auto change = [&](int64_t column) { return change_of(call, block, group, group - 1, i, column); };
-        return pairs ? pair_of(to_bfloat16(change(2 * k)), to_bfloat16(change(2 * k + 1))) : change(k);
+    // A group's panel in the places of the label field.
+    float* field_of(const Block& block, int64_t group, int64_t panel) const {
+        const Panels panels{block.operands(), depth}, own{block.operands(), field_depth};
+        if (group == 0) return packed + panels.offset(panel) + field_first * panels.vectors(panel) * LANES;
+        return fields + (group - 1) * own.elements() + own.offset(panel);
+    }
+
+    // A row's operand in the place `k`.
+    float place(const Row& row, int64_t k) const {
+        const auto number = [&](int64_t column) { return column < call.in ? row[column] : 0; };
+        return pairs ? pair_of_rounded(number(2 * k), number(2 * k + 1)) : number(k);
     }
 
     void set_scale(int64_t column, int64_t row) const {
@@ -114,14 +123,16 @@ struct Forward {
         return {own, weight_stride};
     }
 
+    // A group's rows are those of the first in all places but the label field's: its sum is theirs without the field, and its own part on top.
     template <bool PAIRS>
     void multiply(const Block& block, int64_t chunk, Weights w, float* y_t) const {
-        const Panels panels{block.operands(), depth}, fields{block.operands(), field_depth};
-        const int64_t out = chunks.size(chunk);
+        const Panels panels{block.operands(), depth};
+        const int64_t out = chunks.size(chunk), field_end = field_first + field_depth;
         float* q = partial + chunk * block.columns();
         for (int64_t k = 0; k < depth; k += DEPTH) {
-            const int64_t part = smaller(DEPTH, depth - k);
-            const bool last = k + part == depth;
+            const int64_t end = smaller(depth, k + DEPTH);
+            const bool last = end == depth;
+            const int64_t runs[2][2] = {{k, smaller(end, larger(k, field_first))}, {smaller(end, larger(k, field_end)), end}};
             for (int64_t p = 0; p < panels.count(); p++)
                 with_vectors(panels.vectors(p), [&](auto vectors) {
                     constexpr int NV = decltype(vectors)::value;
@@ -131,19 +142,20 @@ struct Forward {
                         Tile<NV> tile;
                         tile.expect(to, stride);
                         tile.clear();
-                        tile.template multiply<PAIRS>(a, k, packed + panels.offset(p) + k * NV * LANES, part);
+                        for (const auto& [from, until] : runs)
+                            if (from < until) tile.template multiply<PAIRS>(a, from, packed + panels.offset(p) + from * NV * LANES, until - from);
                         if (k > 0) tile.add(to, stride);
                         if (!last) {
                             tile.write(to, stride);
                             continue;
                         }
-                        const int64_t unit = chunks.first(chunk) + o;
-                        finish(tile, a.valid, unit, p * PANEL, to, q + p * PANEL, o == 0);
-                        for (int64_t g = 1; g <= block.field.copies; g++) {
-                            const int64_t column = block.column(g, p * PANEL);
-                            const float* changes = change + (g - 1) * fields.elements() + fields.offset(p);
-                            tile.template multiply<PAIRS>(a, field_first, changes, field_depth);
-                            finish(tile, a.valid, unit, column, to + block.column(g, 0), q + column, o == 0);
+                        float shared[TILE_ROWS * PANEL];
+                        if (block.field.copies) tile.write(shared, PANEL);
+                        for (int64_t g = 0; g <= block.field.copies; g++) {
+                            if (g > 0) tile.clear(), tile.add(shared, PANEL);
+                            if (block.field.copies) tile.template multiply<PAIRS>(a, field_first, field_of(block, g, p), field_depth);
+                            const int64_t column = block.column(g, 0);
+                            finish(tile, a.valid, chunks.first(chunk) + o, column + p * PANEL, to + column, q + column + p * PANEL, o == 0);
                         }
                     }
                 });

@@ -15,7 +15,7 @@ struct Update {
     int64_t depth_stride;      // of the left operand's rows, in places
     int64_t sum_stride;        // of the gradient's rows
     float* packed;             // the kept rows of X in panels
-    float* field_packed;       // per group of copies: their change from the positive rows, in the panels that the label field touches
+    float* field_packed;       // per group of copies: its rows, in the panels that the label field touches
     int64_t field_size;
     int32_t* kept;             // operands whose coefficient is not zero, in order
     int32_t* moves;            // per group of copies: whether any of its coefficients is not zero
@@ -32,7 +32,7 @@ struct Update {
           pairs(in_pairs(c)), blocks(block_count), depth_stride(stride_for(places(c, largest.operands()))), sum_stride(stride_for(c.in)) {
         rows = largest.operands();
         const Field field = largest.field;
-        const int64_t groups = 1 + field.copies;
+        const int64_t groups = 1 + field.copies, lefts = field.copies ? 1 + groups : 1;
         packed = memory.take(places(call, rows) * up_to(call.in, LANES));
         field_size = field.count ? places(call, rows) * (up_to(field.count, PANEL) + PANEL) : 0;
         field_packed = memory.take(field_size * field.copies);
@@ -40,7 +40,7 @@ struct Update {
         weight_of = memory.take(groups * rows), bias_weight_of = memory.take(groups * rows);
         sum = memory.take(blocks > 1 ? up_to(call.out, TILE_ROWS) * sum_stride : 0);
         bias_sum = memory.take(call.out);
-        left_size = chunks.rows * depth_stride * groups + (pairs ? 2 * up_to(rows, 16) : 0);
+        left_size = chunks.rows * depth_stride * lefts + (pairs ? 2 * up_to(rows, 16) : 0);
         scratch_size = up_to(larger(2 * call.in, left_size + (rows > DEPTH && blocks == 1 ? chunks.rows * sum_stride : 0)), 16);
         scratch = memory.take(scratch_size * call.threads);
     }
@@ -99,8 +99,8 @@ struct Update {
             for (int64_t k = group * LANES; k < smaller(panels.depth, (group + 1) * LANES); k++) {
                 const float* row = pairs ? two_rows(block, 2 * k, depth, own) : row_at(block, k).operands(call.in, own);
                 pack_row(row, panels, k, packed);
-                for (int64_t g = 1; g <= block.field.copies; g++)
-                    if (moves[g] && block.field.count) pack_change(block, g, depth, panels, k);
+                for (int64_t g = 0; block.field.copies && g <= block.field.copies; g++)
+                    if (moves[g]) pack_own(block, g, depth, panels, k);
             }
         });
     }
@@ -120,44 +120,53 @@ struct Update {
         return own;
     }
 
-    void pack_change(const Block& block, int64_t group, int64_t depth, const Panels& panels, int64_t k) const {
-        const int64_t first = block.field.first, last = first + block.field.count - 1;
-        for (int64_t p = first / PANEL; p <= last / PANEL; p++) {
-            const int64_t width = panels.vectors(p) * LANES;
-            float* into = field_panel(block, group, panels, p) + k * width;
-            for (int64_t j = 0; j < width; j++) {
-                const auto change = [&](int64_t i) { return i < depth ? change_of(call, block, group, 0, kept[i], p * PANEL + j) : 0; };
-                into[j] = pairs ? pair_of(to_bfloat16(change(2 * k)), to_bfloat16(change(2 * k + 1))) : change(k);
+    // A group's own rows, in the panels that the label field touches; zeros where a row has no part in the sum, whatever it holds.
+    void pack_own(const Block& block, int64_t group, int64_t depth, const Panels& panels, int64_t k) const {
+        const int64_t first = block.field.first / PANEL, last = (block.field.first + block.field.count - 1) / PANEL, each = pairs ? 2 : 1;
+        for (int64_t p = first; p <= last; p++) {
+            const int64_t width = panels.vectors(p) * LANES, valid = smaller(width, call.in - p * PANEL);
+            float* into = own_panel(block, group, panels, p) + k * width;
+            std::memset(into, 0, size_t(width) * 4);
+            for (int64_t i = each * k; i < smaller(depth, each * (k + 1)); i++) {
+                if (bias_weight_of[group * rows + i] == 0) continue;
+                const Row row = row_of(call, block.row(group, kept[i]));
+                uint16_t* halves = reinterpret_cast<uint16_t*>(into) + i % 2;
+                for (int64_t j = 0; j < valid; j++) {
+                    if (pairs) halves[2 * j] = to_bfloat16(row[p * PANEL + j]);
+                    else into[j] = row[p * PANEL + j];
+                }
             }
         }
     }
 
-    float* field_panel(const Block& block, int64_t group, const Panels& panels, int64_t panel) const {
+    float* own_panel(const Block& block, int64_t group, const Panels& panels, int64_t panel) const {
+        if (group == 0) return packed + panels.offset(panel);
         return field_packed + (group - 1) * field_size + panels.offset(panel) - panels.offset(block.field.first / PANEL);
     }
 
     bool touches_field(const Block& block, int64_t panel) const {
-        return block.field.count && panel >= block.field.first / PANEL
+        return block.field.copies && panel >= block.field.first / PANEL
             && panel <= (block.field.first + block.field.count - 1) / PANEL;
     }
 
-    // The product's left operands: [units, depth] of c r y act'(z), those of copies added to their row's; and those of each group of copies apart.
+    // The product's left operands: [units, depth] of c r y act'(z), those of copies added to their row's; and, where there are copies, each group's own behind.
     void form(const Block& block, int64_t index, int64_t chunk, int64_t depth, const float* y_t, int64_t stride, float* left) const {
-        const int64_t size = chunks.rows * depth_stride;
-        float* unpaired = left + size * (1 + block.field.copies);
+        const int64_t size = chunks.rows * depth_stride, copies = block.field.copies;
+        float* unpaired = left + size * (copies ? copies + 2 : 1);
         for (int64_t o = 0; o < chunks.size(chunk); o++) {
             const int64_t unit = chunks.first(chunk) + o;
             float* to = pairs ? unpaired : left + o * depth_stride;
             float bias = 0;
-            for (int64_t g = 0; g <= block.field.copies; g++) {
+            for (int64_t g = 0; g <= copies; g++) {
                 if (g > 0 && !moves[g]) continue;
-                float* own = g == 0 ? to : pairs ? unpaired + up_to(depth, 16) : left + g * size + o * depth_stride;
-                gather(y_t + unit * stride + g * block.stride, depth, depth == block.operands(), own);
+                float* operand = left + (1 + g) * size + o * depth_stride;
+                float* own = !copies ? to : pairs ? unpaired + up_to(depth, 16) : operand;
+                gather(y_t + unit * stride + g * block.stride, bias_weight_of + g * rows, depth, depth == block.operands(), own);
                 bias += dot(own, bias_weight_of + g * rows, depth);
                 weigh(own, weight_of + g * rows, depth);
-                if (g == 0) continue;
-                for (int64_t k = 0; k < depth; k++) to[k] += own[k];
-                round(own, depth, left + g * size + o * depth_stride);
+                if (!copies) break;
+                for (int64_t k = 0; k < depth; k++) to[k] = g > 0 ? to[k] + own[k] : own[k];
+                round(own, depth, operand);
             }
             round(to, depth, left + o * depth_stride);
             if (peers.there() && index == blocks - 1) bias += float(peers.count) * peers.pull(unit);
@@ -165,11 +174,13 @@ struct Update {
         }
     }
 
-    void gather(const float* from, int64_t depth, bool everything, float* to) const {
+    // The kept rows' numbers; zero where a row is kept for its copies' sake and has no part in the sum itself, whatever it holds.
+    void gather(const float* from, const float* weights, int64_t depth, bool everything, float* to) const {
         const int32_t* places = kept;
-        if (everything) std::memcpy(to, from, size_t(depth) * 4);
-        else
-            for (int64_t k = 0; k < depth; k++) to[k] = from[places[k]];
+        for (int64_t k = 0; k < depth; k++) {
+            const float value = from[everything ? k : places[k]];
+            to[k] = weights[k] != 0 ? value : 0;
+        }
     }
 
     static void weigh(float* values, const float* weights, int64_t n) {
@@ -200,25 +211,26 @@ struct Update {
         float* unfinished = blocks > 1 ? sum + first * sum_stride : own_sum;
         for (int64_t k = 0; k == 0 || k < panels.depth; k += DEPTH) {
             const int64_t depth = smaller(DEPTH, panels.depth - k);
-            const bool last_part = k + depth == panels.depth, last = last_part && index == blocks - 1;
+            const bool last = k + depth == panels.depth && index == blocks - 1;
             for (int64_t p = 0; p < panels.count(); p++)
                 with_vectors(panels.vectors(p), [&](auto vectors) {
                     constexpr int NV = decltype(vectors)::value;
+                    const bool touched = touches_field(block, p);
                     for (int64_t o = 0; o < size; o += TILE_ROWS) {
-                        const TileRows a(left + o * depth_stride, depth_stride, size - o);
+                        TileRows a(left + o * depth_stride, depth_stride, size - o);
                         float* to = unfinished + o * sum_stride + p * PANEL;
                         Tile<NV> tile;
                         Coming coming;
                         if (last) expect<KIND>(first + o, a.valid, p * PANEL, NV, coming);
                         if (!last || k > 0 || index > 0) tile.expect(to, sum_stride);
                         tile.clear();
-                        tile.template multiply<PAIRS>(a, k, packed + panels.offset(p) + k * NV * LANES, depth, coming);
-                        if (k > 0 || index > 0) tile.add(to, sum_stride);
-                        for (int64_t g = 1; g <= block.field.copies && last_part && touches_field(block, p); g++) {
-                            if (!moves[g]) continue;
-                            const TileRows b(left + (g * chunks.rows + o) * depth_stride, depth_stride, size - o);
-                            tile.template multiply<PAIRS>(b, 0, field_panel(block, g, panels, p), panels.depth);
+                        for (int64_t g = 0; g <= (touched ? block.field.copies : 0); g++) {
+                            if (touched && !moves[g]) continue;
+                            if (touched) a = TileRows(left + ((1 + g) * chunks.rows + o) * depth_stride, depth_stride, size - o);
+                            tile.template multiply<PAIRS>(a, k, own_panel(block, g, panels, p) + k * NV * LANES, depth, coming);
+                            coming.count = 0;
                         }
+                        if (k > 0 || index > 0) tile.add(to, sum_stride);
                         if (!last) {
                             tile.write(to, sum_stride);
                             continue;

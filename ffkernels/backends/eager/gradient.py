@@ -19,15 +19,15 @@ LEAVE_OUT_SHARE = 0.2
 
 
 class Pending(NamedTuple):
-    """A block's gradient before it is formed: `dz^T x`, and in the columns of a label field `negative^T change` on top.
+    """A block's gradient before it is formed: `dz^T x`, but in the columns of a label field `own^T numbers`.
 
-    `exponent`: the power of two that `dz` was divided by, or None.
+    `exponent`: the power of two that `dz` and `own` were divided by, or None.
     """
 
     dz: Tensor
     x: Tensor
     exponent: Tensor | None
-    negative: Tensor | None
+    own: Tensor | None
     field: LabelField | None
 
 
@@ -49,7 +49,7 @@ class Gradient:
         """Adds a block's rows, on the sides `is_positive` `[rows]`. May overwrite `y`."""
         if self.pending is not None:
             self._sum_pending()
-        x, r, field, _ = rows
+        x, r, field = rows.operand, rows.scale, rows.field if rows.twins else None
         kept = pulled = None
         if self.peers is not None:
             self.peers.see(rows, y, is_positive)
@@ -60,29 +60,32 @@ class Gradient:
         if kept is not None:
             x = x[kept]
             if field is not None:
-                field = LabelField(field.columns, field.change[kept])
                 kept = torch.cat([kept, kept + len(rows.operand)])
+                field = LabelField(field.columns, field.numbers[kept])
             y, coefficient = y[kept], coefficient[kept]
             z = None if z is None else z[kept]
             r = None if r is None else r[kept]
         dz = self.layer.activation.gated(y, z).mul_(coefficient.unsqueeze(1))
         if pulled is not None:
             dz.add_(pulled)
+        elif field is not None:
+            # A row that stays for its twin's sake has no part in the sums, whatever it holds.
+            at_rest = (coefficient == 0).unsqueeze(1)
+            dz, field = dz.masked_fill_(at_rest, 0), LabelField(field.columns, field.numbers.masked_fill(at_rest, 0))
         if self.bias_sum is not None:
             self.bias_sum.add_(dz.sum(0))
         if r is not None:
             dz.mul_(r.unsqueeze(1))
-        exponent = negative = None
+        exponent = own = None
         if self.layer.products.compute_dtype == torch.float16 and dz.numel():
             # Coefficients carry 1 / (rows width) and a loss's slope: float16 needs them brought near one.
             exponent = binary_exponent(dz)
             dz = torch.ldexp(dz, -exponent)
         operand = self.layer.products.operand
         if field is not None:
-            # x_neg = x_pos + change: the two sides' products with what they have in common are one.
-            positive, negative = dz[: len(x)], dz[len(x) :]
-            dz, negative = positive.add_(negative), operand(negative)
-        self.pending = Pending(operand(dz), x, exponent, negative, field)
+            # The two sides' products with what they have in common are one.
+            own, dz = operand(dz), dz[: len(x)] + dz[len(x) :]
+        self.pending = Pending(operand(dz), x, exponent, own, field)
 
     def apply(
         self,
@@ -141,18 +144,23 @@ class Gradient:
 
     def _form(self, rows: slice, out: Tensor, accumulate: bool) -> Tensor:
         assert self.pending is not None
-        dz, x, exponent, negative, field = self.pending
-        dz, products = dz[:, rows].t(), self.layer.products
-        if exponent is None:
-            products.into(out, dz, x, accumulate)
-        else:
-            product = products.into(torch.empty_like(out), dz, x)
-            out.copy_(torch.ldexp(product, exponent).add_(out) if accumulate else torch.ldexp(product, exponent))
-        if field is not None and negative is not None:
-            in_field = out[:, field.columns]
-            product = products.into(torch.empty_like(in_field), negative[:, rows].t(), field.change)
-            in_field.add_(product if exponent is None else torch.ldexp(product, exponent))
+        dz, x, exponent, own, field = self.pending
+        if field is None or own is None:
+            return self._add(out, dz[:, rows], x, exponent, accumulate)
+        in_field = out[:, field.columns]
+        before = in_field.clone()
+        self._add(out, dz[:, rows], x, exponent, accumulate)
+        in_field.copy_(before)
+        self._add(in_field, own[:, rows], field.numbers, exponent, accumulate)
         return out
+
+    def _add(self, out: Tensor, dz: Tensor, x: Tensor, exponent: Tensor | None, accumulate: bool) -> Tensor:
+        """`out (+)= 2^exponent dz^T x`."""
+        products = self.layer.products
+        if exponent is None:
+            return products.into(out, dz.t(), x, accumulate)
+        product = torch.ldexp(products.into(torch.empty_like(out), dz.t(), x), exponent)
+        return out.copy_(product.add_(out) if accumulate else product)
 
 
 def _rows_in_doubt(coefficient: Tensor) -> Tensor | None:

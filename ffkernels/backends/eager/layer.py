@@ -50,10 +50,14 @@ ACTIVATIONS = {
 
 
 class LabelField(NamedTuple):
-    """Where negative rows differ from their positive twins: a range of columns, and by how much `[pairs, columns]`."""
+    """A range of columns, the only ones where the rows of a pair differ, and what each row has there `[rows, columns]`.
+
+    What the rows share is a sum without these columns: were it one with them, taken from one row and corrected for the
+    other, a large number there would have swallowed the rest.
+    """
 
     columns: slice
-    change: Tensor
+    numbers: Tensor
 
 
 class Rows(NamedTuple):
@@ -62,14 +66,22 @@ class Rows(NamedTuple):
     Attributes:
         operand: `[rows, in]`; for twins, which differ in a label field only, `[pairs, in]`: the positive ones.
         scale: `[rows]`, what the products' results are still to be multiplied by, or None.
-        field: the negative rows of the pairs, or None.
-        known: the columns that are still to be multiplied, and `[rows or pairs, out]` what the others give; or None.
+        field: the label field of rows that share the product of the other columns, or None.
+        product: that product `[rows or pairs, out]` where it is known, or None.
     """
 
     operand: Tensor
     scale: Tensor | None
     field: LabelField | None
-    known: tuple[slice, Tensor] | None = None
+    product: Tensor | None = None
+
+    @property
+    def total(self) -> int:
+        return len(self.operand if self.field is None else self.field.numbers)
+
+    @property
+    def twins(self) -> bool:
+        return self.total > len(self.operand)
 
 
 class Layer:
@@ -113,30 +125,30 @@ class Layer:
             scale = row_scale(sumsq, x.shape[1], *self.normalisation)
             if scale_first:
                 x, scale = x * scale.unsqueeze(1), None
-        operand, field = self.products.operand(x), None
+        if columns is None and product is not None:
+            columns, parts = slice(0, known_field), [x]
+        field = None
         if columns is not None:
-            field = LabelField(columns, self.products.operand(parts[1][:, columns]) - operand[:, columns])
-        return Rows(operand, scale, field, None if product is None else (slice(0, known_field), product))
+            field = LabelField(columns, self.products.operand(joined([part[:, columns] for part in parts])))
+        return Rows(self.products.operand(x), scale, field, product)
 
     def forward(self, rows: Rows, out: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
         """`y = act(r W x + b)` `[rows, out]`, `z` where the activation's slope needs it, and `y`'s sums of squares.
 
         `out` (of the weight's dtype) receives `y` where the activation works in place.
         """
-        pairs = len(rows.operand)
         if out is None:
-            out = self.weight.new_empty(pairs if rows.field is None else 2 * pairs, self.width, dtype=self.dtype)
+            out = self.weight.new_empty(rows.total, self.width, dtype=self.dtype)
         z = out
-        if rows.known is None:
-            self.products.into(z[:pairs], rows.operand, self.weight)
+        if rows.field is None:
+            self.products.into(z, rows.operand, self.weight)
         else:
-            columns, product = rows.known
-            z[:pairs] = product
-            self.products.into(z[:pairs], rows.operand[:, columns], self.weight[columns], accumulate=True)
-        if rows.field is not None:
-            columns, change = rows.field
-            z[pairs:] = z[:pairs]
-            self.products.into(z[pairs:], change, self.weight[columns], accumulate=True)
+            columns, numbers = rows.field
+            pairs = len(rows.operand)
+            self._product_outside(columns, rows, z[:pairs])
+            if rows.twins:
+                z[pairs:] = z[:pairs]
+            self.products.into(z, numbers, self.weight[columns], accumulate=True)
         if rows.scale is not None and self.bias is not None:
             torch.addcmul(self.bias, z, rows.scale.unsqueeze(1), out=z)
         elif rows.scale is not None:
@@ -145,3 +157,13 @@ class Layer:
             z.add_(self.bias)
         y = self.activation.forward(z)
         return y, z if self.activation.keeps_z else None, row_sumsq(y, self.dtype)
+
+    def _product_outside(self, columns: slice, rows: Rows, out: Tensor) -> None:
+        """Writes the product of all columns but these."""
+        if rows.product is not None:
+            out.copy_(rows.product)
+            return
+        before, after = slice(0, columns.start), slice(columns.stop, None)
+        self.products.into(out, rows.operand[:, after], self.weight[after])
+        if columns.start:
+            self.products.into(out, rows.operand[:, before], self.weight[before], accumulate=True)

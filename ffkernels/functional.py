@@ -377,7 +377,7 @@ def explain(
     check.layer_tensors(weight, None)
     check.optimizer_object(optimizer)
     compute = check.compute_dtype_of(compute_dtype, weight)
-    rule, update = optim.fused_rule(optimizer)
+    rule, update = optim.fused_rule(optimizer, weight)
     check.fraction("skip_below", skip_below)
     request = select.Request(
         weight.device,

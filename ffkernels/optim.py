@@ -188,7 +188,22 @@ def _mark_as_stepped(optimizer: Optimizer) -> None:
 
 
 @once_per_trace
-def _has_own_step(optimizer: Optimizer) -> bool:
+def _own_step_because(optimizer: Any) -> str:
+    """Why this very object's own `step()` must be called, or ""."""
+    own = vars(optimizer)
+    if (
+        own["_optimizer_step_pre_hooks"] or own["_optimizer_step_post_hooks"]
+        or torch_optimizer._global_optimizer_pre_hooks or torch_optimizer._global_optimizer_post_hooks
+    ):  # fmt: skip
+        return "there are step hooks, which only the optimizer's own step() calls"
+    if _has_own_step(optimizer):
+        return "the optimizer's step was replaced"
+    if own.get("found_inf") is not None or own.get("grad_scale") is not None:
+        return "a GradScaler speaks to the optimizer's own step()"
+    return ""
+
+
+def _has_own_step(optimizer: Any) -> bool:
     """Whether a program has put a `step` of its own on this very object; that of a scheduler only calls the class's."""
     step = vars(optimizer).get("step")
     return step is not None and getattr(step, "__wrapped__", None) is not type(optimizer).step
@@ -197,16 +212,13 @@ def _has_own_step(optimizer: Optimizer) -> bool:
 @once_per_trace
 def _hooked(*parameters: Any) -> bool:
     """Whether gradient hooks wait on a parameter, which autograd alone calls."""
-    return any(p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters)
+    for p in parameters:  # noqa: SIM110
+        if p._backward_hooks or p._post_accumulate_grad_hooks:
+            return True
+    return False
 
 
-@once_per_trace
-def _steps_are_watched(optimizer: Any) -> bool:
-    """Whether step hooks, of this optimizer or of all, wait for a call of its own step()."""
-    return bool(
-        optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-        or torch_optimizer._global_optimizer_pre_hooks or torch_optimizer._global_optimizer_post_hooks
-    )  # fmt: skip
+_FUSED = {SGD: "sgd", SGDW: "sgdw", Adam: "adam", AdamW: "adam"}
 
 
 def fused_rule(optimizer: Optimizer | None, *parameters: Tensor) -> tuple[str, str]:
@@ -217,30 +229,24 @@ def fused_rule(optimizer: Optimizer | None, *parameters: Tensor) -> tuple[str, s
     if optimizer is None:
         return "grad", "no optimizer: the gradient is left in .grad"
     kind = type(optimizer)
-    if kind not in (SGD, SGDW, Adam, AdamW):
+    rule = _FUSED.get(kind)
+    if rule is None:
         return "grad", f"{kind.__name__} runs through .grad and its own step()"
-    if _steps_are_watched(optimizer):
-        return "grad", "there are step hooks, which only the optimizer's own step() calls"
-    if _has_own_step(optimizer):
-        return "grad", "the optimizer's step was replaced"
+    because = _own_step_because(optimizer)
+    if because:
+        return "grad", because
     if _hooked(*parameters):
         return "grad", "a parameter has gradient hooks, which only autograd calls"
-    groups = optimizer.param_groups
-    if any(sum(q is p for group in groups for q in group["params"]) > 1 for p in parameters):
-        return "grad", "a parameter is there twice, and stepped on twice by the optimizer's own step()"
-    if getattr(optimizer, "found_inf", None) is not None or getattr(optimizer, "grad_scale", None) is not None:
-        return "grad", "a GradScaler speaks to the optimizer's own step()"
     decays = set()
-    for group in groups:
+    for group in optimizer.param_groups:
         for setting in ("amsgrad", "differentiable"):
             if group.get(setting):
                 return "grad", f"{setting}=True runs through .grad and the optimizer's own step()"
         if kind is SGDW:
-            decays |= {name for name in ("decoupled", "weight_decay") if group.get(name)}
+            decays |= {name for name in ("decoupled", "weight_decay") if group[name]}
     if len(decays) > 1:
         return "grad", "decay of both kinds runs through .grad and the optimizer's own step()"
-    rule = {SGD: "sgd", SGDW: "sgd" if decays == {"weight_decay"} else "sgdw"}.get(kind, "adam")
-    return rule, "the update runs fused on the optimizer's state"
+    return "sgd" if decays == {"weight_decay"} else rule, "the update runs fused on the optimizer's state"
 
 
 def plan(optimizer: Optimizer | None, weight: Tensor, bias: Tensor | None) -> Plan:
@@ -250,25 +256,25 @@ def plan(optimizer: Optimizer | None, weight: Tensor, bias: Tensor | None) -> Pl
         ValueError: where the optimizer does not hold one of the parameters, cannot step on a gradient alone, or lacks
             a number or state of its own.
     """
-    named = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-    rule, _ = fused_rule(optimizer, *named.values())
-    groups = [None if optimizer is None else _group_of(optimizer, p, name) for name, p in named.items()]
-    if optimizer is not None and rule == "grad":
-        steps_on_gradients(optimizer)
+    parameters = (weight,) if bias is None else (weight, bias)
+    rule, _ = fused_rule(optimizer, *parameters)
     slots = []
-    for (name, parameter), held in zip(named.items(), groups, strict=True):
+    for name, parameter in zip(("weight", "bias"), parameters, strict=False):
+        group = {} if optimizer is None else _group_of(optimizer, parameter, name)
         if rule == "grad":
             slots.append(Slot(parameter, [torch.empty_like(parameter, memory_format=torch.contiguous_format)]))
             continue
-        assert optimizer is not None and held is not None
+        assert optimizer is not None
         try:
             state = optimizer.state.get(parameter, {})
-            slots.append((_adam_slot if rule == "adam" else _sgd_slot)(rule, parameter, held, state))
+            slots.append((_adam_slot if rule == "adam" else _sgd_slot)(rule, parameter, group, state))
         except KeyError as missing:
             raise ValueError(
                 f"optimizer ({type(optimizer).__name__}) has no {missing} in its group or state of {name}; accepted: "
-                "one whose groups and state are complete, as torch makes them (was a state_dict of another kind loaded?)"
+                "one whose groups and state are complete (was a state_dict of another kind loaded?)"
             ) from None
+    if optimizer is not None and rule == "grad":
+        steps_on_gradients(optimizer)
     return Plan(optimizer, rule, slots[0], slots[1] if bias is not None else None)
 
 
@@ -293,14 +299,23 @@ def _why_not_alone(kind: type[Optimizer]) -> str:
 
 
 def _group_of(optimizer: Optimizer, parameter: Tensor, name: str) -> dict[str, Any]:
+    found, held = None, 0
     for group in optimizer.param_groups:
-        if any(p is parameter for p in group["params"]):
-            return group
-    held = sum(len(group["params"]) for group in optimizer.param_groups)
-    raise ValueError(
-        f"optimizer ({type(optimizer).__name__} of {held} parameters) does not hold {name} "
-        f"{tuple(parameter.shape)}; accepted: the optimizer made with this very parameter, or None"
-    )
+        for p in group["params"]:
+            held += 1
+            if p is parameter:
+                if found is not None:
+                    raise ValueError(
+                        f"optimizer ({type(optimizer).__name__}) holds {name} {tuple(parameter.shape)} more than once, "
+                        "and would step on it as often; accepted: each parameter once"
+                    )
+                found = group
+    if found is None:
+        raise ValueError(
+            f"optimizer ({type(optimizer).__name__} of {held} parameters) does not hold {name} "
+            f"{tuple(parameter.shape)}; accepted: the optimizer made with this very parameter, or None"
+        )
+    return found
 
 
 def _slot(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
@@ -26,8 +26,8 @@ from torch.optim import optimizer as torch_optimizer
 from . import validation as check
 from .compiling import once_per_trace
 
-# What each rule's `state` and `hyper` lists hold; `lr` as a tensor comes beside them and overrides the number. In compiled
-# code `hyper` is empty and its numbers are the last tensor of `state`, or torch.compile would take them for constants.
+# What each rule's `state` and `hyper` lists hold; `lr` as a tensor comes beside them and overrides the number. Compiled
+# code leaves `hyper` empty and brings its numbers as the last tensor of `state`: they would become constants otherwise.
 RULES = {
     "sgd": "state: [momentum_buffer] or []; hyper: lr, momentum, dampening, nesterov, decay, maximize, first_step",
     "sgdw": "as sgd; decay is decoupled: it shrinks the parameter beside the momentum, by lr decay",
@@ -160,6 +160,24 @@ def step_alone(optimizer: Optimizer | None, parameters: Sequence[Tensor], fill: 
                 p.grad = gradient
 
 
+def step_on_loss(optimizer: Optimizer | None, parameters: Sequence[Tensor], loss: Tensor) -> None:
+    """`loss.backward()` to these parameters alone, in place of what `.grad` held, and their optimizer's own step."""
+
+    def fill() -> None:
+        for parameter in parameters:
+            parameter.grad = None
+        loss.backward(inputs=parameters)
+
+    step_alone(optimizer, parameters, fill)
+
+
+def check_parameters(optimizer: Optimizer, named: Mapping[str, Tensor]) -> None:
+    """Raises ValueError for an optimizer that does not hold one of these, or whose `step()` wants more than `.grad`."""
+    for name, parameter in named.items():
+        _group_of(optimizer, parameter, name)
+    steps_on_gradients(optimizer)
+
+
 _turns: WeakKeyDictionary[Optimizer, threading.RLock] = WeakKeyDictionary()
 
 
@@ -289,7 +307,7 @@ def steps_on_gradients(optimizer: Optimizer) -> None:
 
 
 @cache
-def _why_not_alone(kind: type[Optimizer]) -> str:
+def _why_not_alone(kind: Any) -> str:
     for name, parameter in list(inspect.signature(kind.step).parameters.items())[1:]:
         if parameter.default is parameter.empty and parameter.kind in (
             parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY,

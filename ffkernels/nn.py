@@ -158,12 +158,16 @@ class FFLinear(nn.Linear):
         if x_neg is not None:
             check.rows_of("x_neg", x_neg, weight, compute)
             x = torch.cat([x_pos, x_neg])
+        if is_positive is not None:
+            check.vector("is_positive", is_positive, len(x), torch.bool, weight.device)
         check.objective_for(objective, len(x), n_pos if is_positive is None else None, weight)
         if sample_weight is not None:
             entries = len(x) // 2 if objective.paired else len(x)
             check.vector("sample_weight", sample_weight, entries, weight.dtype, weight.device)
         check.optimizer_object(optimizer)
         parameters = [p for p in self.parameters() if p.requires_grad] if learns else []
+        if learns and not parameters:
+            raise ValueError("no parameter of the layer has requires_grad=True; accepted: one that can be trained")
         if learns and (peer is not None or skip_below):
             name = "peer" if peer is not None else "skip_below"
             raise ValueError(
@@ -227,10 +231,11 @@ def watched(module: nn.Module) -> bool:
 
 def overridden(layer: FFLinear, *names: str) -> bool:
     """Whether a subclass or the object itself replaces one of these methods."""
-    kind = type(layer)
-    if kind is not FFLinear and any(getattr(kind, name) is not getattr(FFLinear, name) for name in names):
-        return True
-    return not vars(layer).keys().isdisjoint(names)
+    kind, own = type(layer), vars(layer)
+    for name in names:
+        if name in own or (kind is not FFLinear and getattr(kind, name) is not getattr(FFLinear, name)):
+            return True
+    return False
 
 
 def called_only(layer: FFLinear) -> bool:

@@ -300,7 +300,7 @@ def steps_on_gradients(optimizer: Optimizer) -> None:
     """Raises ValueError for an optimizer whose `step()` wants more than gradients in `.grad`."""
     if _has_own_step(optimizer):
         return
-    kind = type(optimizer)
+    kind: Any = type(optimizer)
     why = "which takes sparse gradients only" if isinstance(optimizer, SparseAdam) else _why_not_alone(kind)
     if why:
         raise ValueError(f"optimizer is a {kind.__name__}, {why}; accepted: one whose step() runs on .grad alone")

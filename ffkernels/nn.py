@@ -542,7 +542,7 @@ class FFNetwork(nn.Module):
         best = [x.new_empty(0, dtype=torch.int64)]
         for rows in x.split(max(1, PREDICTION_ROWS // num_classes)):
             under_all = rows.repeat(num_classes, 1)
-            field = under_all.view(num_classes, len(rows), -1)[:, :, :num_classes]
+            field = under_all.view(num_classes, len(rows), x.shape[1])[:, :, :num_classes]
             field.zero_().diagonal(dim1=0, dim2=2).fill_(label_value)
             totals = (self.goodness(under_all, **self._sharing(rows, num_classes))[:, chosen] * sign).sum(1)
             best.append(totals.view(num_classes, len(rows)).argmax(0))

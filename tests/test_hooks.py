@@ -75,6 +75,10 @@ def assert_trained_alike(
     return nets[0]
 
 
+def triple(p: Tensor) -> None:
+    p.grad.mul_(3)
+
+
 @pytest.mark.parametrize("optimizer", [name for name in KINDS if name != "none"])
 @pytest.mark.parametrize("how", ["mask", "clamp twice", "in place after", "both parameters"])
 def test_gradient_hooks_change_the_gradient(how, optimizer):
@@ -87,7 +91,7 @@ def test_gradient_hooks_change_the_gradient(how, optimizer):
                 layer.weight.register_hook(lambda g: g.clamp(-1e-3, 1e-3))
                 layer.weight.register_hook(lambda g: g + 1e-3)
             elif how == "in place after":
-                layer.bias.register_post_accumulate_grad_hook(lambda p: p.grad.mul_(3))
+                layer.bias.register_post_accumulate_grad_hook(triple)
             else:
                 torch.autograd.graph.register_multi_grad_hook(
                     [layer.weight, layer.bias], lambda gs: [g.neg_() for g in gs]

@@ -92,6 +92,7 @@ def linear_step_(
     peer: PeerNormalisation | None = None,
     peer_mean: Tensor | None = None,
     backend: str | None = None,
+    only_checks: bool = False,
 ) -> StepResult:
     """One Forward-Forward step of one linear layer: updates `weight` and `bias` in place, without autograd.
 
@@ -130,6 +131,7 @@ def linear_step_(
         peer: peer normalisation, a regulariser that keeps the units about equally active.
         peer_mean: `[out]` its running mean activity, which the step moves; with `peer`, and only then.
         backend: forces a backend; so does the environment variable FFKERNELS_BACKEND.
+        only_checks: raises what a step would raise, and takes none; the result is empty.
 
     Raises:
         ValueError, TypeError: for an argument that does not fit, before anything is written.
@@ -171,6 +173,9 @@ def linear_step_(
         skips=skip_below > 0, shares=product is not None,
     )  # fmt: skip
     chosen = select.choose(request, backend)
+    if only_checks:
+        nothing = weight.new_empty(0)
+        return StepResult(None, nothing, nothing, nothing, n_pos)
 
     order = None
     if is_positive is not None and objective.paired:
@@ -377,7 +382,7 @@ def explain(
     check.layer_tensors(weight, None)
     check.optimizer_object(optimizer)
     compute = check.compute_dtype_of(compute_dtype, weight)
-    rule, update = optim.fused_rule(optimizer)
+    rule, update = optim.fused_rule(optimizer, weight)
     check.fraction("skip_below", skip_below)
     request = select.Request(
         weight.device,

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from . import optim
 from .functional import StepResult
-from .nn import FFNetwork
+from .nn import FFNetwork, called_only
 
 Optimizers = Optimizer | Sequence[Optimizer | None] | None
 
@@ -84,7 +84,13 @@ class GraphedStep:
             if not _has_graphs(device):
                 raise ValueError(f"{name} is on {device}; accepted: a CUDA or ROCm device, which alone has graphs")
         for i, (layer, optimizer) in enumerate(zip(self.net, self._per_layer, strict=True)):
-            rule, reason = optim.fused_rule(optimizer)
+            if called_only(layer):
+                raise ValueError(
+                    f"layers[{i}] is watched by hooks or overridden, which a replay does not call; "
+                    "accepted: a plain FFLinear"
+                )
+            parameters = [p for p in (layer.weight, layer.bias) if p is not None]
+            rule, reason = optim.fused_rule(optimizer, *parameters)
             if rule == "grad":
                 raise ValueError(
                     f"optimizers[{i}] cannot be replayed ({reason}); accepted: torch.optim.SGD, Adam, AdamW"

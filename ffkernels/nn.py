@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import functional, negatives
+from . import functional, negatives, optim
 from . import validation as check
+from .backends import select
 from .functional import DEFAULT_OBJECTIVE, StepResult
 from .normalisation import row_scale
 from .objective import Objective
@@ -19,6 +21,8 @@ from .peer import FIRST_MEAN, PeerNormalisation
 
 # Rows times labels that a prediction works on at once.
 PREDICTION_ROWS = 1280
+# Options of a step that change the activities themselves.
+FORWARD_OPTIONS = ("norm", "eps", "eps_mode", "activation", "compute_dtype", "backend")
 
 
 class FFLinear(nn.Linear):
@@ -27,6 +31,10 @@ class FFLinear(nn.Linear):
     Parameters, their initialisation and their names in `state_dict` are those of `torch.nn.Linear`. The options are
     those of `linear_step_`, and plain attributes: they can be changed at any time. With `peer`, the running mean is the
     buffer `peer_mean` `[out]`, which starts at 0.5.
+
+    Where forward or backward hooks watch it (pruning is one), where a subclass overrides `forward`, `activity` or
+    `goodness`, or where one of weight and bias is frozen, a step calls the layer itself, on the joint batch, and lets
+    autograd and the optimizer's own `step()` do the rest: the same step, only slower.
 
     Raises:
         ValueError, TypeError: for an option outside what `linear_step_` accepts.
@@ -58,7 +66,11 @@ class FFLinear(nn.Linear):
             raise TypeError(f"objective={objective!r} is not an ffkernels.Objective")
         if peer is not None and not isinstance(peer, PeerNormalisation):
             raise TypeError(f"peer={peer!r} is not an ffkernels.PeerNormalisation")
+        if backend is not None:
+            check.one_of("backend", backend, tuple(select.BACKENDS))
         super().__init__(in_features, out_features, bias, device, dtype)
+        check.layer_tensors(self.weight, self.bias)
+        check.compute_dtype_of(compute_dtype, self.weight)
         mean = None if peer is None else torch.full_like(self.weight.detach()[:, 0], FIRST_MEAN)
         self.register_buffer("peer_mean", mean)
         self.objective = objective
@@ -72,8 +84,7 @@ class FFLinear(nn.Linear):
         self.backend = backend
 
     def _options(self) -> dict[str, Any]:
-        names = ("norm", "eps", "eps_mode", "activation", "compute_dtype", "backend")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in FORWARD_OPTIONS}
 
     def activity(self, x: Tensor, input_sumsq: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
         """Activities `[rows, out]` of rows `x` `[rows, in]`, and their sums of squares `[rows]`.
@@ -93,12 +104,161 @@ class FFLinear(nn.Linear):
 
     def step(self, x_pos: Tensor, x_neg: Tensor | None, optimizer: Optimizer | None, **options: Any) -> StepResult:
         """One training step, `ffkernels.linear_step_`; `options` go there and override the layer's own."""
+        options = {**self._step_options(), **options}
+        weight, bias = self.weight, self.bias
+        half_frozen = bias is not None and weight.requires_grad != bias.requires_grad
+        if half_frozen or called_only(self):
+            return self._step_by_call(x_pos, x_neg, optimizer, **options)
+        return functional.linear_step_(x_pos, x_neg, weight, bias, optimizer, **options)
+
+    def _step_options(self) -> dict[str, Any]:
         peer = {"peer": self.peer, "peer_mean": None if self.peer is None else self.peer_mean}
-        own = {"objective": self.objective, "outputs": self.outputs, **peer, **self._options()}
-        return functional.linear_step_(x_pos, x_neg, self.weight, self.bias, optimizer, **{**own, **options})
+        return {"objective": self.objective, "outputs": self.outputs, **peer, **self._options()}
+
+    def _hand_on(self, x_pos: Tensor, x_neg: Tensor | None, optimizer: Optimizer | None, **options: Any) -> StepResult:
+        """What `step` returns, without one."""
+        return self._step_by_call(x_pos, x_neg, None, learns=False, **{**self._step_options(), **options})
+
+    def _step_by_call(
+        self,
+        x_pos: Tensor,
+        x_neg: Tensor | None,
+        optimizer: Optimizer | None,
+        *,
+        objective: Objective,
+        outputs: str,
+        sample_weight: Tensor | None = None,
+        is_positive: Tensor | None = None,
+        input_sumsq: Tensor | None = None,
+        skip_below: float = 0.0,
+        label_field: int | None = None,
+        product: Tensor | None = None,
+        peer: PeerNormalisation | None = None,
+        peer_mean: Tensor | None = None,
+        learns: bool = True,
+        only_checks: bool = False,
+        **own: Any,
+    ) -> StepResult:
+        """`linear_step_` by a call of the layer, `backward()` and `optimizer.step()`, or without `learns` its forward.
+
+        What is known of the rows (`input_sumsq`, `label_field`, `product`) saves nothing here.
+        """
+        if not own.keys() <= set(FORWARD_OPTIONS):
+            raise TypeError(f"{', '.join(own.keys() - set(FORWARD_OPTIONS))}: no option of a step")
+        weight, bias = self.weight.detach(), None if self.bias is None else self.bias.detach()
+        check.layer_options(own["norm"], own["eps"], own["eps_mode"], own["activation"])
+        check.one_of("outputs", outputs, check.OUTPUTS)
+        check.layer_tensors(weight, bias)
+        compute = check.compute_dtype_of(own["compute_dtype"], weight)
+        check.rows_of("x_pos", x_pos, weight, compute)
+        if (x_neg is None) != (is_positive is not None):
+            came = "neither" if x_neg is None else "both"
+            raise ValueError(f"of x_neg and is_positive came {came}; accepted: one of the two")
+        x, n_pos = x_pos, len(x_pos)
+        if x_neg is not None:
+            check.rows_of("x_neg", x_neg, weight, compute)
+            x = torch.cat([x_pos, x_neg])
+        if is_positive is not None:
+            check.vector("is_positive", is_positive, len(x), torch.bool, weight.device)
+        check.objective_for(objective, len(x), n_pos if is_positive is None else None, weight)
+        if sample_weight is not None:
+            entries = len(x) // 2 if objective.paired else len(x)
+            check.vector("sample_weight", sample_weight, entries, weight.dtype, weight.device)
+        check.optimizer_object(optimizer)
+        parameters = [p for p in self.parameters() if p.requires_grad] if learns else []
+        if learns and not parameters:
+            raise ValueError("no parameter of the layer has requires_grad=True; accepted: one that can be trained")
+        if learns and (peer is not None or skip_below):
+            name = "peer" if peer is not None else "skip_below"
+            raise ValueError(
+                f"{name} came to a layer that hooks watch, a subclass overrides or that is frozen in part, whose step "
+                f"is autograd's; accepted: no {name}, or a layer without these"
+            )
+        if optimizer is not None and parameters:
+            named = {name: p for name, p in self.named_parameters() if p.requires_grad}
+            optim.check_parameters(optimizer, named)
+        if only_checks:
+            nothing = weight.new_empty(0)
+            return StepResult(None, nothing, nothing, nothing, n_pos)
+        x = x.detach()
+        side = torch.arange(len(x), device=x.device) < n_pos if is_positive is None else is_positive
+        with self._set(own):
+            with torch.set_grad_enabled(bool(parameters)):
+                y, sumsq = self._run(x)
+                if overridden(self, "goodness"):
+                    goodness = self.goodness(x).to(weight.dtype)
+                else:
+                    goodness = objective.goodness_of(sumsq, self.out_features)
+                loss = functional.goodness_loss(goodness, side, objective, sample_weight=sample_weight)
+            if parameters:
+                optim.step_on_loss(optimizer, parameters, loss)
+                if outputs == "post":
+                    with torch.no_grad():
+                        y, sumsq = self._run(x)
+        y_out = None if outputs == "none" else y.detach()
+        known = n_pos if is_positive is None else None
+        return StepResult(y_out, sumsq.detach(), goodness.detach(), loss.detach(), known, is_positive)
+
+    def _run(self, x: Tensor, input_sumsq: Tensor | None = None, **shared: Any) -> tuple[Tensor, Tensor]:
+        """`activity`, by a call where one is waited for, to which what is known of the rows says nothing."""
+        if not called_only(self):
+            return self.activity(x, input_sumsq, **shared)
+        y = self(x)
+        return y, y.to(self.weight.dtype).square().sum(1)
+
+    @contextmanager
+    def _set(self, options: dict[str, Any]) -> Iterator[None]:
+        before = self._options()
+        vars(self).update(options)
+        try:
+            yield
+        finally:
+            vars(self).update(before)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, norm={self.norm}, activation={self.activation}, outputs={self.outputs}"
+
+
+def watched(module: nn.Module) -> bool:
+    """Whether calls of a module are seen by hooks, so that none may be left out."""
+    every = nn.modules.module
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        or every._global_forward_hooks or every._global_forward_pre_hooks
+        or every._global_backward_hooks or every._global_backward_pre_hooks
+    )  # fmt: skip
+
+
+def overridden(layer: FFLinear, *names: str) -> bool:
+    """Whether a subclass or the object itself replaces one of these methods."""
+    kind, own = type(layer), vars(layer)
+    for name in names:
+        if name in own or (kind is not FFLinear and getattr(kind, name) is not getattr(FFLinear, name)):
+            return True
+    return False
+
+
+def called_only(layer: FFLinear) -> bool:
+    """Whether a layer computes something else, or something more, than its closed form."""
+    return watched(layer) or overridden(layer, "forward", "activity", "goodness", "__call__")
+
+
+def _step_of(layer: FFLinear) -> Callable[..., StepResult]:
+    """The step of a layer; of a frozen one, the forward pass that takes its place in a network."""
+    if not layer.weight.requires_grad and not any(p.requires_grad for p in layer.parameters()):
+        return layer._hand_on
+    return layer.step
+
+
+def _handed_on(layer: FFLinear, options: dict[str, Any]) -> torch.dtype | None:
+    """The dtype of a layer's activities; None where only a call of it could tell."""
+    if called_only(layer) or overridden(layer, "step"):
+        return None
+    return check.compute_dtype_of(options.get("compute_dtype", layer.compute_dtype), layer.weight)
+
+
+def _is_matrix(x: object) -> bool:
+    return isinstance(x, Tensor) and x.dim() == 2
 
 
 class FFNetwork(nn.Module):
@@ -145,6 +305,9 @@ class FFNetwork(nn.Module):
     ) -> list[StepResult]:
         """One step of every layer on a minibatch; each hands its activities to the next as its `outputs` says.
 
+        All layers are checked before the first one is written. A layer none of whose parameters requires a gradient
+        stays as it is, its running mean too: it hands on its activities, and has a loss and a goodness.
+
         Args:
             x_pos, x_neg: rows of both sides, as in `linear_step_`.
             optimizers: one for all layers, or a sequence with one for each.
@@ -156,16 +319,21 @@ class FFNetwork(nn.Module):
             One result per layer, its `y` None unless `keep`: activities live only until the next layer has seen them,
             so that memory does not grow with depth; the last layer's are not computed.
         """
+        per_layer = self._optimizers(optimizers)
+        last = len(self.layers) - 1
+        outputs = ["none" if i == last and not keep else layer.outputs for i, layer in enumerate(self)]
+        if "none" in outputs[:-1]:
+            i = outputs.index("none")
+            raise ValueError(f"layers[{i}].outputs='none' but a layer comes after it; accepted: 'post' or 'pre'")
+        self._check_upper(x_pos, x_neg, per_layer, outputs, options)
         shared = {"label_field": label_field, "product": product}
         results = []
         sumsq = None
         is_positive = options.get("is_positive")
-        last = len(self.layers) - 1
-        for i, (layer, optimizer) in enumerate(zip(self, self._optimizers(optimizers), strict=True)):
-            if i < last and layer.outputs == "none":
-                raise ValueError(f"layers[{i}].outputs='none' but a layer comes after it; accepted: 'post' or 'pre'")
-            outputs = "none" if i == last and not keep else layer.outputs
-            result = layer.step(x_pos, x_neg, optimizer, outputs=outputs, input_sumsq=sumsq, **shared, **options)
+        for i, (layer, optimizer) in enumerate(zip(self, per_layer, strict=True)):
+            result = _step_of(layer)(
+                x_pos, x_neg, optimizer, outputs=outputs[i], input_sumsq=sumsq, **shared, **options
+            )
             shared = {}
             results.append(result if keep else replace(result, y=None))
             if i < last:
@@ -173,6 +341,34 @@ class FFNetwork(nn.Module):
                 assert result.y is not None
                 x_pos, x_neg = (result.y, None) if is_positive is not None else result.sides(result.y)
         return results
+
+    def _check_upper(
+        self,
+        x_pos: Tensor,
+        x_neg: Tensor | None,
+        per_layer: Sequence[Optimizer | None],
+        outputs: Sequence[str],
+        options: dict[str, Any],
+    ) -> None:
+        """Raises what a step of any layer but the first would, which checks itself before it writes.
+
+        Compiled code has no need of it: there all checks are made when it is traced, before anything runs.
+        """
+        given = [x for x in (x_pos, x_neg) if x is not None]
+        if len(self.layers) == 1 or torch.compiler.is_compiling() or not all(_is_matrix(x) for x in given):
+            return
+        rows = sum(map(len, given))
+        below = None
+        for i, (layer, optimizer) in enumerate(zip(self, per_layer, strict=True)):
+            try:
+                if below is not None and not overridden(layer, "step"):
+                    dtype = _handed_on(below, options) or layer.weight.dtype
+                    x = below.weight.new_zeros((), dtype=dtype).expand(rows, layer.in_features)
+                    sides = (x, None) if x_neg is None else (x[: len(x_pos)], x[len(x_pos) :])
+                    _step_of(layer)(*sides, optimizer, outputs=outputs[i], only_checks=True, **options)
+            except (ValueError, TypeError) as error:
+                raise type(error)(f"layers[{i}]: {error}") from None
+            below = layer
 
     @torch.no_grad()
     def step_and_features(
@@ -189,35 +385,64 @@ class FFNetwork(nn.Module):
         neutral label run with the others: one pass over the weights, the first layer's product shared by all three.
         They weigh nothing in the loss, and their coefficients are exactly zero. `options` are those of `step`.
         """  # fmt: skip
-        if not self._runs_together(options):
+        keep = options.get("keep", False)
+        if not self._runs_together(x_pos, x_neg, num_classes, options):
             features = self.features(x_pos, num_classes=num_classes)
-            return self.step(x_pos, x_neg, optimizers, label_field=num_classes, **options), features
+            options = {"label_field": num_classes or None, **options}
+            return self.step(x_pos, x_neg, optimizers, **options), features
+        negatives.check_rows(x_pos, num_classes)
         rows = len(x_pos)
         others = torch.cat([x_neg, x_pos])
         others[rows:, :num_classes] = 1 / num_classes
         # A mean over 3 rows in place of 2.
-        weight = torch.full((3 * rows,), 1.5, dtype=next(self.parameters()).dtype)
+        weight = next(self.parameters()).new_full((3 * rows,), 1.5)
         weight[2 * rows :] = 0
-        joint = self.step(x_pos, others, optimizers, keep=True, sample_weight=weight, **options)
-        neutral = [(cast("Tensor", result.y)[2 * rows :], result.sumsq[2 * rows :]) for result in joint]
+        joint = self.step(x_pos, others, optimizers, sample_weight=weight, **{**options, "keep": True})
+        activities = [cast("Tensor", result.y) for result in joint]
+        neutral = [(y[2 * rows :], result.sumsq[2 * rows :]) for y, result in zip(activities, joint, strict=True)]
         results = [
-            replace(result, y=None, sumsq=result.sumsq[: 2 * rows], goodness=result.goodness[: 2 * rows])
-            for result in joint
+            replace(
+                result,
+                y=y[: 2 * rows] if keep else None,
+                sumsq=result.sumsq[: 2 * rows],
+                goodness=result.goodness[: 2 * rows],
+            )
+            for y, result in zip(activities, joint, strict=True)
         ]
         return results, self._side_by_side(neutral, None)
 
-    def _runs_together(self, options: dict[str, Any]) -> bool:
+    def _runs_together(self, x_pos: Tensor, x_neg: Tensor, num_classes: int, options: dict[str, Any]) -> bool:
+        """Whether the rows under the neutral label can be further rows of the step, and change nothing else of it."""
+
         def fits(layer: FFLinear) -> bool:
-            objective, compute_dtype = layer.objective, check.compute_dtype_of(layer.compute_dtype, layer.weight)
+            objective = options.get("objective", layer.objective)
             return (
                 layer.outputs == "pre"
+                and isinstance(objective, Objective)
                 and not objective.paired
                 and objective.reduction == "mean"
                 and not isinstance(objective.threshold, Tensor)
-                and functional.finds_copies(layer.weight, compute_dtype, layer.activation, layer.backend)
+                and _step_of(layer) == layer.step
+                and not called_only(layer)
+                and not overridden(layer, "step")
+                and functional.finds_copies(
+                    layer.weight,
+                    check.compute_dtype_of(layer.compute_dtype, layer.weight),
+                    layer.activation,
+                    layer.backend,
+                )
             )
 
-        return "sample_weight" not in options and all(map(fits, self))
+        # What else changes a forward pass, or says something of each row, belongs to the step's rows alone.
+        free = {"objective", "skip_below", "peer", "peer_mean", "keep"}
+        return (
+            options.keys() <= free
+            and bool(num_classes)
+            and _is_matrix(x_pos)
+            and _is_matrix(x_neg)
+            and x_pos.shape == x_neg.shape
+            and all(map(fits, self))
+        )
 
     @torch.no_grad()
     def train_layerwise(
@@ -235,11 +460,14 @@ class FFNetwork(nn.Module):
         """
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ValueError(f"steps={steps!r} is not an integer >= 1")
+        per_layer = self._optimizers(optimizers)
+        self._check_upper(x_pos, x_neg, per_layer, ["none"] * len(self.layers), options)
         losses = []
-        for layer, optimizer in zip(self, self._optimizers(optimizers), strict=True):
-            results = [layer.step(x_pos, x_neg, optimizer, outputs="none", **options) for _ in range(steps)]
+        for layer, optimizer in zip(self, per_layer, strict=True):
+            step = _step_of(layer)
+            results = [step(x_pos, x_neg, optimizer, outputs="none", **options) for _ in range(steps)]
             losses.append(torch.stack([result.loss for result in results]))
-            x_pos, x_neg = layer(x_pos), layer(x_neg)
+            x_pos, x_neg = layer(x_pos), None if x_neg is None else layer(x_neg)
         return losses
 
     def _optimizers(self, optimizers: Optimizer | Sequence[Optimizer | None] | None) -> Sequence[Optimizer | None]:
@@ -255,7 +483,7 @@ class FFNetwork(nn.Module):
         """Layers, activities, sums of squares; without `keep` the last layer's activities are left out."""
         sumsq = None
         for index, layer in enumerate(self, 1):
-            x, sumsq = layer.activity(x, sumsq, keep=keep or index < len(self.layers), **shared)
+            x, sumsq = layer._run(x, sumsq, keep=keep or index < len(self.layers), **shared)
             shared = {}
             yield layer, x, sumsq
 
@@ -284,8 +512,11 @@ class FFNetwork(nn.Module):
 
         `shared`: `product` and `label_field` of `linear_forward`, for the first layer.
         """
-        passed = self._pass(x, keep=False, **shared)
-        per_layer = [layer.objective.goodness_of(sumsq, layer.out_features) for layer, _, sumsq in passed]
+        per_layer = []
+        for layer, y, sumsq in self._pass(x, keep=False, **shared):
+            own = overridden(layer, "goodness")
+            per_layer.append(layer.goodness(x) if own else layer.objective.goodness_of(sumsq, layer.out_features))
+            x = y
         return torch.stack(per_layer, dim=1)
 
     @torch.no_grad()
@@ -304,22 +535,24 @@ class FFNetwork(nn.Module):
             layers: indices of the layers that count; None for all.
             label_value: the value that marks a label.
         """
-        chosen = self._chosen(layers, default=range(len(self.layers)))
-        sign = torch.tensor([1.0 if layer.objective.maximize else -1.0 for layer in self], device=x.device)[chosen]
         negatives.check_rows(x, num_classes)
         negatives.check_value(label_value)
+        chosen = self._chosen(layers, default=range(len(self.layers)))
+        sign = torch.tensor([1.0 if layer.objective.maximize else -1.0 for layer in self], device=x.device)[chosen]
         best = [x.new_empty(0, dtype=torch.int64)]
         for rows in x.split(max(1, PREDICTION_ROWS // num_classes)):
             under_all = rows.repeat(num_classes, 1)
-            field = under_all.view(num_classes, len(rows), -1)[:, :, :num_classes]
+            field = under_all.view(num_classes, len(rows), x.shape[1])[:, :, :num_classes]
             field.zero_().diagonal(dim1=0, dim2=2).fill_(label_value)
             totals = (self.goodness(under_all, **self._sharing(rows, num_classes))[:, chosen] * sign).sum(1)
-            best.append(totals.view(num_classes, -1).argmax(0))
+            best.append(totals.view(num_classes, len(rows)).argmax(0))
         return torch.cat(best)
 
     def _sharing(self, x: Tensor, num_classes: int) -> dict[str, Any]:
         """Arguments of `linear_forward` for the first layer and copies of `x` under each label: one product for all."""
         first = next(iter(self))
+        if called_only(first):
+            return {}
         compute_dtype = check.compute_dtype_of(first.compute_dtype, first.weight)
         if functional.finds_copies(first.weight, compute_dtype, first.activation, first.backend):
             return {"copies": num_classes}

@@ -69,18 +69,29 @@ def _linear_step_fake(*args: Any) -> None:
     return None
 
 
-def _run_on_backend(name: str) -> Any:
-    def run(*args: Any) -> Any:
-        return getattr(select.load(args[-1]), name)(*args[:-1])
+def _forward_on_backend(*args: Any) -> tuple[Tensor, Tensor]:
+    return select.load(args[-1]).linear_forward(*args[:-1])
 
-    return run
+
+def _step_on_backend(*args: Any) -> None:
+    """Compiled code brings the numbers of an update in a tensor, behind its state: `optim.RULES`."""
+    if args[_RULE] != "grad" and not args[_RULE + 2]:
+        unpacked = list(args)
+        for at in (_RULE + 1, _RULE + 4):
+            if unpacked[at]:
+                *unpacked[at], numbers = unpacked[at]
+                unpacked[at + 1] = numbers.tolist()
+        args = tuple(unpacked)
+    select.load(args[-1]).linear_step_(*args[:-1])
 
 
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema)
-    _library.impl(_name, _run_on_backend(_name), "CompositeExplicitAutograd")
+_library.impl("linear_forward", _forward_on_backend, "CompositeExplicitAutograd")
+_library.impl("linear_step_", _step_on_backend, "CompositeExplicitAutograd")
 torch.library.register_fake("ffkernels::linear_forward", _linear_forward_fake, lib=_library)
 torch.library.register_fake("ffkernels::linear_step_", _linear_step_fake, lib=_library)
 
 linear_forward = torch.ops.ffkernels.linear_forward.default
 linear_step_ = torch.ops.ffkernels.linear_step_.default
+_RULE = [argument.name for argument in linear_step_._schema.arguments].index("rule")

@@ -181,6 +181,17 @@ def test_bad_peer_normalisation(options, kind, words):
         (lambda: ff.FFLinear(3, 4, norm="max"), ValueError, "norm='max'"),
         (lambda: ff.FFLinear(3, 4, objective=2.0), TypeError, "objective=2.0"),
         (lambda: ff.FFLinear(3, 4, outputs="later"), ValueError, "outputs='later'"),
+        (lambda: ff.FFLinear(3, 4, backend="x"), ValueError, "backend='x' is not one of 'triton', 'native', 'eager'"),
+        (lambda: ff.FFLinear(3, 4, backend=1), ValueError, "backend=1 is not one of"),
+        (lambda: ff.FFLinear(3, 4, compute_dtype="bfloat16"), TypeError, "compute_dtype=.*bfloat16"),
+        (lambda: ff.FFLinear(3, 4, compute_dtype=torch.int8), TypeError, "compute_dtype=torch.int8"),
+        (
+            lambda: ff.FFLinear(3, 4, compute_dtype=torch.float16, dtype=torch.float64),
+            TypeError,
+            "compute_dtype=torch.float16 does not go with a torch.float64 weight",
+        ),
+        (lambda: ff.FFLinear(3, 4, dtype=torch.float16), TypeError, "weight is torch.float16; accepted: torch.float32"),
+        (lambda: ff.FFLinear(0, 4), ValueError, r"weight has shape \(4, 0\)"),
         (lambda: ff.FFNetwork([]), ValueError, "layers is empty"),
         (lambda: ff.FFNetwork([nn.Linear(3, 4)]), TypeError, r"layers\[0\] is a Linear"),
         (
@@ -212,6 +223,14 @@ def test_bad_network_calls(call, words):
     with pytest.raises(ValueError, match=words):
         call(net, torch.rand(5, 11))
     assert pickle.dumps(net.state_dict()) == before
+
+
+@pytest.mark.parametrize("read", [lambda n, x: n.predict(x), lambda n, x: n.features(x), lambda n, x: n.goodness(x)])
+@pytest.mark.parametrize("x", [[[0.5] * 11], None, torch.ones(2, 11, dtype=torch.int64)])
+def test_rows_that_are_no_tensor_of_numbers_are_named(read, x):
+    net = ff.FFNetwork([ff.FFLinear(11, 4), ff.FFLinear(4, 2)])
+    with pytest.raises(TypeError, match=r"x must be|x is a|x is torch.int64"):
+        read(net, x)
 
 
 def test_a_layer_that_hands_nothing_on_cannot_have_one_above():

@@ -113,6 +113,36 @@ def test_predict_is_the_best_label(layers, maximize):
     assert torch.equal(net.predict(x, K, layers=layers, label_value=0.7), expected)
 
 
+def test_no_rows_have_no_labels_activities_or_features():
+    net, (x, _) = network(), sides()
+    for rows in (x[:0], x[:0].float()):
+        labels = net.to(rows.dtype).predict(rows, K)
+        assert labels.dtype == torch.int64 and labels.tolist() == []
+    assert net.goodness(rows).shape == (0, 3) and net.features(rows, num_classes=K).shape == (0, 13)
+
+
+def test_layerwise_training_takes_rows_in_any_order():
+    net, (x_pos, x_neg) = network(), sides()
+    twin = copy.deepcopy(net)
+    side = torch.arange(20) < 10
+    ours = net.train_layerwise(torch.cat([x_pos, x_neg]), None, SGD(net.parameters(), lr=0.1), 2, is_positive=side)
+    theirs = twin.train_layerwise(x_pos, x_neg, SGD(twin.parameters(), lr=0.1), 2)
+    assert error(torch.cat(ours), torch.cat(theirs)) < 1e-10
+    assert error(net.goodness(x_pos), twin.goodness(x_pos)) < 1e-10
+
+
+def test_layers_that_share_their_parameters_step_as_often():
+    layer = ff.FFLinear(12, 12, dtype=torch.float64)
+    net, twin = ff.FFNetwork([layer, layer]), ff.FFNetwork([copy.deepcopy(layer)])
+    x_pos, x_neg = sides()
+    optimizers = [Adam(n.parameters(), lr=0.1) for n in (net, twin)]
+    net.step(x_pos, x_neg, optimizers[0])
+    first = twin.layers[0].step(x_pos, x_neg, optimizers[1])
+    twin.layers[0].step(first.pos, first.neg, optimizers[1])
+    assert error(layer.weight, twin.layers[0].weight) < 1e-12
+    assert optimizers[0].state[layer.weight]["step"] == 2
+
+
 @pytest.mark.parametrize(("layers", "used"), [(None, [1, 2]), ([0, 2], [0, 2])])
 def test_features_are_normalised_activities_under_the_neutral_label(layers, used):
     net, (x, _) = network(), sides()

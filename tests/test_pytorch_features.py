@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 import ffkernels as ff
 from ffkernels import reference
 from ffkernels.backends import select
+from ffkernels.optim import SGDW
 
 from .steps import error, problem
 
@@ -112,6 +113,78 @@ def test_a_step_compiles_from_its_first_call_on(optimizer, fresh_compiler):
     assert_same(*layers)
     mine, theirs = (o.state_dict()["state"] for o in optimizers)
     assert mine.keys() == theirs.keys() and all(mine[i].keys() == theirs[i].keys() for i in theirs)
+
+
+CHANGING: dict[str, tuple[Callable[[Any], Optimizer], Callable[[Optimizer], Any]]] = {
+    # Numbers, not tensors, that take 20 values each.
+    "adam, OneCycleLR": (lambda p: Adam(p, lr=0.01), lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=25)),
+    "adamw, ExponentialLR": (lambda p: AdamW(p, lr=0.05), lambda o: lr_scheduler.ExponentialLR(o, 0.9)),
+    "sgd, OneCycleLR": (
+        lambda p: SGD(p, lr=0.01, momentum=0.9), lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=25)
+    ),
+    "sgd without momentum, LambdaLR": (
+        lambda p: SGD(p, lr=0.1), lambda o: lr_scheduler.LambdaLR(o, lambda step: 1 / (1 + step))
+    ),
+    "sgdw, CosineAnnealingLR": (
+        lambda p: SGDW(p, lr=0.1, decoupled=0.1, momentum=0.5), lambda o: lr_scheduler.CosineAnnealingLR(o, 30)
+    ),
+    "sgdw with a tensor lr, OneCycleLR": (
+        lambda p: SGDW(p, lr=torch.tensor(0.1), decoupled=0.1, momentum=0.5),
+        lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=25),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("case", "compiler"), [(case, "aot_eager") for case in CHANGING] + [("adam, OneCycleLR", COMPILERS[-1])]
+)
+def test_numbers_of_a_schedule_are_no_constants_of_compiled_code(case, compiler, fresh_compiler):
+    """Twenty values of learning rate, betas, momentum: compiled anew a handful of times, and the same numbers."""
+    make, schedule = CHANGING[case]
+    nets = [network()[0] for _ in range(2)]
+    optimizers = [make(net.parameters()) for net in nets]
+    schedules = [schedule(o) for o in optimizers]
+    graphs: list[Any] = []
+    compiled = torch.compile(body, fullgraph=True, backend=counting(compiler, graphs))
+    for i in range(20):
+        x, labels = torch.rand(10, 20), torch.arange(10) % 7
+        losses = []
+        for run, net, o, s in zip((compiled, body), nets, optimizers, schedules, strict=True):
+            torch.manual_seed(i)
+            with torch._dynamo.config.patch(error_on_recompile=i > 4):
+                losses.append(run(net, o, x, labels)[0])
+            s.step()
+        assert torch.equal(*losses)
+    assert_same(*nets)
+    assert 1 <= len(graphs) <= 4
+
+
+def counting(compiler: str, graphs: list[Any]) -> Callable[..., Any]:
+    """A compiler that notes what it compiles."""
+
+    def compile_and_note(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend(compiler)(graph, inputs)
+
+    return compile_and_note
+
+
+@pytest.mark.parametrize("how", ["gradient hook", "module hook", "rmsprop"])
+def test_what_is_called_is_called_from_compiled_code_too(how, fresh_compiler):
+    """Where it cannot be part of a graph, it breaks it, as it does in plain PyTorch."""
+    nets = [network()[0] for _ in range(2)]
+    for net in nets:
+        if how == "gradient hook":
+            net.layers[0].weight.register_hook(lambda g: g.clamp(-1e-3, 1e-3))
+        elif how == "module hook":
+            net.layers[0].register_forward_hook(lambda m, args, y: y * 0.5)
+    kind = torch.optim.RMSprop if how == "rmsprop" else SGD
+    optimizers = [kind(net.parameters(), lr=0.05) for net in nets]
+    compiled = torch.compile(lambda *x: nets[0].step(*x, optimizers[0])[1].loss, backend="aot_eager")
+    for _ in range(3):
+        x = torch.rand(2, 8, 20)
+        assert error(compiled(x[0], x[1]), nets[1].step(x[0], x[1], optimizers[1])[1].loss) < 1e-6
+    assert_same(*nets, 1e-6)
 
 
 def test_compiled_code_meets_the_same_errors(fresh_compiler):

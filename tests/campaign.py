@@ -143,6 +143,7 @@ class Campaign:
             place.arm()
             return self.command(name, "--resume")
 
+        before = self.leftovers(name)
         code = in_a_process(armed, self.said)
         text = self.said.read_text(errors="replace")
         assert code in (0, cli.INTERRUPTED, -signal.SIGKILL), f"{place}: exit code {code}\n{text}"
@@ -152,9 +153,12 @@ class Campaign:
             saved = torch.load(run / train.CHECKPOINT, weights_only=True)
             checkpoint.load(run / train.CHECKPOINT, saved["settings"])
         if code != -signal.SIGKILL:
-            left = [path.name for path in (self.folder / name).rglob("*") if path.suffix in (".tmp", ".lock")]
+            left = self.leftovers(name) - before
             assert not left, f"{place}: left {left}\n{text}"
         return code
+
+    def leftovers(self, name: str) -> set[str]:
+        return {path.name for path in (self.folder / name).rglob("*") if path.suffix in (".tmp", ".lock")}
 
     def finish(self, name: str) -> None:
         code = in_a_process(lambda: self.command(name, "--resume"), self.said)

@@ -110,10 +110,9 @@ def load(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
         found = torch.load(content, map_location="cpu", weights_only=True)
         version, saved, state = found["format"], dict(found["settings"]), found["state"]
         names = [name for name in dict.fromkeys([*settings, *saved]) if not _same(name, saved, settings)]
-        other_format = version != FORMAT
     except Exception as error:  # zipfile, zlib, pickle and torch each have several
         raise damaged(path, f"{type(error).__name__}: {error}") from error
-    if other_format:
+    if not _equal(version, FORMAT):
         raise ValueError(f"{path}: format {_short(version)}, but this version reads format {FORMAT}")
     if names:
         differences = [f"{name} {_short(saved.get(name))}, now {_short(settings.get(name))}" for name in names]

@@ -43,10 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         try:
             code = _run(sys.argv[1:] if argv is None else list(argv))
-        except SystemExit as exit_:  # argparse, where it has printed its help
-            code = exit_.code
-            if code:
+        except SystemExit as exit_:
+            if exit_.code:
                 raise
+            code = 0  # argparse has printed its help
         if sys.stdout is not None:
             sys.stdout.flush()
         return code

@@ -253,7 +253,8 @@ def test_a_forced_backend_that_does_not_exist(arguments, capsys, monkeypatch) ->
 
 @pytest.fixture
 def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return {**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
 def test_a_renamed_folder_is_the_same_data(arguments, capsys, monkeypatch) -> None:

@@ -1,9 +1,12 @@
+import errno
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +16,7 @@ import torch
 
 from ffkernels import cli
 from ffkernels.backends.native import library
-from ffkernels.experiments import progress
+from ffkernels.experiments import checkpoint, progress
 from ffkernels.experiments.train import CHECKPOINT, METRICS
 
 from .toy_data import toy_data, write_idx
@@ -246,6 +249,290 @@ def test_a_forced_backend_that_does_not_exist(arguments, capsys, monkeypatch) ->
     assert_one_line(capsys, "abacus")
     assert cli.main(["info"]) == 0
     assert "'abacus' is not a backend" in capsys.readouterr().out
+
+
+@pytest.fixture
+def environment() -> dict[str, str]:
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return {**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+
+
+def test_a_renamed_folder_is_the_same_data(arguments, capsys, monkeypatch) -> None:
+    shutil.copytree(arguments[2], "first name")
+    arguments[2] = "first name"
+    with interrupt_at(monkeypatch, STEPS + 2):
+        assert cli.main([*arguments, "--output", "cut"]) == 130
+    Path("first name").rename("second | name")
+    arguments[2] = "second | name"
+    assert cli.main([*arguments, "--output", "cut", "--resume"]) == 0
+    assert "1 of 3 epochs are done" in capsys.readouterr().err
+    assert cli.main([*arguments, "--output", "whole"]) == 0
+    assert_same_run("whole", "cut")
+
+
+def test_two_trainings_in_a_folder(arguments, capsys, environment) -> None:
+    """The second says so and leaves the first alone; after a kill nothing stands in the way."""
+    command = [sys.executable, "-c", HOOKED, "3", str(signal.SIGSTOP.value), *arguments, "--output", "out"]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) as first:
+        assert os.WIFSTOPPED(os.waitpid(first.pid, os.WUNTRACED)[1])
+        before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
+        for more in ("--resume", "--overwrite"):
+            assert cli.main([*arguments, "--output", "out", more]) == 2
+            assert_one_line(capsys, f"out: another training (process {first.pid}) is at work in this folder")
+        assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before
+        first.kill()
+    assert cli.main([*arguments, "--output", "out", "--resume"]) == 0
+    assert sorted(path.name for path in Path("out").iterdir()) == [CHECKPOINT, METRICS]
+
+
+@pytest.mark.parametrize("where", ["fsync", "replace", "write"])
+def test_ctrl_c_twice_while_saving(where: str, arguments, capsys, monkeypatch) -> None:
+    """Within the second epoch's checkpoint: it is the old one, and nothing lies beside it."""
+    save, saved = checkpoint.save, []
+
+    def interrupting(path, *rest) -> None:
+        saved.append(path)
+        with monkeypatch.context() as patch:
+            if len(saved) == 2 and where == "write":
+                patch.setattr(torch, "save", lambda *rest: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
+            elif len(saved) == 2:
+                do = getattr(os, where)
+                patch.setattr(os, where, lambda *a: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)] and do(*a))
+            save(path, *rest)
+
+    with monkeypatch.context() as patch_save:
+        patch_save.setattr(checkpoint, "save", interrupting)
+        assert cli.main([*arguments, "--output", "cut"]) == 130
+    assert capsys.readouterr().err.endswith("python -m ffkernels: interrupted\n")
+    assert sorted(path.name for path in Path("cut").iterdir()) == [CHECKPOINT, METRICS]
+    assert len(checkpoint_of("cut")["state"]["rows"]) == 1
+    assert cli.main([*arguments, "--output", "cut", "--resume"]) == 0
+    assert cli.main([*arguments, "--output", "whole"]) == 0
+    assert_same_run("whole", "cut")
+
+
+def test_a_file_that_may_not_grow(arguments, monkeypatch, environment) -> None:
+    """What `ulimit -f` does, and a full disk: one line, the old checkpoint whole, nothing beside it."""
+    command = ["train", *arguments[1:], "--output", "cut", "--resume"]
+    limited = ["bash", "-c", f"ulimit -f 64; exec {shlex.join([sys.executable, '-m', 'ffkernels', *command])}"]
+    for epochs, rest in ((0, "no epoch is saved"), (1, "--resume goes on from the checkpoint")):
+        old = Path("cut", CHECKPOINT).read_bytes() if epochs else None
+        done = subprocess.run(limited, env=environment, capture_output=True, text=True)
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        assert done.stderr.splitlines()[-1] == f"python -m ffkernels: cut/checkpoint.pt: File too large; {rest}"
+        assert sorted(path.name for path in Path("cut").iterdir()) == [CHECKPOINT, METRICS][1 - epochs :]
+        if epochs:
+            assert Path("cut", CHECKPOINT).read_bytes() == old
+        else:
+            with interrupt_at(monkeypatch, STEPS + 1):
+                assert cli.main(command) == 130
+    assert cli.main(command) == 0
+    assert cli.main([*arguments, "--output", "whole"]) == 0
+    assert_same_run("whole", "cut")
+
+
+def test_results_that_cannot_be_written_show_before_training(folder, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(cli.train.Trainer, "run_epoch", None)
+    Path("a file").write_text("")
+    Path("rows/quick-toy-2ep-float32-seed0.json").mkdir(parents=True)
+    options = ["reproduce", "quick", "--data", str(folder), "--device", "cpu", "--epochs", "2", "--no-picture"]
+    for results, said in (
+        ("a file", "a file: there, but no folder"),
+        ("a file/below", "a file/below: Not a directory"),
+        ("rows", "rows/quick-toy-2ep-float32-seed0.json: a folder where a file is to be written"),
+    ):
+        assert cli.main([*options, "--results", results]) == 2
+        assert_one_line(capsys, said)
+    assert cli.main(["reproduce", "--readme", "--results", "a file"]) == 2
+    assert_one_line(capsys, "--results a file: no folder")
+
+
+def test_what_fails_after_training_loses_nothing(folder, capsys, monkeypatch) -> None:
+    """A picture that cannot be drawn is a message; a row that cannot be written is written by --resume."""
+    pytest.importorskip("matplotlib")
+    options = ["reproduce", "quick", "--data", str(folder), "--device", "cpu", "--epochs", "1", "--output", "out"]
+    row = Path("results/quick-toy-1ep-float32-seed0.json")
+
+    def full(*_) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(row))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cli.results, "write", full)
+        assert cli.main(options) == 2
+    assert_one_line(capsys, f"{row}: No space left on device; the run is kept in out: --resume writes its row")
+    assert len(rows_of("out")) == 1 and not row.exists()
+
+    def spoilt(*_) -> None:
+        assert row.exists()
+        raise RuntimeError("no\nfont")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cli.picture, "draw", spoilt)
+        assert cli.main([*options, "--resume"]) == 0
+    out, err = capsys.readouterr()
+    assert err.splitlines()[-1] == "no picture: RuntimeError: no font"
+    assert f"result:     {row}" in out and "picture" not in out
+    assert json.loads(row.read_text())["error_classifier"] == rows_of("out")[0]["test_error_classifier"]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: os.kill(os.getpid(), signal.SIGINT))
+        assert cli.main([*options, "--resume"]) == 130
+    assert cli.main([*options, "--resume"]) == 0
+    assert sorted(path.name for path in Path("out").iterdir()) == [CHECKPOINT, METRICS, "picture.png"]
+
+
+def test_a_matplotlib_that_is_broken_is_told_before_training(arguments, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(cli.picture, "available", lambda: True)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert cli.main([*arguments[:-1], "--output", "out"]) == 0
+    out, err = capsys.readouterr()
+    assert "picture" not in out
+    assert "matplotlib cannot be imported" in err.splitlines()[1]
+
+
+WRONG = [
+    (["--data", "~nobody-here/x"], "~nobody-here/x: no home folder of that user is known"),
+    (["--data", "a\0b"], "holds a null character"),
+    (["--data", ""], ".: no IDX files in"),
+    (["--data", "x" * 300], "File name too long"),
+    (["--data", "a file"], "a file: a file, where a name"),
+    (["--data", "two\nlines"], "two lines: neither a known name"),
+    (["--data", "\udce9"], "neither a known name"),
+    (["--epochs", "9" * 400], "is not at most 2147483647"),
+    (["--epochs", "-1"], "epochs=-1 is not at least 1"),
+    (["--seed", "9" * 400], "is not in 0..4294967295"),
+    (["--skip-below", "nan"], "skip_below=nan is not in 0..1"),
+    (["--skip-below", "inf"], "skip_below=inf is not in 0..1"),
+    (["--skip-below=-1e400"], "skip_below=-inf is not in 0..1"),
+    (["--output", "a file"], "a file: there, but no folder"),
+    (["--output", "a file/below"], "a file/below: Not a directory"),
+    (["--output", "dead link"], "dead link: there, but no folder"),
+    (["--output", "x" * 300], "File name too long"),
+    (["--output", "taken"], f"taken/{CHECKPOINT}: a folder where a file is to be written"),
+    (["--output", "measured"], f"measured/{METRICS}: a folder where a file is to be written"),
+]
+
+
+@pytest.mark.parametrize(("options", "said"), WRONG)
+def test_wrong_values_are_one_line_and_train_nothing(options, said, arguments, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(cli.train.Trainer, "run_epoch", None)
+    Path("a file").write_text("")
+    Path("dead link").symlink_to("nowhere")
+    Path("taken", CHECKPOINT).mkdir(parents=True)
+    Path("measured", METRICS).mkdir(parents=True)
+    assert cli.main([*arguments, *options]) == 2
+    assert_one_line(capsys, said)
+    assert not Path("runs").exists() and not list(Path().rglob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["train", "--output", "~nobody-here/x"], "argument --output: ~nobody-here/x: no home folder"),
+        (["train", "--output", "a\0b"], "argument --output: 'a\\x00b' holds a null character"),
+        (["reproduce", "quick", "--results", "~nobody-here"], "argument --results: ~nobody-here: no home folder"),
+        (["train", "--epochs", "1e3"], "argument --epochs: invalid int value"),
+        (["train", "--epochs", "9" * 5000], "argument --epochs: invalid int value"),
+        (["train", "--seed", "nan"], "argument --seed: invalid int value"),
+        (["tune", "--seconds", "nan"], "argument --seconds: nan is not a number above 0"),
+        (["tune", "--seconds", "-1"], "argument --seconds: -1 is not a number above 0"),
+        (["tune", "--seconds", "inf"], "argument --seconds: inf is not a number above 0"),
+        (["paper", "all"], "invalid choice"),
+    ],
+)
+def test_wrong_options_are_named(command, said, capsys) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(command)
+    assert exit_.value.code == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_options_by_their_beginnings_go_on_too(arguments, capsys, monkeypatch) -> None:
+    with interrupt_at(monkeypatch, STEPS + 1):
+        assert cli.main([*arguments, "--output", "cut", "--over"]) == 130
+    words = shlex.split(capsys.readouterr().err.splitlines()[-1])
+    assert words[3:] == [*arguments, "--output", "cut", "--resume"]
+
+
+@pytest.mark.parametrize("command", [["info"], ["train", "--help"], ["--help"]])
+def test_a_closed_pipe_is_no_traceback(command, environment) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "ffkernels", *command], env=environment, stdout=write, stderr=subprocess.PIPE, text=True
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_training_whose_listeners_have_gone(arguments, environment) -> None:
+    """stdout is wanted only at the end; without a stderr from the start nothing is said, nor written where 2 leads."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "ffkernels", *arguments, "--output", "out", "--epochs", "1"]
+    done = subprocess.run(command, env=environment, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.returncode == 141 and "Traceback" not in done.stderr
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*command, "--resume"], env=environment, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "python -m ffkernels: [Errno 28] No space left on device"
+    hooked = [sys.executable, "-c", HOOKED, str(STEPS + 2), str(signal.SIGINT.value), *arguments, "--output", "quiet"]
+    closed = f"exec {shlex.join(hooked)} 2>&-"
+    done = subprocess.run(["bash", "-c", closed], env=environment, stdout=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert cli.main([*arguments, "--output", "quiet", "--resume"]) == 0
+    assert rows_of("quiet")[0]["loss"] == rows_of("out")[0]["loss"]
+
+
+def test_in_a_thread_and_where_ctrl_c_is_ignored(arguments, monkeypatch) -> None:
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(cli.main([*arguments, "--output", "thread"])))
+    thread.start()
+    thread.join()
+    assert codes == [0]
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with interrupt_at(monkeypatch, STEPS):
+            assert cli.main([*arguments, "--output", "ignored"]) == 0
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert_same_run("thread", "ignored")
+
+
+def test_names_that_the_terminal_cannot_show(folder, environment) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    shutil.copytree(folder, name)
+    options = ["train", "--data", name, "--epochs", "1", "--device", "cpu", "--no-picture", "--output", "out"]
+    environment["PYTHONIOENCODING"] = "ascii"
+    done = subprocess.run(
+        [sys.executable, "-m", "ffkernels", *options], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(r"quick (784-500-500) on caf\udce9: test error")
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"steps": {}}', '{"target": 3}'])
+def test_measurements_are_looked_at_before_more_are_taken(content, folder, capsys, monkeypatch) -> None:
+    backprop = pytest.importorskip("bench.backprop")
+    Path("measured.json").write_text(content)
+    monkeypatch.setattr(backprop, "FILE", Path("measured.json"))
+    monkeypatch.setattr(backprop, "tables", lambda tables=backprop.tables: tables(Path("measured.json")))
+    monkeypatch.setattr(backprop, "save", None)
+    assert cli.main(["paper", "steps", "--data", str(folder)]) == 2
+    assert_one_line(capsys, "measured.json: not as `paper steps` and `paper target` write it")
+    monkeypatch.setattr(backprop, "FILE", Path("measured.json/below"))
+    assert cli.main(["paper", "target", "--data", str(folder)]) == 2
+    assert_one_line(capsys, "measured.json: there, but no folder")
+
+
+def test_a_few_kills(environment) -> None:
+    root = Path(cli.__file__).parents[1]
+    command = [sys.executable, "-m", "tests.campaign", "--rounds", "5", "--seed", "1"]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "5 hits" in done.stdout
 
 
 def test_info(capsys) -> None:

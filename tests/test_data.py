@@ -3,6 +3,7 @@ import json
 import struct
 import subprocess
 import sys
+import tracemalloc
 import types
 import zipfile
 from pathlib import Path
@@ -74,6 +75,128 @@ def test_a_folder_of_idx_files(tmp_path, packed, below, name):
         dataset = data.load(given)
         assert_holds(dataset, tensors)
         assert (dataset.name, dataset.source) == (name, str(where))
+
+
+def dotted(file: str) -> str:
+    return file.replace("-idx", ".idx")
+
+
+@pytest.mark.parametrize(
+    "path_of",
+    [
+        pytest.param(dotted, id="as it was before gzip"),
+        pytest.param(lambda file: f"{file}/{file}", id="Kaggle's"),
+        pytest.param(lambda file: f"{file}/{dotted(file)}", id="unpacked by a file manager"),
+        pytest.param(lambda file: f"{dotted(file)}/{dotted(file)}", id="unpacked twice"),
+        pytest.param(lambda file: f"{file}.gz/{file}", id="unpacked into the archive's name"),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_folders_as_people_have_them(tmp_path, path_of, packed):
+    tensors = make(8)
+    for file, tensor in tensors.items():
+        path = tmp_path / "set" / (path_of(file) + ".gz" * packed)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(gzip.compress(idx(tensor)) if packed else idx(tensor))
+    assert_holds(data.load(tmp_path / "set"), tensors)
+
+
+def wide_idx(tensor: torch.Tensor, code: int, letter: str) -> bytes:
+    header = struct.pack(f">4B{tensor.ndim}I", 0, 0, code, tensor.ndim, *tensor.shape)
+    return header + struct.pack(f">{tensor.numel()}{letter}", *tensor.flatten().tolist())
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("file", "code", "letter"),
+    [(LABELS, 0x0C, "i"), (TEST_LABELS, 0x0B, "h"), (LABELS, 0x09, "b"), (TEST_IMAGES, 0x0C, "i"), (IMAGES, 0x0B, "h")],
+)
+def test_wider_whole_numbers(tmp_path, file, code, letter, packed):
+    tensors = make(9)
+    path = write(tmp_path, tensors) / file
+    content = wide_idx(tensors[file], code, letter)
+    path.write_bytes(gzip.compress(content) if packed else content)
+    assert_holds(data.load(tmp_path), tensors)
+
+
+@pytest.mark.parametrize(
+    ("file", "value", "found"),
+    [
+        (LABELS, -1, r"labels must lie in 0\.\.9; found -1"),
+        (LABELS, 2**31 - 1, "found 2147483647"),
+        (TEST_IMAGES, 256, r"pixels must lie in 0\.\.255; found 256"),
+        (IMAGES, -7, r"pixels must lie in 0\.\.255; found -7"),
+    ],
+)
+def test_wider_numbers_must_be_pixels_and_labels(tmp_path, file, value, found):
+    tensors = make(9)
+    wrong = tensors[file].to(torch.int32)
+    wrong.view(-1)[-1] = value
+    (write(tmp_path, tensors) / file).write_bytes(wide_idx(wrong, 0x0C, "i"))
+    with pytest.raises(ValueError, match=found):
+        data.load(tmp_path)
+
+
+def test_no_more_of_a_packed_file_is_unpacked_than_it_announces(tmp_path):
+    """64 MB of zeros behind 7 images; then a header that announces terabytes, which the labels contradict."""
+    path = write(tmp_path, make(), packed=True) / f"{IMAGES}.gz"
+    short = gzip.decompress(path.read_bytes())
+    bombs = {"5488 bytes, but more follow": short, "holds 4294967295 images": replaced(1, 0xFFFFFFFF)(short)}
+    for found, start in bombs.items():
+        path.write_bytes(gzip.compress(start + bytes(64 << 20), 1))
+        tracemalloc.start()
+        with pytest.raises(ValueError, match=found):
+            data.load(tmp_path)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 4 << 20
+    path.write_bytes(gzip.compress(short[:-3]))
+    with pytest.raises(ValueError, match="5488 bytes, but 5485 follow"):
+        data.load(tmp_path)
+
+
+def test_good_files_are_never_to_be_removed_and_what_is_there_is_named(tmp_path):
+    folder = write(tmp_path / "mine", make())
+    (folder / LABELS).rename(folder / "labels.idx")
+    with pytest.raises(FileNotFoundError, match=rf"{LABELS} missing .*it holds labels\.idx, {TEST_IMAGES}") as missing:
+        data.load(folder)
+    (folder / LABELS).write_bytes(b"<html>")
+    with pytest.raises(ValueError, match=f"{LABELS}: no IDX file") as damaged:
+        data.load(folder)
+    for caught in (missing, damaged):
+        assert "remove" not in str(caught.value)
+    with pytest.raises(
+        FileNotFoundError, match=r"no IDX files in .*; it holds home/, mine/; pass .*mine, where there are some"
+    ):
+        data.load(tmp_path)
+    csv = tmp_path / "csv"
+    csv.mkdir()
+    with pytest.raises(FileNotFoundError, match="it is empty"):
+        data.load(csv)
+    for i in range(10):
+        (csv / f"{i}.csv").write_text("")
+    with pytest.raises(FileNotFoundError, match=r"it holds 0\.csv, .*7\.csv and 2 more"):
+        data.load(csv)
+
+
+def test_links_that_lead_nowhere_and_paths_that_are_none(monkeypatch, tmp_path):
+    folder = write(tmp_path / "set", make())
+    (folder / TEST_LABELS).unlink()
+    (folder / TEST_LABELS).symlink_to(tmp_path / "gone")
+    with pytest.raises(FileNotFoundError, match=f"{TEST_LABELS} links to what is not there"):
+        data.load(folder)
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(FileNotFoundError, match="link: a link to what is not there"):
+        data.load(tmp_path / "link")
+    with pytest.raises(FileNotFoundError, match=f"{IMAGES}: a file, .*may be {folder}"):
+        data.load(folder / IMAGES)
+    with pytest.raises(ValueError, match="~nobody-here/x: no home folder of that user"):
+        data.load("~nobody-here/x")
+    with pytest.raises(ValueError, match=r"'a\\x00b' holds a null character"):
+        data.load("a\0b")
+    monkeypatch.setenv("FFKERNELS_DATA", "~nobody-here")
+    with pytest.raises(ValueError, match="~nobody-here: no home folder of that user"):
+        data.load("mnist")
 
 
 def test_raw_files_go_before_gz_and_content_before_name(tmp_path):

@@ -18,7 +18,7 @@ from bench.peers import HintonSGD
 from ffkernels import cli
 from ffkernels.experiments import ablation, batches, picture, results
 from ffkernels.experiments.presets import FFLIB, HINTON_MATLAB, HINTON_UNSUPERVISED, LOEWEX, MOHAMMADPZ, PRESETS, Preset
-from ffkernels.experiments.train import Trainer, describe, train
+from ffkernels.experiments.train import Totals, Trainer, describe, train
 
 from .toy_data import toy_data, write_idx
 
@@ -290,6 +290,127 @@ def test_a_row_of_results_and_the_table_made_of_it(data, tmp_path: Path) -> None
     (tmp_path / "rows" / "bad.json").write_text("[]")
     with pytest.raises(ValueError, match=r"bad\.json: no row of results"):
         results.load(tmp_path / "rows")
+
+
+ROW = {
+    "recipe": "quick", "data": "toy", "seed": 0, "epochs": 1, "compute_dtype": "float32", "skip_below": 0.0,
+    "error_classifier": 0.5, "error_goodness": None, "train_seconds": 1.5, "seconds": 2, "kept": [1.0, 0.5],
+    "device": "A", "threads": 1,
+}  # fmt: skip
+MALFORMED = [
+    *[(name, None) for name in ROW if name != "error_goodness"],
+    ("recipe", 3), ("recipe", ["quick"]), ("data", {}), ("device", 1.5),
+    ("seed", -1), ("seed", 0.5), ("epochs", 0), ("epochs", True), ("epochs", "6"), ("threads", 0), ("threads", 10**400),
+    ("skip_below", -0.1), ("skip_below", "0"), ("error_classifier", 1.5), ("error_classifier", "1%"),
+    ("error_goodness", math.nan), ("error_goodness", [0.1]), ("train_seconds", math.inf), ("train_seconds", 10**400),
+    ("seconds", "2"), ("kept", 1.0), ("kept", ["1"]), ("kept", [2.0]), ("kept", [math.nan]), ("kept", {"0": 1.0}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), [pair for pair in MALFORMED if pair[0] != "error_classifier" or pair[1]])
+def test_malformed_rows_are_named(name: str, value: object, tmp_path: Path) -> None:
+    (tmp_path / "good.json").write_text(json.dumps(ROW))
+    assert results.load(tmp_path) == [ROW]
+    (tmp_path / "row.json").write_text(json.dumps({**ROW, name: value}))
+    with pytest.raises(ValueError, match=rf"row\.json: no row of results \({name} .* is not ") as caught:
+        results.load(tmp_path)
+    assert len(str(caught.value)) < 300
+    (tmp_path / "row.json").write_text(json.dumps({key: item for key, item in ROW.items() if key != name}))
+    with pytest.raises(ValueError, match=rf"row\.json: no row of results \('{name}' is missing\)"):
+        results.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"null", b"3", b'"row"', b"{", b"\xff\xfe", b"[" * 100_000, b"9" * 5000]
+)
+def test_files_that_are_no_rows_are_named(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "row.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"row\.json: no row of results"):
+        results.load(tmp_path)
+
+
+def test_rows_of_an_ablation_must_have_the_same_layers() -> None:
+    with pytest.raises(ValueError, match="rows of float32, 0: their `kept`"):
+        ablation.table([ROW, {**ROW, "seed": 1, "kept": [1.0]}])
+
+
+def test_names_do_not_break_the_table_nor_the_page(tmp_path: Path) -> None:
+    text = results.table([{**ROW, "data": "a|b\n\udce9", "device": "x | y"}])
+    assert text.splitlines()[2] == (
+        "| quick on a\\|b \\udce9 | 1 | float32 | 50.00% |  |  | 1 | 2 (x \\| y, 1 thread) |"
+    )
+    page = tmp_path / "page.md"
+    content = f"é\r\n{results.BEGIN}{results.END}\r\nend".encode()
+    page.write_bytes(content)
+    results.update_page(page, results.BEGIN, results.END, text)
+    made = content.replace(results.BEGIN.encode(), f"{results.BEGIN}\n\n{text}\n\n".encode())
+    assert page.read_bytes() == made
+    page.write_bytes(b"\xe9")
+    with pytest.raises(ValueError, match=r"page\.md: not in UTF-8"):
+        results.update_page(page, results.BEGIN, results.END, text)
+    assert page.read_bytes() == b"\xe9"
+
+
+def test_the_ablation_sees_what_it_cannot_write_before_it_trains(data, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(Trainer, "run_epoch", None)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="file"):
+        ablation.run(data, tmp_path / "file", print, replace(ablation.ABLATION, hidden=(20, 20)))
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("count", [1, 2, 51, 101])
+def test_any_number_of_images_is_trained_on(name: str, count: int, tmp_path: Path) -> None:
+    """Batches of 50: one alone, fewer than a batch, a last batch of one; 1,001 test images leave one of them, too."""
+    preset = replace(SMALL[name], layerwise_steps=min(SMALL[name].layerwise_steps, 3))
+    hybrids = preset.label == "none"
+    data = toy_data(count, 1001)
+    if hybrids and count == 1:
+        with pytest.raises(ValueError, match="1 training and 1001 test images; hinton-unsupervised needs at least 2"):
+            Trainer(preset, data)
+        return
+    trainer = Trainer(preset, data, epochs=1)
+    seen = []
+    add = Totals.add
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Totals, "add", lambda self, r, wrong: seen.append(len(r[0].goodness_pos)) or add(self, r, wrong))
+        assert train(trainer, tmp_path)
+    whole = {1: [1], 2: [2], 51: [51] if hybrids else [50, 1], 101: [50, 51] if hybrids else [50, 50, 1]}[count]
+    assert seen == ([count] if name == "mohammadpz" else whole)
+    assert len(seen) == trainer.steps_per_epoch
+    row = trainer.rows[0]
+    assert all(map(math.isfinite, row["loss"]))
+    if trainer.classifier is not None:
+        images, labels = data.test_images, data.test_labels
+        logits = trainer.classifier(trainer._features(trainer._as_input(images)))
+        assert row["test_error_classifier"] == (logits.argmax(1) != labels).sum().item() / 1001
+    assert [side.shape for side in trainer.test_goodness()] == [(1001, len(trainer.net))] * 2
+
+
+def test_one_test_image_has_no_hybrid_and_so_no_picture() -> None:
+    pytest.importorskip("matplotlib")
+    assert "no picture" in str(picture.unavailable(Trainer(SMALL["hinton-unsupervised"], toy_data(20, 1))))
+    assert picture.unavailable(Trainer(SMALL["hinton-unsupervised"], toy_data(20, 2))) is None
+    trainer = run(SMALL["loewex"], toy_data(20, 1), 1)
+    assert picture.unavailable(trainer) is None
+    assert trainer.test_goodness()[0].shape == (1, 3)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_one_class_is_enough(name: str) -> None:
+    data = toy_data(30, 20)
+    data = replace(data, train_labels=torch.full((30,), 3), test_labels=torch.full((20,), 3))
+    preset = replace(SMALL[name], layerwise_steps=min(SMALL[name].layerwise_steps, 3))
+    row = run(preset, data, 1).rows[0]
+    assert all(map(math.isfinite, row["loss"]))
+    if row["test_error_classifier"] is not None:
+        assert row["test_error_classifier"] == 0
+
+
+def test_empty_data_are_refused() -> None:
+    for data in (toy_data(0, 5), toy_data(5, 0)):
+        with pytest.raises(ValueError, match=r"\d training and \d test images; loewex needs at least 1 and 1"):
+            Trainer(SMALL["loewex"], data)
 
 
 def test_the_ablation_runs_what_is_missing(data, tmp_path, monkeypatch) -> None:

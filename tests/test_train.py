@@ -1,5 +1,8 @@
+import copy
+import errno
 import json
 import math
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,6 +15,7 @@ from torch import Tensor
 import ffkernels as ff
 from ffkernels.experiments import checkpoint, picture
 from ffkernels.experiments.batches import hard_label
+from ffkernels.experiments.lock import LOCK, locked
 from ffkernels.experiments.presets import LOEWEX, PRESETS, QUICK, Preset, Rule
 from ffkernels.experiments.train import CHECKPOINT, METRICS, Trainer, resume, train
 
@@ -228,7 +232,9 @@ def test_divergence_is_an_error_and_keeps_what_was_there(data, tmp_path) -> None
     assert (tmp_path / CHECKPOINT).read_bytes() == kept
 
 
-@pytest.mark.parametrize(("option", "value"), [("seed", -1), ("seed", 2**32), ("epochs", 0)])
+@pytest.mark.parametrize(
+    ("option", "value"), [("seed", -1), ("seed", 2**32), ("epochs", 0), ("epochs", 10**400), ("skip_below", math.nan)]
+)
 def test_numbers_out_of_range(option: str, value: int, data) -> None:
     with pytest.raises(ValueError, match=f"{option}={value} is not"):
         Trainer(SMALL_QUICK, data, **{option: value})
@@ -277,6 +283,156 @@ def test_damaged_checkpoints_are_refused(damage: str, data, tmp_path) -> None:
         resume(Trainer(SMALL_QUICK, data, epochs=2), tmp_path)
 
 
+def test_every_flipped_bit_is_harmless_or_named(data, tmp_path) -> None:
+    """A bit in places all over the file: it reads as it was (padding, a date), or the file is named."""
+    small = replace(SMALL_QUICK, hidden=(4, 3))
+    trainer = Trainer(small, data, epochs=1)
+    train(trainer, tmp_path)
+    path = tmp_path / CHECKPOINT
+    content = path.read_bytes()
+    refused = harmless = 0
+    for place in range(0, len(content), 211):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        resumed = Trainer(small, data, epochs=1)
+        try:
+            resume(resumed, tmp_path)
+        except ValueError as error:
+            refused += str(error).startswith(f"{path}: damaged")
+        else:
+            assert_same_run(trainer, resumed)
+            harmless += 1
+    assert refused + harmless == len(range(0, len(content), 211)) and refused > 100
+
+
+def changed(*path, **to):
+    """A function that puts `to` in place of what stands at `path` in nested dicts and lists; removes it without."""
+
+    def change(state):
+        for key in path[:-1]:
+            state = state[key]
+        if to:
+            state[path[-1]] = to["to"]
+        else:
+            del state[path[-1]]
+
+    return change
+
+
+ROWS = [
+    changed("rows", to=None),
+    changed("rows", to={}),
+    changed("rows", 1),
+    changed("rows", 0, to=[]),
+    changed("rows", 0, "epoch", to=2),
+    changed("rows", 0, "epoch", to=True),
+    changed("rows", 0, "lr", to="1"),
+    changed("rows", 0, "kept"),
+    changed("rows", 0, "loss", to=[1.0]),
+    changed("rows", 0, "loss", to=[1.0, "2"]),
+    changed("rows", 1, "goodness_pos", to=3.0),
+    changed("rows", 1, "test_error_classifier", to=None),
+    changed("rows", 1, "train_error_classifier", to=1.5),
+    changed("rows", 1, "test_error_goodness", to="none"),
+    changed("rows", 1, "test_error_goodness", to=math.nan),
+    changed("rows", 0, "seconds", to=-1.0),
+    changed("rows", 0, "train_seconds", to=10**400),
+    lambda state: state["rows"].extend(copy.deepcopy(state["rows"])),
+]
+PARTS = [
+    *[changed(part) for part in ("rows", "net", "net_optimizer", "classifier", "classifier_optimizer")],
+    changed("more", to=1),
+    changed("net", to=[]),
+    changed("net", "layers.0.weight"),
+    changed("net", "more", to=torch.zeros(1)),
+    changed("net", "layers.0.weight", to=torch.zeros(40, 3)),
+    changed("net", "layers.0.weight", to=torch.zeros(40, 784, dtype=torch.float64)),
+    changed("net", "layers.1.bias", to=[0.0] * 30),
+    changed("net", "layers.1.bias", to=torch.zeros(30).to_sparse()),
+    changed("net", "layers.1.bias", to=torch.zeros(30, device="meta")),
+    changed("classifier", "weight", to=torch.zeros(10, 70).t()),
+    changed("net_optimizer", to=3),
+    changed("net_optimizer", "state"),
+    changed("net_optimizer", "state", to=[]),
+    changed("net_optimizer", "state", 3),
+    changed("net_optimizer", "state", 9, to={}),
+    changed("net_optimizer", "state", 0, "exp_avg"),
+    changed("net_optimizer", "state", 0, "exp_avg", to=None),
+    changed("net_optimizer", "state", 0, "exp_avg_sq", to=torch.zeros(784, 40)),
+    changed("net_optimizer", "state", 0, "step", to=24),
+    changed("net_optimizer", "state", 0, "step", to=torch.tensor(23.0)),
+    changed("net_optimizer", "param_groups"),
+    changed("net_optimizer", "param_groups", to=[]),
+    changed("net_optimizer", "param_groups", 0, to=None),
+    changed("net_optimizer", "param_groups", 0, "params"),
+    changed("net_optimizer", "param_groups", 0, "params", to=[0, 1, 2, 2]),
+    changed("net_optimizer", "param_groups", 0, "betas", to=(0.5, 0.999)),
+    changed("classifier_optimizer", "param_groups", 0, "betas", to=(torch.zeros(2), 0.999)),
+    changed("classifier_optimizer", "state", 0, "step"),
+]
+
+
+@pytest.fixture(scope="module")
+def saved(data, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("saved")
+    trainer = Trainer(SMALL_QUICK, data, epochs=3)
+    assert not train(trainer, output, stop_after(trainer, 24))
+    return output / CHECKPOINT
+
+
+@pytest.mark.parametrize("change", [*ROWS, *PARTS])
+def test_checkpoints_of_wrong_structure_are_named_and_change_nothing(change, saved, data, tmp_path) -> None:
+    content = torch.load(saved, weights_only=True)
+    assert len(content["state"]["rows"]) == 2
+    change(content["state"])
+    path = tmp_path / CHECKPOINT
+    torch.save(content, path)
+    trainer = Trainer(SMALL_QUICK, data, epochs=3)
+    before = copy.deepcopy(trainer.state())
+    with pytest.raises(ValueError, match=r"checkpoint\.pt: damaged, or no checkpoint of a training run \(") as caught:
+        resume(trainer, tmp_path)
+    assert len(str(caught.value)) < 700 and "\n" not in str(caught.value)
+    assert trainer.rows == [] and trainer.net_optimizer.state_dict()["state"] == {}
+    mine, theirs = tensors(trainer.state()), tensors(before)
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize(
+    ("whole", "found"),
+    [
+        (3, "damaged"),
+        ({"format": 2}, "damaged"),
+        ({"format": 2, "settings": 3, "state": {}}, "damaged"),
+        ({"format": 2, "settings": {}, "state": {}}, "a run with other settings"),
+        ({"format": 1, "settings": {}, "state": {}}, "format 1, but this version reads format 2"),
+        ({"format": torch.zeros(2), "settings": {}, "state": {}}, "format tensor"),
+        ({"format": "x" * 1000, "settings": {}, "state": {}}, "format 'xxx"),
+    ],
+)
+def test_files_of_wrong_structure_are_named(whole, found: str, data, tmp_path) -> None:
+    torch.save(whole, tmp_path / CHECKPOINT)
+    with pytest.raises(ValueError, match=rf"checkpoint\.pt: {found}") as caught:
+        resume(Trainer(SMALL_QUICK, data, epochs=3), tmp_path)
+    assert "\n" not in str(caught.value)
+    content = {"format": 2, "settings": Trainer(SMALL_QUICK, data, epochs=3).settings(), "state": [1]}
+    torch.save(content, tmp_path / CHECKPOINT)
+    with pytest.raises(ValueError, match="damaged"):
+        resume(Trainer(SMALL_QUICK, data, epochs=3), tmp_path)
+
+
+def test_the_data_may_be_renamed_but_not_changed(data, tmp_path) -> None:
+    trainer = Trainer(SMALL_QUICK, data, epochs=2)
+    train(trainer, tmp_path, stop_after(trainer, 12))
+    for name in ("new", "new (copy) (2)", ""):
+        assert resume(Trainer(SMALL_QUICK, replace(data, name=name), epochs=2), tmp_path)
+    turned = data.train_images.view(-1, 28, 28).transpose(1, 2).flatten(1)
+    back = data.test_images.flip(0), data.test_labels.flip(0)
+    for other in (replace(data, train_images=turned), replace(data, test_images=back[0], test_labels=back[1])):
+        with pytest.raises(ValueError, match=r"other settings: data 'toy \(600 images .*', now 'toy \(600 images"):
+            resume(Trainer(SMALL_QUICK, other, epochs=2), tmp_path)
+
+
 def test_a_new_run_removes_the_old_checkpoint(data, tmp_path) -> None:
     train(Trainer(SMALL_QUICK, data, epochs=1), tmp_path)
     trainer = Trainer(SMALL_QUICK, data, epochs=1)
@@ -299,6 +455,79 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path) -> None:
     checkpoint.write_atomically(path, lambda file: file.write(b"new"))
     assert path.read_bytes() == b"new"
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device"), ValueError()])
+def test_whatever_stops_a_write_leaves_the_old_file_alone(error, tmp_path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def fail(file) -> None:
+        file.write(b"half")
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        checkpoint.write_atomically(path, fail)
+    if isinstance(error, OSError):
+        assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(path))
+    assert path.read_bytes() == b"old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_two_writers_of_a_file_do_not_meet_and_a_link_stays_one(tmp_path) -> None:
+    real, link = tmp_path / "real", tmp_path / "link"
+    real.write_bytes(b"old")
+    link.symlink_to(real)
+
+    def write(file) -> None:
+        file.write(b"first")
+        checkpoint.write_atomically(link, lambda other: other.write(b"second"))
+        assert real.read_bytes() == b"second"
+
+    checkpoint.write_atomically(link, write)
+    assert link.is_symlink() and real.read_bytes() == b"first"
+    (tmp_path / "real.tmp").write_bytes(b"")
+    (tmp_path / "real.0a.tmp").write_bytes(b"")
+    checkpoint.remove_leftovers([real])
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["link", "real"]
+
+
+def test_what_cannot_be_written_is_known_before(data, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(Trainer, "run_epoch", None)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "run" / METRICS).mkdir(parents=True)
+    (tmp_path / "other" / CHECKPOINT).mkdir(parents=True)
+    for output, named in (
+        (tmp_path / "file", "file"),
+        (tmp_path / "file" / "below", "file"),
+        (tmp_path / "run", METRICS),
+        (tmp_path / "other", CHECKPOINT),
+        (tmp_path / ("x" * 300), "xxx"),
+    ):
+        with pytest.raises(OSError, match=named):
+            train(Trainer(SMALL_QUICK, data, epochs=1), output)
+    assert not [path for path in tmp_path.rglob("*.tmp")]
+
+
+def test_a_folder_is_one_trainings_until_it_ends(tmp_path) -> None:
+    with locked(tmp_path):
+        assert (tmp_path / LOCK).read_text() == f"{os.getpid()}\n"
+        held = pytest.raises(BlockingIOError, match=rf"training \(process {os.getpid()}\) is at work")
+        with held as caught, locked(tmp_path):
+            pass
+        assert caught.value.filename == str(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / LOCK).write_text("4711\n")  # left by a kill
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError), locked(tmp_path):
+            raise ZeroDivisionError
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("option", "value"), [("seed", 1.5), ("seed", True), ("epochs", 2.0), ("skip_below", "0")])
+def test_what_is_no_number(option: str, value: object, data) -> None:
+    with pytest.raises(TypeError, match=f"{option}={value!r} is not a"):
+        Trainer(SMALL_QUICK, data, **{option: value})
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from . import results
+from . import checkpoint, results
 from .data import Dataset
 from .presets import ABLATION, Preset
 from .train import Trainer
@@ -27,14 +27,20 @@ COLUMNS = (
 
 
 def run(data: Dataset, folder: Path, say: Callable[[str], object], recipe: Preset = ABLATION) -> list[Path]:
-    """Trains every combination that has no row in `folder` yet; a run that is interrupted is lost."""
+    """Trains every combination that has no row in `folder` yet; a run that is interrupted is lost.
+
+    Raises:
+        OSError: before a run whose row could not be written.
+    """
     written = []
     # Seed by seed and next to each other, so that a machine that drifts meets all of them alike.
     for seed, dtype, skip in product(SEEDS, COMPUTE_DTYPES, SKIP_BELOW):
         trainer = Trainer(recipe, data, seed=seed, compute_dtype=dtype, skip_below=skip)
         name = results.name_of(results.identity(trainer))
-        if (folder / f"{name}.json").exists():
+        path = results.path_of(folder, results.identity(trainer))
+        if path.exists():
             continue
+        checkpoint.try_writing(path)
         while not trainer.finished:
             trainer.run_epoch(lambda describe: False)
         row = results.row_of(trainer)
@@ -53,6 +59,8 @@ def table(rows: Sequence[results.Row]) -> str:
     lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
     for (dtype, skip), of_group in groups.items():
         seconds = [row["train_seconds"] for row in of_group]
+        if len({len(row["kept"]) for row in of_group}) > 1:
+            raise ValueError(f"rows of {dtype}, {skip:g}: their `kept` are not of the same number of layers")
         kept = [statistics.mean(shares) for shares in zip(*(row["kept"] for row in of_group), strict=True)]
         cells = (
             dtype,
@@ -63,6 +71,6 @@ def table(rows: Sequence[results.Row]) -> str:
             f"{statistics.mean(seconds):.1f} [{min(seconds):.1f}, {max(seconds):.1f}]",
             " ".join(f"{share:.1%}" for share in kept),
         )
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(results.line(cells))
     where = {f"{row['device']}, {row['threads']} threads, {row['data']}, {row['epochs']} epochs" for row in rows}
     return "\n".join([*lines, "", f"Mean and range over the seeds; {'; '.join(sorted(where))}."])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..objective import Objective
+from .checkpoint import write_atomically
 from .train import Row, Trainer, summary
 
 PICTURE = "picture.png"
@@ -34,6 +35,19 @@ TILES = 10  # features shown in each direction
 def available() -> bool:
     """Whether matplotlib is installed."""
     return importlib.util.find_spec("matplotlib") is not None
+
+
+def unavailable(trainer: Trainer) -> str | None:
+    """Why a trainer's picture cannot be drawn once it has finished; None where nothing is known against it."""
+    if not available():
+        return MISSING
+    try:
+        import matplotlib.figure  # noqa: F401
+    except Exception as error:  # a broken installation raises anything
+        return f"matplotlib cannot be imported ({type(error).__name__}: {error}), so there will be no picture"
+    if len(trainer.test_labels) < trainer.fewest_rows:
+        return f"{trainer.preset.name} makes negatives from two test images and there is one: no picture"
+    return None
 
 
 def draw(trainer: Trainer, path: Path) -> None:
@@ -66,7 +80,7 @@ def draw(trainer: Trainer, path: Path) -> None:
         if label == "columns":
             weight = weight[:, trainer.data.num_classes :]
         _features(figure.add_subplot(grid[:, 2]), weight, trainer.data.num_classes if label == "pixels" else 0)
-        figure.savefig(path, dpi=120)
+        write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
 def _error_curves(axes: Any, rows: list[Row]) -> None:

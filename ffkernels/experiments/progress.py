@@ -21,8 +21,9 @@ class Progress:
     def __init__(self, total: int, done: int = 0) -> None:
         self._bar: Any = None
         if tqdm is not None:
-            # disable=None: no bar where stderr is not a terminal
-            self._bar = tqdm(total=total, initial=done, disable=None, unit="step", dynamic_ncols=True)
+            # disable=None: no bar where stderr is not a terminal; it is None itself where it was closed from the start
+            disable = True if sys.stderr is None else None
+            self._bar = tqdm(total=total, initial=done, disable=disable, unit="step", dynamic_ncols=True)
         self._steps = 0
         self._looked = time.monotonic()
 
@@ -42,6 +43,8 @@ class Progress:
 
     def line(self, text: str) -> None:
         """A line that stays."""
+        if sys.stderr is None:
+            return
         if self._bar is None:
             print(text, file=sys.stderr, flush=True)
         else:

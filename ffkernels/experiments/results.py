@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
+import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import torch
 from .. import __version__
 from .checkpoint import write_atomically
 from .presets import PRESETS
-from .train import Trainer
+from .train import MOST_EPOCHS, Trainer, is_number
 
 FOLDER = "results"
 BEGIN, END = "<!-- results: made by `python -m ffkernels reproduce --readme` -->", "<!-- /results -->"
@@ -27,6 +29,37 @@ COLUMNS = (
 )  # fmt: skip
 
 Row = dict[str, Any]
+
+
+def _text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= MOST_EPOCHS
+
+
+def _share(value: Any) -> bool:
+    return is_number(value) and 0 <= value <= 1
+
+
+def _seconds(value: Any) -> bool:
+    return is_number(value) and 0 <= value < math.inf
+
+
+# What the tables read of a row: what it must be, in words and as a test.
+FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(("recipe", "data", "compute_dtype", "device"), ("a text", _text)),
+    "seed": ("a whole number from 0", lambda value: type(value) is int and value >= 0),
+    **dict.fromkeys(("epochs", "threads"), ("a whole number from 1", _count)),
+    "skip_below": ("a number in 0..1", _share),
+    **dict.fromkeys(
+        ("error_classifier", "error_goodness"),
+        ("null or a number in 0..1", lambda value: value is None or _share(value)),
+    ),
+    **dict.fromkeys(("train_seconds", "seconds"), ("a number from 0", _seconds)),
+    "kept": ("a list of numbers in 0..1", lambda value: isinstance(value, list) and all(map(_share, value))),
+}
 
 
 def identity(trainer: Trainer) -> Row:
@@ -66,8 +99,8 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
-    if device.type == "cpu" and info.exists():
-        for line in info.read_text().splitlines():
+    if device.type == "cpu" and os.access(info, os.R_OK):
+        for line in info.read_text("utf-8", "replace").splitlines():
             key, _, value = line.partition(":")
             if key.strip() == "model name":
                 return value.strip()
@@ -81,7 +114,7 @@ def commit(folder: Path) -> str | None:
             subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
             for command in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
         ]
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, ValueError, subprocess.SubprocessError):
         return None
     return said[0] + ("+" if said[1] else "")
 
@@ -93,9 +126,14 @@ def name_of(row: Row) -> str:
     return "-".join([*parts, f"seed{row['seed']}"])
 
 
-def write(folder: Path, row: Row) -> Path:
+def path_of(folder: Path, row: Row) -> Path:
     """One file for each recipe, data, length, dtype, fraction and seed: a later run of the same replaces it."""
-    path = folder / f"{name_of(row)}.json"
+    return folder / f"{name_of(row)}.json"
+
+
+def write(folder: Path, row: Row) -> Path:
+    """Writes the row's file."""
+    path = path_of(folder, row)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda file: file.write((json.dumps(row, indent=1) + "\n").encode()))
     return path
@@ -105,15 +143,23 @@ def load(folder: Path) -> list[Row]:
     """All rows in `folder`.
 
     Raises:
-        ValueError: for a file that is no row.
+        ValueError: for a file that is no row, naming what it lacks.
+        OSError: for one that cannot be read.
     """
     rows = []
     for path in sorted(folder.glob("*.json")):
         try:
-            rows.append(json.loads(path.read_text()))
-            rows[-1]["recipe"], rows[-1]["train_seconds"]
-        except (ValueError, KeyError, TypeError) as error:
+            row = json.loads(path.read_text("utf-8"))
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: no row of results ({type(error).__name__}: {error})") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}: no row of results ({type(row).__name__}, not an object)")
+        for name, (wanted, is_right) in FIELDS.items():
+            if name not in row:
+                raise ValueError(f"{path}: no row of results ({name!r} is missing)")
+            if not is_right(row[name]):
+                raise ValueError(f"{path}: no row of results ({name} {str(row[name])[:80]!r} is not {wanted})")
+        rows.append(row)
     return rows
 
 
@@ -142,8 +188,14 @@ def table(rows: Sequence[Row]) -> str:
             str(len(of_group)),
             seconds(of_group),
         )
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(line(cells))
     return "\n".join(lines)
+
+
+def line(cells: Sequence[str]) -> str:
+    """A line of a Markdown table, whatever its texts hold."""
+    texts = [" ".join(cell.split()).replace("|", "\\|") for cell in cells]
+    return f"| {' | '.join(texts)} |".encode(errors="backslashreplace").decode()
 
 
 def seconds(rows: Sequence[Row]) -> str:
@@ -179,9 +231,13 @@ def update_page(page: Path, begin: str, end: str, text: str) -> None:
     """Puts `text` between two markers of a page.
 
     Raises:
-        ValueError: where a marker is missing.
+        ValueError: where a marker is missing, or the page is no text.
+        OSError: where it cannot be read or written.
     """
-    old = page.read_text()
+    try:
+        old = page.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{page}: not in UTF-8 ({error})") from error
     if old.count(begin) != 1 or old.count(end) != 1:
         raise ValueError(f"{page} does not have the two markers once each: {begin} and {end}")
     before, _, rest = old.partition(begin)

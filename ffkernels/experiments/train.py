@@ -34,6 +34,7 @@ from .progress import Progress
 Row = dict[str, Any]
 
 EVALUATION_ROWS = 1000
+MOST_EPOCHS = 2**31 - 1
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
 
@@ -45,13 +46,14 @@ class Trainer:
         preset: the recipe.
         data: the images, moved to `device`.
         seed: 0 to 2^32 - 1; with the preset and the data it decides every number drawn.
-        epochs: instead of the preset's; the learning rate's fall is laid over them.
+        epochs: 1 to 2^31 - 1, instead of the preset's; the learning rate's fall is laid over them.
         device: where everything lives.
         compute_dtype: of the layers' products, as in `linear_step_`.
         skip_below: as in `linear_step_`.
 
     Raises:
-        ValueError: for a seed, epochs or `skip_below` outside their range.
+        TypeError: for a seed, epochs or `skip_below` that is no number.
+        ValueError: for one outside its range, and for data too few for the recipe.
     """
 
     def __init__(
@@ -65,12 +67,22 @@ class Trainer:
         compute_dtype: torch.dtype | None = None,
         skip_below: float = 0.0,
     ) -> None:
+        _whole_number("seed", seed)
         if not 0 <= seed < 2**32:
             raise ValueError(f"seed={seed} is not in 0..{2**32 - 1}")
         self.epochs = preset.epochs if epochs is None else epochs
+        _whole_number("epochs", self.epochs)
         if self.epochs < 1:
             raise ValueError(f"epochs={epochs} is not at least 1")
+        if self.epochs > MOST_EPOCHS:
+            raise ValueError(f"epochs={epochs} is not at most {MOST_EPOCHS}")
         check.fraction("skip_below", skip_below)
+        self.fewest_rows = 2 if preset.label == "none" else 1
+        if len(data.train_labels[: preset.train_images]) < self.fewest_rows or not len(data.test_labels):
+            raise ValueError(
+                f"{data.source}: {len(data.train_labels)} training and {len(data.test_labels)} test images; "
+                f"{preset.name} needs at least {self.fewest_rows} and 1"
+            )
         self.preset, self.data, self.seed, self.skip_below = preset, data, seed, skip_below
         self.device, self.compute_dtype = torch.device(device), compute_dtype
         used = slice(None, preset.train_images)
@@ -100,7 +112,15 @@ class Trainer:
 
     @property
     def steps_per_epoch(self) -> int:
-        return math.ceil(len(self.train_labels) / self.preset.batch_size)
+        return len(self._split(len(self.train_labels), self.preset.batch_size))
+
+    def _split(self, rows: int, batch: int) -> list[int]:
+        """Rows in each batch; a last one too small to make negatives from goes with the one before."""
+        whole, rest = divmod(rows, batch)
+        sizes = [batch] * whole + [rest] * (rest > 0)
+        if len(sizes) > 1 and sizes[-1] < self.fewest_rows:
+            sizes[-2:] = [sum(sizes[-2:])]
+        return sizes
 
     def settings(self) -> dict[str, Any]:
         """All that decides the numbers of this run, as plain values."""
@@ -122,10 +142,58 @@ class Trainer:
         return {"rows": self.rows, **parts}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Goes on from `state`, which a run with the same settings has saved."""
-        for name, part in self._parts().items():
-            part.load_state_dict(state[name])
+        """Goes on from `state`, which a run with the same settings has saved.
+
+        Raises:
+            ValueError: where that is not so; nothing is changed then.
+        """
+        parts = self._parts()
+        wanted = ["rows", *parts]
+        if not isinstance(state, dict) or set(state) != set(wanted):
+            found = list(state) if isinstance(state, dict) else type(state).__name__
+            raise ValueError(f"state: {found}, not a dict of {wanted}")
+        self._check_rows(state["rows"])
+        steps = len(state["rows"]) * self.steps_per_epoch
+        steps_of = {"net_optimizer": steps * max(1, self.preset.layerwise_steps)}
+        checked: dict[str, dict[str, Any]] = {
+            name: checkpoint.module_state(name, state[name], part)
+            if isinstance(part, nn.Module)
+            else checkpoint.optimizer_state(name, state[name], part, steps_of.get(name, steps))
+            for name, part in parts.items()
+        }
+        for name, part in parts.items():
+            part.load_state_dict(checked[name])
         self.rows = list(state["rows"])
+
+    def _check_rows(self, rows: object) -> None:
+        if not isinstance(rows, list) or len(rows) > self.epochs:
+            found = f"{len(rows)} epochs" if isinstance(rows, list) else type(rows).__name__
+            raise ValueError(f"rows: {found}, not a list of at most {self.epochs} epochs")
+        layers = len(self.net)
+
+        def per_layer(value: object) -> bool:
+            return isinstance(value, list) and len(value) == layers and all(map(is_number, value))
+
+        def share(value: Any) -> bool:
+            return is_number(value) and 0 <= value <= 1
+
+        def unknown(value: object) -> bool:
+            return value is None
+
+        of_classifier = unknown if self.classifier is None else share
+        right: dict[str, Callable[[Any], bool]] = {
+            "lr": is_number,
+            **dict.fromkeys(("loss", "goodness_pos", "goodness_neg", "kept"), per_layer),
+            **dict.fromkeys(("train_error_classifier", "test_error_classifier"), of_classifier),
+            "test_error_goodness": lambda value: unknown(value) or share(value),
+            **dict.fromkeys(("train_seconds", "seconds"), lambda value: is_number(value) and value >= 0),
+        }
+        for i, row in enumerate(rows):
+            if not isinstance(row, dict) or type(row.get("epoch")) is not int or row["epoch"] != i + 1:
+                raise ValueError(f"rows[{i}]: {str(row)[:80]!r} is not the row of epoch {i + 1}")
+            for name, is_right in right.items():
+                if not is_right(row.get(name)):
+                    raise ValueError(f"rows[{i}][{name!r}]: {str(row.get(name))[:80]!r} is no {name}")
 
     def _parts(self) -> dict[str, nn.Module | Optimizer]:
         names: tuple[str, ...] = ("net", "net_optimizer")
@@ -185,7 +253,7 @@ class Trainer:
         generator = torch.Generator(self.device).manual_seed(zlib.crc32(f"{self.seed} {epoch}".encode()))
         order = torch.randperm(len(self.train_labels), generator=generator, device=self.device)
         totals = Totals(self.net, self.skip_below)
-        for rows in order.split(preset.batch_size):
+        for rows in order.split(self._split(len(order), preset.batch_size)):
             images, labels = self.train_images[rows], self.train_labels[rows]
             x = self._as_input(shifted(images, preset.jitter, generator) if preset.jitter else images)
             if preset.label == "none":
@@ -265,7 +333,8 @@ class Trainer:
         return int(wrong) / len(self.test_labels)
 
     def _test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        yield from zip(self.test_images.split(EVALUATION_ROWS), self.test_labels.split(EVALUATION_ROWS), strict=True)
+        sizes = self._split(len(self.test_labels), EVALUATION_ROWS)
+        yield from zip(self.test_images.split(sizes), self.test_labels.split(sizes), strict=True)
 
     @torch.no_grad()
     def test_goodness(self) -> tuple[Tensor, Tensor]:
@@ -359,8 +428,13 @@ def train(trainer: Trainer, output: Path, should_stop: Callable[[], bool] = lamb
 
     Returns:
         Whether the run is finished.
+
+    Raises:
+        OSError: naming the file that cannot be written, before the first epoch where that can be known.
     """
-    output.mkdir(parents=True, exist_ok=True)
+    files = [output / name for name in (CHECKPOINT, METRICS)]
+    for file in files:
+        checkpoint.try_writing(file)
     settings = trainer.settings()
     if not trainer.rows:
         # A later --resume must not find the run that this one replaces.
@@ -390,13 +464,28 @@ def resume(trainer: Trainer, output: Path) -> bool:
     """Brings a fresh trainer to where the checkpoint in `output` was; False where there is none.
 
     Raises:
-        ValueError: for a checkpoint that is damaged or of other settings.
+        ValueError: for a checkpoint that is damaged or of other settings; the trainer is as it was.
+        OSError: for one that cannot be read.
     """
     path = output / CHECKPOINT
     if not path.exists():
         return False
-    trainer.load_state(checkpoint.load(path, trainer.settings()))
+    state = checkpoint.load(path, trainer.settings())
+    try:
+        trainer.load_state(state)
+    except ValueError as error:
+        raise checkpoint.damaged(path, str(error)) from error
     return True
+
+
+def _whole_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r} is not a whole number")
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a float, or an int that one can hold."""
+    return type(value) is float or (type(value) is int and abs(value) <= 2**53)
 
 
 def write_metrics(output: Path, rows: list[Row]) -> None:
@@ -452,9 +541,12 @@ def _optimizer(rule: Rule, module: nn.Module) -> Optimizer:
 
 
 def _fingerprint(data: Dataset) -> str:
-    """Differs for other images or labels, and for the same in another order."""
+    """Differs for other images or labels, and for the same images or pixels in another order."""
     sums = []
+    pixel = torch.arange(1, data.train_images.shape[1] + 1, dtype=torch.float64)
     for images, labels in ((data.train_images, data.train_labels), (data.test_images, data.test_labels)):
+        # Whole numbers, which float64 holds exactly; by parts, since the products take eight times the images' memory.
+        marks = torch.cat([part.double() @ pixel for part in images.split(10_000)]).long()
         place = torch.arange(1, len(labels) + 1)
-        sums.append(f"{len(labels)} images {int((place * (11 * images.sum(1) + labels)).sum()):x}")
+        sums.append(f"{len(labels)} images {int((place * (11 * marks + labels)).sum()):x}")
     return ", ".join(sums)

@@ -3,18 +3,24 @@
 The library has no Python and no torch symbol in it, so one build serves every version of both, and an isolated build
 can make it. FFKERNELS_BUILD says whether it is: `auto` (if unset) builds it where a C++ compiler is found and makes
 a pure-Python package otherwise, `off` builds nothing, `cpu` fails where the library cannot be built. CXX names the
-compiler. FFKERNELS_SANITIZE (`address,undefined` or `thread`) builds it for a sanitizer, with AMX's unit emulated.
+compiler and may have options; CPPFLAGS, CXXFLAGS and LDFLAGS come after this file's own. FFKERNELS_SANITIZE
+(`address,undefined` or `thread`) builds it for a sanitizer, with AMX's unit emulated.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -24,7 +30,8 @@ ROOT = Path(__file__).parent
 SOURCES = ROOT / "csrc" / "cpu"
 PACKAGE = Path("ffkernels", "backends", "native")
 LIBRARY, RECORD = "libffkernels_cpu.so", "build.json"
-# Each instruction set has its own copy of the kernels; which one runs is chosen where the library is loaded.
+# Each instruction set has its own copy of the kernels; which one runs is chosen where the library is loaded. One that
+# the compiler or its assembler does not know is left out alone.
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"]
 INSTRUCTION_SETS = {
     "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
@@ -47,41 +54,118 @@ def switch() -> str:
     return value
 
 
-def compiler() -> str | None:
-    """The C++ compiler: CXX, or the first known one on the path."""
-    return next(
-        (found for name in (os.environ.get("CXX"), "g++", "clang++", "c++") if name and (found := shutil.which(name))),
-        None,
-    )
+def compiler() -> list[str]:
+    """The command of the C++ compiler: CXX, or the first known one on the path. Raises RuntimeError where it is not."""
+    asked = os.environ.get("CXX", "").strip()
+    if not asked:
+        known = [found for name in ("g++", "clang++", "c++") if (found := shutil.which(name))]
+        if not known:
+            raise RuntimeError("no C++ compiler was found (g++, clang++ or the one that CXX names)")
+        return known[:1]
+    # A path may have spaces; what names no program as it stands is a program and its options, as a shell reads them.
+    command = [asked] if shutil.which(asked) else words("CXX")
+    program = shutil.which(command[0])
+    if program is None:
+        raise RuntimeError(f"CXX={asked!r}: there is no program {command[0]!r}")
+    return [program, *command[1:]]
 
 
-def compile_library(into: Path) -> dict[str, str]:
-    """Compiles the library to `into`; returns what to remember about it. Raises RuntimeError with the reason."""
+def has_compiler() -> bool:
+    """Whether a build can be tried."""
+    try:
+        return bool(compiler())
+    except RuntimeError:
+        return False
+
+
+def words(variable: str) -> list[str]:
+    """An environment variable, split as a shell splits it."""
+    try:
+        return shlex.split(os.environ.get(variable, ""))
+    except ValueError as error:
+        raise RuntimeError(f"{variable}={os.environ[variable]!r} cannot be split into words: {error}") from error
+
+
+def compile_library(folder: Path) -> dict[str, Any]:
+    """Compiles the library in `folder`; returns what to remember about it. Raises RuntimeError with the reason."""
     cxx = compiler()
-    if cxx is None:
-        raise RuntimeError("no C++ compiler was found (g++, clang++ or the one that CXX names)")
     sets = INSTRUCTION_SETS if platform.machine() in ("x86_64", "AMD64") else {"baseline": []}
     sanitizer = os.environ.get("FFKERNELS_SANITIZE")
     checked = ["-O1", "-g", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-DFFK_EMULATES_MATRIX_UNIT"]
     flags = [*FLAGS, *(checked if sanitizer else [])]
-    with tempfile.TemporaryDirectory() as folder:
-        units = [(SOURCES / f"{name}.cpp", Path(folder, f"{name}.o"), []) for name in ("dispatch", "threads")]
-        units += [
-            (SOURCES / "kernels.cpp", Path(folder, f"{name}.o"), [*options, f"-DFFK_SET={name}"])
-            for name, options in sets.items()
-        ]
-        for source, built, options in units:
-            call([cxx, *flags, *options, "-c", str(source), "-o", str(built)])
-        call([cxx, *flags, "-shared", *(str(built) for _, built, _ in units), "-o", str(into)])
-    version = subprocess.run([cxx, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
-    return {"compiler": version, "flags": " ".join(flags), "instruction_sets": ", ".join(sets)}
+    of_user, of_linker = [*words("CPPFLAGS"), *words("CXXFLAGS")], words("LDFLAGS")
+
+    def unit(source: str, name: str, options: list[str]) -> str:
+        made = str(folder / f"{name}.o")
+        call([*cxx, *flags, *options, *of_user, "-c", str(SOURCES / source), "-o", made])
+        return made
+
+    built, left_out = {}, {}
+    for name, options in sets.items():
+        try:
+            built[name] = unit("kernels.cpp", name, [*options, f"-DFFK_SET={name}"])
+        except RuntimeError as error:
+            if not options:
+                raise
+            lines = str(error).splitlines()
+            left_out[name] = next((line for line in lines if "error" in line), lines[0])
+    has = [f"-DFFK_HAS_{name.upper()}" for name in built]
+    units = [unit("dispatch.cpp", "dispatch", has), unit("threads.cpp", "threads", []), *built.values()]
+    call([*cxx, *flags, *of_user, "-shared", *of_linker, *units, "-o", str(folder / LIBRARY)])
+    library = (folder / LIBRARY).read_bytes()
+    return {
+        "compiler": (call([*cxx, "--version"]).splitlines() or ["unknown"])[0],
+        "flags": " ".join([*cxx[1:], *flags, *of_user, *of_linker]),
+        "instruction_sets": ", ".join(built),
+        "left_out": left_out,
+        "sources": digest_of_sources(),
+        "size": len(library),
+        "sha256": hashlib.sha256(library).hexdigest(),
+    }
 
 
-def call(command: list[str]) -> None:
-    """Runs a compiler; its words are the reason if it fails."""
-    done = subprocess.run(command, capture_output=True, text=True)
+def digest_of_sources() -> str:
+    """By which `python -m ffkernels info` knows that a checkout's sources have changed since."""
+    paths = sorted(path for path in SOURCES.glob("*") if path.suffix in (".cpp", ".h"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
+
+
+def call(command: list[str]) -> str:
+    """Runs a compiler; returns what it prints, and its words are the reason if it fails."""
+    # Its messages are in the encoding of a locale that need not be this process's.
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace")
     if done.returncode != 0:
-        raise RuntimeError(f"{Path(command[0]).name} failed: {(done.stderr or done.stdout).strip()[:2000]}")
+        said = (done.stderr or done.stdout).strip()[:2000] or f"exit status {done.returncode}"
+        raise RuntimeError(f"{Path(command[0]).name} failed: {said}")
+    return done.stdout
+
+
+def put(content: bytes, path: Path) -> None:
+    """Under another name until it is whole: nobody loads half a library, and who has mapped the old one keeps it."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """One process at a time, where the system can: the library and the record of one build lie side by side."""
+    try:
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        yield
+        return
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 class BuildLibrary(build_ext):
@@ -91,16 +175,26 @@ class BuildLibrary(build_ext):
         in_place = self.inplace or getattr(self, "editable_mode", False)
         folder = (ROOT if in_place else Path(self.build_lib)) / PACKAGE
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / LIBRARY).unlink(missing_ok=True)
         try:
             if switch() == "off":
                 raise RuntimeError("FFKERNELS_BUILD=off")
-            record = compile_library(folder / LIBRARY)
-        except RuntimeError as error:
+            with tempfile.TemporaryDirectory() as temporary:
+                record = compile_library(Path(temporary))
+                library = Path(temporary, LIBRARY).read_bytes()
+        except (RuntimeError, OSError) as error:
             if switch() == "cpu":
                 raise SystemExit(f"FFKERNELS_BUILD=cpu, but the library cannot be built: {error}") from error
             record = {"reason": str(error)}
-        (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+        with alone(folder):
+            if "reason" in record:
+                (folder / LIBRARY).unlink(missing_ok=True)
+            else:
+                put(library, folder / LIBRARY)
+            put(json.dumps(record, indent=1).encode() + b"\n", folder / RECORD)
+        if "reason" in record:
+            self.warn(f"the compiled library was not built: {record['reason']}")
+        for name, reason in record.get("left_out", {}).items():
+            self.warn(f"the compiled library has no kernels for {name}: {reason}")
 
     def get_outputs(self) -> list[str]:
         return [str(path) for name in (LIBRARY, RECORD) if (path := Path(self.build_lib, PACKAGE, name)).exists()]
@@ -114,7 +208,7 @@ class Wheel(bdist_wheel):
 
     def finalize_options(self) -> None:
         super().finalize_options()
-        self.root_is_pure = switch() == "off" or compiler() is None
+        self.root_is_pure = switch() == "off" or not has_compiler()
 
     def get_tag(self) -> tuple[str, str, str]:
         built = Path(self.get_finalized_command("build_ext").build_lib, PACKAGE, LIBRARY).exists()

@@ -397,7 +397,9 @@ def _tables(backprop: Any) -> str:
 
 def _info(arguments: argparse.Namespace, argv: list[str]) -> int:
     print(f"ffkernels {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
-    for package in ("torch", "triton", "numpy", "tqdm", "matplotlib", "numcodecs"):
+    # Its metadata may lack the build (+cpu, +cu130).
+    print(f"  {'torch':<11}{torch.__version__}")
+    for package in ("triton", "numpy", "tqdm", "matplotlib", "numcodecs"):
         print(f"  {package:<11}{_version(package)}")
     cpu = torch.backends.cpu.get_cpu_capability()
     devices = {"cpu": f"{cpu}, {torch.get_num_threads()} threads"}

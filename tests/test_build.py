@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import platform
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 NATIVE = Path("ffkernels", "backends", "native")
+LIBRARY = "libffkernels_cpu.so"
+SETS = {"amx": "-mamx-bf16", "avx512_bf16": "-mavx512bf16", "avx512": "-mavx512f", "avx2": "-mavx2", "baseline": "-O0"}
+needs_gcc = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+on_x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="one instruction set alone")
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not a checkout")
 
 
@@ -23,7 +31,7 @@ def build(tmp_path):
         shutil.copytree(
             ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "build.json", "__pycache__")
         )
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, tmp_path)
 
     def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -36,8 +44,43 @@ def build(tmp_path):
     return run
 
 
-def record(build) -> dict[str, str]:
+def record(build) -> dict:
     return json.loads((build.folder / "out" / NATIVE / "build.json").read_text())
+
+
+def compile_(build, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A build in a second, of the baseline alone by a compiler that is told last not to optimise."""
+    quick = {"CXX": old_compiler(build.folder / "quick", "-m*"), "CXXFLAGS": "-O0", "FFKERNELS_BUILD": "cpu"}
+    return build("build_ext", "--build-lib", "out", **{**quick, **environment})
+
+
+def program(path: Path, script: str) -> str:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def old_compiler(path: Path, *unknown: str) -> str:
+    """g++ as it was before it knew some options."""
+    return program(
+        path,
+        f"""for word; do case "$word" in {"|".join(unknown)})
+        echo "g++: error: unrecognized command line option '$word'" >&2; exit 1;; esac; done
+        exec g++ "$@\"""",
+    )
+
+
+def info(build, code: str = "print(chr(10).join(library.describe()))") -> list[str]:
+    """What a process of its own says of the library that was built."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"import library; {code}"],
+        cwd=build.folder,
+        env={**os.environ, "PYTHONPATH": str(NATIVE), "FFKERNELS_LIBRARY": str(Path("out", NATIVE, LIBRARY))},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done
+    return done.stdout.splitlines()
 
 
 def test_off_builds_nothing_and_says_so(build):
@@ -69,9 +112,187 @@ def test_the_wheel_is_pure_where_nothing_is_built(build):
     assert [path.name.split("-", 2)[2] for path in (build.folder / "out").glob("*.whl")] == ["py3-none-any.whl"]
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+@needs_gcc
 def test_one_wheel_for_every_python(build):
     done = build("bdist_wheel", "--dist-dir", "out", FFKERNELS_BUILD="cpu")
     assert done.returncode == 0, done.stderr
     (name,) = [path.name.split("-", 2)[2] for path in (build.folder / "out").glob("*.whl")]
     assert name.startswith("py3-none-") and not name.endswith("any.whl")
+
+
+@needs_gcc
+def test_the_record_describes_the_library(build):
+    assert compile_(build, CXX="g++").returncode == 0
+    content = (build.folder / "out" / NATIVE / LIBRARY).read_bytes()
+    written = record(build)
+    assert (written["size"], written["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
+    known = [name for name, option in SETS.items() if knows(option)]
+    assert written["instruction_sets"].split(", ") == (known if platform.machine() == "x86_64" else ["baseline"])
+    assert sorted(path.name for path in (build.folder / "out" / NATIVE).iterdir()) == ["build.json", LIBRARY]
+    assert not any("other sources" in line for line in info(build))
+    (build.folder / "csrc" / "cpu" / "rules.h").open("a").write("// changed\n")
+    assert info(build)[-1].startswith("built from other sources than those in ")
+
+
+def knows(option: str) -> bool:
+    """Whether g++ accepts an option for an empty file."""
+    command = ["g++", option, "-x", "c++", "-c", os.devnull, "-o", os.devnull]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+@needs_gcc
+@on_x86
+@pytest.mark.parametrize(
+    ("unknown", "left"),
+    [
+        (["-mamx-tile", "-mamx-bf16"], "avx512_bf16, avx512, avx2, baseline"),  # g++ 10
+        (["-mamx-tile", "-mamx-bf16", "-mavx512bf16"], "avx512, avx2, baseline"),  # g++ 9
+        (["-mavx512f"], "avx2, baseline"),
+        (["-m*"], "baseline"),
+    ],
+)
+def test_an_instruction_set_that_the_compiler_does_not_know_is_left_out_alone(build, unknown, left):
+    done = compile_(build, CXX=old_compiler(build.folder / "old", *unknown))
+    assert done.returncode == 0, done.stderr
+    written = record(build)
+    assert written["instruction_sets"] == left
+    missing = [name for name in SETS if name not in left.split(", ")]
+    assert list(written["left_out"]) == missing
+    for name in missing:
+        assert "unrecognized command line option '-m" in written["left_out"][name]
+        assert f"has no kernels for {name}: old failed: g++: error: unrecognized" in done.stderr
+    lines = info(build)
+    assert lines[0].split()[2] in left.split(", ")
+    assert [line for line in lines if line.startswith("left out: ")] == [
+        f"left out: {name} ({why})" for name, why in written["left_out"].items()
+    ]
+    refused = [f"ffk_limit({name.encode()!r})" for name in missing]
+    assert info(build, f"l = library.load().library; print([l.{', l.'.join(refused)}])") == [str([1] * len(missing))]
+
+
+@needs_gcc
+@pytest.mark.parametrize(
+    ("command", "first"),
+    [
+        ("{g++} -DFIRST", "-DFIRST"),
+        ("{cache} {g++}", "{g++}"),
+        ("'{cache}' '{g++}' \"-DTWO WORDS\"", "{g++}"),
+        ("{spaced}", "-std"),
+    ],
+)
+def test_the_compiler_may_be_a_command_of_several_words(build, command, first):
+    names = {
+        "g++": old_compiler(build.folder / "old", "-m*"),
+        "cache": program(build.folder / "cache", 'exec "$@"'),
+        "spaced": program(build.folder / "with spaces" / "g++", 'exec g++ "$@"'),
+    }
+    done = compile_(build, CXX=command.format(**names))
+    assert done.returncode == 0, done.stderr
+    assert record(build)["flags"].startswith(first.format(**names))
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("/nowhere/g++", "CXX='/nowhere/g++': there is no program '/nowhere/g++'"),
+        ("g+++ -m64", "CXX='g+++ -m64': there is no program 'g+++'"),
+        ("g++ 'open", 'CXX="g++ \'open" cannot be split into words: No closing quotation'),
+    ],
+)
+def test_a_compiler_that_is_not_there_is_told_and_not_replaced(build, command, said):
+    assert compile_(build, FFKERNELS_BUILD="auto", CXX=command).returncode == 0
+    assert record(build) == {"reason": said}
+    forced = compile_(build, CXX=command)
+    assert forced.returncode != 0
+    assert f"FFKERNELS_BUILD=cpu, but the library cannot be built: {said}" in forced.stderr
+    wheel = build("bdist_wheel", "--dist-dir", "out", CXX=command)
+    assert wheel.returncode == 0, wheel.stderr
+    assert [path.name.split("-", 2)[2] for path in (build.folder / "out").glob("*.whl")] == ["py3-none-any.whl"]
+
+
+@needs_gcc
+def test_the_users_options_reach_every_unit_and_the_linker(build):
+    log = build.folder / "log"
+    old = old_compiler(build.folder / "old", "-m*")
+    logging = program(build.folder / "logging", f'echo "$@" >> {log}; exec {old} "$@"')
+    done = compile_(build, CXX=logging, CPPFLAGS="-DONE=1", CXXFLAGS="-O0 '-DTWO=\"b c\"'", LDFLAGS="-Wl,-z,now")
+    assert done.returncode == 0, done.stderr
+    *units, link, version = log.read_text().splitlines()
+    assert version == "--version"
+    for unit in units:
+        words = unit.split()
+        assert words.index("-O3") < words.index("-DONE=1") < words.index("-O0") < words.index("-c")
+        assert '-DTWO="b c"' in unit
+    assert "-Wl,-z,now" in link and not any("-z,now" in unit for unit in units)
+    assert "-O0" in record(build)["flags"] and "-Wl,-z,now" in record(build)["flags"]
+
+
+@pytest.mark.parametrize("script", ["printf 'kaputt: \\374\\377' >&2; exit 1", "kill -9 $$"])
+def test_whatever_a_compiler_says_when_it_fails_is_a_reason(build, script):
+    assert compile_(build, FFKERNELS_BUILD="auto", CXX=program(build.folder / "cc", script), LC_ALL="C").returncode == 0
+    assert record(build)["reason"] in ("cc failed: kaputt: \ufffd\ufffd", "cc failed: exit status -9")
+
+
+@needs_gcc
+def test_no_room_for_temporary_files_is_a_reason(build):
+    broken = "import tempfile; tempfile.TemporaryDirectory = lambda: open('/nowhere/at/all')"
+    (build.folder / "sitecustomize.py").write_text(broken)
+    done = compile_(build, FFKERNELS_BUILD="auto", PYTHONPATH=str(build.folder))
+    assert done.returncode == 0, done.stderr
+    assert record(build) == {"reason": "[Errno 2] No such file or directory: '/nowhere/at/all'"}
+
+
+@needs_gcc
+def test_a_build_that_fails_by_force_leaves_the_library_that_was_there(build):
+    assert compile_(build).returncode == 0
+    before = record(build), info(build)
+    assert compile_(build, CXX="/nowhere/g++").returncode != 0
+    assert (record(build), info(build)) == before
+    assert compile_(build, CXX="/nowhere/g++", FFKERNELS_BUILD="auto").returncode == 0
+    assert not (build.folder / "out" / NATIVE / LIBRARY).exists()
+
+
+@needs_gcc
+def test_two_builds_at_once_leave_a_library_and_its_own_record(build):
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", "out"]
+    environment = {**os.environ, "FFKERNELS_BUILD": "cpu", "CXX": old_compiler(build.folder / "quick", "-m*")}
+    others = [
+        subprocess.Popen(command, cwd=build.folder, env={**environment, "CXXFLAGS": flags})
+        for flags in ("-O0", "-O0 -g")
+    ]
+    assert [other.wait() for other in others] == [0, 0]
+    assert info(build)[0].startswith("compiled library: ")
+    assert sorted(path.name for path in (build.folder / "out" / NATIVE).iterdir()) == ["build.json", LIBRARY]
+
+
+def test_a_build_that_is_killed_leaves_nothing_half_made(build):
+    folder = build.folder / "out" / NATIVE
+    folder.mkdir(parents=True)
+    (folder / LIBRARY).write_text("the old one")
+    slow = program(build.folder / "slow", f"touch {build.folder}/started; sleep 60")
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", "out"]
+    environment = {**os.environ, "CXX": slow, "TMPDIR": str(build.folder)}
+    killed = subprocess.Popen(command, cwd=build.folder, env=environment, start_new_session=True)
+    while not (build.folder / "started").exists():
+        assert killed.poll() is None
+        time.sleep(0.05)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert [(path.name, path.read_text()) for path in folder.iterdir()] == [(LIBRARY, "the old one")]
+
+
+@needs_gcc
+def test_from_a_source_distribution_to_a_wheel(build):
+    """What sdist packs is enough to build from."""
+    assert build("sdist", "--dist-dir", "out").returncode == 0
+    (archive,) = (build.folder / "out").glob("*.tar.gz")
+    shutil.unpack_archive(archive, build.folder / "unpacked")
+    (source,) = (build.folder / "unpacked").iterdir()
+    command = [sys.executable, "setup.py", "-q", "bdist_wheel", "--dist-dir", build.folder / "wheel"]
+    quick = {"CXX": old_compiler(build.folder / "quick", "-m*"), "CXXFLAGS": "-O0", "FFKERNELS_BUILD": "cpu"}
+    environment = {**os.environ, **quick}
+    done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (build.folder / "wheel").iterdir()
+    shutil.unpack_archive(wheel, build.folder / "out", "zip")
+    assert info(build)[0].startswith("compiled library: ")

@@ -1,12 +1,14 @@
-// Chooses the instruction set when the library is loaded.
+// Chooses the instruction set when the library is loaded. FFK_HAS_... says which copies of the kernels there are: a compiler may not know all.
 #include <atomic>
 #include <cstring>
 
 #include "interface.h"
 #include "kernels.h"
 
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__x86_64__)
 #include <cpuid.h>
+#endif
+#if defined(__x86_64__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -19,13 +21,17 @@ struct Choice {
 };
 
 #if defined(__x86_64__)
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
-bool has_avx512() {
+[[maybe_unused]] bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+[[maybe_unused]] bool has_avx512() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")
         && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
 }
-bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
-bool has_amx() {
+// Asked of the CPU itself: a compiler without this set may not know its name either.
+[[maybe_unused]] bool has_avx512_bf16() {
+    unsigned features = 0, b, c, d;
+    return has_avx512() && __get_cpuid_count(7, 1, &features, &b, &c, &d) && (features & 1u << 5) != 0;
+}
+[[maybe_unused]] bool has_amx() {
 #if defined(FFK_EMULATES_MATRIX_UNIT)
     return has_avx512_bf16();
 #elif defined(__linux__)
@@ -40,17 +46,23 @@ bool has_amx() {
 #endif
 }
 // Intel's unit for pairs takes two cycles for an instruction where float32 takes half of one: there, rounded numbers are multiplied as float32.
-bool pairs_pay() { return !__builtin_cpu_is("intel"); }
+[[maybe_unused]] bool pairs_pay() { return !__builtin_cpu_is("intel"); }
+#endif
 const Choice choices[] = {
+#if defined(FFK_HAS_AMX)
     {&ffk::amx, has_amx(), false},
+#endif
+#if defined(FFK_HAS_AVX512_BF16)
     {&ffk::avx512_bf16, has_avx512_bf16(), pairs_pay(), pairs_pay()},
+#endif
+#if defined(FFK_HAS_AVX512)
     {&ffk::avx512, has_avx512()},
+#endif
+#if defined(FFK_HAS_AVX2)
     {&ffk::avx2, has_avx2()},
+#endif
     {&ffk::baseline, true},
 };
-#else
-const Choice choices[] = {{&ffk::baseline, true}};
-#endif
 
 const ffk::Kernels* first_choice(bool bfloat16) {
     for (const Choice& choice : choices)

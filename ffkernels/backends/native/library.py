@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import os
+import struct
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 NAME = "libffkernels_cpu.so"
 RECORD = "build.json"
 # Another build of the library than that of this installation: one with a sanitizer, say.
 VARIABLE = "FFKERNELS_LIBRARY"
 INTERFACE = 4
+SOURCES = Path(__file__).absolute().parents[3] / "csrc" / "cpu"
 
 
 class Update(ctypes.Structure):
@@ -62,40 +65,94 @@ class Call(ctypes.Structure):
 
 
 class Loaded(NamedTuple):
-    """The library, or None and the reason."""
+    """The library and what its build wrote down, or None and the reason."""
 
     library: ctypes.CDLL | None
     reason: str
+    record: dict[str, Any]
+
+
+class Unusable(Exception):
+    """Why there is no library to call, in words that follow "the compiled library"."""
 
 
 @cache
 def load() -> Loaded:
     """The compiled library of this installation; looked for once."""
-    path = Path(os.environ.get(VARIABLE) or Path(__file__).parent / NAME).absolute()
-    if not path.exists():
-        return Loaded(None, f"the compiled library was not built: {build_record().get('reason', 'no build was tried')}")
+    named = os.environ.get(VARIABLE)
+    path = Path(named or Path(__file__).parent / NAME).absolute()
+    try:
+        # Beside a library under another name lies the record of something else, if any.
+        record = build_record(path.parent) if path.name == NAME else {}
+        if not named and "reason" in record:
+            raise Unusable(f"was not built: {record['reason']}")
+        if not named and not record and not os.path.lexists(path):
+            raise Unusable("was not built: no build was tried")
+        _check(path, record)
+        return Loaded(_open(path), "", record)
+    except Unusable as error:
+        return Loaded(None, f"the compiled library {error}", {})
+
+
+def build_record(folder: Path) -> dict[str, Any]:
+    """What the build wrote down beside the library: its size and hash, compiler and flags, or the reason why there is
+    none; empty where nothing was written. Raises Unusable where it cannot be read."""
+    path = folder / RECORD
+    try:
+        record = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise Unusable(f"is not used: {path} cannot be read ({error}): install again") from error
+    built = {"size": int, "sha256": str, "left_out": dict}
+    kinds = {"reason": str} if isinstance(record, dict) and "reason" in record else built
+    if not isinstance(record, dict) or not all(isinstance(record.get(key), kind) for key, kind in kinds.items()):
+        raise Unusable(f"is not used: {path} lacks what a build writes ({', '.join(kinds)}): install again")
+    return record
+
+
+def _check(path: Path, record: dict[str, Any]) -> None:
+    """Touching a page that a mapped file lacks kills the process: nothing but a whole library is mapped."""
+    try:
+        if not path.is_file():
+            raise Unusable(f"cannot be loaded: {path} is not a file")
+        size = path.stat().st_size
+        if size != record.get("size", size):
+            raise Unusable(f"is damaged: {path} has {size} bytes, not the {record['size']} built: install again")
+        if "sha256" in record and hashlib.sha256(path.read_bytes()).hexdigest() != record["sha256"]:
+            raise Unusable(f"is damaged: {path} is not the file that {RECORD} describes: install again")
+        if size < (needed := _extent(path)):
+            raise Unusable(f"is damaged: {path} ends after {size} of {needed} bytes")
+    except (OSError, MemoryError) as error:
+        raise Unusable(f"cannot be loaded: {error}") from error
+
+
+def _extent(path: Path) -> int:
+    """How many bytes a 64-bit ELF file says it has: up to the table of sections, which a linker writes last."""
+    with path.open("rb") as file:
+        header = file.read(64)
+    if len(header) < 64 or header[:5] != b"\x7fELF\2":
+        return 64
+    order = "<" if header[5] == 1 else ">"
+    (start,) = struct.unpack_from(f"{order}Q", header, 0x28)
+    size, count = struct.unpack_from(f"{order}HH", header, 0x3A)
+    return start + size * count
+
+
+def _open(path: Path) -> ctypes.CDLL:
     try:
         library = ctypes.CDLL(str(path))
         found = library.ffk_interface()
+        if found != INTERFACE:
+            raise Unusable(f"was built from other sources (interface {found}, needed {INTERFACE}): install again")
+        library.ffk_instruction_set.restype = ctypes.c_char_p
+        library.ffk_use_threads.argtypes = [ctypes.c_void_p]
+        for name in ("ffk_linear_forward", "ffk_linear_step"):
+            getattr(library, name).argtypes = [ctypes.POINTER(Call)]
+        library.ffk_use_threads(_torchs_threads())
     except (OSError, AttributeError) as error:
-        return Loaded(None, f"the compiled library cannot be loaded: {error}")
-    if found != INTERFACE:
-        return Loaded(
-            None,
-            f"the compiled library was built from other sources (interface {found}, needed {INTERFACE}): install again",
-        )
-    library.ffk_instruction_set.restype = ctypes.c_char_p
-    library.ffk_use_threads.argtypes = [ctypes.c_void_p]
-    library.ffk_use_threads(_torchs_threads())
-    for name in ("ffk_linear_forward", "ffk_linear_step"):
-        getattr(library, name).argtypes = [ctypes.POINTER(Call)]
-    return Loaded(library, "")
-
-
-def build_record() -> dict[str, str]:
-    """What the build wrote down about itself: compiler and flags, or the reason why nothing was built."""
-    path = Path(__file__).parent / RECORD
-    return json.loads(path.read_text()) if path.exists() else {}
+        raise Unusable(f"cannot be loaded: {error}") from error
+    return library
 
 
 def instruction_set(bfloat16: bool = False) -> str:
@@ -106,17 +163,28 @@ def instruction_set(bfloat16: bool = False) -> str:
 
 def describe() -> list[str]:
     """What was built and what was loaded, as `python -m ffkernels info` prints it."""
-    loaded, record = load(), build_record()
+    loaded = load()
     if loaded.library is None:
         return [loaded.reason]
     threads = "torch's own threads" if _torchs_threads() else "threads of its own"
     sets = instruction_set()
     if instruction_set(bfloat16=True) != sets:
         sets += f" for float32 and {instruction_set(bfloat16=True)} for bfloat16"
-    return [
+    record = loaded.record
+    lines = [
         f"compiled library: {sets} on {threads}",
         f"built with: {record.get('compiler', 'unknown')} {record.get('flags', '')}".rstrip(),
+        *(f"left out: {name} ({why})" for name, why in record.get("left_out", {}).items()),
     ]
+    if "sources" in record and record["sources"] != (_digest_of_sources() or record["sources"]):
+        lines.append(f"built from other sources than those in {SOURCES}: install again")
+    return lines
+
+
+def _digest_of_sources() -> str | None:
+    """As setup.py forms it; None outside a checkout."""
+    paths = sorted(path for path in SOURCES.glob("*") if path.suffix in (".cpp", ".h"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest() if paths else None
 
 
 def _torchs_threads() -> int | None:

@@ -11,7 +11,9 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import ops
 from . import validation as check
@@ -29,6 +31,13 @@ SLOPES: dict[str, Callable[[Tensor, Tensor, Any], Tensor]] = {
     "identity": lambda g, y, z: g,
 }
 NEEDS_Z = ("gelu", "silu")
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "leaky_relu": F.leaky_relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "identity": lambda z: z,
+}
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
@@ -45,6 +54,61 @@ def _only_once(name: str) -> None:
             f"ffkernels.{name} has a closed-form backward that cannot be differentiated again; accepted: "
             "backward() or torch.autograd.grad without create_graph=True"
         )
+
+
+def is_transformed(*tensors: Tensor | None) -> bool:
+    """Whether one of them belongs to a transform of `torch.func` or has a forward-mode tangent.
+
+    The operators and the functions below, which know backward mode alone, would lose what those carry.
+    """
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+        return any(t is not None and wrapped(t) for t in tensors)
+    if forward_ad._current_level < 0:
+        return False
+    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def _carries_derivative(t: Tensor | None) -> bool:
+    if t is None:
+        return False
+    return t.requires_grad or (forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None)
+
+
+def in_plain_operations(
+    x: Tensor,
+    input_sumsq: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: str,
+    eps: float,
+    eps_mode: str,
+    activation: str,
+    compute_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """What `linear_forward` returns, in operations that every transform of PyTorch knows; `x` is taken as detached."""
+    if _carries_derivative(x) and not _carries_derivative(weight) and not _carries_derivative(bias):
+        raise ValueError(
+            "x carries a derivative and weight and bias do not, but none goes through x; accepted: x.detach(), or "
+            "derivatives by weight and bias"
+        )
+    x, dtype = x.detach(), weight.dtype
+
+    def rounded(values: Tensor) -> Tensor:
+        return values.to(compute_dtype).to(dtype)
+
+    with without_autocast(weight.device):
+        scale = None
+        if norm != "none":
+            known = row_sumsq(x, dtype) if input_sumsq is None else input_sumsq.detach()
+            scale = row_scale(known, x.shape[1], norm, eps, eps_mode).unsqueeze(1)
+        if scale is not None and compute_dtype == torch.float16 and x.dtype == dtype:
+            # Float16 has no room for rows of any length.
+            x, scale = x * scale, None
+        z = rounded(x) @ rounded(weight).t()
+        z = z if scale is None else z * scale
+        y = ACTIVATIONS[activation](z if bias is None else z + bias)
+        return y.to(compute_dtype), y.square().sum(1)
 
 
 class LinearForward(torch.autograd.Function):

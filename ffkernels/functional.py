@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import ops, optim
+from . import interrupts, ops, optim
 from . import peer as peers
 from . import validation as check
-from .autograd import GivenSlope, LinearForward, without_autocast
+from .autograd import GivenSlope, LinearForward, in_plain_operations, is_transformed, without_autocast
 from .backends import select
 from .backends.eager.products import Products
 from .objective import Objective
 from .peer import PeerNormalisation
 
 DEFAULT_OBJECTIVE = Objective()
+# What a forward pass after an update makes do with where there is no memory for all rows at once.
+FEW_ROWS = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +48,7 @@ class StepResult:
 
     def sides(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Positive and negative rows of `values` `[rows, ...]`. With `is_positive`, picking waits for the device."""
+        check.tensor("values", values)
         if self.is_positive is not None:
             return values[self.is_positive], values[~self.is_positive]
         return values[: self.n_pos], values[self.n_pos :]
@@ -108,7 +113,8 @@ def linear_step_(
         weight: `[out, in]` float32 or float64 parameter.
         bias: `[out]` parameter, or None.
         optimizer: the `torch.optim` object that holds both. SGD, Adam and AdamW run fused on its own state; any other
-            gets `.grad` filled and its `step()` called. None: only `.grad` is filled.
+            gets `.grad` filled and its `step()` called. None: only `.grad` is filled, with the gradient of this batch
+            alone; what it held is replaced, not added to as in `backward()`.
         objective: goodness, threshold and loss.
         norm: "l2" (`norm(x)`), "rms" (`sqrt(mean x^2)`) or "none".
         eps: >= 0; `eps_mode` says where it goes: "add" `x / (norm + eps)`, "clamp" `x / max(norm, eps)`,
@@ -133,15 +139,19 @@ def linear_step_(
         backend: forces a backend; so does the environment variable FFKERNELS_BACKEND.
         only_checks: raises what a step would raise, and takes none; the result is empty.
 
+    What can run out of memory has its memory before anything is written, and Ctrl-C waits until everything is: weight,
+    bias, optimizer state and running mean are all old or all new.
+
     Raises:
         ValueError, TypeError: for an argument that does not fit, before anything is written.
     """
+    compiling = torch.compiler.is_compiling()
     check.layer_options(norm, eps, eps_mode, activation)
     check.one_of("outputs", outputs, check.OUTPUTS)
     check.layer_tensors(weight, bias)
     for name, parameter in (("weight", weight), ("bias", bias)):
         check.trainable(name, parameter)
-        check.not_overlapping(name, parameter)
+        check.writable(name, parameter)
     compute = check.compute_dtype_of(compute_dtype, weight)
     check.rows_of("x_pos", x_pos, weight, compute)
     if (x_neg is None) != (is_positive is not None):
@@ -163,11 +173,26 @@ def linear_step_(
     if sample_weight is not None:
         entries = rows // 2 if objective.paired else rows
         check.vector("sample_weight", sample_weight, entries, weight.dtype, weight.device)
+        check.constant("sample_weight", sample_weight)
+    if isinstance(objective.threshold, Tensor):
+        check.constant("threshold", objective.threshold)
     if input_sumsq is not None:
         check.vector("input_sumsq", input_sumsq, rows, weight.dtype, weight.device)
     check.peer_normalisation(peer, peer_mean, weight)
     check.optimizer_object(optimizer)
-    update = optim.plan(optimizer, weight, bias)
+    if not compiling:
+        if is_transformed(x_pos, x_neg, weight, bias):
+            raise ValueError(
+                "linear_step_ was called on tensors of a torch.func transform or with a forward-mode tangent, which a "
+                "step in place cannot follow; accepted: plain tensors, or linear_forward and goodness_loss"
+            )
+        check.apart(weight, bias, peer_mean, {"x_pos": x_pos, "x_neg": x_neg, "product": product})
+    # State that is made in inference mode could not be written outside of it.
+    with torch.inference_mode(False) if not compiling and torch.is_inference_mode_enabled() else nullcontext():
+        update = optim.plan(optimizer, weight, bias)
+    written = update.written() + ([] if peer_mean is None else [peer_mean])
+    if not compiling:
+        check.writable_here(written)
     request = select.Request(
         weight.device, weight.dtype, compute, activation, objective.loss, update.rule, peers.gradient_of(peer),
         skips=skip_below > 0, shares=product is not None,
@@ -177,50 +202,85 @@ def linear_step_(
         nothing = weight.new_empty(0)
         return StepResult(None, nothing, nothing, nothing, n_pos)
 
-    order = None
+    order = back = None
     if is_positive is not None and objective.paired:
         order, n_pos = _sides_in_order(is_positive)
         field, product = 0, None
         x_pos, x_neg = x_pos[order[:n_pos]], x_pos[order[n_pos:]]
         input_sumsq = None if input_sumsq is None else input_sumsq[order]
+        back = order.argsort()
 
     width = weight.shape[0]
     layer = (weight, bias, norm, float(eps), eps_mode, activation, compute)
-    y = weight.new_empty(rows, width, dtype=compute) if outputs == "pre" else None
+    y = weight.new_empty(rows, width, dtype=compute) if outputs != "none" else None
     sumsq, loss = weight.new_empty(rows), weight.new_empty(())
+    goodness = sumsq if objective.goodness == "sum" else weight.new_empty(rows)
+    after = weight.new_empty(rows) if outputs == "post" else sumsq
+    outcome = (after, goodness) if y is None else (after, goodness, y)
+    in_order = [] if back is None else [torch.empty_like(t) for t in outcome]
     rounded = None
     if outputs == "post" and compute != weight.dtype and update.rule != "grad" and chosen in select.TAKES_ROUNDED:
         rounded = weight.new_empty(weight.shape, dtype=compute)
     with torch.no_grad(), without_autocast(weight.device):
-        ops.linear_step_(
-            x_pos,
-            x_neg,
-            is_positive if order is None else None,
-            input_sumsq,
-            sample_weight,
-            *layer,
-            *objective.operands(),
-            float(skip_below),
-            product,
-            field,
-            *peers.operands(peer, peer_mean, width),
-            *update.operands(),
-            rounded,
-            y,
-            sumsq,
-            loss,
-            chosen,
-        )
-        torch.autograd.graph.increment_version(update.written() + ([] if peer_mean is None else [peer_mean]))
-        update.finish()
-        goodness = objective.goodness_of(sumsq, width)
-        if outputs == "post":
+        held = None if compiling else interrupts.hold()
+        try:
+            ops.linear_step_(
+                x_pos,
+                x_neg,
+                is_positive if order is None else None,
+                input_sumsq,
+                sample_weight,
+                *layer,
+                *objective.operands(),
+                float(skip_below),
+                product,
+                field,
+                *peers.operands(peer, peer_mean, width),
+                *update.operands(),
+                rounded,
+                y if outputs == "pre" else None,
+                sumsq,
+                loss,
+                chosen,
+            )
+            torch.autograd.graph.increment_version(written)
+            update.finish()
+        finally:
+            if held is not None:
+                interrupts.release(held)
+        objective.goodness_of(sumsq, width, out=goodness)
+        if y is not None and outputs == "post":
             now = weight if rounded is None else rounded
-            y, sumsq = ops.linear_forward(x_pos, x_neg, input_sumsq, now, *layer[1:], None, field, True, chosen)
-        if order is not None:
-            back = order.argsort()
-            y, sumsq, goodness = None if y is None else y[back], sumsq[back], goodness[back]
-    return StepResult(y, sumsq, goodness, loss, n_pos if is_positive is None else None, is_positive)
+            _forward_after(compiling, x_pos, x_neg, input_sumsq, (now, *layer[1:], None, field), y, after, chosen)
+        if back is not None:
+            for found, into in zip(outcome, in_order, strict=True):
+                torch.index_select(found, 0, back, out=into)
+            (after, goodness), y = in_order[:2], None if y is None else in_order[2]
+    return StepResult(y, after, goodness, loss, n_pos if is_positive is None else None, is_positive)
+
+
+def _forward_after(
+    compiling: bool,
+    x_pos: Tensor,
+    x_neg: Tensor,
+    input_sumsq: Tensor | None,
+    layer: tuple[Any, ...],
+    y: Tensor,
+    sumsq: Tensor,
+    backend: str,
+) -> None:
+    """`linear_forward_` once the weights are written, where an error would lose a step: few rows need little memory."""
+    try:
+        ops.linear_forward_(x_pos, x_neg, input_sumsq, *layer, y, sumsq, backend)
+        return
+    except (MemoryError, RuntimeError):
+        if compiling:
+            raise
+    at = 0
+    for x in (*x_pos.split(FEW_ROWS), *x_neg.split(FEW_ROWS)):
+        part = slice(at, at := at + len(x))
+        known = None if input_sumsq is None else input_sumsq[part]
+        ops.linear_forward_(x, x[:0], known, *layer[:-1], 0, y[part], sumsq[part], backend)
 
 
 def linear_forward(
@@ -246,6 +306,7 @@ def linear_forward(
     require a gradient, `y` and the sums carry one to weight and bias, by a closed-form backward that cannot be
     differentiated again. None reaches `x`, which is taken as detached: that no gradient flows to the layer
     below is the algorithm. With `product` there is no gradient: `x` is multiplied in its label field alone.
+    Forward-mode tangents of weight and bias, and the transforms of `torch.func`, go through PyTorch's own operations.
 
     `copies`: `x` holds the same rows so many times, one copy below the other, under different labels. Where no gradient
     is asked for, the compiled CPU backend makes sure of that and multiplies what they share once; for others it is
@@ -264,9 +325,14 @@ def linear_forward(
     field = check.label_field(label_field, weight, x, None)
     check.shared_product(product, field, x.shape[0], weight)
     check.copies(copies, x.shape[0])
+    check.boolean("keep", keep)
     request = select.Request(weight.device, weight.dtype, compute, activation, shares=product is not None)
     chosen = select.choose(request, backend)
     layer = (weight, bias, norm, float(eps), eps_mode, activation, compute)
+    if not torch.compiler.is_compiling() and is_transformed(x, weight, bias):
+        check.without_product(product)
+        y, sumsq = in_plain_operations(x, input_sumsq, *layer)
+        return y if keep else y[:0], sumsq
     if (
         product is None
         and torch.is_grad_enabled()
@@ -349,15 +415,20 @@ def goodness_loss(
     if threshold is not None:
         check.constant("threshold", threshold)
         threshold = threshold.to(values.dtype)
-    with torch.no_grad():
+    transformed = not torch.compiler.is_compiling() and is_transformed(goodness, is_positive)
+    with nullcontext() if transformed else torch.no_grad():
         order = None
         counts: tuple[float | Tensor, float | Tensor]
+        if transformed:
+            values = goodness.to(values.dtype)
         if objective.paired:
             order, n_pos = _sides_in_order(is_positive)
             values, counts = values[order], (n_pos, n_pos)
         else:
             counts = (is_positive.sum(), (~is_positive).sum())
         slope, loss = objective.slope_and_loss(values, is_positive, counts, sample_weight, threshold)
+        if transformed:
+            return loss
         if order is not None:
             slope = slope[order.argsort()]
     return GivenSlope.apply(goodness, slope, loss)
@@ -377,10 +448,14 @@ def explain(
     """Says which backend a layer step runs on, why each other one is passed over, and how the update runs.
 
     Raises:
-        ValueError: where a forced backend cannot run it, as the step itself would.
+        ValueError, TypeError: for an argument that does not fit, and where a forced backend cannot run it, as the step
+            itself would.
     """
     check.layer_tensors(weight, None)
     check.optimizer_object(optimizer)
+    check.objective_object(objective)
+    check.one_of("activation", activation, check.ACTIVATIONS)
+    check.peer_object(peer)
     compute = check.compute_dtype_of(compute_dtype, weight)
     rule, update = optim.fused_rule(optimizer, weight)
     check.fraction("skip_below", skip_below)

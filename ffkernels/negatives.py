@@ -10,9 +10,12 @@ shows in the loss.
 from __future__ import annotations
 
 import math
+import sys
 
 import torch
 from torch import Tensor
+
+from .objective import short
 
 _LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -132,7 +135,7 @@ def random_masks(
 
 def _blur_matrix(size: int, blurs: int, device: torch.device) -> Tensor:
     """[size, size]: `blurs` passes of [1/4, 1/2, 1/4], the edge repeated outside the image; float32."""
-    eye = torch.eye(size, device=device)
+    eye = torch.eye(size, dtype=torch.float32, device=device)
     at = torch.arange(size, device=device)
     once = 0.5 * eye + 0.25 * eye[(at - 1).clamp(min=0)] + 0.25 * eye[(at + 1).clamp(max=size - 1)]
     power: Tensor = torch.linalg.matrix_power(once, blurs)
@@ -198,6 +201,8 @@ def _check_labels(labels: Tensor, num_classes: int) -> None:
 def _check_float(x: Tensor, name: str) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor; got {type(x).__name__}")
+    if x.layout != torch.strided or x.is_nested:
+        raise TypeError(f"{name} must be dense; got a {'nested' if x.is_nested else x.layout} tensor")
     if not x.is_floating_point():
         raise TypeError(f"{name} must be of a floating-point dtype; got {x.dtype}")
 
@@ -213,8 +218,8 @@ def check_value(value: float) -> None:
     """Raises TypeError or ValueError unless `value`, which is to mark a label, is a finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"value must be a number; got {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError(f"value must be finite; got {value}")
+    if not abs(value) <= sys.float_info.max:
+        raise ValueError(f"value must be finite; got {short(value)}")
 
 
 def _check_generator(generator: torch.Generator | None, device: torch.device) -> None:

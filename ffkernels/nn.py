@@ -483,9 +483,11 @@ class FFNetwork(nn.Module):
         """Layers, activities, sums of squares; without `keep` the last layer's activities are left out."""
         sumsq = None
         for index, layer in enumerate(self, 1):
-            x, sumsq = layer._run(x, sumsq, keep=keep or index < len(self.layers), **shared)
+            y, q = layer._run(x, sumsq, keep=keep or index < len(self.layers), **shared)
             shared = {}
-            yield layer, x, sumsq
+            yield layer, y, q
+            # No derivative of any kind goes on to the next layer.
+            x, sumsq = y.detach(), q.detach()
 
     def shared_product(self, x: Tensor, num_classes: int = 10) -> Tensor | None:
         """`ffkernels.shared_product` of the first layer, for `step` and `features`.

@@ -7,6 +7,7 @@ sums of squares `q` and multiply each row of activities by the coefficient `c` t
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -92,14 +93,17 @@ class Objective:
 
     def __post_init__(self) -> None:
         for name, accepted in (("goodness", GOODNESS), ("loss", tuple(LOSSES)), ("reduction", REDUCTIONS)):
-            if getattr(self, name) not in accepted:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(map(repr, accepted))}")
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in accepted:
+                raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, accepted))}")
         if not isinstance(self.maximize, bool):
             raise TypeError(f"maximize={self.maximize!r} is not a bool")
         for name in ("temperature", "alpha"):
             value = getattr(self, name)
-            if not _is_number(value) or not 0 < value < math.inf:
-                raise ValueError(f"{name}={value!r} is not a positive finite number")
+            if not _is_number(value) or not 0 < value <= sys.float_info.max:
+                raise ValueError(f"{name}={short(value)} is not a positive finite number")
+        if 1 / self.temperature == math.inf:
+            raise ValueError(f"temperature={self.temperature!r} is too small: a logit is divided by it")
         if self.paired and self.temperature != 1:
             raise ValueError(f"temperature={self.temperature!r} has no meaning for loss={self.loss!r}: use alpha")
         self._check_threshold()
@@ -107,30 +111,38 @@ class Objective:
     def _check_threshold(self) -> None:
         threshold = self.threshold
         if isinstance(threshold, Tensor):
+            if threshold.is_nested or threshold.layout != torch.strided:
+                raise TypeError(f"threshold has layout {threshold.layout}; accepted: a dense tensor")
             if not threshold.is_floating_point() or threshold.dim() > 1:
                 raise TypeError(
                     f"threshold is a {threshold.dtype} tensor of shape {tuple(threshold.shape)}; accepted: "
                     "a floating-point tensor, 0-dim or with one value for each row"
                 )
-            if not bool(threshold.isfinite().all()):
+            # A meta tensor has no values.
+            if not threshold.is_meta and not bool(threshold.isfinite().all()):
                 raise ValueError("threshold holds NaN or infinity; accepted: finite values")
             return
         values = threshold if isinstance(threshold, tuple) else (threshold,)
         if len(values) > 2 or not values or not all(_is_number(v) for v in values):
             raise TypeError(f"threshold={threshold!r} is not a number, a (positive, negative) pair or a tensor")
-        if not all(math.isfinite(v) for v in values):
-            raise ValueError(f"threshold={threshold!r} is not finite")
+        if not all(abs(v) <= sys.float_info.max for v in values):
+            raise ValueError(f"threshold={short(threshold)} is not finite")
 
     @property
     def paired(self) -> bool:
         """Whether the loss compares the i-th positive with the i-th negative row."""
         return LOSSES[self.loss].paired
 
-    def goodness_of(self, sumsq: Tensor, width: int) -> Tensor:
-        """Goodness of rows with sums of squares `sumsq` in a layer of `width` units; same shape and dtype."""
+    def goodness_of(self, sumsq: Tensor, width: int, *, out: Tensor | None = None) -> Tensor:
+        """Goodness of rows with sums of squares `sumsq` in a layer of `width` units; same shape and dtype.
+
+        `out` receives it where no gradient is asked for.
+        """
         if self.goodness == "mean":
-            return sumsq / width
+            return torch.div(sumsq, width, out=out)
         if self.goodness == "norm":
+            if out is not None:
+                return torch.sqrt(sumsq, out=out)
             # The slope of a root at zero is infinite; a row of zeros gets none.
             zero = sumsq == 0
             return sumsq.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
@@ -230,6 +242,15 @@ class Objective:
         theta = _by_side(is_positive, *self.thresholds(), goodness) if threshold is None else threshold
         scale = _by_side(is_positive, -1.0, 1.0, goodness) * ((1 if self.maximize else -1) / self.temperature)
         return scale * (goodness - theta), scale
+
+
+def short(value: object) -> str:
+    """`repr(value)` for a message; Python refuses to write out integers of thousands of digits."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return f"<{type(value).__name__} of too many digits>"
+    return text if len(text) <= 80 else f"{text[:40]}...{text[-20:]}"
 
 
 def _is_number(value: object) -> bool:

@@ -1,6 +1,6 @@
 """The operators: their schemas and fakes, and the one list of what a backend implements.
 
-Both are defined for every device; the backend that a call runs on travels in its last argument, chosen by
+All are defined for every device; the backend that a call runs on travels in its last argument, chosen by
 `backends.select`. Schemas are written by hand, which costs a fraction of what `torch.library.custom_op` does per call.
 """
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .backends import select
 
+_ROWS = "Tensor x_pos, Tensor x_neg, Tensor? input_sumsq, Tensor weight, Tensor? bias"
 # How a layer turns rows into activities.
 _LAYER = "str norm, float eps, str eps_mode, str activation, ScalarType compute_dtype"
 # How sums of squares turn into a loss and row coefficients: `Objective`'s fields; `threshold` overrides both numbers.
@@ -33,12 +34,9 @@ _UPDATE = (
 
 SCHEMAS = {
     # The rows of x_pos [n_pos, in] followed by those of x_neg [n_neg, in] are the joint batch; input_sumsq [rows],
-    # weight [out, in] (or what its step has left in weight_rounded), bias [out] -> y [rows, out] in the compute dtype,
-    # its sums of squares [rows]. Without `keep` nobody reads y: it is [0, out].
-    "linear_forward": (
-        "(Tensor x_pos, Tensor x_neg, Tensor? input_sumsq, Tensor weight, Tensor? bias, "
-        f"{_LAYER}, {_SHARED}, bool keep, str backend) -> (Tensor, Tensor)"
-    ),
+    # weight [out, in] (or what its step has left in weight_rounded), bias [out] are read. Written: where given
+    # y [rows, out] in the compute dtype, and its sums of squares [rows].
+    "linear_forward_": f"({_ROWS}, {_LAYER}, {_SHARED}, Tensor(a!)? y, Tensor(b!) sumsq, str backend) -> ()",
     # One whole layer step on the joint batch. Written: weight and bias (or, under the rule
     # "grad", their gradients), optimizer state, sumsq [rows], loss [], and where given y [rows, out], the activities
     # before the update, and peer_mean [out]. With is_positive [rows], x_pos is the joint batch and x_neg has no rows.
@@ -52,7 +50,17 @@ SCHEMAS = {
     ),
 }
 
+# `linear_forward_` with results of its own, for every backend; without `keep` nobody reads y: it is [0, out].
+_FORWARD = f"linear_forward({_ROWS}, {_LAYER}, {_SHARED}, bool keep, str backend) -> (Tensor, Tensor)"
+
 _library = torch.library.Library("ffkernels", "DEF")
+
+
+def _linear_forward(*args: Any) -> tuple[Tensor, Tensor]:
+    *read, keep, backend = args
+    y, sumsq = _linear_forward_fake(*args)
+    select.load(backend).linear_forward_(*read, y if keep else None, sumsq)
+    return y, sumsq
 
 
 def _linear_forward_fake(
@@ -65,12 +73,12 @@ def _linear_forward_fake(
     return y, weight.new_empty(rows, dtype=master)
 
 
-def _linear_step_fake(*args: Any) -> None:
+def _writes_only(*args: Any) -> None:
     return None
 
 
-def _forward_on_backend(*args: Any) -> tuple[Tensor, Tensor]:
-    return select.load(args[-1]).linear_forward(*args[:-1])
+def _forward_on_backend(*args: Any) -> None:
+    select.load(args[-1]).linear_forward_(*args[:-1])
 
 
 def _step_on_backend(*args: Any) -> None:
@@ -87,11 +95,14 @@ def _step_on_backend(*args: Any) -> None:
 
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema)
-_library.impl("linear_forward", _forward_on_backend, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"ffkernels::{_name}", _writes_only, lib=_library)
+_library.impl("linear_forward_", _forward_on_backend, "CompositeExplicitAutograd")
 _library.impl("linear_step_", _step_on_backend, "CompositeExplicitAutograd")
+_library.define(_FORWARD)
+_library.impl("linear_forward", _linear_forward, "CompositeExplicitAutograd")
 torch.library.register_fake("ffkernels::linear_forward", _linear_forward_fake, lib=_library)
-torch.library.register_fake("ffkernels::linear_step_", _linear_step_fake, lib=_library)
 
 linear_forward = torch.ops.ffkernels.linear_forward.default
+linear_forward_ = torch.ops.ffkernels.linear_forward_.default
 linear_step_ = torch.ops.ffkernels.linear_step_.default
 _RULE = [argument.name for argument in linear_step_._schema.arguments].index("rule")

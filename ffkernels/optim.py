@@ -340,10 +340,11 @@ def _slot(
     parameter: Tensor, state: dict[str, Tensor], group: dict[str, Any], hyper: list[float], new: dict[str, Tensor]
 ) -> Slot:
     for key, tensor in state.items():
-        if key != "step":
-            check.optimizer_state(key, tensor, parameter)
+        check.optimizer_state(key, tensor, parameter)
     lr = group["lr"]
     by_tensor = lr if isinstance(lr, Tensor) else None
+    if by_tensor is not None:
+        check.one_number("lr", by_tensor, parameter)
     return Slot(parameter, list(state.values()), [0.0 if by_tensor is not None else float(lr), *hyper], by_tensor, new)
 
 

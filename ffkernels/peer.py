@@ -5,11 +5,13 @@ Nothing here knows a kernel: backends get a strength, a momentum and whether the
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .objective import short
 
 FORMS = ("hinton", "loewex")
 # What both codes let the running mean start from.
@@ -47,12 +49,15 @@ class PeerNormalisation:
     gated: bool = False
 
     def __post_init__(self) -> None:
-        if self.form not in FORMS:
+        if not isinstance(self.form, str) or self.form not in FORMS:
             raise ValueError(f"form={self.form!r} is not one of {', '.join(map(repr, FORMS))}")
-        for name, limit in (("strength", math.inf), ("momentum", 1)):
+        for name, limit, fits in (
+            ("strength", "inf", lambda v: 0 <= v <= sys.float_info.max),
+            ("momentum", "1", lambda v: 0 <= v < 1),
+        ):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < limit:
-                raise ValueError(f"{name}={value!r} is not a number in [0, {limit})")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not fits(value):
+                raise ValueError(f"{name}={short(value)} is not a number in [0, {limit})")
         if not isinstance(self.gated, bool):
             raise TypeError(f"gated={self.gated!r} is not a bool")
 

@@ -6,12 +6,13 @@ An error names the argument, says what came and what is accepted.
 from __future__ import annotations
 
 import math
+import sys
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .objective import Objective
+from .objective import Objective, short
 from .peer import PeerNormalisation
 
 NORMS = ("l2", "rms", "none")
@@ -24,7 +25,7 @@ COMPUTE_DTYPES = (torch.bfloat16, torch.float16)
 
 def one_of(name: str, value: object, accepted: tuple[str, ...]) -> None:
     """Raises ValueError unless `value` is one of the `accepted` names."""
-    if value not in accepted:
+    if not isinstance(value, str) or value not in accepted:
         raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, accepted))}")
 
 
@@ -35,8 +36,8 @@ def layer_options(norm: str, eps: float, eps_mode: str, activation: str) -> None
     one_of("activation", activation, ACTIVATIONS)
     if isinstance(eps, bool) or not isinstance(eps, int | float):
         raise TypeError(f"eps={eps!r} is not a number")
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"eps={eps!r} is not a finite number >= 0")
+    if not 0 <= eps <= sys.float_info.max:
+        raise ValueError(f"eps={short(eps)} is not a finite number >= 0")
 
 
 def autocast_is_on(device: torch.device) -> bool:
@@ -83,9 +84,31 @@ def rows_of(name: str, x: Tensor, weight: Tensor, compute_dtype: torch.dtype) ->
     _same_device(name, x, weight.device)
 
 
+def tensor(name: str, value: object) -> None:
+    """Raises TypeError unless `value` is a dense tensor with memory of its own, as the backends read it."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}; accepted: a torch.Tensor")
+    if type(value) not in (Tensor, nn.Parameter) and _is_wrapper(value):
+        raise TypeError(
+            f"{name} is a {type(value).__name__}; accepted: a plain tensor (of one that is sharded over processes "
+            "ffkernels sees no part)"
+        )
+    if value.layout != torch.strided or value.is_nested:
+        raise TypeError(f"{name} has layout {_layout_of(value)}; accepted: a dense tensor")
+
+
+def _is_wrapper(value: Tensor) -> bool:
+    """Whether a subclass holds its numbers in other tensors, as DTensor does, or means something else by them."""
+    return hasattr(value, "__tensor_flatten__") or isinstance(value, torch.masked.MaskedTensor)
+
+
+def _layout_of(value: Tensor) -> str:
+    return "nested" if value.is_nested else str(value.layout)
+
+
 def matrix(name: str, value: object) -> None:
     """Raises TypeError or ValueError unless `value` is a dense two-dimensional tensor."""
-    _tensor(name, value)
+    tensor(name, value)
     assert isinstance(value, Tensor)
     if value.dim() != 2:
         hint = "; flatten each row first" if value.dim() > 2 else ""
@@ -96,7 +119,7 @@ def vector(
     name: str, value: object, length: int, dtype: torch.dtype, device: torch.device, beside: str = "weight"
 ) -> None:
     """Raises TypeError or ValueError unless `value` is a tensor `[length]` of this dtype on this device."""
-    _tensor(name, value)
+    tensor(name, value)
     assert isinstance(value, Tensor)
     if value.shape != (length,):
         raise ValueError(f"{name} has shape {tuple(value.shape)}; accepted: ({length},)")
@@ -107,7 +130,7 @@ def vector(
 
 def goodness_values(goodness: object) -> Tensor:
     """A goodness `[rows]`, in float32 if it came narrower."""
-    _tensor("goodness", goodness)
+    tensor("goodness", goodness)
     assert isinstance(goodness, Tensor)
     if goodness.dim() != 1:
         raise ValueError(f"goodness has shape {tuple(goodness.shape)}; accepted: one value for each row")
@@ -129,14 +152,38 @@ def optimizer_object(optimizer: object) -> None:
         raise TypeError(f"optimizer is a {type(optimizer).__name__}; accepted: a torch.optim.Optimizer, or None")
 
 
-def optimizer_state(key: str, value: Tensor, parameter: Tensor) -> None:
-    """Raises ValueError unless what an optimizer keeps for a parameter is like it, as a backend takes for granted."""
+def optimizer_state(key: str, value: object, parameter: Tensor) -> None:
+    """Raises unless what an optimizer keeps for a parameter is like it, as a backend takes for granted.
+
+    Adam's step count is one number, on the parameter's device or on the host.
+    """
+    name = f"the optimizer's {key}"
+    tensor(name, value)
+    assert isinstance(value, Tensor)
+    if key == "step":
+        one_number(name, value, parameter)
+        return
+    writable(name, value)
     if (value.dtype, value.shape, value.device) != (parameter.dtype, parameter.shape, parameter.device):
         kept, accepted = (f"{t.dtype} {tuple(t.shape)} on {t.device}" for t in (value, parameter))
         raise ValueError(
             f"the optimizer's {key} is {kept}; accepted: {accepted}, as its parameter is "
             "(one that is moved or cast after training began needs a new optimizer)"
         )
+
+
+def one_number(name: str, value: Tensor, parameter: Tensor) -> None:
+    """Raises ValueError unless a tensor holds one number, on the parameter's device or on the host."""
+    if value.numel() != 1:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; accepted: one number")
+    if value.device != parameter.device and value.device.type != "cpu":
+        raise ValueError(f"{name} is on {value.device} but its parameter on {parameter.device}; accepted: there or cpu")
+
+
+def boolean(name: str, value: object) -> None:
+    """Raises TypeError unless `value` is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} is not a bool")
 
 
 def fraction(name: str, value: object) -> None:
@@ -183,8 +230,15 @@ def shared_product(product: Tensor | None, columns: int, rows: int, weight: Tens
     if product.shape != accepted or product.dtype != weight.dtype:
         raise ValueError(f"product is {product.dtype} {tuple(product.shape)}; accepted: {weight.dtype} {accepted}")
     _same_device("product", product, weight.device)
+    constant("product", product)
     if not columns:
         raise ValueError("product came without label_field; accepted: both, or label_field alone")
+
+
+def without_product(product: Tensor | None) -> None:
+    """Raises ValueError for a product where derivatives are asked for."""
+    if product is not None:
+        raise ValueError("product came where a torch.func transform or a tangent is asked for; accepted: None")
 
 
 def trainable(name: str, parameter: Tensor | None) -> None:
@@ -197,18 +251,85 @@ def trainable(name: str, parameter: Tensor | None) -> None:
         )
 
 
-def not_overlapping(name: str, parameter: Tensor | None) -> None:
-    """Raises ValueError for a parameter whose elements share memory, which an update would write twice."""
-    if parameter is not None and any(
-        stride == 0 and size > 1 for size, stride in zip(parameter.shape, parameter.stride(), strict=True)
-    ):
-        raise ValueError(f"{name} has strides {parameter.stride()}; accepted: a tensor that is not expanded")
+def writable(name: str, value: Tensor | None) -> None:
+    """Raises ValueError for a tensor whose elements share memory, which an update would write twice."""
+    if value is not None and not value.is_contiguous() and _overlaps_itself(value.shape, value.stride()):
+        raise ValueError(
+            f"{name} has strides {value.stride()} for shape {tuple(value.shape)}, so that elements share memory; "
+            "accepted: a tensor that is not expanded, one place for each element"
+        )
+
+
+def _overlaps_itself(shape: torch.Size, strides: tuple[int, ...]) -> bool:
+    """Whether two elements of a vector or matrix lie in one place."""
+    if 0 in shape:
+        return False
+    if len(shape) == 1:
+        return strides[0] == 0 and shape[0] > 1
+    (rows, columns), (down, across) = shape, strides
+    common = math.gcd(down, across)
+    # down i = across j, where i rows and j columns apart are the fewest that can coincide.
+    return rows * columns > 1 if not common else across // common < rows and down // common < columns
+
+
+def writable_here(written: list[Tensor]) -> None:
+    """Raises ValueError for parameters or state that were made in inference mode, where alone it is written."""
+    if any(t.is_inference() for t in written) and not torch.is_inference_mode_enabled():
+        raise ValueError(
+            "a parameter, its optimizer state or peer_mean was made in inference mode, outside of which it cannot be "
+            "written; accepted: clones of them"
+        )
+
+
+def apart(weight: Tensor, bias: Tensor | None, peer_mean: Tensor | None, read: dict[str, Tensor | None]) -> None:
+    """Raises ValueError where what a step writes lies in the memory of what it reads, or writes besides."""
+    if weight.is_meta or not all(type(t) in (Tensor, nn.Parameter) for t in (weight, bias) if t is not None):
+        return
+    written = {"weight": weight, "bias": bias, "peer_mean": peer_mean}
+    spans = [(name, t, *_span(t)) for name, t in (written | read).items() if t is not None and t.numel()]
+    for i, (name, tensor, first, last) in enumerate(spans):
+        if name not in written:
+            break
+        for other_name, other, start, end in spans[i + 1 :]:
+            if start < last and first < end and _share_memory(tensor, other, min(first, start), max(last, end)):
+                raise ValueError(
+                    f"{other_name} shares memory with {name}, which the step writes; accepted: {other_name}.clone()"
+                )
+
+
+def _span(t: Tensor) -> tuple[int, int]:
+    """The addresses between which a tensor lies."""
+    first = t.data_ptr()
+    if t.is_contiguous():
+        return first, first + t.nbytes
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return first, first + extent * t.element_size()
+
+
+def _share_memory(a: Tensor, b: Tensor, first: int, last: int) -> bool:
+    """Whether two tensors whose spans meet have a place in common; columns of one matrix have none."""
+    if a.is_contiguous() and b.is_contiguous():
+        return True
+    taken = torch.zeros(last - first, dtype=torch.bool)
+    for t in (a, b):
+        size = t.element_size()
+        places = taken.as_strided((*t.shape, size), (*(s * size for s in t.stride()), 1), t.data_ptr() - first)
+        if t is b:
+            return bool(places.any())
+        places.fill_(True)
+    return False
+
+
+def objective_object(objective: object) -> None:
+    """Raises TypeError unless it is an `Objective`."""
+    if not isinstance(objective, Objective):
+        raise TypeError(f"objective={objective!r} is not an ffkernels.Objective")
 
 
 def objective_for(objective: object, rows: int, n_pos: int | None, like: Tensor, beside: str = "weight") -> None:
     """Checks that an objective fits a batch of `rows` rows; `n_pos` is None where only a mask knows it."""
-    if not isinstance(objective, Objective):
-        raise TypeError(f"objective={objective!r} is not an ffkernels.Objective")
+    objective_object(objective)
+    assert isinstance(objective, Objective)
     threshold = objective.threshold
     if isinstance(threshold, Tensor):
         if threshold.shape not in ((), (rows,)):
@@ -226,22 +347,20 @@ def objective_for(objective: object, rows: int, n_pos: int | None, like: Tensor,
 
 def peer_normalisation(peer: object, mean: Tensor | None, weight: Tensor) -> None:
     """Checks peer normalisation and its running mean `[out]`, which come together or not at all."""
-    if peer is not None and not isinstance(peer, PeerNormalisation):
-        raise TypeError(f"peer={peer!r} is not an ffkernels.PeerNormalisation")
+    peer_object(peer)
     if (peer is None) != (mean is None):
         came, missing = ("peer_mean", "peer") if peer is None else ("peer", "peer_mean")
         raise ValueError(f"{came} came without {missing}; accepted: both or neither")
     if mean is not None:
         vector("peer_mean", mean, weight.shape[0], weight.dtype, weight.device)
         constant("peer_mean", mean)
-        not_overlapping("peer_mean", mean)
+        writable("peer_mean", mean)
 
 
-def _tensor(name: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is a {type(value).__name__}; accepted: a torch.Tensor")
-    if value.layout != torch.strided:
-        raise TypeError(f"{name} has layout {value.layout}; accepted: a dense tensor")
+def peer_object(peer: object) -> None:
+    """Raises TypeError unless it is a `PeerNormalisation` or None."""
+    if peer is not None and not isinstance(peer, PeerNormalisation):
+        raise TypeError(f"peer={peer!r} is not an ffkernels.PeerNormalisation")
 
 
 def _same_device(name: str, value: Tensor, device: torch.device, beside: str = "weight") -> None:

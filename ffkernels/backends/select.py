@@ -78,7 +78,7 @@ def _choose(backend: str | None, *fields: Any) -> str:
             if load(name).unsupported(request) is None:
                 return name
         raise ValueError(f"no backend can run this call: {verdicts(request)}")
-    if forced not in BACKENDS:
+    if not isinstance(forced, str) or forced not in BACKENDS:
         raise ValueError(f"{source}={forced!r} is not a backend of this installation; accepted: {', '.join(BACKENDS)}")
     reason = load(forced).unsupported(request._replace(forced=True))
     if reason is not None:

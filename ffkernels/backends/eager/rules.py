@@ -68,7 +68,7 @@ def adam(p: Tensor, gradient: Tensor, state: list[Tensor], hyper: list[float], l
     exp_avg.lerp_(g, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
     # A step count on the host costs no synchronisation; one on the device stays there.
-    count = step if step.device.type != "cpu" else float(step)
+    count = step.to(p.dtype) if step.device.type != "cpu" else float(step)
     denominator = (exp_avg_sq / (1 - beta2**count)).sqrt_().add_(eps)
     p.sub_(exp_avg / denominator * (lr / (1 - beta1**count)))
 

@@ -29,7 +29,7 @@ def unsupported(request: Request) -> str | None:
     return None
 
 
-def linear_forward(
+def linear_forward_(
     x_pos: Tensor,
     x_neg: Tensor,
     input_sumsq: Tensor | None,
@@ -42,21 +42,20 @@ def linear_forward(
     compute_dtype: torch.dtype,
     product: Tensor | None,
     label_field: int,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
+    y: Tensor | None,
+    sumsq: Tensor,
+) -> None:
     """See `ops.SCHEMAS`."""
     layer = Layer(weight, bias, norm, eps, eps_mode, activation, compute_dtype)
     n_pos, n = x_pos.shape[0], x_pos.shape[0] + x_neg.shape[0]
-    y, sumsq = x_pos.new_empty(n if keep else 0, layer.width, dtype=compute_dtype), weight.new_empty(n)
     for block in blocks(n_pos, n - n_pos, _block_rows(n, layer.width), _twins(x_pos, x_neg, label_field)):
-        in_place = block.take(y) if keep and compute_dtype == weight.dtype and len(block.ranges) == 1 else None
+        in_place = block.take(y) if compute_dtype == weight.dtype and len(block.ranges) == 1 else None
         parts = input_parts(block, x_pos, x_neg)
         rows = layer.rows(parts, block.take(input_sumsq), label_field, _of_first_side(block, parts, product))
         activity, _, q = layer.forward(rows, in_place)
         block.put(q, sumsq)
-        if keep and (in_place is None or activity is not in_place):
+        if y is not None and activity is not in_place:
             block.put(activity, y)
-    return y, sumsq
 
 
 def linear_step_(
@@ -144,15 +143,22 @@ def linear_step_(
         rule,
         weight_state,
         weight_hyper,
-        weight_lr if weight_lr is not None else (weight_hyper or [0.0])[0],
+        _rate(weight_hyper, weight_lr, weight.dtype),
         bias_state,
         bias_hyper,
-        bias_lr if bias_lr is not None else (bias_hyper or [0.0])[0],
+        _rate(bias_hyper, bias_lr, weight.dtype),
     )
     if peers is not None:
         peers.finish()
     if weight_rounded is not None:
         weight_rounded.copy_(weight)
+
+
+def _rate(hyper: list[float], lr: Tensor | None, dtype: torch.dtype) -> float | Tensor:
+    """The learning rate as a number, as `torch.optim` takes it; one on a device stays there, in the weight's dtype."""
+    if lr is None:
+        return hyper[0] if hyper else 0.0
+    return float(lr) if lr.device.type == "cpu" else lr.to(dtype)
 
 
 def _twins(x_pos: Tensor, x_neg: Tensor, label_field: int) -> bool:

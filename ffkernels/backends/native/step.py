@@ -56,7 +56,7 @@ def _has_matrix_unit() -> bool:
     return torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_amx_tile_supported()
 
 
-def linear_forward(
+def linear_forward_(
     x_pos: Tensor,
     x_neg: Tensor,
     input_sumsq: Tensor | None,
@@ -69,16 +69,16 @@ def linear_forward(
     compute_dtype: torch.dtype,
     product: Tensor | None,
     label_field: int,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
+    y: Tensor | None,
+    sumsq: Tensor,
+) -> None:
     """See `ops.SCHEMAS`."""
-    n = x_pos.shape[0] + x_neg.shape[0]
-    y, sumsq = x_pos.new_empty(n if keep else 0, weight.shape[0], dtype=compute_dtype), weight.new_empty(n)
     operands = _Operands()
-    call = _layer(operands, x_pos, x_neg, input_sumsq, weight, bias, norm, eps, eps_mode, activation, compute_dtype)
-    call.y, call.sumsq = y.data_ptr() if keep else None, sumsq.data_ptr()
+    call = _layer(operands, x_pos, x_neg, input_sumsq, norm, eps, eps_mode, activation, compute_dtype)
+    call.out, call.in_ = weight.shape
+    call.weight, call.bias = operands.read(weight), operands.read(bias)
+    call.y, call.sumsq = operands.write(y, compute_dtype), operands.write(sumsq)
     operands.run("ffk_linear_forward", call)
-    return y, sumsq
 
 
 def linear_step_(
@@ -124,13 +124,15 @@ def linear_step_(
 ) -> None:
     """See `ops.SCHEMAS`."""
     operands = _Operands()
-    call = _layer(operands, x_pos, x_neg, input_sumsq, weight, bias, norm, eps, eps_mode, activation, compute_dtype)
-    call.y, call.sumsq, call.loss = (None if y is None else y.data_ptr()), sumsq.data_ptr(), loss_out.data_ptr()
-    call.is_positive = operands.read(is_positive)
+    call = _layer(operands, x_pos, x_neg, input_sumsq, norm, eps, eps_mode, activation, compute_dtype)
+    call.out, call.in_ = weight.shape
+    updated = operands.read if rule == "grad" else operands.write
+    call.weight, call.bias = updated(weight), updated(bias)
+    call.y, call.sumsq, call.loss = operands.write(y, compute_dtype), operands.write(sumsq), operands.write(loss_out)
+    call.is_positive = operands.read(is_positive, torch.bool)
     call.sample_weight = operands.read(sample_weight)
-    if threshold is not None:
-        call.threshold = operands.read(threshold.to(weight.dtype))
-        call.threshold_is_one = threshold.dim() == 0
+    call.threshold = operands.read(threshold)
+    call.threshold_is_one = threshold is not None and threshold.dim() == 0
     call.threshold_pos, call.threshold_neg = threshold_pos, threshold_neg
     call.temperature, call.alpha, call.maximize = temperature, alpha, maximize
     call.skip_below = skip_below
@@ -146,34 +148,42 @@ def linear_step_(
 
 
 class _Operands:
-    """Addresses of tensors in row-major order: their own, or those of copies, which live until the call is over."""
+    """The only source of addresses: of tensors in row-major order, or of copies of them.
+
+    What an address belongs to lives as long as this object does, which is until the call is over. What is only read is
+    never written.
+    """
 
     def __init__(self) -> None:
-        self.copies: list[Tensor] = []
+        self.alive: list[Tensor] = []
         self.written: list[tuple[Tensor, Tensor]] = []
 
-    def read(self, tensor: Tensor | None) -> int | None:
+    def read(self, tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> int | None:
         if tensor is None:
             return None
-        if not tensor.is_contiguous():
-            tensor = tensor.contiguous()
-            self.copies.append(tensor)
-        return tensor.data_ptr()
+        if tensor.dtype != dtype or not tensor.is_contiguous():
+            tensor = tensor.to(dtype).contiguous()
+        return self._address(tensor)
 
     def rows(self, x: Tensor) -> tuple[int, int]:
         """Address and row stride of `x` `[rows, in]`."""
         if x.stride(1) != 1 and x.shape[1] > 1:
             x = x.contiguous()
-            self.copies.append(x)
-        return x.data_ptr(), x.stride(0)
+        return self._address(x), x.stride(0)
 
-    def write(self, tensor: Tensor | None) -> int | None:
-        # Only Adam's step count may come in another dtype.
-        if tensor is None or (tensor.is_contiguous() and tensor.dtype == torch.float32):
-            return None if tensor is None else tensor.data_ptr()
-        copy = tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    def write(self, tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> int | None:
+        if tensor is None:
+            return None
+        # Of what is written only Adam's step count may come in another dtype.
+        if tensor.dtype == dtype and tensor.is_contiguous():
+            return self._address(tensor)
+        copy = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
         self.written.append((tensor, copy))
-        return copy.data_ptr()
+        return self._address(copy)
+
+    def _address(self, tensor: Tensor) -> int:
+        self.alive.append(tensor)
+        return tensor.data_ptr()
 
     def run(self, name: str, call: Call) -> None:
         library = load().library
@@ -189,8 +199,6 @@ def _layer(
     x_pos: Tensor,
     x_neg: Tensor,
     input_sumsq: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
     norm: str,
     eps: float,
     eps_mode: str,
@@ -201,9 +209,7 @@ def _layer(
     for side, x in enumerate((x_pos, x_neg)):
         call.x[side], call.x_stride[side] = operands.rows(x)
         call.rows[side] = x.shape[0]
-    call.out, call.in_ = weight.shape
     call.input_sumsq = operands.read(input_sumsq)
-    call.weight, call.bias = operands.write(weight), operands.write(bias)
     call.norm, call.eps_mode, call.eps = _NORMS.index(norm), _EPS_MODES.index(eps_mode), eps
     call.activation = _ACTIVATIONS.index(activation)
     call.x_bfloat16, call.bfloat16 = x_pos.dtype == torch.bfloat16, compute_dtype == torch.bfloat16

@@ -12,14 +12,14 @@ from typing import Any
 
 from .support import unsupported
 
-__all__ = ["linear_forward", "linear_step_", "unsupported"]
+__all__ = ["linear_forward_", "linear_step_", "unsupported"]
 
 
-def linear_forward(*args: Any) -> Any:
+def linear_forward_(*args: Any) -> None:
     """See `ops.SCHEMAS`."""
     from . import step
 
-    return step.linear_forward(*args)
+    step.linear_forward_(*args)
 
 
 def linear_step_(*args: Any) -> None:

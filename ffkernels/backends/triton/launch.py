@@ -74,6 +74,7 @@ def forward(
     shared: tuple[Tensor, int] | None = None,
     sum_units: bool = False,
     is_positive: Tensor | None = None,
+    sumsq: Tensor | None = None,
 ) -> Sums:
     """Launches the forward, which writes what it is given.
 
@@ -81,6 +82,7 @@ def forward(
         shared: `product` and `label_field` of `ops.SCHEMAS`.
         sum_units: whether the activities of positive rows are summed up.
         is_positive: which those are; None for the first side.
+        sumsq: `[rows]` for the squares, where one column block makes all of them.
     """
     weight = layer.weight
     if layer.compute_dtype != weight.dtype and rows.total >= ROUND_WEIGHT_ROWS:
@@ -91,7 +93,10 @@ def forward(
     row_blocks, column_blocks = (
         triton.cdiv(size, config[block]) for size, block in ((rows.total, "BLOCK_M"), (out_features, "BLOCK_N"))
     )
-    partials = weight.new_empty(column_blocks, rows.total, dtype=torch.float32)
+    if sumsq is not None and column_blocks == 1:
+        partials = sumsq.view(1, rows.total)
+    else:
+        partials = weight.new_empty(column_blocks, rows.total, dtype=torch.float32)
     units = weight.new_empty(row_blocks, out_features, dtype=torch.float32) if sum_units else None
     x_tiles = weight_tiles = None
     if config["TMA"] and shared is None:

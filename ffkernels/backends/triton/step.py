@@ -9,7 +9,7 @@ from ...normalisation import row_sumsq
 from . import launch, operands
 
 
-def linear_forward(
+def linear_forward_(
     x_pos: Tensor,
     x_neg: Tensor,
     input_sumsq: Tensor | None,
@@ -22,17 +22,19 @@ def linear_forward(
     compute_dtype: torch.dtype,
     product: Tensor | None,
     label_field: int,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
+    y: Tensor | None,
+    sumsq: Tensor,
+) -> None:
     """See `ops.SCHEMAS`."""
     layer = operands.Layer(weight, bias, norm, eps, eps_mode, activation, compute_dtype)
     shared = None if product is None else (product, label_field)
     rows = _rows(x_pos, x_neg, input_sumsq, layer, shared is not None)
-    y = weight.new_empty(rows.total, weight.shape[0], dtype=compute_dtype)
-    partials, _ = launch.forward(rows, layer, y, shared=shared)
-    # Adding them in the kernel's last program would need counters set to zero first: a launch as well.
-    sumsq = partials.sum(0) if len(partials) > 1 else partials[0]
-    return y if keep else y.new_empty(0, y.shape[1]), sumsq
+    if y is None:
+        y = weight.new_empty(rows.total, weight.shape[0], dtype=compute_dtype)
+    partials, _ = launch.forward(rows, layer, y, shared=shared, sumsq=sumsq)
+    if len(partials) != 1:
+        # Adding them in the kernel's last program would need counters set to zero first: a launch as well.
+        torch.sum(partials, 0, out=sumsq)
 
 
 def linear_step_(

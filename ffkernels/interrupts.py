@@ -1,0 +1,51 @@
+"""Ctrl-C waits until a step is whole: weights, bias, optimizer state and running mean are all old or all new."""
+
+from __future__ import annotations
+
+import _signal  # type: ignore[import-not-found]
+from _thread import get_ident
+from collections.abc import Callable
+from signal import SIGINT
+from threading import main_thread
+from types import FrameType
+
+Handler = Callable[[int, FrameType | None], object]
+
+
+class Held:
+    """The handler of SIGINT for as long as a step writes; the program's own one runs at its end.
+
+    A second Ctrl-C does not wait: whatever an optimizer's hooks do can be ended.
+    """
+
+    def __init__(self, handler: Handler) -> None:
+        self.handler = handler
+        self.frames: list[FrameType | None] = []
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.frames.append(frame)
+        if len(self.frames) > 1:
+            self.handler(number, frame)
+
+
+def hold() -> Held | None:
+    """Has SIGINT wait for `release`; None where no Python code would run for it in this thread."""
+    if get_ident() != main_thread().ident:
+        return None
+    handler = _signal.getsignal(SIGINT)
+    if not callable(handler):
+        return None
+    held = Held(handler)
+    # `signal.signal` makes enumeration members, which takes ten times as long.
+    _signal.signal(SIGINT, held)
+    return held
+
+
+def release(held: Held | None) -> None:
+    """Gives SIGINT back, and lets the program's handler run if there was one."""
+    if held is None:
+        return
+    if _signal.getsignal(SIGINT) is held:
+        _signal.signal(SIGINT, held.handler)
+    if len(held.frames) == 1:
+        held.handler(SIGINT, held.frames[0])

@@ -242,7 +242,7 @@ def test_signs_in_any_row_order(dtype):
     ours = signed(copy.deepcopy(theirs))
     optimizer = Adam(theirs.parameters(), lr=0.03)
     for step in range(20):
-        x, theta = 4 * rows(15, 12, dtype), 1.0 + step / 20
+        x, theta = direction(rows(15, 12, dtype), 1e-8), 1.0 + step / 20
         signs = torch.where(torch.rand(15) < 0.4, 1, -1)
         y, separation = ours.ff_train(x, signs, theta)
         expected, above = their_signed_step(theirs, optimizer, x, signs, theta)

@@ -14,7 +14,7 @@ activation) is obeyed: the step is then taken by autograd, as in the original, a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any, cast
@@ -96,7 +96,7 @@ class GreedyLayer(_CopiedLayer):
         lr: of the layer's own Adam, `opt`.
         threshold: of the goodness.
         num_epochs: steps of a call of `train`.
-        log_interval: prints the loss of every so many steps, the first one's too, as pytorch/examples does. None: never.
+        log_interval: prints the loss of each step whose number is a multiple of it, as pytorch/examples does; or None.
         compute_dtype, backend: as in `ffkernels.linear_step_`.
     """
 
@@ -210,7 +210,7 @@ class InnerLoopLayer(_CopiedLayer):
             )
         if not self.training:
             return self.forward_pass(*input)
-        h = self._learn(InnerLoopLayer, *input, count=self.layer_iters)
+        h = self._learn(InnerLoopLayer, input[0], input[1], self.layer_iters)
         return h if common.any_waits(*input) else tuple(each.detach() for each in h)
 
 
@@ -222,7 +222,7 @@ class WholeGradientReLU(torch.autograd.Function):
         return z.clamp(min=0)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient
 
 
@@ -233,8 +233,8 @@ class OneLoopNetwork(nn.Module):
     the loss the mean over both sides' rows; layers hand on their activities before the update. The classifier sees the
     normalised activities of all layers but the first, under the neutral label.
 
-    `model`, `linear_classifier`, `act_fn`, `ff_loss` and `classification_loss` are what they are in the original, and so
-    are the names in `state_dict`; it has the running means besides, as buffers. States without them load too.
+    `model`, `linear_classifier`, `act_fn`, `ff_loss` and `classification_loss` are what they are in the original, and
+    so are the names in `state_dict`; it has the running means besides, as buffers. States without them load too.
 
     Args:
         widths: of the input and of each layer: `[784, 1000, 1000, 1000]`.

@@ -46,10 +46,11 @@ def direction(x: Tensor, eps: float) -> Tensor:
 class TheirLayer(nn.Linear):
     """The greedy trainer, and FFPytorch's inner loop, by autograd."""
 
-    def __init__(self, like: contracts.GreedyLayer, activation: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, like: Any, activation: Callable[[Tensor], Tensor]) -> None:
         super().__init__(like.in_features, like.out_features, dtype=like.weight.dtype)
         self.load_state_dict(like.state_dict())
-        self.activation, self.epochs, self.threshold = activation, like.num_epochs, like.threshold
+        self.epochs = like.num_epochs if isinstance(like, contracts.GreedyLayer) else like.layer_iters
+        self.activation, self.threshold = activation, like.threshold
         self.opt = Adam(self.parameters(), lr=0.03)
 
     def activities(self, x: Tensor) -> Tensor:
@@ -123,12 +124,14 @@ class TheirModel(nn.Module):
 
     def __init__(self, like: contracts.OneLoopNetwork, strength: float, whole_gradient: bool) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(m.in_features, m.out_features, dtype=m.weight.dtype) for m in like)
-        shape = like.linear_classifier.weight.shape
-        self.linear_classifier = nn.Linear(shape[1], shape[0], bias=False, dtype=like.linear_classifier.weight.dtype)
-        self.load_state_dict(like.state_dict(), strict=False)
-        self.means = [torch.zeros_like(m.bias) + 0.5 for m in like]
-        self.strength = strength
+        self.model = nn.ModuleList(nn.Linear(m.in_features, m.out_features, dtype=m.weight.dtype) for m in like.layers)
+        head = like.linear_classifier[0]
+        self.linear_classifier = nn.Sequential(
+            nn.Linear(head.in_features, head.out_features, bias=False, dtype=head.weight.dtype)
+        )
+        self.load_state_dict({name: t for name, t in like.state_dict().items() if "running_mean" not in name})
+        self.means = [torch.zeros_like(m.bias) + 0.5 for m in like.layers]
+        self.strength, self.momentum = strength, 0.9
         self.activation = WholeGradient.apply if whole_gradient else F.relu
 
     @staticmethod
@@ -139,20 +142,21 @@ class TheirModel(nn.Module):
         z = self.norm(torch.cat([x_pos, x_neg]))
         target = (torch.arange(len(z)) < len(x_pos)).to(z.dtype)
         found: dict[str, Tensor] = {}
-        total, spread = z.new_zeros(()), z.new_zeros(())
-        for i, layer in enumerate(self.layers):
+        total, spread = z.new_zeros(1), z.new_zeros(1)
+        for i, layer in enumerate(self.model):
             z = self.activation(layer(z))
-            self.means[i] = self.means[i].detach() * 0.9 + z[: len(x_pos)].mean(0) * 0.1
+            self.means[i] = self.means[i].detach() * self.momentum + z[: len(x_pos)].mean(0) * (1 - self.momentum)
             peer = ((self.means[i].mean() - self.means[i]) ** 2).mean()
             logits = z.pow(2).sum(1) - z.shape[1]
+            spread = spread + peer
+            total = total + self.strength * peer
             found[f"loss_layer_{i}"] = F.binary_cross_entropy_with_logits(logits, target)
             found[f"ff_accuracy_layer_{i}"] = ((torch.sigmoid(logits) > 0.5) == target).float().mean()
-            spread = spread + peer
-            total = total + self.strength * peer + found[f"loss_layer_{i}"]
+            total = total + found[f"loss_layer_{i}"]
             z = self.norm(z.detach())
         with torch.no_grad():
             h, seen = self.norm(neutral), []
-            for layer in self.layers:
+            for layer in self.model:
                 h = self.norm(F.relu(layer(h)))
                 seen.append(h)
         output = self.linear_classifier(torch.cat(seen[1:], 1))
@@ -194,19 +198,32 @@ def test_one_loop_model(dtype, peer, optimizer):
         optimizers[1].zero_grad()
         expected["Loss"].backward()
         optimizers[1].step()
+        assert list(log) == list(expected)
         for name in set(expected) - ({"Peer Normalization"} if peer == "none" else set()):
+            assert log[name].shape == expected[name].shape and not log[name].requires_grad, name
             assert error(log[name], expected[name]) <= TOLERANCE[dtype], name
         assert_same(ours, theirs, dtype)
     if chosen is not None:
-        for layer, mean in zip(ours, theirs.means, strict=True):
-            assert error(layer.peer_mean, mean) <= TOLERANCE[dtype]
+        for ours_mean, mean in zip(ours.running_means, theirs.means, strict=True):
+            assert error(ours_mean, mean) <= TOLERANCE[dtype]
+
+
+class LinearReLU(nn.Module):
+    """What nebuly's layers wrap."""
+
+    def __init__(self, a: int, b: int, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.linear, self.relu = nn.Linear(a, b, dtype=dtype), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.linear(x))
 
 
 def their_signed_step(
-    layer: nn.Linear, optimizer: Any, x: Tensor, signs: Tensor, theta: float
+    layer: nn.Module, optimizer: Any, x: Tensor, signs: Tensor, theta: float
 ) -> tuple[Tensor, Tensor]:
     """nebuly's step by autograd: activities, and goodness minus theta."""
-    y = F.relu(layer(direction(x, 1e-8)))
+    y = layer(x)
     above = y.square().mean(1) - theta
     loss = softplus(-above[signs == 1]).mean() + softplus(above[signs == -1]).mean()
     optimizer.zero_grad()
@@ -215,26 +232,30 @@ def their_signed_step(
     return y, above
 
 
+def signed(layer: nn.Module, **options: Any) -> contracts.SignedLayer:
+    return contracts.SignedLayer(layer, "Adam", {"lr": 0.03}, "alternative_loss_fn", **options)
+
+
 @DTYPES
 def test_signs_in_any_row_order(dtype):
-    ours = contracts.SignedLayer(12, 10, "Adam", {"lr": 0.03}, dtype=dtype)
-    theirs = nn.Linear(12, 10, dtype=dtype)
-    theirs.load_state_dict(ours.state_dict())
+    theirs = LinearReLU(12, 10, dtype)
+    ours = signed(copy.deepcopy(theirs))
     optimizer = Adam(theirs.parameters(), lr=0.03)
     for step in range(20):
-        x, theta = rows(15, 12, dtype), 1.0 + step / 20
+        x, theta = direction(rows(15, 12, dtype), 1e-8), 1.0 + step / 20
         signs = torch.where(torch.rand(15) < 0.4, 1, -1)
         y, separation = ours.ff_train(x, signs, theta)
         expected, above = their_signed_step(theirs, optimizer, x, signs, theta)
         assert error(y, expected) <= TOLERANCE[dtype] and not y.requires_grad
         for a, side in zip(separation, (1, -1), strict=True):
-            assert error(a, above[signs == side].mean()) <= TOLERANCE[dtype]
-        assert_same(ours, theirs, dtype)
+            assert type(a) is float
+            assert error(torch.tensor(a, dtype=dtype), above[signs == side].mean()) <= TOLERANCE[dtype]
+        assert_same(ours.layer, theirs, dtype)
     y, above = ours.positive_eval(x, 2.0)
-    assert error(y, F.relu(theirs(direction(x, 1e-8)))) <= TOLERANCE[dtype]
+    assert error(y, theirs(x)) <= TOLERANCE[dtype] and error(ours(x), y) <= TOLERANCE[dtype]
     assert error(above, y.square().mean(1) - 2) <= TOLERANCE[dtype]
     with pytest.raises(ValueError, match="optimizer_name='Adams' is not in"):
-        contracts.SignedLayer(3, 3, "Adams")
+        contracts.SignedLayer(LinearReLU(3, 3), "Adams", {}, "alternative_loss_fn")
     with pytest.raises(ValueError, match="signs holds values other than 1 and -1"):
         ours.ff_train(x, torch.zeros(15), 2.0)
 
@@ -270,16 +291,16 @@ def one_loop_on(batches: list[list[Tensor]]) -> tuple[nn.Module, nn.Module]:
 
 
 def signed_on(batches: list[list[Tensor]]) -> tuple[nn.Module, nn.Module]:
-    ours, theirs = contracts.SignedLayer(784, 100), nn.Linear(784, 100)
-    theirs.load_state_dict(ours.state_dict())
+    theirs = LinearReLU(784, 100)
+    ours = signed(copy.deepcopy(theirs))
     optimizer = Adam(theirs.parameters(), lr=0.03)
     for x_pos, x_neg, *_ in batches:
         order = torch.randperm(2 * len(x_pos))
-        x = torch.cat([x_pos, x_neg])[order]
+        x = direction(torch.cat([x_pos, x_neg])[order], 1e-8)
         signs = torch.where(order < len(x_pos), 1, -1)
         ours.ff_train(x, signs, 2.0)
         their_signed_step(theirs, optimizer, x, signs, 2.0)
-    return ours, theirs
+    return ours.layer, theirs
 
 
 @pytest.mark.parametrize("run", [greedy_on, inner_loop_on, one_loop_on, signed_on])

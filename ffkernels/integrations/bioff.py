@@ -44,7 +44,7 @@ class Layer(common.Accelerated, _TheirLayer):
         """Activities `[rows, out]`; under autograd with a gradient to weight and bias, and to `x` if it wants one."""
         x = x.to(self.device)
         # Only bioff's own writing passes a gradient on to the layer below.
-        if (x.requires_grad and torch.is_grad_enabled()) or not self._runs_here(self._reason()):
+        if common.differentiates(x) or not self._runs_here(self._reason()):
             return super().forward(x)
         y, _ = functional.linear_forward(x, self.weight, self.bias, **self._options())
         return common.in_dtype_of(self.weight, y)
@@ -128,5 +128,5 @@ def _reason_against_batch(x_pos: Tensor, x_neg: Tensor, sample_weights: Tensor) 
     if x_pos.shape != x_neg.shape or sample_weights.shape != (len(x_pos),):
         shapes = ", ".join(str(tuple(t.shape)) for t in (x_pos, x_neg, sample_weights))
         return f"x_pos, x_neg and sample_weights of shapes {shapes} are not rows, as many rows, and a weight for each"
-    waits = any(t.requires_grad for t in (x_pos, x_neg, sample_weights))
+    waits = common.any_waits(x_pos, x_neg, sample_weights)
     return "x_pos, x_neg or sample_weights wait for a gradient" if waits else None

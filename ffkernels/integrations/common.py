@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from importlib import metadata
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.optim import Optimizer
 
 from .. import functional
@@ -34,6 +35,8 @@ def require_version(package: str, accepted: str) -> None:
 def activation_name(activation: Any) -> str | None:
     """The name under which `linear_step_` knows an activation module or function, or None."""
     kind = type(activation)
+    if "forward" in getattr(activation, "__dict__", ()):
+        return None  # a program has replaced it
     if kind in _MODULES:
         return _MODULES[kind]
     if kind is nn.LeakyReLU:
@@ -57,7 +60,7 @@ def reason_against(layer: nn.Linear, activation: Any, threshold: Any) -> str | N
         return f"threshold {threshold!r} is not a finite number"
     if weight.dtype not in check.MASTER_DTYPES:
         return f"weight is {weight.dtype} (keep float32 ones; compute_dtype asks for narrower products)"
-    if bias is None or bias.dtype != weight.dtype:
+    if bias is not None and bias.dtype != weight.dtype:
         return "bias is not of the weight's dtype"
     return None
 
@@ -68,6 +71,8 @@ def reason_against_step(layer: nn.Linear, optimizer: object) -> str | None:
         return f"its optimizer is a {type(optimizer).__name__}"
     for name in ("weight", "bias"):
         parameter = getattr(layer, name)
+        if parameter is None:
+            continue
         if not (parameter.is_leaf and parameter.requires_grad):
             return f"{name} is frozen or computed from other parameters"
         if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
@@ -83,6 +88,17 @@ def overridden(layer: nn.Module, ours: type, names: tuple[str, ...]) -> str | No
         if name in vars(layer) or getattr(type(layer), name) is not getattr(ours, name):
             return f"{type(layer).__name__}.{name} is overridden"
     return None
+
+
+def differentiates(x: Tensor) -> bool:
+    """Whether a program asks for the derivative with respect to these rows, backward or forward."""
+    backward = x.requires_grad and torch.is_grad_enabled()
+    return backward or forward_ad.unpack_dual(x).tangent is not None
+
+
+def any_waits(*tensors: Any) -> bool:
+    """Whether any of what should be tensors waits for a gradient."""
+    return any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
 
 
 def watched(layer: nn.Module) -> bool:
@@ -102,7 +118,7 @@ def require_bias(layer: nn.Module, library: str, name: str = "layer") -> None:
 
 
 class Accelerated:
-    """What both libraries' accelerated layers share; a base beside the library's own.
+    """What accelerated layers share; a base beside the library's own.
 
     Raises:
         ValueError: for `bias=False`, which neither library can run.
@@ -193,7 +209,13 @@ def warn_once(message: str) -> None:
 
 
 def steps_on_batch(
-    x_pos: Tensor, x_neg: Any, layer: nn.Linear, optimizer: Optimizer, epochs: Iterable[int], options: dict[str, Any]
+    x_pos: Tensor,
+    x_neg: Any,
+    layer: nn.Linear,
+    optimizer: Optimizer,
+    epochs: Iterable[int],
+    options: dict[str, Any],
+    log: Callable[[int, Tensor], None] | None = None,
 ) -> None:
     """One step for each of `epochs` on the same rows, whose sums of squares are taken once.
 
@@ -201,16 +223,19 @@ def steps_on_batch(
         x_pos, x_neg: `[n_pos, in]` and `[n_neg, in]`.
         layer: with weight and bias, which `optimizer` holds.
         options: of `ffkernels.linear_step_`.
+        log: is given each of `epochs` and its loss.
     """
     compute = check.compute_dtype_of(options.get("compute_dtype"), layer.weight)
     for name, x in (("x_pos", x_pos), ("x_neg", x_neg)):
         check.rows_of(name, x, layer.weight, compute)
     sumsq = torch.cat([row_sumsq(x, layer.weight.dtype) for x in (x_pos, x_neg)])
-    for _ in epochs:
+    for epoch in epochs:
         optimizer.zero_grad()
-        functional.linear_step_(
+        result = functional.linear_step_(
             x_pos, x_neg, layer.weight, layer.bias, optimizer, outputs="none", input_sumsq=sumsq, **options
         )
+        if log is not None:
+            log(epoch, result.loss)
 
 
 def in_dtype_of(weight: Tensor, y: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ class FFLinear(common.Accelerated, ff_linear.FFLinear):
     def forward(self, x: Tensor) -> Tensor:
         """Activities `[rows, out]`; under autograd with a gradient to weight and bias, and to `x` if it wants one."""
         # Only fflib's own writing passes a gradient on to the layer below.
-        if (x.requires_grad and torch.is_grad_enabled()) or not self._runs_here(self._reason()):
+        if common.differentiates(x) or not self._runs_here(self._reason()):
             return super().forward(x)
         return self._activity(x)[0]
 

@@ -43,7 +43,7 @@ def apply_rule(
                 g = h4 * g + h5 * buffer
             p = p * (1.0 - lr * h6) - lr * g
         else:
-            tl.static_assert(RULE == "adam")
+            tl.static_assert(RULE == "adam" or RULE == "adam, small beta1")
             correction1 = h7
             correction2 = h8
             if step_pointer is not None:
@@ -53,8 +53,11 @@ def apply_rule(
                 correction2 = (1.0 - tl.exp(steps * h8)).to(tl.float32)
             first = tl.load(state0 + at0, mask=here, other=0.0)
             second = tl.load(state1 + at1, mask=here, other=0.0)
-            # A sum of both parts: first + h3 (g - first) loses a gradient that is small beside it where beta1 is small.
-            first = (1.0 - h3) * first + h3 * g
+            if RULE == "adam":
+                first += h3 * (g - first)
+            else:
+                # From the other end, where a gradient that is small beside `first` would be lost.
+                first = (1.0 - h3) * first + h3 * g
             second = h4 * second + h5 * (g * g)
             tl.store(state0 + at0, first, mask=here)
             tl.store(state1 + at1, second, mask=here)
@@ -63,6 +66,11 @@ def apply_rule(
         tl.store(parameter + at, p, mask=here)
         if rounded is not None:
             tl.store(rounded + at_rounded, p.to(rounded.dtype.element_ty), mask=here)
+
+
+def compiled(rule: str, *hypers: list[float]) -> str:
+    """The form of a rule that these numbers need: a beta1 below 1/2 costs Adam's kernels some registers more."""
+    return "adam, small beta1" if rule == "adam" and any(hyper and hyper[1] < 0.5 for hyper in hypers) else rule
 
 
 def numbers(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...normalisation import row_sumsq
-from . import launch, operands
+from . import launch, operands, rules
 
 
 def linear_forward_(
@@ -101,7 +101,8 @@ def linear_step_(
         rule, weight, weight_state, weight_hyper, weight_lr, bias, bias_state, bias_hyper, bias_lr, weight_rounded
     )
     activities = launch.Activities(kept, row_scale, partials)
-    launch.update(rows, layer, activities, terms, peers, rule, parameters, sumsq, loss_out)
+    form = rules.compiled(rule, weight_hyper, bias_hyper)
+    launch.update(rows, layer, activities, terms, peers, form, parameters, sumsq, loss_out)
 
 
 def _rows(x_pos: Tensor, x_neg: Tensor, sumsq: Tensor | None, layer: operands.Layer, shares: bool) -> operands.Rows:

@@ -53,3 +53,20 @@ def after_a_large_gradient(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_small_gradient_after_a_large_one(backend):
     after_a_large_gradient(backend)
+
+
+def after_a_large_mean(backend: str) -> None:
+    """Without momentum the mean activity is this batch's, whatever it was before."""
+    made = problem(dtype=torch.float32)
+    mean = torch.full((len(made.weight),), 1e4)
+    peer = ff.PeerNormalisation(momentum=0.0, strength=0.0)
+    options = {"outputs": "pre", "activation": "identity", "backend": backend}
+    result = ff.linear_step_(
+        made.x_pos, made.x_neg, made.weight, made.bias, None, peer=peer, peer_mean=mean, **options
+    )
+    torch.testing.assert_close(mean, result.pos.double().mean(0).float(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_small_mean_after_a_large_one(backend):
+    after_a_large_mean(backend)

@@ -45,7 +45,8 @@ struct Peers {
         double total = 0;
         for (int64_t o = 0; o < call.out; o++) {
             float& mean = call.peer_mean[o];
-            if (count > 0) mean += float(1 - call.peer_momentum) * (activity[o] / float(count) - mean);
+            // A sum of both parts: nothing is lost of a mean that is small beside the old one.
+            if (count > 0) mean = float(call.peer_momentum) * mean + float(1 - call.peer_momentum) * (activity[o] / float(count));
             total += mean;
         }
         const float whole = float(total / double(call.out)), strength = count > 0 ? float(call.peer_strength / count) : 0;

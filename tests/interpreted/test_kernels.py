@@ -22,7 +22,7 @@ from ffkernels.objective import GOODNESS, LOSSES, REDUCTIONS
 from .. import test_ops, test_precision
 from ..steps import OPTIMIZERS, Problem, error, problem, state_of
 from ..test_step import LAYOUTS
-from ..test_surface import after_a_large_gradient
+from ..test_surface import after_a_large_gradient, after_a_large_mean
 
 launch = pytest.importorskip("ffkernels.backends.triton.launch")
 configs = pytest.importorskip("ffkernels.backends.triton.configs")
@@ -518,3 +518,7 @@ def test_tuning(monkeypatch, tmp_path):
 
 def test_a_small_gradient_after_a_large_one():
     after_a_large_gradient("triton")
+
+
+def test_a_small_mean_after_a_large_one():
+    after_a_large_mean("triton")

@@ -56,7 +56,7 @@ def move_mean(
             activity += tl.load(unit_sums + tl.cast(block, tl.int64) * out_features + j, mask=here, other=0.0)
         at = mean + j.to(tl.int64) * mean_stride
         before = tl.load(at, mask=here, other=0.0)
-        moved = tl.where(count > 0, before + (1.0 - momentum) * (activity / divisor - before), before)
+        moved = tl.where(count > 0, momentum * before + (1.0 - momentum) * (activity / divisor), before)
         tl.store(at, moved, mask=here)
         total += tl.where(here, moved, 0.0)
     average = tl.sum(total, axis=0) / out_features

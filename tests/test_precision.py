@@ -56,22 +56,19 @@ def test_float32(name, activation, shape):
     assert_within_budget(ours, torchs, exact, 2 * torch.finfo(torch.float32).eps)
 
 
-@pytest.mark.parametrize("native", [False, True], ids=["widened", "native"])
+@pytest.mark.parametrize("backend", ["eager", None], ids=["eager", "default"])
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize(
     ("name", "activation", "norm"), list(itertools.product(OBJECTIVES, ["relu", "gelu"], ["l2", "none"]))
 )
-def test_low_precision_products(name, activation, norm, dtype, native, monkeypatch):
+def test_low_precision_products(name, activation, norm, dtype, backend):
     """Budget: plain PyTorch under autocast, with its sums of squares in float32, which favours it."""
-    if native and dtype == torch.bfloat16:
-        monkeypatch.setattr("ffkernels.backends.eager.products.multiplies_natively", lambda *_: True)
-        monkeypatch.setenv("FFKERNELS_BACKEND", "eager")
     made = problem(96, 96, 64, 48, dtype=torch.float32)
     options = {"objective": OBJECTIVES[name], "activation": activation, "norm": norm, "outputs": "pre"}
     exact = gradients(made.copy(torch.float64), reference.linear_step_, **options)
     with torch.autocast("cpu", dtype=dtype):
         torchs = gradients(made.copy(), reference.linear_step_, **options)
-    ours = gradients(made.copy(), ff.linear_step_, compute_dtype=dtype, **options)
+    ours = gradients(made.copy(), ff.linear_step_, compute_dtype=dtype, backend=backend, **options)
     assert ours["y"].dtype == dtype
     assert ours["goodness"].dtype == ours["dW"].dtype == torch.float32
     assert_within_budget(ours, torchs, exact, torch.finfo(dtype).eps / 4)

@@ -61,9 +61,7 @@ def after_a_large_mean(backend: str) -> None:
     mean = torch.full((len(made.weight),), 1e4)
     peer = ff.PeerNormalisation(momentum=0.0, strength=0.0)
     options = {"outputs": "pre", "activation": "identity", "backend": backend}
-    result = ff.linear_step_(
-        made.x_pos, made.x_neg, made.weight, made.bias, None, peer=peer, peer_mean=mean, **options
-    )
+    result = ff.linear_step_(made.x_pos, made.x_neg, made.weight, made.bias, None, peer=peer, peer_mean=mean, **options)
     torch.testing.assert_close(mean, result.pos.double().mean(0).float(), rtol=1e-5, atol=1e-7)
 
 

@@ -11,12 +11,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 NAME = "libffkernels_cpu.so"
 RECORD = "build.json"
 # Another build of the library than that of this installation: one with a sanitizer, say.
 VARIABLE = "FFKERNELS_LIBRARY"
 INTERFACE = 4
 SOURCES = Path(__file__).absolute().parents[3] / "csrc" / "cpu"
+# What multiplies bfloat16 numbers, by instruction set; the others multiply rounded float32 ones.
+BFLOAT16_UNITS = {"amx": "AMX's tiles", "avx512_bf16": "AVX512-BF16's pairs"}
 
 
 class Update(ctypes.Structure):
@@ -167,15 +171,18 @@ def describe() -> list[str]:
     if loaded.library is None:
         return [loaded.reason]
     threads = "torch's own threads" if _torchs_threads() else "threads of its own"
-    sets = instruction_set()
-    if instruction_set(bfloat16=True) != sets:
-        sets += f" for float32 and {instruction_set(bfloat16=True)} for bfloat16"
     record = loaded.record
+    pairs = instruction_set(bfloat16=True)
+    unit = BFLOAT16_UNITS.get(pairs, "no unit: rounded, then multiplied as float32")
     lines = [
-        f"compiled library: {sets} on {threads}",
+        f"compiled library: {instruction_set()} for float32, {pairs} for bfloat16 ({unit}), on {threads}",
         f"built with: {record.get('compiler', 'unknown')} {record.get('flags', '')}".rstrip(),
         *(f"left out: {name} ({why})" for name, why in record.get("left_out", {}).items()),
     ]
+    if torch.cpu._is_amx_tile_supported() and pairs != "amx":
+        lines.append(
+            "this CPU's AMX is not used: the system does not grant its tiles, or the library has no code for it"
+        )
     if "sources" in record and record["sources"] != (_digest_of_sources() or record["sources"]):
         lines.append(f"built from other sources than those in {SOURCES}: install again")
     return lines

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,8 +33,6 @@ def unsupported(request: Request) -> str | None:
         return f"{request.dtype} parameters: has float32 ones"
     if request.compute_dtype == torch.float16:
         return "torch.float16 products: has float32 and bfloat16 ones"
-    if request.compute_dtype == torch.bfloat16 and not request.forced and _has_matrix_unit():
-        return "torch.bfloat16 products: its kernels for this CPU's matrix unit are unproven, and run where asked for"
     if request.activation not in _ACTIVATIONS:
         return f"activation {request.activation!r}: has {', '.join(_ACTIVATIONS)}"
     if request.shares:
@@ -48,12 +45,6 @@ def unsupported(request: Request) -> str | None:
             f"{request.peer} peer normalisation of {request.activation}: has it straight through, of relu and identity"
         )
     return None
-
-
-@cache
-def _has_matrix_unit() -> bool:
-    """Whether PyTorch multiplies bfloat16 numbers on AMX, where no kernel of the library has been measured."""
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_amx_tile_supported()
 
 
 def linear_forward_(

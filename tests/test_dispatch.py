@@ -1,0 +1,72 @@
+"""The instruction set that the compiled library chooses, on machines that are made up, and what `info` says of it."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from ffkernels.backends.native import library
+
+PROGRAM = Path(__file__).parents[1] / "csrc" / "tests" / "dispatch.cpp"
+COMPILER = next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
+
+AVX2 = "avx2 fma"
+AVX512 = f"{AVX2} avx512f avx512dq avx512vl avx512bw"
+BF16 = f"{AVX512} avx512bf16"
+AMX = f"{BF16} amx_bf16 amx_tile intel"
+
+
+@pytest.fixture(scope="module")
+def choose(tmp_path_factory):
+    """The sets for float32 and for bfloat16 on a machine with these features."""
+    if COMPILER is None or not PROGRAM.exists() or (platform.machine(), platform.system()) != ("x86_64", "Linux"):
+        pytest.skip("needs a checkout and a compiler on x86-64 Linux")
+    built = tmp_path_factory.mktemp("dispatch") / "dispatch"
+    subprocess.run([COMPILER, "-std=c++17", str(PROGRAM), "-o", str(built)], check=True)
+    return lambda cpu: subprocess.run([built], env={"CPU": cpu}, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize(
+    ("cpu", "chosen"),
+    [
+        ("", "baseline baseline"),
+        ("avx2", "baseline baseline"),
+        (AVX2, "avx2 avx2"),
+        (AVX512, "avx512 avx512"),
+        (BF16, "avx512_bf16 avx512_bf16"),
+        (f"{BF16} intel", "avx512 avx512"),
+        (f"{AMX} granted", "avx512 amx"),
+        (AMX, "avx512 avx512"),
+        (f"{AMX} granted".replace("amx_tile", ""), "avx512 avx512"),
+        (f"{AMX} granted".replace("amx_bf16", ""), "avx512 avx512"),
+        # A system may hide AVX-512 and show AMX: its kernels use both.
+        (f"{AVX2} amx_bf16 amx_tile intel granted", "avx2 avx2"),
+    ],
+)
+def test_amx_is_chosen_where_cpu_and_system_grant_it(choose, cpu, chosen):
+    assert choose(cpu).strip() == chosen
+
+
+@pytest.mark.parametrize(
+    ("sets", "line"),
+    [
+        (("avx512", "amx"), "avx512 for float32, amx for bfloat16 (AMX's tiles)"),
+        (("avx512_bf16", "avx512_bf16"), "avx512_bf16 for float32, avx512_bf16 for bfloat16 (AVX512-BF16's pairs)"),
+        (("avx2", "avx2"), "avx2 for float32, avx2 for bfloat16 (no unit: rounded, then multiplied as float32)"),
+    ],
+)
+@pytest.mark.parametrize("shown", [False, True])
+def test_info_names_the_unit_for_bfloat16(monkeypatch, sets, line, shown):
+    if library.load().library is None:
+        pytest.skip(library.load().reason)
+    monkeypatch.setattr(library, "instruction_set", lambda bfloat16=False: sets[bfloat16])
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: shown)
+    first, _, *rest = library.describe()
+    assert first.startswith(f"compiled library: {line}, on t")
+    unused = "this CPU's AMX is not used: the system does not grant its tiles, or the library has no code for it"
+    assert rest == ([unused] if shown and sets[1] != "amx" else [])

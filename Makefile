@@ -1,15 +1,16 @@
 # The two commands: `make mnist` trains a network on MNIST, `make test` runs the tests. Both make their own environment.
 
 PYTHON ?= python3
-# One tested version of each: plain `torch` may fetch gigabytes of CUDA that a CPU machine has no use for, and what the
-# kernels' machine code looks like hangs on Triton's version.
+# One tested version of each: what the kernels' machine code looks like hangs on Triton's. Which build of torch comes is
+# the index's choice, and most have the one for CUDA, gigabytes; TORCH_INDEX is the address of another index for it alone.
 TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
 TRITON ?= triton==3.7.1
 VENV := .venv
 LIBRARY := ffkernels/backends/native/libffkernels_cpu.so
 PIP := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: mnist test lint sanitize bench gpu clean
+.PHONY: mnist test lint sanitize fuzz campaign nightly bench gpu clean
 
 mnist: $(VENV)/train
 	$(VENV)/bin/python -m ffkernels train --preset quick --data mnist --resume
@@ -32,6 +33,15 @@ sanitize: $(VENV)/test
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  $(VENV)/bin/python -m pytest -p no:faulthandler tests/test_native.py -k "not 4200 and not 4300"
 
+# Minutes each: random calls against float64, and trainings that are killed and interrupted.
+nightly: fuzz campaign
+
+fuzz: $(VENV)/test
+	$(VENV)/bin/python -m tests.fuzz
+
+campaign: $(VENV)/test
+	$(VENV)/bin/python -m tests.campaign
+
 bench: $(VENV)/test $(VENV)/peers
 	$(VENV)/bin/python -m ffkernels bench
 
@@ -44,7 +54,7 @@ clean:
 
 $(VENV)/core: pyproject.toml setup.py $(wildcard csrc/cpu/*)
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install "$(TORCH)"
+	$(PIP) install $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") "$(TORCH)"
 	$(PIP) install --editable .
 	touch $@
 

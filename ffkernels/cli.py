@@ -36,11 +36,11 @@ USER_ERROR, INTERRUPTED, CLOSED_PIPE = 2, 130, 141
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns 0, 2 for what the user can mend, 130 after Ctrl-C, 141 where a pipe was closed."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            # A folder's name may hold what the terminal's encoding does not.
-            stream.reconfigure(errors="backslashreplace")
     try:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                # A folder's name may hold what the terminal's encoding does not.
+                stream.reconfigure(errors="backslashreplace")
         try:
             code = _run(sys.argv[1:] if argv is None else list(argv))
         except SystemExit as exit_:

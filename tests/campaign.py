@@ -82,7 +82,10 @@ def in_a_process(do: Callable[[], int], said: Path) -> int:
         code = 99
         try:
             code = do()
+        except KeyboardInterrupt:  # as __main__ has it
+            code = cli.INTERRUPTED
         finally:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
             sys.setprofile(None)
             sys.stdout.flush()
             sys.stderr.flush()

@@ -1,4 +1,8 @@
-"""The update rules of `optim.RULES`, applied in place to a parameter or to some of its rows."""
+"""The update rules of `optim.RULES`, applied in place to a parameter or to some of its rows.
+
+They may overwrite the gradient, which is what they have in place of memory of their own: none is asked for once a
+parameter is half written.
+"""
 
 from __future__ import annotations
 
@@ -30,17 +34,17 @@ def sgd(p: Tensor, gradient: Tensor, state: list[Tensor], hyper: list[float], lr
             nesterov=bool(nesterov), maximize=bool(maximize), is_first_step=bool(first_step),
         )  # fmt: skip
         return
-    g = -gradient if maximize else gradient
+    g = gradient.neg_() if maximize else gradient
     if weight_decay:
-        g = g.add(p, alpha=weight_decay)
+        g.add_(p, alpha=weight_decay)
     if state:
         buffer = state[0]
         if first_step:
             buffer.copy_(g)
         else:
             buffer.mul_(momentum).add_(g, alpha=1 - dampening)
-        g = g.add(buffer, alpha=momentum) if nesterov else buffer
-    p.sub_(g * lr)
+        g = g.add_(buffer, alpha=momentum) if nesterov else g.copy_(buffer)
+    p.sub_(g.mul_(lr))
 
 
 def sgdw(p: Tensor, gradient: Tensor, state: list[Tensor], hyper: list[float], lr: float | Tensor) -> None:
@@ -60,17 +64,18 @@ def adam(p: Tensor, gradient: Tensor, state: list[Tensor], hyper: list[float], l
             weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=bool(maximize),
         )  # fmt: skip
         return
-    g = -gradient if maximize else gradient
+    # A step count on the host costs no synchronisation; one on the device stays there.
+    count = step.to(p.dtype) if step.device.type != "cpu" else float(step)
+    rate, correction = lr / (1 - beta1**count), 1 - beta2**count
+    g = gradient.neg_() if maximize else gradient
     if weight_decay and decoupled:
         p.mul_(1 - lr * weight_decay)
     elif weight_decay:
-        g = g.add(p, alpha=weight_decay)
+        g.add_(p, alpha=weight_decay)
     exp_avg.lerp_(g, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-    # A step count on the host costs no synchronisation; one on the device stays there.
-    count = step.to(p.dtype) if step.device.type != "cpu" else float(step)
-    denominator = (exp_avg_sq / (1 - beta2**count)).sqrt_().add_(eps)
-    p.sub_(exp_avg / denominator * (lr / (1 - beta1**count)))
+    denominator = torch.div(exp_avg_sq, correction, out=g).sqrt_().add_(eps)
+    p.sub_(torch.div(exp_avg, denominator, out=g).mul_(rate))
 
 
 RULES: dict[str, Rule] = {"sgd": sgd, "sgdw": sgdw, "adam": adam}

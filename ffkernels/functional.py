@@ -415,7 +415,8 @@ def goodness_loss(
     if threshold is not None:
         check.constant("threshold", threshold)
         threshold = threshold.to(values.dtype)
-    transformed = not torch.compiler.is_compiling() and is_transformed(goodness, is_positive)
+    given = (goodness, is_positive, sample_weight, threshold)
+    transformed = not torch.compiler.is_compiling() and is_transformed(*given)
     with nullcontext() if transformed else torch.no_grad():
         order = None
         counts: tuple[float | Tensor, float | Tensor]

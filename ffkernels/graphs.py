@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import optim
+from . import validation as check
 from .functional import StepResult
 from .nn import FFNetwork, called_only
 
@@ -41,9 +42,13 @@ class GraphedStep:
         if not isinstance(net, FFNetwork):
             raise TypeError(f"net is a {type(net).__name__}; accepted: an FFNetwork")
         self._per_layer = net._optimizers(optimizers)
-        for name, x in (("x_pos", x_pos), ("x_neg", x_neg)):
-            if x is not None and not isinstance(x, Tensor):
-                raise TypeError(f"{name} is a {type(x).__name__}; accepted: a torch.Tensor")
+        for i, optimizer in enumerate(self._per_layer):
+            check.optimizer_object(optimizer, f"optimizers[{i}]")
+        check.matrix("x_pos", x_pos)
+        if x_neg is not None:
+            check.matrix("x_neg", x_neg)
+        if "objective" in options:
+            check.objective_object(options["objective"])
         self.net = net
         self.options = options
         self._check(x_pos)
@@ -150,6 +155,7 @@ def _copy(name: str, static: Tensor | None, x: Tensor | None) -> None:
         if static is not x:
             raise ValueError(f"{name} is {'missing' if x is None else 'there'}; accepted: as in the example")
         return
+    check.tensor(name, x)
     if (x.shape, x.dtype, x.device) != (static.shape, static.dtype, static.device):
         raise ValueError(
             f"{name} is {x.dtype} {tuple(x.shape)} on {x.device}; accepted: {static.dtype} {tuple(static.shape)} on "

@@ -190,6 +190,7 @@ def _check_labels(labels: Tensor, num_classes: int) -> None:
     _check_int(num_classes, "num_classes", 2)
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a tensor; got {type(labels).__name__}")
+    _check_dense(labels, "labels")
     if labels.dtype not in _LABEL_DTYPES:
         raise TypeError(f"labels must be of an integer dtype; got {labels.dtype}")
     if labels.device.type == "cpu" and labels.numel() and not torch.compiler.is_compiling():
@@ -201,10 +202,14 @@ def _check_labels(labels: Tensor, num_classes: int) -> None:
 def _check_float(x: Tensor, name: str) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor; got {type(x).__name__}")
-    if x.layout != torch.strided or x.is_nested:
-        raise TypeError(f"{name} must be dense; got a {'nested' if x.is_nested else x.layout} tensor")
+    _check_dense(x, name)
     if not x.is_floating_point():
         raise TypeError(f"{name} must be of a floating-point dtype; got {x.dtype}")
+
+
+def _check_dense(tensor: Tensor, name: str) -> None:
+    if tensor.layout != torch.strided or tensor.is_nested:
+        raise TypeError(f"{name} must be dense; got a {'nested' if tensor.is_nested else tensor.layout} tensor")
 
 
 def _check_int(number: int, name: str, least: int) -> None:

@@ -146,10 +146,10 @@ def constant(name: str, value: Tensor) -> None:
         raise ValueError(f"{name} has requires_grad=True but gets no gradient; accepted: {name}.detach()")
 
 
-def optimizer_object(optimizer: object) -> None:
+def optimizer_object(optimizer: object, name: str = "optimizer") -> None:
     """Raises TypeError unless it is a `torch.optim` optimizer or None."""
     if optimizer is not None and not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer is a {type(optimizer).__name__}; accepted: a torch.optim.Optimizer, or None")
+        raise TypeError(f"{name} is a {type(optimizer).__name__}; accepted: a torch.optim.Optimizer, or None")
 
 
 def optimizer_state(key: str, value: object, parameter: Tensor) -> None:

@@ -154,3 +154,59 @@ def test_a_float32_learning_rate_of_a_float64_layer(optimizer, strided):
         for _ in range(3):
             ff.linear_step_(q.x_pos, q.x_neg, q.weight, q.bias, q.optimizer)
     assert_same_state(ours, theirs, 1e-14)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd-momentum", "adam"])
+def test_weight_bias_and_rows_as_columns_of_one_matrix(optimizer, backend):
+    """Their memory is interleaved but nowhere the same, so each is as right as on its own."""
+    p = problem(n_pos=7, n_neg=7, optimizer=optimizer, dtype=torch.float32)
+    matrix = torch.cat([p.weight.detach(), p.bias.detach()[:, None], p.x_pos, p.x_neg], 1)
+    weight, bias = nn.Parameter(matrix[:, :5]), nn.Parameter(matrix[:, 5])
+    ours = p._replace(weight=weight, bias=bias, optimizer=OPTIMIZERS[optimizer]([weight, bias]))
+    ours = ours._replace(x_pos=matrix[:, 6:11], x_neg=matrix[:, 11:])
+    for q in (ours, p):
+        for _ in range(2):
+            ff.linear_step_(q.x_pos, q.x_neg, q.weight, q.bias, q.optimizer, backend=backend)
+    assert_same_state(ours, p, 1e-6)
+    assert torch.equal(matrix[:, 6:11], p.x_pos)
+
+
+def test_a_step_on_meta_tensors_alone():
+    """All on meta is a step without numbers: shapes and dtypes come out, nothing on the host is touched."""
+    p = problem(optimizer="adam", dtype=torch.float32)
+    weight, bias = (nn.Parameter(t.detach().to("meta")) for t in (p.weight, p.bias))
+    objective = ff.Objective(threshold=torch.ones(12, device="meta"))
+    optimizer = OPTIMIZERS["adam"]([weight, bias])
+    result = ff.linear_step_(p.x_pos.to("meta"), p.x_neg.to("meta"), weight, bias, optimizer, objective=objective)
+    assert result.y.is_meta and result.y.shape == (12, 7) and result.goodness.shape == (12,)
+    assert optimizer.state[weight]["exp_avg"].is_meta
+
+
+def test_state_of_a_step_in_inference_mode_can_be_written_outside(backend):
+    runs = []
+    for inference in (True, False):
+        torch.manual_seed(0)
+        p = problem(optimizer="adam", dtype=torch.float32)
+        with torch.inference_mode(inference):
+            ff.linear_step_(p.x_pos, p.x_neg, p.weight, p.bias, p.optimizer, backend=backend)
+        ff.linear_step_(p.x_pos, p.x_neg, p.weight, p.bias, p.optimizer, backend=backend)
+        runs.append(p)
+    assert_same_state(*runs, 0)
+
+
+def test_sharded_parameters_are_named():
+    from torch import distributed
+    from torch.distributed.tensor import Replicate, distribute_tensor, init_device_mesh
+
+    p = problem(dtype=torch.float32)
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        weight = nn.Parameter(distribute_tensor(p.weight.detach(), init_device_mesh("cpu", (1,)), [Replicate()]))
+        for call in (
+            lambda: ff.linear_step_(p.x_pos, p.x_neg, weight, p.bias, None),
+            lambda: ff.linear_forward(p.x_pos, weight, p.bias),
+        ):
+            with pytest.raises(TypeError, match="weight is a DTensor; accepted: a plain tensor"):
+                call()
+    finally:
+        distributed.destroy_process_group()

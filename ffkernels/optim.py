@@ -230,8 +230,14 @@ def _has_own_step(optimizer: Any) -> bool:
 @once_per_trace
 def _hooked(*parameters: Any) -> bool:
     """Whether gradient hooks wait on a parameter, which autograd alone calls."""
-    for p in parameters:  # noqa: SIM110
+    for p in parameters:
         if p._backward_hooks or p._post_accumulate_grad_hooks:
+            if torch.compiler.is_compiling():
+                # torch.compile does not see such hooks, and would leave them out without a word.
+                raise RuntimeError(
+                    "a parameter has gradient hooks, which compiled code does not call; accepted: the step under "
+                    "torch.compiler.disable"
+                )
             return True
     return False
 

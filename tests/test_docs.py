@@ -1,7 +1,10 @@
-"""The pages of docs/integrations: their Python runs, and their links lead somewhere."""
+"""The pages of docs/integrations: their Python runs, their diffs name what is there, their links lead somewhere."""
 
 from __future__ import annotations
 
+import ast
+import builtins
+import importlib
 import re
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,36 @@ def test_pages_run(page):
 def test_links_lead_somewhere(page):
     for link in re.findall(r"\]\((?!https?:)([^)#]*)(?:#[^)]*)?\)", page.read_text()):
         assert not link or (page.parent / link).exists(), link
+
+
+def diffs(page: Path) -> list[tuple[str, str]]:
+    """What each diff of a page starts from, and what it ends at."""
+    found = []
+    for block in re.findall(r"```diff\n(.*?)```", page.read_text(), re.DOTALL):
+        lines = block.splitlines()
+        found.append(tuple("\n".join(line[1:] for line in lines if line[:1] in kind) for kind in (" -", " +")))
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_diffs_import_what_they_name(page):
+    """Their new lines are Python; each name is in the lines they start from, or imported, and is there to import."""
+    if page.stem in NEEDS:
+        pytest.importorskip(NEEDS[page.stem])
+    for before, after in diffs(page):
+        tree = ast.parse(after)
+        imported = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("ffkernels"):
+                for alias in node.names:
+                    assert hasattr(importlib.import_module(node.module), alias.name), alias.name
+                    imported.add(alias.asname or alias.name)
+        names = {node.id: node.ctx for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        stored = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        known = set(re.findall(r"\w+", before)) | imported | stored | set(vars(builtins))
+        assert names.keys() <= known, names.keys() - known
+        for name in imported:
+            assert len(re.findall(rf"\b{name}\b", after + before)) > 1, f"{name} is imported and not used"
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])

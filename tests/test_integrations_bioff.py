@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 from typing import Any
 
@@ -27,7 +28,7 @@ EXACT = 1e-10
 def fresh_warnings():
     common.warn_once.cache_clear()
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         yield
     common.warn_once.cache_clear()
 
@@ -103,6 +104,28 @@ def test_gradients_and_restore():
     assert {type(layer) for layer in ours.restore(a).layers} == {core.Layer}
 
 
+def test_directional_derivatives_of_the_input_are_bioffs_own():
+    a, b = (net.layers[0] for net in pair())
+    x, direction = rows(), rows()
+    found, expected = (torch.func.jvp(lambda x, layer=layer: layer(x), (x,), (direction,)) for layer in (a, b))
+    assert error(found[0], expected[0]) <= EXACT and error(found[1], expected[1]) <= EXACT
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))], ids=["deepcopy", "pickle"]
+)
+def test_copies_train_on(copied):
+    a, b = pair()
+    x_pos, x_neg, weights = rows(), rows(), torch.rand(10, dtype=torch.float64)
+    a.train(x_pos, x_neg, weights)
+    twin = copied(a)
+    for net in (a, twin, b, b):
+        net.train(x_pos, x_neg, weights)
+    assert type(twin.layers[0]) is ours.Layer
+    assert_same(a, b)
+    assert_same(twin, b)
+
+
 def tanh(layer: Any) -> None:
     layer.relu = nn.Tanh()
 
@@ -115,7 +138,25 @@ def watched(layer: Any) -> None:
     layer.relu.register_forward_hook(lambda module, x, y: 2 * y)
 
 
-@pytest.mark.parametrize("change", [tanh, frozen, watched])
+def capped(layer: Any) -> None:
+    layer.relu.forward = lambda z: z.clamp(0, 0.3)
+
+
+def masked(layer: Any) -> None:
+    layer.weight.register_hook(lambda g: g * (g > 0))
+
+
+def own_forward(layer: Any) -> None:
+    forward = layer.forward
+    layer.forward = lambda x: 3 * forward(x)
+
+
+def parametrized(layer: Any) -> None:
+    nn.utils.parametrizations.weight_norm(layer)
+    layer.opt = torch.optim.Adam(layer.parameters(), lr=0.01)
+
+
+@pytest.mark.parametrize("change", [tanh, frozen, watched, capped, masked, own_forward, parametrized])
 def test_what_cannot_run_here_trains_on_its_original_path_with_one_warning(change):
     a, b = pair()
     for net in (a, b):

@@ -314,3 +314,28 @@ def test_fifty_steps_on_mnist_end_at_the_same_weights(run):
         batches.append([ff.overlay_label(x, labels), ff.overlay_label(x, wrong), ff.neutral_label(x), labels])
     ours, theirs = run(batches)
     assert_same(ours, theirs, torch.float32)
+
+
+@pytest.mark.parametrize("layer", [contracts.GreedyLayer, contracts.InnerLoopLayer])
+def test_float32_ends_as_near_to_float64_as_autograd_does(layer):
+    """Two runs in float32 drift apart at a network's own widths; each is as far from the run in float64."""
+    mnist = mnist_or_toy()
+    x, labels = mnist.train_images[:200].flatten(1).float() / 255, mnist.train_labels[:200].long()
+    sides = ff.overlay_label(x, labels), ff.overlay_label(x, ff.wrong_label(labels))
+    distances = torch.zeros(2, 2)
+    for _ in range(3):
+        start = [layer(784, 300), layer(300, 300)]
+        ends = []
+        for kind, dtype in (("ours", torch.float32), ("theirs", torch.float32), ("theirs", torch.float64)):
+            h, weights = tuple(t.to(dtype) for t in sides), []
+            for each in start:
+                mine = copy.deepcopy(each).to(dtype)
+                mine.num_epochs = mine.layer_iters = 30
+                act = mine.relu if layer is contracts.GreedyLayer else mine.activation
+                mine = mine if kind == "ours" else TheirLayer(mine, act)
+                h = (mine.train if hasattr(mine, "relu") else mine)(*h) if kind == "ours" else mine.learn(*h)
+                weights.append(mine.weight.detach())
+            ends.append(weights)
+        distances += torch.tensor([[error(a, b) for a, b in zip(end, ends[2], strict=True)] for end in ends[:2]])
+    ours, theirs = distances
+    assert (ours <= 2 * theirs).all(), distances

@@ -27,7 +27,7 @@ from .fflib_nets import EXACT, assert_same, layers, pair, rows
 def fresh_warnings():
     common.warn_once.cache_clear()
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         yield
     common.warn_once.cache_clear()
 
@@ -242,6 +242,11 @@ def watched_activation(layer: Any) -> None:
     layer.activation_fn.register_forward_hook(lambda module, x, y: 2 * y)
 
 
+def own_activation(layer: Any) -> None:
+    layer.activation_fn = nn.ReLU()
+    layer.activation_fn.forward = lambda z: z.clamp(0, 0.3)
+
+
 def parametrized(layer: Any) -> None:
     nn.utils.parametrizations.weight_norm(layer)
     layer.opt = torch.optim.Adam(layer.parameters(), lr=0.01)
@@ -253,6 +258,7 @@ CHANGES = {
     other_optimizer: "its optimizer does not hold bias",
     own_forward: "FFLinear.forward is overridden",
     watched_activation: r"hooks watch its activation ReLU\(\)",
+    own_activation: r"activation ReLU\(\) is not one of",
     learnt_threshold: r"threshold tensor\(0.3000\) is not a finite number",
     parametrized: "weight is frozen or computed from other parameters",
 }
@@ -291,3 +297,10 @@ def test_a_subclassed_net_keeps_its_class():
     theirs.run_train_combined(x_pos, x_neg)
     assert type(a) is OwnLoop and type(a.layers[0]) is ours.FFLinear
     assert_same(a, theirs)
+
+
+def test_directional_derivatives_of_the_input_are_fflibs_own():
+    a, b = (net.layers[0] for net in pair())
+    x, direction = rows(), rows()
+    found, expected = (torch.func.jvp(lambda x, layer=layer: layer(x), (x,), (direction,)) for layer in (a, b))
+    assert error(found[0], expected[0]) <= EXACT and error(found[1], expected[1]) <= EXACT

@@ -500,9 +500,7 @@ class SignedLayer(nn.Module):
         if made_by is None:
             raise ValueError(f"optimizer_name={optimizer_name!r} is not in torch.optim; accepted: 'Adam', 'SGD', ...")
         if loss_fn_name != "alternative_loss_fn":
-            raise ValueError(
-                f"loss_fn_name={loss_fn_name!r} is not a loss that is here; accepted: 'alternative_loss_fn'"
-            )
+            raise ValueError(f"loss_fn_name={loss_fn_name!r} is not here; accepted: 'alternative_loss_fn'")
         self.layer = layer
         self.optimizer: Optimizer = made_by(layer.parameters(), **optimizer_kwargs)
         self.compute_dtype, self.backend = compute_dtype, backend

@@ -25,6 +25,13 @@ COLUMNS = {
     "floor": "floor: products and state",
 }
 
+INTRODUCTION = """\
+The time of a step of this package, and how many times as long the others take: the median of ratios paired
+within one run, and its interval."""
+LEGEND = """\
+The floor is the bare products of all rows and one pass over weights and optimizer state; above 1 there, this
+package does fewer products than that. The pictures also have single layers, and growth."""
+
 
 def update(readme: Path = README) -> list[Path]:
     """Rewrites what stands between the two markers, and draws the pictures; what was written."""
@@ -53,8 +60,8 @@ def parts(text: str) -> tuple[str, str, str]:
 
 
 def by_device(results: Sequence[Result]) -> dict[str, Result]:
-    """One result per device, "cpu" for CPUs: every case from the newest run that has it in full, else from the newest
-    quick one; of several CPUs only the one measured last, since its name stands over all rows.
+    """One result per device, CPUs as "cpu" or "cpu-amx": every case from the newest run that has it in full, else from
+    the newest quick one; of several CPUs of a kind only the one measured last, since its name stands over all rows.
     """
     found: dict[str, Result] = {}
     newest = {_name(result): result["machine"] for result in results}
@@ -70,12 +77,14 @@ def by_device(results: Sequence[Result]) -> dict[str, Result]:
                 last = of_case[-1]["run"]
                 rows[case] = [row for row in of_case if row["run"] == last]
             found[name] = {**result, "rows": [row for of_case in rows.values() for row in of_case]}
-    return found
+    return dict(sorted(found.items()))
 
 
 def _name(result: Result) -> str:
     device = result["machine"].get("device", "cpu")
-    return "cpu" if device == "cpu" else "-".join(device.lower().split())
+    if device == "cpu" and "AMX" in result["machine"].get("bfloat16_units", ()):
+        return "cpu-amx"
+    return "-".join(device.lower().split())
 
 
 def _marked(result: Result) -> list[Row]:
@@ -84,7 +93,7 @@ def _marked(result: Result) -> list[Row]:
 
 def text(results: dict[str, Result]) -> str:
     """The tables in Markdown, one for each device."""
-    return "\n\n".join(_section(name, result) for name, result in results.items())
+    return "\n\n".join([INTRODUCTION, *(_section(name, result) for name, result in results.items()), LEGEND])
 
 
 def _section(name: str, result: Result) -> str:
@@ -97,21 +106,17 @@ def _section(name: str, result: Result) -> str:
     ]
     table = {case: _cells([row for row in rows if row["case"] == case]) for case in cases}
     filled = [column for column in next(iter(table.values()), {}) if any(cells[column] for cells in table.values())]
+    forced = f", with `FFKERNELS_BACKEND={about['backend_forced']}`" if about.get("backend_forced") else ""
     lines = [
-        f"{report.in_words(about)}, {about['date'][:10]}.",
-        "The time of a step of this package, and how many times as long the others take: the median of ratios paired",
-        "within one run, and its interval.",
+        f"**{report.in_words(about)}**, {about['date'][:10]}{forced}:",
         "",
         f"| {' | '.join(filled)} |",
         f"|{'---|' * len(filled)}",
         *(f"| {' | '.join(cells[column] for column in filled)} |" for cells in table.values()),
-        "",
-        "The floor is the bare products of all rows and one pass over weights and optimizer state; above 1 there, this",
-        "package does fewer products than that. The picture also has single layers, and growth.",
     ]
     if any(row["quick"] for row in rows):
-        lines.append("(q): from a `--quick` run, with wide intervals.")
-    return "\n".join([*lines, "", f"![Benchmarks]({PICTURE.format(device=name)})"])
+        lines += ["", "(q): from a `--quick` run, with wide intervals."]
+    return "\n".join([*lines, "", f"![Benchmarks, {name}]({PICTURE.format(device=name)})"])
 
 
 def _cells(rows: Sequence[Row]) -> dict[str, str]:

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from ffkernels.backends import select
+
 from .cases import AXES
 from .contenders import OURS
 from .run import Row
@@ -45,7 +47,7 @@ def bfloat16_units() -> list[str]:
 
 
 def machine(device: str) -> Row:
-    """What a time depends on: device, processor, threads, versions, commit, how busy it is; and the date."""
+    """What a time depends on: device, processor, threads, backend if forced, versions, commit, load; and the date."""
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "cpu": _cpu_model(),
@@ -53,6 +55,7 @@ def machine(device: str) -> Row:
         "threads": torch.get_num_threads(),
         "isa": torch.backends.cpu.get_cpu_capability(),
         "bfloat16_units": bfloat16_units(),
+        "backend_forced": os.environ.get(select.VARIABLE),
         "load_before": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "allocator": {k: v for k, v in os.environ.items() if k.startswith("MALLOC_") or k == "LD_PRELOAD"},
         "torch": torch.__version__,

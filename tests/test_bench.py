@@ -286,6 +286,39 @@ def test_readme_mixes_no_two_cpus() -> None:
     assert [(row["case"], row["run"]) for row in rows] == [("a", "new")]
 
 
+def test_readme_shows_each_kind_of_cpu_by_the_newest_full_run_of_it() -> None:
+    def result(date: str, cpu: str, *units: str, quick: bool = False, **about: str) -> report.Result:
+        made = result_of(("a", OURS, float(date), 1.0), cpu=cpu, date=date, torch="2", **about)
+        made["machine"]["bfloat16_units"] = list(units)
+        return made | {"quick": quick}
+
+    results = readme.by_device(
+        [
+            result("1", "old", "AMX"),
+            result("2", "new", "AMX", "AVX512-BF16", backend_forced="native"),
+            result("3", "plain", "AVX512-BF16"),
+            result("4", "plain"),
+            result("5", "new", "AMX", "AVX512-BF16", quick=True),
+        ]
+    )
+    assert {name: [row["run"] for row in of["rows"]] for name, of in results.items()} == {
+        "cpu": ["4"],
+        "cpu-amx": ["2"],
+    }
+    text = readme.text(results)
+    assert text.count("\n| a | ") == 2 and text.count(readme.INTRODUCTION) == text.count(readme.LEGEND) == 1
+    of_plain, of_amx = text.split("![Benchmarks, cpu](docs/benchmarks-cpu.png)")
+    assert "**plain with no bfloat16 unit, no AMX, 2 threads, torch 2**, 4:" in of_plain and "| 4 ms |" in of_plain
+    said = "**new with AMX and AVX512-BF16, 2 threads, torch 2**, 2, with `FFKERNELS_BACKEND=native`:"
+    assert said in of_amx and "| 2 ms |" in of_amx and "![Benchmarks, cpu-amx](docs/benchmarks-cpu-amx.png)" in of_amx
+
+
+def test_a_run_records_the_backend_that_was_forced(monkeypatch) -> None:
+    assert report.machine("cpu")["backend_forced"] is None
+    monkeypatch.setenv("FFKERNELS_BACKEND", "native")
+    assert report.machine("cpu")["backend_forced"] == "native"
+
+
 def test_readme_is_made_from_the_results() -> None:
     results = readme.by_device(report.load_results())
     assert readme.parts(readme.README.read_text())[1].strip() == readme.text(results), "run: bench --readme"

@@ -31,7 +31,7 @@ sanitize: $(VENV)/test
 	LD_LIBRARY_PATH=$(dir $(SANITIZED)/thread/$(LIBRARY)) $(SANITIZED)/threads
 	env ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 FFKERNELS_LIBRARY=$(SANITIZED)/address/$(LIBRARY) \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-	  $(VENV)/bin/python -m pytest -p no:faulthandler tests/test_native.py -k "not 4200 and not 4300"
+	  $(VENV)/bin/python -m pytest -p no:faulthandler tests/test_native.py tests/test_large_labels.py -k "not 4200 and not 4300"
 
 # Minutes each: random calls against float64, and trainings that are killed and interrupted.
 nightly: fuzz campaign

@@ -131,8 +131,8 @@ def linear_step_(
             the wrong side (for the logistic loss: whose sigmoid is smaller). An approximation; 0 leaves out exact
             zeros only.
         label_field: how many of the first columns hold the label; outside them both sides have the same numbers, row
-            by row, and share their products (equally exact). None: on a CPU, that is found out. On a device it is not
-            checked.
+            by row, and share their products, to which each row adds its own label's (equally exact, whatever either
+            label holds). None: on a CPU, that is found out. On a device it is not checked.
         product: `shared_product(x_pos, weight, label_field)` where it is there already.
         peer: peer normalisation, a regulariser that keeps the units about equally active.
         peer_mean: `[out]` its running mean activity, which the step moves; with `peer`, and only then.

@@ -270,6 +270,25 @@ def test_a_shared_product(dtype, norm):
             assert error(mine, theirs) < 4 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("large", [1e8, float("inf"), float("nan")])
+def test_a_shared_product_beside_a_large_label(large):
+    """It is a sum without the label field: what a row's label holds does not reach its twin."""
+    field, eps = 5, torch.finfo(torch.float32).eps
+    made = problem(19, 19, 20, 18, optimizer="sgd", dtype=torch.float32)
+    made.x_neg[:, field:] = made.x_pos[:, field:]
+    made.x_pos[:, 2] = large
+    exact = made.x_neg.double() @ made.weight.detach().double().T
+    room = 20 * eps * (made.x_neg.abs().double() @ made.weight.detach().abs().double().T)
+    product = ff.shared_product(made.x_pos, made.weight, field)
+    step = ff.linear_step_(
+        made.x_pos, made.x_neg, made.weight, None, None, norm="none", activation="identity", outputs="pre",
+        label_field=field, product=product,
+    )  # fmt: skip
+    assert step.neg is not None and ((step.neg - exact).abs() <= room).all()
+    sums = step.sides(step.sumsq)[1]
+    assert ((sums - exact.square().sum(1)).abs() <= ((2 * exact.abs() + room) * room).sum(1) + 20 * eps * sums).all()
+
+
 @pytest.mark.parametrize("form", ["on the fly", "split"])
 @pytest.mark.parametrize("optimizer", ["sgd-nesterov", "adamw", "rmsprop"])
 def test_the_rounded_weight_feeds_the_second_forward(form, optimizer, monkeypatch):

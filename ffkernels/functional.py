@@ -304,8 +304,9 @@ def linear_forward(
 
     The arguments are those of `linear_step_`, but weight and bias need be no leaves and may be frozen. Where they
     require a gradient, `y` and the sums carry one to weight and bias, by a closed-form backward that cannot be
-    differentiated again and takes `y` as it is handed out, in the compute dtype. None reaches `x`, which is taken as detached: that no gradient flows to the layer
-    below is the algorithm. With `product` there is no gradient: `x` is multiplied in its label field alone.
+    differentiated again and takes `y` as it is handed out, in the compute dtype. None reaches `x`, which is taken as
+    detached: that no gradient flows to the layer below is the algorithm. With `product` there is no gradient: `x` is
+    multiplied in its label field alone.
     Forward-mode tangents of weight and bias, and the transforms of `torch.func`, go through PyTorch's own operations.
 
     `copies`: `x` holds the same rows so many times, one copy below the other, under different labels. Where no gradient

@@ -214,7 +214,8 @@ def linear_step_(
     layer = (weight, bias, norm, float(eps), eps_mode, activation, compute)
     y = weight.new_empty(rows, width, dtype=compute) if outputs != "none" else None
     sumsq, loss = weight.new_empty(rows), weight.new_empty(())
-    goodness = sumsq if objective.goodness == "sum" else weight.new_empty(rows)
+    # The sums before the update are nobody's where those after it are handed out.
+    goodness = sumsq if objective.goodness == "sum" or outputs == "post" else weight.new_empty(rows)
     after = weight.new_empty(rows) if outputs == "post" else sumsq
     outcome = (after, goodness) if y is None else (after, goodness, y)
     in_order = [] if back is None else [torch.empty_like(t) for t in outcome]

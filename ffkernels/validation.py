@@ -274,19 +274,29 @@ def _overlaps_itself(shape: torch.Size, strides: tuple[int, ...]) -> bool:
 
 def writable_here(written: list[Tensor]) -> None:
     """Raises ValueError for parameters or state that were made in inference mode, where alone it is written."""
-    if any(t.is_inference() for t in written) and not torch.is_inference_mode_enabled():
-        raise ValueError(
-            "a parameter, its optimizer state or peer_mean was made in inference mode, outside of which it cannot be "
-            "written; accepted: clones of them"
-        )
+    for t in written:
+        if t.is_inference() and not torch.is_inference_mode_enabled():
+            raise ValueError(
+                "a parameter, its optimizer state or peer_mean was made in inference mode, outside of which it cannot "
+                "be written; accepted: clones of them"
+            )
 
 
 def apart(weight: Tensor, bias: Tensor | None, peer_mean: Tensor | None, read: dict[str, Tensor | None]) -> None:
     """Raises ValueError where what a step writes lies in the memory of what it reads, or writes besides."""
-    if weight.is_meta or not all(type(t) in (Tensor, nn.Parameter) for t in (weight, bias) if t is not None):
+    if weight.is_meta or type(weight) not in (Tensor, nn.Parameter):
         return
     written = {"weight": weight, "bias": bias, "peer_mean": peer_mean}
-    spans = [(name, t, *_span(t)) for name, t in (written | read).items() if t is not None and t.numel()]
+    there = [(name, t) for name, t in (written | read).items() if t is not None]
+    # The usual case costs little: tensors without gaps, none of which begins before another ends.
+    end = 0
+    for first, size, whole in sorted([(t.data_ptr(), t.nbytes, t.is_contiguous()) for _, t in there]):
+        if first < end or not whole:
+            break
+        end = first + size
+    else:
+        return
+    spans = [(name, t, *_span(t)) for name, t in there if t.numel()]
     for i, (name, tensor, first, last) in enumerate(spans):
         if name not in written:
             break

@@ -239,8 +239,9 @@ def linear_forward(
 
     The arguments are those of `linear_step_`, but weight and bias need be no leaves and may be frozen. Where they
     require a gradient, `y` and the sums carry one to weight and bias, by a closed-form backward that cannot be
-    differentiated again and takes `y` as it is handed out, in the compute dtype. None reaches `x`, which is taken as detached: that no gradient flows to the layer
-    below is the algorithm. With `product` there is no gradient: `x` is multiplied in its label field alone.
+    differentiated again and takes `y` as it is handed out, in the compute dtype. None reaches `x`, which is taken as
+    detached: that no gradient flows to the layer below is the algorithm. With `product` there is no gradient: `x` is
+    multiplied in its label field alone.
 
     `copies`: `x` holds the same rows so many times, one copy below the other, under different labels. Where no gradient
     is asked for, the compiled CPU backend makes sure of that and multiplies what they share once; for others it is

@@ -186,18 +186,18 @@ def linear_step_(
                 "linear_step_ was called on tensors of a torch.func transform or with a forward-mode tangent, which a "
                 "step in place cannot follow; accepted: plain tensors, or linear_forward and goodness_loss"
             )
-        check.apart(weight, bias, peer_mean, {"x_pos": x_pos, "x_neg": x_neg, "product": product})
+        check.apart(weight, bias, peer_mean, x_pos, x_neg, product)
     # State that is made in inference mode could not be written outside of it.
     with torch.inference_mode(False) if not compiling and torch.is_inference_mode_enabled() else nullcontext():
         update = optim.plan(optimizer, weight, bias)
     written = update.written() + ([] if peer_mean is None else [peer_mean])
-    if not compiling:
-        check.writable_here(written)
     request = select.Request(
         weight.device, weight.dtype, compute, activation, objective.loss, update.rule, peers.gradient_of(peer),
         skips=skip_below > 0, shares=product is not None,
     )  # fmt: skip
     chosen = select.choose(request, backend)
+    if chosen in select.WRITES_BY_TORCH and not compiling:
+        check.writable_here(written)
     if only_checks:
         nothing = weight.new_empty(0)
         return StepResult(None, nothing, nothing, nothing, n_pos)
@@ -222,9 +222,10 @@ def linear_step_(
     rounded = None
     if outputs == "post" and compute != weight.dtype and update.rule != "grad" and chosen in select.TAKES_ROUNDED:
         rounded = weight.new_empty(weight.shape, dtype=compute)
-    with torch.no_grad(), without_autocast(weight.device):
-        held = None if compiling else interrupts.hold()
-        try:
+    # Autograd's and autocast's modes are given back before an interrupt is let through.
+    held = None if compiling else interrupts.hold()
+    try:
+        with torch.no_grad(), without_autocast(weight.device):
             ops.linear_step_(
                 x_pos,
                 x_neg,
@@ -246,17 +247,17 @@ def linear_step_(
             )
             torch.autograd.graph.increment_version(written)
             update.finish()
-        finally:
-            if held is not None:
-                interrupts.release(held)
-        objective.goodness_of(sumsq, width, out=goodness)
-        if y is not None and outputs == "post":
-            now = weight if rounded is None else rounded
-            _forward_after(compiling, x_pos, x_neg, input_sumsq, (now, *layer[1:], None, field), y, after, chosen)
-        if back is not None:
-            for found, into in zip(outcome, in_order, strict=True):
-                torch.index_select(found, 0, back, out=into)
-            (after, goodness), y = in_order[:2], None if y is None else in_order[2]
+            objective.goodness_of(sumsq, width, out=goodness)
+            if y is not None and outputs == "post":
+                now = weight if rounded is None else rounded
+                _forward_after(compiling, x_pos, x_neg, input_sumsq, (now, *layer[1:], None, field), y, after, chosen)
+            if back is not None:
+                for found, into in zip(outcome, in_order, strict=True):
+                    torch.index_select(found, 0, back, out=into)
+                (after, goodness), y = in_order[:2], None if y is None else in_order[2]
+    finally:
+        if held is not None:
+            interrupts.release(held)
     return StepResult(y, after, goodness, loss, n_pos if is_positive is None else None, is_positive)
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]
-from _thread import get_ident
 from collections.abc import Callable
 from signal import SIGINT
-from threading import main_thread
 from types import FrameType
 
 Handler = Callable[[int, FrameType | None], object]
@@ -30,14 +28,15 @@ class Held:
 
 def hold() -> Held | None:
     """Has SIGINT wait for `release`; None where no Python code would run for it in this thread."""
-    if get_ident() != main_thread().ident:
-        return None
     handler = _signal.getsignal(SIGINT)
     if not callable(handler):
         return None
     held = Held(handler)
-    # `signal.signal` makes enumeration members, which takes ten times as long.
-    _signal.signal(SIGINT, held)
+    try:
+        # `signal.signal` makes enumeration members, which takes ten times as long.
+        _signal.signal(SIGINT, held)
+    except ValueError:  # another thread than the main one, which alone runs handlers
+        return None
     return held
 
 

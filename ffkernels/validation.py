@@ -274,33 +274,43 @@ def _overlaps_itself(shape: torch.Size, strides: tuple[int, ...]) -> bool:
 
 def writable_here(written: list[Tensor]) -> None:
     """Raises ValueError for parameters or state that were made in inference mode, where alone it is written."""
-    for t in written:
-        if t.is_inference() and not torch.is_inference_mode_enabled():
-            raise ValueError(
-                "a parameter, its optimizer state or peer_mean was made in inference mode, outside of which it cannot "
-                "be written; accepted: clones of them"
-            )
+    if not torch.is_inference_mode_enabled() and any(t.is_inference() for t in written):
+        raise ValueError(
+            "a parameter, its optimizer state or peer_mean was made in inference mode, outside of which it cannot be "
+            "written; accepted: clones of them"
+        )
 
 
-def apart(weight: Tensor, bias: Tensor | None, peer_mean: Tensor | None, read: dict[str, Tensor | None]) -> None:
-    """Raises ValueError where what a step writes lies in the memory of what it reads, or writes besides."""
+def apart(
+    weight: Tensor, bias: Tensor | None, peer_mean: Tensor | None, x_pos: Tensor, x_neg: Tensor, product: Tensor | None
+) -> None:
+    """Raises ValueError where what a step writes, the first three, lies in memory that it reads or writes besides."""
     if weight.is_meta or type(weight) not in (Tensor, nn.Parameter):
         return
-    written = {"weight": weight, "bias": bias, "peer_mean": peer_mean}
-    there = [(name, t) for name, t in (written | read).items() if t is not None]
+    tensors = (weight, bias, peer_mean, x_pos, x_neg, product)
     # The usual case costs little: tensors without gaps, none of which begins before another ends.
-    end = 0
-    for first, size, whole in sorted([(t.data_ptr(), t.nbytes, t.is_contiguous()) for _, t in there]):
-        if first < end or not whole:
-            break
-        end = first + size
+    spans = []
+    for t in tensors:
+        if t is not None:
+            if not t.is_contiguous():
+                break
+            start = t.data_ptr()
+            spans.append((start, start + t.nbytes))
     else:
-        return
-    spans = [(name, t, *_span(t)) for name, t in there if t.numel()]
-    for i, (name, tensor, first, last) in enumerate(spans):
-        if name not in written:
+        spans.sort()
+        last = 0
+        for start, end in spans:
+            if start < last:
+                break
+            last = end
+        else:
+            return
+    names = ("weight", "bias", "peer_mean", "x_pos", "x_neg", "product")
+    there = [(name, t, *_span(t)) for name, t in zip(names, tensors, strict=True) if t is not None and t.numel()]
+    for i, (name, tensor, first, last) in enumerate(there):
+        if name not in names[:3]:
             break
-        for other_name, other, start, end in spans[i + 1 :]:
+        for other_name, other, start, end in there[i + 1 :]:
             if start < last and first < end and _share_memory(tensor, other, min(first, start), max(last, end)):
                 raise ValueError(
                     f"{other_name} shares memory with {name}, which the step writes; accepted: {other_name}.clone()"

@@ -44,7 +44,7 @@ def threshold(value: Any) -> dict[str, Any]:
     return {"objective": ff.Objective(threshold=value)}
 
 
-def with_state(p: Any, key: str, value: Any, parameter: str = "weight") -> object:
+def with_state(p: Any, key: str, value: Any, parameter: str = "weight", **change: Any) -> object:
     """A step of a layer like the problem's whose optimizer keeps `value` under `key`."""
     weight, bias = (nn.Parameter(t.detach().clone()) for t in (p.weight, p.bias))
     optimizer = Adam([weight, bias])
@@ -54,7 +54,7 @@ def with_state(p: Any, key: str, value: Any, parameter: str = "weight") -> objec
     optimizer.state[like].update({k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in kept.items()})
     before = [weight.detach().clone(), bias.detach().clone()]
     try:
-        return step(p, weight=weight, bias=bias, optimizer=optimizer)
+        return step(p, weight=weight, bias=bias, optimizer=optimizer, **change)
     finally:
         assert torch.equal(weight, before[0]) and torch.equal(bias, before[1])
 
@@ -214,13 +214,13 @@ STEPS = [
     ),
     Wrong(
         "weight of inference mode",
-        lambda p: step(p, **layer(of_inference_mode((7, 5)))),
+        lambda p: step(p, backend="eager", **layer(of_inference_mode((7, 5)))),
         ValueError,
         "made in inference mode",
     ),
     Wrong(
         "state of inference mode",
-        lambda p: with_state(p, "exp_avg", of_inference_mode((7, 5))),
+        lambda p: with_state(p, "exp_avg", of_inference_mode((7, 5)), backend="eager"),
         ValueError,
         "made in inference mode",
     ),

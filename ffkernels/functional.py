@@ -112,8 +112,8 @@ def linear_step_(
         x_neg: `[n_neg, in]` negative rows; None with `is_positive`.
         weight: `[out, in]` float32 or float64 parameter.
         bias: `[out]` parameter, or None.
-        optimizer: the `torch.optim` object that holds both. SGD, Adam and AdamW run fused on its own state; any other
-            gets `.grad` filled and its `step()` called. None: only `.grad` is filled, with the gradient of this batch
+        optimizer: the `torch.optim` object that holds both. SGD, SGDW, Adam and AdamW run fused on its own state; any
+            other whose `step()` runs on `.grad` alone gets that filled and is called. None: only `.grad` is filled, with the gradient of this batch
             alone; what it held is replaced, not added to as in `backward()`.
         objective: goodness, threshold and loss.
         norm: "l2" (`norm(x)`), "rms" (`sqrt(mean x^2)`) or "none".
@@ -462,6 +462,8 @@ def explain(
     check.peer_object(peer)
     compute = check.compute_dtype_of(compute_dtype, weight)
     rule, update = optim.fused_rule(optimizer, weight)
+    if optimizer is not None and rule == "grad":
+        optim.steps_on_gradients(optimizer)
     check.fraction("skip_below", skip_below)
     request = select.Request(
         weight.device,

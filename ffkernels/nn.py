@@ -34,7 +34,8 @@ class FFLinear(nn.Linear):
 
     Where forward or backward hooks watch it (pruning is one), where a subclass overrides `forward`, `activity` or
     `goodness`, or where one of weight and bias is frozen, a step calls the layer itself, on the joint batch, and lets
-    autograd and the optimizer's own `step()` do the rest: the same step, only slower.
+    autograd and the optimizer's own `step()` do the rest: the same step, only slower, and without `peer` and
+    `skip_below`, which are refused there.
 
     Raises:
         ValueError, TypeError: for an option outside what `linear_step_` accepts.
@@ -384,7 +385,7 @@ class FFNetwork(nn.Module):
         Where every layer hands on what it had before its update, and on the compiled CPU backend, the rows under the
         neutral label run with the others: one pass over the weights, the first layer's product shared by all three.
         They weigh nothing in the loss, and their coefficients are exactly zero. `options` are those of `step`.
-        """  # fmt: skip
+        """
         keep = options.get("keep", False)
         if not self._runs_together(x_pos, x_neg, num_classes, options):
             features = self.features(x_pos, num_classes=num_classes)

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from .. import functional
 from .. import validation as check
+from ..nn import watched as watched
 from ..normalisation import row_sumsq
 
 _FUNCTIONS = {torch.relu: "relu", F.relu: "relu", F.gelu: "gelu", F.silu: "silu", F.leaky_relu: "leaky_relu"}
@@ -99,16 +100,6 @@ def differentiates(x: Tensor) -> bool:
 def any_waits(*tensors: Any) -> bool:
     """Whether any of what should be tensors waits for a gradient."""
     return any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
-
-
-def watched(layer: nn.Module) -> bool:
-    """Whether calls of a module are seen by hooks, so that none may be left out."""
-    module = nn.modules.module
-    return bool(
-        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-        or module._global_forward_hooks or module._global_forward_pre_hooks
-        or module._global_backward_hooks or module._global_backward_pre_hooks
-    )  # fmt: skip
 
 
 def require_bias(layer: nn.Module, library: str, name: str = "layer") -> None:

@@ -113,8 +113,8 @@ def linear_step_(
         weight: `[out, in]` float32 or float64 parameter.
         bias: `[out]` parameter, or None.
         optimizer: the `torch.optim` object that holds both. SGD, SGDW, Adam and AdamW run fused on its own state; any
-            other whose `step()` runs on `.grad` alone gets that filled and is called. None: only `.grad` is filled, with the gradient of this batch
-            alone; what it held is replaced, not added to as in `backward()`.
+            other whose `step()` runs on `.grad` alone gets that filled and is called. None: only `.grad` is filled, with
+            the gradient of this batch alone; what it held is replaced, not added to as in `backward()`.
         objective: goodness, threshold and loss.
         norm: "l2" (`norm(x)`), "rms" (`sqrt(mean x^2)`) or "none".
         eps: >= 0; `eps_mode` says where it goes: "add" `x / (norm + eps)`, "clamp" `x / max(norm, eps)`,
@@ -198,10 +198,6 @@ def linear_step_(
     chosen = select.choose(request, backend)
     if chosen in select.WRITES_BY_TORCH and not compiling:
         check.writable_here(written)
-    if only_checks:
-        nothing = weight.new_empty(0)
-        return StepResult(None, nothing, nothing, nothing, n_pos)
-
     order = back = None
     if is_positive is not None and objective.paired:
         order, n_pos = _sides_in_order(is_positive)
@@ -209,6 +205,9 @@ def linear_step_(
         x_pos, x_neg = x_pos[order[:n_pos]], x_pos[order[n_pos:]]
         input_sumsq = None if input_sumsq is None else input_sumsq[order]
         back = order.argsort()
+    if only_checks:
+        nothing = weight.new_empty(0)
+        return StepResult(None, nothing, nothing, nothing, n_pos)
 
     width = weight.shape[0]
     layer = (weight, bias, norm, float(eps), eps_mode, activation, compute)

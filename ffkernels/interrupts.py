@@ -19,10 +19,12 @@ class Held:
     def __init__(self, handler: Handler) -> None:
         self.handler = handler
         self.frames: list[FrameType | None] = []
+        self.is_over = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         self.frames.append(frame)
-        if len(self.frames) > 1:
+        # Who saved this handler during the step may have put it back afterwards.
+        if self.is_over or len(self.frames) > 1:
             self.handler(number, frame)
 
 
@@ -44,6 +46,7 @@ def release(held: Held | None) -> None:
     """Gives SIGINT back, and lets the program's handler run if there was one."""
     if held is None:
         return
+    held.is_over = True
     if _signal.getsignal(SIGINT) is held:
         _signal.signal(SIGINT, held.handler)
     if len(held.frames) == 1:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import functional, negatives, optim
+from . import functional, interrupts, negatives, optim
 from . import validation as check
 from .backends import select
 from .functional import DEFAULT_OBJECTIVE, StepResult
@@ -35,7 +35,8 @@ class FFLinear(nn.Linear):
     Where forward or backward hooks watch it (pruning is one), where a subclass overrides `forward`, `activity` or
     `goodness`, or where one of weight and bias is frozen, a step calls the layer itself, on the joint batch, and lets
     autograd and the optimizer's own `step()` do the rest: the same step, only slower, and without `peer` and
-    `skip_below`, which are refused there.
+    `skip_below`, which are refused there. Sums of squares are then those of the activities as they are handed out, in
+    the compute dtype.
 
     Raises:
         ValueError, TypeError: for an option outside what `linear_step_` accepts.
@@ -121,6 +122,21 @@ class FFLinear(nn.Linear):
         return self._step_by_call(x_pos, x_neg, None, learns=False, **{**self._step_options(), **options})
 
     def _step_by_call(
+        self, x_pos: Tensor, x_neg: Tensor | None, optimizer: Optimizer | None, **options: Any
+    ) -> StepResult:
+        """`linear_step_` by a call of the layer, `backward()` and `optimizer.step()`."""
+        if not torch.is_inference_mode_enabled():
+            return self._step_by_autograd(x_pos, x_neg, optimizer, **options)
+
+        def known(value: Any) -> Any:
+            return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+
+        # Autograd does not work in inference mode, nor on what was made in it.
+        with torch.inference_mode(False):
+            options = {name: known(value) for name, value in options.items()}
+            return self._step_by_autograd(known(x_pos), known(x_neg), optimizer, **options)
+
+    def _step_by_autograd(
         self,
         x_pos: Tensor,
         x_neg: Tensor | None,
@@ -140,7 +156,7 @@ class FFLinear(nn.Linear):
         only_checks: bool = False,
         **own: Any,
     ) -> StepResult:
-        """`linear_step_` by a call of the layer, `backward()` and `optimizer.step()`, or without `learns` its forward.
+        """`_step_by_call`, or without `learns` its forward.
 
         What is known of the rows (`input_sumsq`, `label_field`, `product`) saves nothing here.
         """
@@ -165,6 +181,15 @@ class FFLinear(nn.Linear):
         if sample_weight is not None:
             entries = len(x) // 2 if objective.paired else len(x)
             check.vector("sample_weight", sample_weight, entries, weight.dtype, weight.device)
+            check.constant("sample_weight", sample_weight)
+        if isinstance(objective.threshold, Tensor):
+            check.constant("threshold", objective.threshold)
+        if input_sumsq is not None:
+            check.vector("input_sumsq", input_sumsq, len(x), weight.dtype, weight.device)
+        field = check.label_field(label_field, weight, x_pos, x_pos[:0] if x_neg is None else x_neg)
+        check.shared_product(product, field, n_pos, weight)
+        request = select.Request(weight.device, weight.dtype, compute, own["activation"], objective.loss)
+        select.choose(request, own["backend"])
         check.optimizer_object(optimizer)
         parameters = [p for p in self.parameters() if p.requires_grad] if learns else []
         if learns and not parameters:
@@ -192,7 +217,11 @@ class FFLinear(nn.Linear):
                     goodness = objective.goodness_of(sumsq, self.out_features)
                 loss = functional.goodness_loss(goodness, side, objective, sample_weight=sample_weight)
             if parameters:
-                optim.step_on_loss(optimizer, parameters, loss)
+                held = interrupts.hold()
+                try:
+                    optim.step_on_loss(optimizer, parameters, loss)
+                finally:
+                    interrupts.release(held)
                 if outputs == "post":
                     with torch.no_grad():
                         y, sumsq = self._run(x)
@@ -258,6 +287,37 @@ def _handed_on(layer: FFLinear, options: dict[str, Any]) -> torch.dtype | None:
     return check.compute_dtype_of(options.get("compute_dtype", layer.compute_dtype), layer.weight)
 
 
+def _facts(
+    layers: Iterable[FFLinear],
+    given: Sequence[Tensor],
+    optimizers: Sequence[Optimizer | None],
+    outputs: Sequence[str],
+    options: dict[str, Any],
+) -> tuple[object, ...]:
+    """What the checks of a network's layers read: where it is as it was, they would find what they found."""
+
+    def of(value: object) -> object:
+        if isinstance(value, Tensor):
+            return id(value), value.shape, value.stride(), value.dtype, value.device, value.requires_grad
+        return value if isinstance(value, str | float | int | None) else id(value)
+
+    facts: list[object] = [select.forced_backend(None), *outputs]
+    facts += [(x.shape, x.dtype, x.device) for x in given]
+    facts += [(name, of(value)) for name, value in options.items()]
+    for layer, optimizer in zip(layers, optimizers, strict=True):
+        facts += [id(layer), id(optimizer), called_only(layer), id(layer.objective), of(layer.objective.threshold)]
+        facts += [of(value) for value in layer._options().values()]
+        facts += [id(layer.peer), of(layer.peer_mean)]
+        for p in (layer.weight, layer.bias):
+            facts += [of(p), None if p is None else p.data_ptr()]
+            if optimizer is not None and p is not None:
+                state = optimizer.state.get(p)
+                facts.append(None if state is None else [(key, of(value)) for key, value in state.items()])
+        if optimizer is not None:
+            facts.append([(id(group), len(group["params"])) for group in optimizer.param_groups])
+    return tuple(facts)
+
+
 def _is_matrix(x: object) -> bool:
     return isinstance(x, Tensor) and x.dim() == 2
 
@@ -286,6 +346,8 @@ class FFNetwork(nn.Module):
         if not layers:
             raise ValueError("layers is empty; accepted: at least one FFLinear")
         self.layers = nn.ModuleList(layers)
+        # The facts under which the last check of all layers found nothing.
+        self._checked: object = None
 
     def __iter__(self) -> Iterator[FFLinear]:
         return iter(cast("Iterable[FFLinear]", self.layers))
@@ -358,6 +420,9 @@ class FFNetwork(nn.Module):
         given = [x for x in (x_pos, x_neg) if x is not None]
         if len(self.layers) == 1 or torch.compiler.is_compiling() or not all(_is_matrix(x) for x in given):
             return
+        facts = None if "is_positive" in options else _facts(self, given, per_layer, outputs, options)
+        if facts is not None and facts == self._checked:
+            return
         rows = sum(map(len, given))
         below = None
         for i, (layer, optimizer) in enumerate(zip(self, per_layer, strict=True)):
@@ -370,6 +435,7 @@ class FFNetwork(nn.Module):
             except (ValueError, TypeError) as error:
                 raise type(error)(f"layers[{i}]: {error}") from None
             below = layer
+        self._checked = facts
 
     @torch.no_grad()
     def step_and_features(

@@ -113,8 +113,8 @@ def linear_step_(
         weight: `[out, in]` float32 or float64 parameter.
         bias: `[out]` parameter, or None.
         optimizer: the `torch.optim` object that holds both. SGD, SGDW, Adam and AdamW run fused on its own state; any
-            other whose `step()` runs on `.grad` alone gets that filled and is called. None: only `.grad` is filled, with
-            the gradient of this batch alone; what it held is replaced, not added to as in `backward()`.
+            other whose `step()` runs on `.grad` alone gets that filled and is called. None: only `.grad` is filled,
+            with the gradient of this batch alone; what it held is replaced, not added to as in `backward()`.
         objective: goodness, threshold and loss.
         norm: "l2" (`norm(x)`), "rms" (`sqrt(mean x^2)`) or "none".
         eps: >= 0; `eps_mode` says where it goes: "add" `x / (norm + eps)`, "clamp" `x / max(norm, eps)`,

@@ -42,7 +42,8 @@ def layer_options(norm: str, eps: float, eps_mode: str, activation: str) -> None
 
 def autocast_is_on(device: torch.device) -> bool:
     """Whether autocast is on for a device; some, like "meta", do not know it."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    kind = device.type
+    return (kind == "cpu" or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind)
 
 
 def compute_dtype_of(compute_dtype: torch.dtype | None, weight: Tensor) -> torch.dtype:
@@ -157,6 +158,13 @@ def optimizer_state(key: str, value: object, parameter: Tensor) -> None:
 
     Adam's step count is one number, on the parameter's device or on the host.
     """
+    # The usual case costs little.
+    if type(value) is Tensor and value.layout is torch.strided and not value.is_nested and value.is_contiguous():
+        if key == "step":
+            if value.dim() == 0 and value.device.type == "cpu":
+                return
+        elif value.shape == parameter.shape and value.dtype == parameter.dtype and value.device == parameter.device:
+            return
     name = f"the optimizer's {key}"
     tensor(name, value)
     assert isinstance(value, Tensor)

@@ -68,12 +68,15 @@ def choose(request: Request, backend: str | None) -> str:
     Raises:
         ValueError: where the forced backend does not exist or cannot run the call.
     """
-    return _choose(backend, *request)
+    return _choose(backend, *request) if torch.compiler.is_compiling() else _chosen(backend, request)
 
 
 @once_per_trace
 def _choose(backend: str | None, *fields: Any) -> str:
-    request = Request(*fields)
+    return _chosen(backend, Request(*fields))
+
+
+def _chosen(backend: str | None, request: Request) -> str:
     forced, source = forced_backend(backend)
     if forced is None:
         for name in BACKENDS:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -217,12 +217,10 @@ def _set_update(
     if rule == "grad":
         return
     update.lr = hyper[0] if lr is None else float(lr)
-    names: tuple[str, ...]
-    if rule != "adam":
-        names = ("momentum", "dampening", "nesterov", "weight_decay", "maximize", "first_step")
-        update.decoupled = rule == "sgdw"
+    if rule == "adam":
+        _, update.beta1, update.beta2, update.eps, update.weight_decay, decoupled, maximize = hyper
     else:
-        names = ("beta1", "beta2", "eps", "weight_decay", "decoupled", "maximize")
-    integers: Any = ("nesterov", "maximize", "first_step", "decoupled")
-    for name, value in zip(names, hyper[1:], strict=True):
-        setattr(update, name, int(value) if name in integers else value)
+        _, update.momentum, update.dampening, nesterov, update.weight_decay, maximize, first_step = hyper
+        decoupled = rule == "sgdw"
+        update.nesterov, update.first_step = int(nesterov), int(first_step)
+    update.decoupled, update.maximize = int(decoupled), int(maximize)

@@ -249,7 +249,8 @@ def test_signs_in_any_row_order(dtype):
         assert error(y, expected) <= TOLERANCE[dtype] and not y.requires_grad
         for a, side in zip(separation, (1, -1), strict=True):
             assert type(a) is float
-            assert error(torch.tensor(a, dtype=dtype), above[signs == side].mean()) <= TOLERANCE[dtype]
+            # A difference of goodness and threshold: its rounding is theirs.
+            assert error(torch.tensor(a, dtype=dtype), above[signs == side].mean(), theta) <= TOLERANCE[dtype]
         assert_same(ours.layer, theirs, dtype)
     y, above = ours.positive_eval(x, 2.0)
     assert error(y, theirs(x)) <= TOLERANCE[dtype] and error(ours(x), y) <= TOLERANCE[dtype]

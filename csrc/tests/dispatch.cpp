@@ -11,15 +11,21 @@
 // Read anew each time: the library chooses before main.
 static bool shows(const char* name) { return (" " + std::string(std::getenv("CPU")) + " ").find(" " + std::string(name) + " ") != std::string::npos; }
 
-static int made_up_cpuid(unsigned leaf, unsigned subleaf, unsigned*, unsigned*, unsigned*, unsigned* d) {
-    *d = (shows("amx_bf16") ? 1u << 22 : 0) | (shows("amx_tile") ? 1u << 24 : 0);
-    return leaf == 7 && subleaf == 0;
+static int made_up_cpuid(unsigned leaf, unsigned subleaf, unsigned* a, unsigned*, unsigned*, unsigned* d) {
+    if (leaf != 7) return 0;
+    if (subleaf == 0) *d = (shows("amx_bf16") ? 1u << 22 : 0) | (shows("amx_tile") ? 1u << 24 : 0);
+    if (subleaf == 1) *a = shows("avx512bf16") ? 1u << 5 : 0;
+    return 1;
 }
 
 static long made_up_syscall(long number, long request, long component) {
     return number == SYS_arch_prctl && request == 0x1023 && component == 18 && shows("granted") ? 0 : -1;
 }
 
+#define FFK_HAS_AMX
+#define FFK_HAS_AVX512_BF16
+#define FFK_HAS_AVX512
+#define FFK_HAS_AVX2
 #define __builtin_cpu_supports shows
 #define __builtin_cpu_is shows
 #define __get_cpuid_count made_up_cpuid

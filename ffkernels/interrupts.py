@@ -46,8 +46,11 @@ def release(held: Held | None) -> None:
     """Gives SIGINT back, and lets the program's handler run if there was one."""
     if held is None:
         return
-    held.is_over = True
-    if _signal.getsignal(SIGINT) is held:
-        _signal.signal(SIGINT, held.handler)
+    try:
+        if _signal.getsignal(SIGINT) is held:
+            _signal.signal(SIGINT, held.handler)
+    finally:
+        # Not before: a Ctrl-C between the two would leave by way of the handler and keep SIGINT held.
+        held.is_over = True
     if len(held.frames) == 1:
         held.handler(SIGINT, held.frames[0])

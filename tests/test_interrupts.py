@@ -77,6 +77,22 @@ def interrupted_at(line: int, call) -> bool:
     return seen > line
 
 
+@pytest.fixture(autouse=True)
+def own_handler():
+    """What one test leaves behind is not the next one's fault."""
+    yield
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_ctrl_c_at_every_line_of_holding_and_releasing():
+    line, there = 0, True
+    while there:
+        there = interrupted_at(line, lambda: interrupts.release(interrupts.hold()))
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, line
+        line += 1
+    assert line > 15
+
+
 @pytest.mark.parametrize(
     ("backend", "optimizer", "strided", "warm"),
     [(*case, warm) for case in CASES for warm in (False, True) if not warm or case[1] == "adam"],

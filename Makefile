@@ -6,6 +6,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 TRITON ?= triton==3.7.1
+# Another version formats otherwise.
+CLANG_FORMAT ?= clang-format==23.1.5
 VENV := .venv
 LIBRARY := ffkernels/backends/native/libffkernels_cpu.so
 PIP := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
@@ -20,6 +22,7 @@ test: $(VENV)/test $(VENV)/peers
 
 lint: $(VENV)/lint
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run --Werror csrc/*/*.h csrc/*/*.cpp
 
 # The compiled library under sanitizers: its tests on small shapes for addresses and undefined behaviour, and a program of its own,
 # without the threads of Python and torch, for races.
@@ -78,5 +81,5 @@ $(VENV)/peers: $(VENV)/core
 	touch $@
 
 $(VENV)/lint: $(VENV)/test
-	$(PIP) install --editable ".[lint]"
+	$(PIP) install --editable ".[lint]" "$(CLANG_FORMAT)"
 	touch $@

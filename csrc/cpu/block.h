@@ -5,9 +5,11 @@
 
 namespace {
 
-// Rows that a pass over the weight serves at once; a batch of more elements than SINGLE_BLOCK is worked through in blocks.
+// Rows that a pass over the weight serves at once; a batch of more elements than SINGLE_BLOCK is
+// worked through in blocks.
 constexpr int64_t BLOCK_ROWS = 1024, SINGLE_BLOCK = int64_t(1) << 22;
-// Tasks are runs of whole tiles; their size follows from the layer's shape alone, so that no sum depends on the number of threads.
+// Tasks are runs of whole tiles; their size follows from the layer's shape alone, so that no sum
+// depends on the number of threads.
 constexpr int64_t TASKS = 16, MOST_TILES = 16;
 // Fewer multiplications than this are not worth waking a second thread for.
 constexpr int64_t SMALL_WORK = int64_t(1) << 18;
@@ -29,9 +31,10 @@ struct Field {
     int64_t first = 0, count = 0, copies = 0;
 };
 
-// Rows of a block come in groups: the positives, the negatives; copies of the positives under other labels are a group each.
-// Group g is rows [g positives + start[g > 0], ... + rows[g > 0]) of the joint batch. In vectors "per column" (of products with rows as columns)
-// groups follow each other; those of copies start at whole vectors, `stride` apart.
+// Rows of a block come in groups: the positives, the negatives; copies of the positives under other
+// labels are a group each. Group g is rows [g positives + start[g > 0], ... + rows[g > 0]) of the
+// joint batch. In vectors "per column" (of products with rows as columns) groups follow each other;
+// those of copies start at whole vectors, `stride` apart.
 struct Block {
     int64_t positives, groups, start[2], rows[2], stride;
     Field field;
@@ -64,17 +67,23 @@ inline int workers_for(const ffk::Call& call, int64_t multiplications) {
 
 template <class F>
 void parallel(int64_t tasks, int workers, const F& f) {
-    ffk::run_tasks(tasks, workers, [](void* context, int64_t task, int worker) {
-        (*static_cast<const F*>(context))(task, worker);
-    }, const_cast<F*>(&f));
+    ffk::run_tasks(
+        tasks, workers,
+        [](void* context, int64_t task, int worker) {
+            (*static_cast<const F*>(context))(task, worker);
+        },
+        const_cast<F*>(&f));
 }
 
-// The rows of the second side may hold the same bits as those of the first, one after the other and over again, in all but one short run of
-// columns: then they share their products.
+// The rows of the second side may hold the same bits as those of the first, one after the other and
+// over again, in all but one short run of columns: then they share their products.
 inline Field label_field(const ffk::Call& call) {
-    const int64_t pairs = call.rows[0], others = call.rows[1], bytes = call.x_bfloat16 ? 2 : 4, most = call.in / 8;
+    const int64_t pairs = call.rows[0], others = call.rows[1], bytes = call.x_bfloat16 ? 2 : 4,
+                  most = call.in / 8;
     if (pairs == 0 || others == 0 || others % pairs != 0 || call.is_positive != nullptr) return {};
-    const auto numbers = [&](int64_t row) { return static_cast<const char*>(row_of(call, row).at); };
+    const auto numbers = [&](int64_t row) {
+        return static_cast<const char*>(row_of(call, row).at);
+    };
     int64_t first = call.in, last = -1;
     for (int64_t i = 0; i < others; i += larger(1, others / 64)) {
         const char *a = numbers(i % pairs), *b = numbers(pairs + i);
@@ -83,7 +92,8 @@ inline Field label_field(const ffk::Call& call) {
             const int64_t end = smaller(call.in, k + STEP);
             if (std::memcmp(a + k * bytes, b + k * bytes, size_t((end - k) * bytes)) == 0) continue;
             for (int64_t j = k; j < end; j++)
-                if (std::memcmp(a + j * bytes, b + j * bytes, size_t(bytes)) != 0) first = smaller(first, j), last = larger(last, j);
+                if (std::memcmp(a + j * bytes, b + j * bytes, size_t(bytes)) != 0)
+                    first = smaller(first, j), last = larger(last, j);
             if (last - first >= most) return {};
         }
     }
@@ -95,7 +105,10 @@ inline Field label_field(const ffk::Call& call) {
         for (int64_t i = run * RUN; i < smaller(others, (run + 1) * RUN); i++) {
             const char *a = numbers(i % pairs), *b = numbers(pairs + i);
             if (std::memcmp(a, b, size_t(first * bytes)) == 0
-                && std::memcmp(a + after * bytes, b + after * bytes, size_t((call.in - after) * bytes)) == 0) continue;
+                && std::memcmp(a + after * bytes, b + after * bytes,
+                               size_t((call.in - after) * bytes))
+                       == 0)
+                continue;
             __atomic_store_n(&differs, 1, __ATOMIC_RELAXED);
             return;
         }

@@ -1,4 +1,5 @@
-// Chooses the instruction set when the library is loaded. FFK_HAS_... says which copies of the kernels there are: a compiler may not know all.
+// Chooses the instruction set when the library is loaded. FFK_HAS_... says which copies of the
+// kernels there are: a compiler may not know all.
 #include <atomic>
 #include <cstring>
 
@@ -21,15 +22,18 @@ struct Choice {
 };
 
 #if defined(__x86_64__)
-[[maybe_unused]] bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+[[maybe_unused]] bool has_avx2() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
 [[maybe_unused]] bool has_avx512() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")
-        && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
+           && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
 }
 // Asked of the CPU itself: a compiler without this set may not know its name either.
 [[maybe_unused]] bool has_avx512_bf16() {
     unsigned features = 0, b, c, d;
-    return has_avx512() && __get_cpuid_count(7, 1, &features, &b, &c, &d) && (features & 1u << 5) != 0;
+    return has_avx512() && __get_cpuid_count(7, 1, &features, &b, &c, &d)
+           && (features & 1u << 5) != 0;
 }
 [[maybe_unused]] bool has_amx() {
 #if defined(FFK_EMULATES_MATRIX_UNIT)
@@ -37,7 +41,9 @@ struct Choice {
 #elif defined(__linux__)
     unsigned a, b, c, features = 0;
     const unsigned bfloat16 = 1u << 22, tiles = 1u << 24;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &features) || (features & bfloat16) == 0 || (features & tiles) == 0) return false;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &features) || (features & bfloat16) == 0
+        || (features & tiles) == 0)
+        return false;
     // Linux saves the tiles of those processes alone that ask for it.
     constexpr long REQUEST = 0x1023, TILE_DATA = 18;
     return has_avx512_bf16() && syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
@@ -45,7 +51,8 @@ struct Choice {
     return false;
 #endif
 }
-// Intel's unit for pairs takes two cycles for an instruction where float32 takes half of one: there, rounded numbers are multiplied as float32.
+// Intel's unit for pairs takes two cycles for an instruction where float32 takes half of one:
+// there, rounded numbers are multiplied as float32.
 [[maybe_unused]] bool pairs_pay() { return !__builtin_cpu_is("intel"); }
 #endif
 const Choice choices[] = {
@@ -66,7 +73,8 @@ const Choice choices[] = {
 
 const ffk::Kernels* first_choice(bool bfloat16) {
     for (const Choice& choice : choices)
-        if (choice.runs_here && (bfloat16 ? choice.for_bfloat16 : choice.for_float32)) return choice.kernels;
+        if (choice.runs_here && (bfloat16 ? choice.for_bfloat16 : choice.for_float32))
+            return choice.kernels;
     return nullptr;
 }
 
@@ -94,8 +102,12 @@ int ffk_limit(const char* name) {
     return 1;
 }
 
-int ffk_linear_forward(const ffk::Call* call) { return chosen[call->bfloat16 != 0].load()->linear_forward(*call); }
+int ffk_linear_forward(const ffk::Call* call) {
+    return chosen[call->bfloat16 != 0].load()->linear_forward(*call);
+}
 
-int ffk_linear_step(const ffk::Call* call) { return chosen[call->bfloat16 != 0].load()->linear_step(*call); }
+int ffk_linear_step(const ffk::Call* call) {
+    return chosen[call->bfloat16 != 0].load()->linear_step(*call);
+}
 
 }  // extern "C"

@@ -1,4 +1,5 @@
-// The forward half: rows become the columns of Z^T = W X^T, so that the weight is read as it lies and never packed.
+// The forward half: rows become the columns of Z^T = W X^T, so that the weight is read as it lies
+// and never packed.
 #pragma once
 #include "block.h"
 
@@ -8,21 +9,27 @@ struct Forward {
     const ffk::Call& call;
     Chunks chunks;
     bool pairs;
-    int64_t depth;         // of the product, in places
-    int64_t field_first, field_depth;  // the places that the label field touches: of these no group knows another's
-    int64_t stride;        // of y_t
-    float* packed;         // X^T in panels
-    float* fields;         // likewise, one behind the other: what each group of copies has in those places
-    float* scale;          // per column: r
-    float* sumsq;          // per column: of the results
-    float* partial;        // [chunks, columns]: its parts
-    float* scratch;        // per worker: rounded rows, a chunk's rounded weights, and, for the operator alone, its y_t
+    int64_t depth;  // of the product, in places
+    int64_t field_first,
+        field_depth;  // the places that the label field touches: of these no group knows another's
+    int64_t stride;   // of y_t
+    float* packed;    // X^T in panels
+    float* fields;  // likewise, one behind the other: what each group of copies has in those places
+    float* scale;   // per column: r
+    float* sumsq;   // per column: of the results
+    float* partial;  // [chunks, columns]: its parts
+    float* scratch;  // per worker: rounded rows, a chunk's rounded weights, and, for the operator
+                     // alone, its y_t
     int64_t scratch_size, weight_scratch, weight_stride, y_scratch;
     bool copies_weights;
 
     Forward(const ffk::Call& c, const Block& largest, bool keeps_y, Memory& memory)
         // Whole vectors are read beyond a group's last column.
-        : call(c), chunks(c.out, largest.operands()), pairs(in_pairs(c)), depth(places(c, c.in)), stride(stride_for(largest.columns() + LANES)) {
+        : call(c),
+          chunks(c.out, largest.operands()),
+          pairs(in_pairs(c)),
+          depth(places(c, c.in)),
+          stride(stride_for(largest.columns() + LANES)) {
         const int64_t rows = largest.operands(), columns = largest.columns();
         const Field field = largest.field;
         field_first = pairs ? field.first / 2 / PAIRS_AT_ONCE * PAIRS_AT_ONCE : field.first;
@@ -31,7 +38,8 @@ struct Forward {
         fields = memory.take(up_to(rows, LANES) * field_depth * field.copies);
         scale = memory.take(columns), sumsq = memory.take(columns);
         partial = memory.take(chunks.count() * columns);
-        // Rows a power of two apart fall onto the same cache lines: many products with them are worth a copy.
+        // Rows a power of two apart fall onto the same cache lines: many products with them are
+        // worth a copy.
         copies_weights = call.bfloat16 || (call.in % 512 == 0 && rows >= 512);
         weight_stride = stride_for(depth);
         weight_scratch = copies_weights ? chunks.rows * weight_stride : 0;
@@ -45,7 +53,8 @@ struct Forward {
         pack(block, workers);
         parallel(chunks.count(), workers, [&](int64_t chunk, int worker) {
             float* own = scratch + worker * scratch_size;
-            float* y_t = kept_y_t != nullptr ? kept_y_t + chunks.first(chunk) * stride : own + weight_scratch;
+            float* y_t = kept_y_t != nullptr ? kept_y_t + chunks.first(chunk) * stride
+                                             : own + weight_scratch;
             with_pairs(pairs, [&](auto in_pairs) {
                 multiply<decltype(in_pairs)::value>(block, chunk, weights(chunk, own), y_t);
             });
@@ -54,11 +63,14 @@ struct Forward {
         });
         for (int64_t i = 0; i < block.columns(); i++) {
             float total = 0;
-            for (int64_t chunk = 0; chunk < chunks.count(); chunk++) total += partial[chunk * block.columns() + i];
+            for (int64_t chunk = 0; chunk < chunks.count(); chunk++)
+                total += partial[chunk * block.columns() + i];
             sumsq[i] = total;
         }
         for (int64_t g = 0; g < block.groups; g++)
-            if (block.count(g)) std::memcpy(call.sumsq + block.row(g, 0), sumsq + block.column(g, 0), size_t(block.count(g)) * 4);
+            if (block.count(g))
+                std::memcpy(call.sumsq + block.row(g, 0), sumsq + block.column(g, 0),
+                            size_t(block.count(g)) * 4);
     }
 
     void pack(const Block& block, int workers) const {
@@ -73,16 +85,19 @@ struct Forward {
             for (int j = 0; j < valid; j++) {
                 const int64_t i = first + j;
                 const Row row = row_of(call, block.operand_row(i));
-                rows[j] = pairs ? row.pairs(call.in, own + j * depth) : row.operands(call.in, own + j * depth);
+                rows[j] = pairs ? row.pairs(call.in, own + j * depth)
+                                : row.operands(call.in, own + j * depth);
                 set_scale(i, block.operand_row(i));
-                for (int64_t g = 1; g <= block.field.copies; g++) set_scale(block.column(g, i), block.row(g, i));
+                for (int64_t g = 1; g <= block.field.copies; g++)
+                    set_scale(block.column(g, i), block.row(g, i));
             }
             pack_columns(rows, valid, depth, packed + panels.offset(panel) + lane, width);
             for (int64_t g = 1; g <= block.field.copies; g++) {
                 float* into = field_of(block, g, panel) + lane;
                 for (int j = 0; j < LANES; j++) {
                     const Row row = row_of(call, block.row(g, first + smaller(j, valid - 1)));
-                    for (int64_t k = 0; k < field_depth; k++) into[k * width + j] = j < valid ? place(row, field_first + k) : 0;
+                    for (int64_t k = 0; k < field_depth; k++)
+                        into[k * width + j] = j < valid ? place(row, field_first + k) : 0;
                 }
             }
         });
@@ -91,7 +106,8 @@ struct Forward {
     // A group's panel in the places of the label field.
     float* field_of(const Block& block, int64_t group, int64_t panel) const {
         const Panels panels{block.operands(), depth}, own{block.operands(), field_depth};
-        if (group == 0) return packed + panels.offset(panel) + field_first * panels.vectors(panel) * LANES;
+        if (group == 0)
+            return packed + panels.offset(panel) + field_first * panels.vectors(panel) * LANES;
         return fields + (group - 1) * own.elements() + own.offset(panel);
     }
 
@@ -102,8 +118,12 @@ struct Forward {
     }
 
     void set_scale(int64_t column, int64_t row) const {
-        if (call.norm == ffk::NORM_NONE) scale[column] = 1;
-        else scale[column] = row_scale(call, call.input_sumsq != nullptr ? call.input_sumsq[row] : sum_of_squares(row_of(call, row), call.in));
+        if (call.norm == ffk::NORM_NONE)
+            scale[column] = 1;
+        else
+            scale[column] = row_scale(call, call.input_sumsq != nullptr
+                                                ? call.input_sumsq[row]
+                                                : sum_of_squares(row_of(call, row), call.in));
     }
 
     struct Weights {
@@ -116,14 +136,18 @@ struct Forward {
         if (!copies_weights) return {at, call.in};
         for (int64_t o = 0; o < chunks.size(chunk); o++, at += call.in) {
             float* to = own + o * weight_stride;
-            if (pairs) to_pairs(at, call.in, to);
-            else if (call.bfloat16) round_all(at, call.in, to);
-            else std::memcpy(to, at, size_t(call.in) * 4);
+            if (pairs)
+                to_pairs(at, call.in, to);
+            else if (call.bfloat16)
+                round_all(at, call.in, to);
+            else
+                std::memcpy(to, at, size_t(call.in) * 4);
         }
         return {own, weight_stride};
     }
 
-    // A group's rows are those of the first in all places but the label field's: its sum is theirs without the field, and its own part on top.
+    // A group's rows are those of the first in all places but the label field's: its sum is theirs
+    // without the field, and its own part on top.
     template <bool PAIRS>
     void multiply(const Block& block, int64_t chunk, Weights w, float* y_t) const {
         const Panels panels{block.operands(), depth};
@@ -132,7 +156,8 @@ struct Forward {
         for (int64_t k = 0; k < depth; k += DEPTH) {
             const int64_t end = smaller(depth, k + DEPTH);
             const bool last = end == depth;
-            const int64_t runs[2][2] = {{k, smaller(end, larger(k, field_first))}, {smaller(end, larger(k, field_end)), end}};
+            const int64_t runs[2][2] = {{k, smaller(end, larger(k, field_first))},
+                                        {smaller(end, larger(k, field_end)), end}};
             for (int64_t p = 0; p < panels.count(); p++)
                 with_vectors(panels.vectors(p), [&](auto vectors) {
                     constexpr int NV = decltype(vectors)::value;
@@ -143,7 +168,10 @@ struct Forward {
                         tile.expect(to, stride);
                         tile.clear();
                         for (const auto& [from, until] : runs)
-                            if (from < until) tile.template multiply<PAIRS>(a, from, packed + panels.offset(p) + from * NV * LANES, until - from);
+                            if (from < until)
+                                tile.template multiply<PAIRS>(
+                                    a, from, packed + panels.offset(p) + from * NV * LANES,
+                                    until - from);
                         if (k > 0) tile.add(to, stride);
                         if (!last) {
                             tile.write(to, stride);
@@ -153,9 +181,12 @@ struct Forward {
                         if (block.field.copies) tile.write(shared, PANEL);
                         for (int64_t g = 0; g <= block.field.copies; g++) {
                             if (g > 0) tile.clear(), tile.add(shared, PANEL);
-                            if (block.field.copies) tile.template multiply<PAIRS>(a, field_first, field_of(block, g, p), field_depth);
+                            if (block.field.copies)
+                                tile.template multiply<PAIRS>(a, field_first, field_of(block, g, p),
+                                                              field_depth);
                             const int64_t column = block.column(g, 0);
-                            finish(tile, a.valid, chunks.first(chunk) + o, column + p * PANEL, to + column, q + column + p * PANEL, o == 0);
+                            finish(tile, a.valid, chunks.first(chunk) + o, column + p * PANEL,
+                                   to + column, q + column + p * PANEL, o == 0);
                         }
                     }
                 });
@@ -164,9 +195,9 @@ struct Forward {
 
     // z = r acc + b, y = act(z), q += y^2; the accumulators stay as they are.
     template <int NV>
-    __attribute__((always_inline)) void finish(
-        const Tile<NV>& tile, int valid, int64_t unit, int64_t column, float* y, float* q, bool first
-    ) const {
+    __attribute__((always_inline)) void finish(const Tile<NV>& tile, int valid, int64_t unit,
+                                               int64_t column, float* y, float* q,
+                                               bool first) const {
         const bool relu = call.activation == ffk::RELU, leaky = call.activation == ffk::LEAKY_RELU;
         const float* biases = call.bias;
         const int64_t y_stride = stride;
@@ -193,24 +224,29 @@ struct Forward {
 
     // y_t [units, columns] to y [rows, out].
     void write_rows(const Block& block, int64_t chunk, const float* y_t) const {
-        if (call.bfloat16) write_rows<uint16_t>(block, chunk, y_t);
-        else write_rows<float>(block, chunk, y_t);
+        if (call.bfloat16)
+            write_rows<uint16_t>(block, chunk, y_t);
+        else
+            write_rows<float>(block, chunk, y_t);
     }
 
     template <class Number>
     void write_rows(const Block& block, int64_t chunk, const float* y_t) const {
-        const int64_t first = chunks.first(chunk), units = chunks.size(chunk), out = call.out, width = stride;
+        const int64_t first = chunks.first(chunk), units = chunks.size(chunk), out = call.out,
+                      width = stride;
         for (int64_t g = 0; g < block.groups; g++) {
             Number* y = static_cast<Number*>(call.y) + block.row(g, 0) * out + first;
             const int64_t count = block.count(g);
             for (int64_t i = 0; i < count; i += LANES)
                 for (int64_t o = 0; o < units; o += LANES) {
                     // The last units come once more, with those before them.
-                    const int64_t unit = units < LANES ? 0 : smaller(o, units - LANES), valid = smaller(LANES, units - unit);
+                    const int64_t unit = units < LANES ? 0 : smaller(o, units - LANES),
+                                  valid = smaller(LANES, units - unit);
                     const float* from = y_t + unit * width + block.column(g, i);
                     vec v[LANES];
 #pragma GCC unroll 16
-                    for (int j = 0; j < LANES; j++) v[j] = j < valid ? load(from + j * width) : vec{};
+                    for (int j = 0; j < LANES; j++)
+                        v[j] = j < valid ? load(from + j * width) : vec{};
                     transpose(v);
 #pragma GCC unroll 16
                     for (int j = 0; j < LANES; j++)
@@ -220,13 +256,17 @@ struct Forward {
     }
 
     static void write(vec values, int64_t n, float* to) {
-        if (n == LANES) store(to, values);
-        else std::memcpy(to, &values, size_t(n) * 4);
+        if (n == LANES)
+            store(to, values);
+        else
+            std::memcpy(to, &values, size_t(n) * 4);
     }
     static void write(vec values, int64_t n, uint16_t* to) {
         const vec_of_halves numbers = to_bfloat16(values);
-        if (n == LANES) store(to, numbers);
-        else std::memcpy(to, &numbers, size_t(n) * 2);
+        if (n == LANES)
+            store(to, numbers);
+        else
+            std::memcpy(to, &numbers, size_t(n) * 2);
     }
 
     // y to y act'(z), where they differ: the slope of leaky ReLU once more.

@@ -31,12 +31,14 @@ int linear_forward(const ffk::Call& call) {
     const Field field = label_field(call);
     return with_memory([&](Memory& memory, bool real) {
         const Forward forward(call, largest_block(call, blocks, field), false, memory);
-        for (int64_t index = 0; real && index < blocks; index++) forward.run(block_of(call, index, blocks, field), nullptr);
+        for (int64_t index = 0; real && index < blocks; index++)
+            forward.run(block_of(call, index, blocks, field), nullptr);
     });
 }
 
 // Coefficients per column; returns the block's part of the loss.
-double coefficients(const Objective& objective, const Block& block, const float* sumsq, float* coefficient) {
+double coefficients(const Objective& objective, const Block& block, const float* sumsq,
+                    float* coefficient) {
     double loss = 0;
     std::memset(coefficient, 0, size_t(block.columns()) * 4);
     if (objective.paired()) {
@@ -61,7 +63,9 @@ double coefficients(const Objective& objective, const Block& block, const float*
 
 int linear_step(const ffk::Call& call) {
     const int64_t rows = call.rows[0] + call.rows[1];
-    const int64_t rows_at_once = rows * call.out <= SINGLE_BLOCK ? larger(1, rows) : larger(BLOCK_ROWS, SINGLE_BLOCK / 4 / call.out);
+    const int64_t rows_at_once = rows * call.out <= SINGLE_BLOCK
+                                     ? larger(1, rows)
+                                     : larger(BLOCK_ROWS, SINGLE_BLOCK / 4 / call.out);
     const int64_t blocks = larger(1, pieces(rows, rows_at_once));
     const Field field = label_field(call);
     const Objective objective(call);

@@ -1,5 +1,7 @@
-// The matrix unit of AMX: eight tiles of 16 rows of 64 bytes. Sums are 16 x 16 float32, left operands 16 rows of 16 pairs, right operands 16 pairs deep and 16 columns wide.
-// With FFK_EMULATES_MATRIX_UNIT it is C++: its kernels are tested where no CPU has it, and a sanitizer sees what they read.
+// The matrix unit of AMX: eight tiles of 16 rows of 64 bytes. Sums are 16 x 16 float32, left
+// operands 16 rows of 16 pairs, right operands 16 pairs deep and 16 columns wide. With
+// FFK_EMULATES_MATRIX_UNIT it is C++: its kernels are tested where no CPU has it, and a sanitizer
+// sees what they read.
 #pragma once
 #include "vector.h"
 
@@ -35,7 +37,8 @@ struct MatrixUnit {
     }
 };
 #else
-// In use as long as one of these lives, on its thread: a task's length, so that nobody else finds the tiles occupied.
+// In use as long as one of these lives, on its thread: a task's length, so that nobody else finds
+// the tiles occupied.
 struct MatrixUnit {
     MatrixUnit() {
         struct {
@@ -50,12 +53,14 @@ struct MatrixUnit {
 
     template <int T>
     static void load(const float* from, int64_t stride) {
-        asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride * 4), "i"(T) : "memory");
+        asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride * 4), "i"(T)
+                     : "memory");
     }
 
     template <int T>
     static void store(float* to, int64_t stride) {
-        asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride * 4), "i"(T) : "memory");
+        asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride * 4), "i"(T)
+                     : "memory");
     }
 
     // SUM += A B.

@@ -1,4 +1,5 @@
-// From sums of squares to row coefficients and the loss: ffkernels/objective.py, Objective.terms, row by row.
+// From sums of squares to row coefficients and the loss: ffkernels/objective.py, Objective.terms,
+// row by row.
 #pragma once
 #include "interface.h"
 #include "vector.h"
@@ -17,7 +18,8 @@ struct Terms {
 
 struct Objective {
     const ffk::Call& call;
-    float divisor[2];  // how many rows (or pairs) share the weight of one, for negative and positive rows
+    float divisor[2];  // how many rows (or pairs) share the weight of one, for negative and
+                       // positive rows
 
     explicit Objective(const ffk::Call& c) : call(c) {
         const int64_t rows = c.rows[0] + c.rows[1];
@@ -38,17 +40,21 @@ struct Objective {
         return call.goodness == ffk::GOODNESS_NORM ? __builtin_sqrtf(q) : q;
     }
 
-    // 2 dg/dq, where the slope of a root at zero is taken for zero: such a row has no activity to move.
+    // 2 dg/dq, where the slope of a root at zero is taken for zero: such a row has no activity to
+    // move.
     float slope(float q, float g) const {
         if (call.goodness == ffk::GOODNESS_MEAN) return 2 / float(call.out);
         return call.goodness == ffk::GOODNESS_NORM ? (q > 0 ? 1 / g : 0) : 2;
     }
 
     // A loss's steepness, or zero where the caller leaves such rows out.
-    float in_doubt(float steepness) const { return __builtin_fabsf(steepness) < float(call.skip_below) ? 0 : steepness; }
+    float in_doubt(float steepness) const {
+        return __builtin_fabsf(steepness) < float(call.skip_below) ? 0 : steepness;
+    }
 
     Terms of_row(int64_t i, float q) const {
-        const bool positive = call.is_positive != nullptr ? call.is_positive[i] != 0 : i < call.rows[0];
+        const bool positive =
+            call.is_positive != nullptr ? call.is_positive[i] != 0 : i < call.rows[0];
         const float scale = ((positive == (call.maximize != 0)) ? -1 : 1) / float(call.temperature);
         float theta = float(positive ? call.threshold_pos : call.threshold_neg);
         if (call.threshold != nullptr) theta = call.threshold[call.threshold_is_one ? 0 : i];
@@ -58,12 +64,14 @@ struct Objective {
         return {weight * scale * in_doubt(sigmoid(t)) * slope(q, g), weight * softplus(t)};
     }
 
-    // The i-th positive row against the i-th negative one: both coefficients, and the loss in the first.
+    // The i-th positive row against the i-th negative one: both coefficients, and the loss in the
+    // first.
     void of_pair(int64_t i, float q_pos, float q_neg, Terms& pos, Terms& neg) const {
         const float scale = float(call.maximize ? -call.alpha : call.alpha);
         float weight = 1 / divisor[1];
         if (call.sample_weight != nullptr) weight *= call.sample_weight[i];
-        const float g_pos = goodness(q_pos), g_neg = goodness(q_neg), t = scale * (g_pos - g_neg), s = sigmoid(t);
+        const float g_pos = goodness(q_pos), g_neg = goodness(q_neg), t = scale * (g_pos - g_neg),
+                    s = sigmoid(t);
         const bool swish = call.loss_kind == ffk::SWISH;
         const float common = weight * scale * in_doubt(swish ? s * (1 + t * (1 - s)) : s);
         pos = {common * slope(q_pos, g_pos), weight * (swish ? t * s : softplus(t))};

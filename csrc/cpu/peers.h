@@ -1,5 +1,6 @@
-// Peer normalisation, straight through (ffkernels/peer.py): a pull p on each unit towards the mean unit's activity.
-// With s = sum of r_i x_i over the n positive rows, dW += p s^T and db += n p: one outer product, whatever the rows.
+// Peer normalisation, straight through (ffkernels/peer.py): a pull p on each unit towards the mean
+// unit's activity. With s = sum of r_i x_i over the n positive rows, dW += p s^T and db += n p: one
+// outer product, whatever the rows.
 #pragma once
 #include "block.h"
 
@@ -15,7 +16,8 @@ struct Peers {
 
     Peers(const ffk::Call& c, const Block& largest, Memory& memory) : call(c) {
         if (!there()) return;
-        activity = memory.take(up_to(call.out, TILE_ROWS)), input = memory.take(up_to(call.in, PANEL));
+        activity = memory.take(up_to(call.out, TILE_ROWS)),
+        input = memory.take(up_to(call.in, PANEL));
         positive = memory.take(largest.columns()), unpacked = memory.take(call.in);
     }
 
@@ -37,7 +39,8 @@ struct Peers {
                 positive[column] = 1, count += 1;
                 for (int64_t k = 0; k < call.in; k++) input[k] += scale[column] * row[k];
             }
-        for (int64_t o = 0; o < call.out; o++) activity[o] += dot(y_t + o * stride, positive, block.columns());
+        for (int64_t o = 0; o < call.out; o++)
+            activity[o] += dot(y_t + o * stride, positive, block.columns());
     }
 
     // Moves the running means, and makes p of them; without positive rows neither.
@@ -46,10 +49,13 @@ struct Peers {
         for (int64_t o = 0; o < call.out; o++) {
             float& mean = call.peer_mean[o];
             // A sum of both parts: nothing is lost of a mean that is small beside the old one.
-            if (count > 0) mean = float(call.peer_momentum) * mean + float(1 - call.peer_momentum) * (activity[o] / float(count));
+            if (count > 0)
+                mean = float(call.peer_momentum) * mean
+                       + float(1 - call.peer_momentum) * (activity[o] / float(count));
             total += mean;
         }
-        const float whole = float(total / double(call.out)), strength = count > 0 ? float(call.peer_strength / count) : 0;
+        const float whole = float(total / double(call.out)),
+                    strength = count > 0 ? float(call.peer_strength / count) : 0;
         for (int64_t o = 0; o < call.out; o++) activity[o] = strength * (call.peer_mean[o] - whole);
     }
 

@@ -1,13 +1,17 @@
-// Rows of the batch: where they lie, what they weigh, and their copies in the layouts that the products stream.
+// Rows of the batch: where they lie, what they weigh, and their copies in the layouts that the
+// products stream.
 #pragma once
 #include "interface.h"
 #include "tile.h"
 
 namespace {
 
-// Whether a call's products run on a bfloat16 unit, and how many places `n` numbers take along their depth.
+// Whether a call's products run on a bfloat16 unit, and how many places `n` numbers take along
+// their depth.
 inline bool in_pairs(const ffk::Call& call) { return MULTIPLIES_PAIRS && call.bfloat16; }
-inline int64_t places(const ffk::Call& call, int64_t n) { return in_pairs(call) ? up_to(pieces(n, 2), PAIRS_AT_ONCE) : n; }
+inline int64_t places(const ffk::Call& call, int64_t n) {
+    return in_pairs(call) ? up_to(pieces(n, 2), PAIRS_AT_ONCE) : n;
+}
 
 // Zeros behind `n` numbers, up to the end of their places.
 inline void end_pairs(float* places, int64_t n) {
@@ -20,12 +24,14 @@ inline void to_pairs(const float* values, int64_t n, float* to) {
     uint16_t* numbers = reinterpret_cast<uint16_t*>(to);
     int64_t k = 0;
     if (MULTIPLIES_PAIRS)
-        for (; k + 2 * LANES <= n; k += 2 * LANES) store(to + k / 2, to_pairs(load(values + k), load(values + k + LANES)));
+        for (; k + 2 * LANES <= n; k += 2 * LANES)
+            store(to + k / 2, to_pairs(load(values + k), load(values + k + LANES)));
     for (; k < n; k++) numbers[k] = to_bfloat16(values[k]);
     end_pairs(to, n);
 }
 
-// One input row as float32 operands: bfloat16 is widened, and float32 rounded where the products are bfloat16 ones.
+// One input row as float32 operands: bfloat16 is widened, and float32 rounded where the products
+// are bfloat16 ones.
 struct Row {
     const void* at;
     bool is_bfloat16, rounds;
@@ -56,7 +62,8 @@ struct Row {
             to_pairs(static_cast<const float*>(at), n, scratch);
             return scratch;
         }
-        if (n % (2 * PAIRS_AT_ONCE) == 0 && reinterpret_cast<uintptr_t>(at) % 4 == 0) return static_cast<const float*>(at);
+        if (n % (2 * PAIRS_AT_ONCE) == 0 && reinterpret_cast<uintptr_t>(at) % 4 == 0)
+            return static_cast<const float*>(at);
         std::memcpy(scratch, at, size_t(n) * 2);
         end_pairs(scratch, n);
         return scratch;
@@ -72,7 +79,8 @@ inline Row row_of(const ffk::Call& call, int64_t i) {
     const int side = i < call.rows[0] ? 0 : 1;
     const int64_t bytes = call.x_bfloat16 ? 2 : 4;
     const char* base = static_cast<const char*>(call.x[side]);
-    return {base + (side ? i - call.rows[0] : i) * call.x_stride[side] * bytes, call.x_bfloat16 != 0, call.bfloat16 != 0};
+    return {base + (side ? i - call.rows[0] : i) * call.x_stride[side] * bytes,
+            call.x_bfloat16 != 0, call.bfloat16 != 0};
 }
 
 // Of the row as it came: normalisation is not a product, and is not rounded.
@@ -82,8 +90,9 @@ inline float sum_of_squares(const Row& row, int64_t n) {
     for (; k + 4 * LANES <= n; k += 4 * LANES)
         for (int v = 0; v < 4; v++) {
             const int64_t at = k + v * LANES;
-            const vec part = row.is_bfloat16 ? from_bfloat16(static_cast<const uint16_t*>(row.at) + at)
-                                             : load(static_cast<const float*>(row.at) + at);
+            const vec part = row.is_bfloat16
+                                 ? from_bfloat16(static_cast<const uint16_t*>(row.at) + at)
+                                 : load(static_cast<const float*>(row.at) + at);
             total[v] += part * part;
         }
     float rest = 0;
@@ -105,21 +114,26 @@ inline float dot(const float* a, const float* b, int64_t n) {
 inline float row_scale(const ffk::Call& call, float sumsq) {
     if (call.norm == ffk::NORM_NONE) return 1;
     if (sumsq == 0) return 0;
-    const float square = call.norm == ffk::NORM_RMS ? sumsq / float(call.in) : sumsq, eps = float(call.eps);
+    const float square = call.norm == ffk::NORM_RMS ? sumsq / float(call.in) : sumsq,
+                eps = float(call.eps);
     if (call.eps_mode == ffk::EPS_INSIDE) return 1 / __builtin_sqrtf(square + eps);
     const float norm = __builtin_sqrtf(square);
     if (call.eps_mode == ffk::EPS_CLAMP) return 1 / (norm < eps ? eps : norm);
     return 1 / (norm + eps);
 }
 
-// Up to LANES rows become the columns of a panel: panel[k * width + lane] = rows[lane][k], zeros beyond `valid`.
-inline void pack_columns(const float* const* rows, int valid, int64_t depth, float* panel, int64_t width) {
+// Up to LANES rows become the columns of a panel: panel[k * width + lane] = rows[lane][k], zeros
+// beyond `valid`.
+inline void pack_columns(const float* const* rows, int valid, int64_t depth, float* panel,
+                         int64_t width) {
     for (int64_t k = 0; k < depth; k += LANES) {
         // The last ones come once more, with those before them.
-        const int64_t first = depth < LANES ? 0 : smaller(k, depth - LANES), count = smaller(LANES, depth - first);
+        const int64_t first = depth < LANES ? 0 : smaller(k, depth - LANES),
+                      count = smaller(LANES, depth - first);
         vec v[LANES];
 #pragma GCC unroll 16
-        for (int i = 0; i < LANES; i++) v[i] = i < valid ? load_some(rows[i] + first, count) : vec{};
+        for (int i = 0; i < LANES; i++)
+            v[i] = i < valid ? load_some(rows[i] + first, count) : vec{};
         transpose(v);
 #pragma GCC unroll 16
         for (int i = 0; i < LANES; i++)

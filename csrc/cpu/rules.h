@@ -1,12 +1,14 @@
-// The optimizers' rules on a piece of a parameter whose gradient has just been formed (ffkernels/backends/eager/rules.py).
+// The optimizers' rules on a piece of a parameter whose gradient has just been formed
+// (ffkernels/backends/eager/rules.py).
 #pragma once
 #include "interface.h"
 #include "vector.h"
 
 namespace {
 
-// torch.optim.SGD: g += decay p; m = momentum m + (1 - dampening) g; p -= lr (m, or g + momentum m). Decoupled: p *= 1 - lr decay instead.
-// torch.optim.Adam: m = beta1 m + (1 - beta1) g; v = beta2 v + (1 - beta2) g^2; p -= lr / c1 m / (sqrt(v) / sqrt(c2) + eps).
+// torch.optim.SGD: g += decay p; m = momentum m + (1 - dampening) g; p -= lr (m, or g + momentum
+// m). Decoupled: p *= 1 - lr decay instead. torch.optim.Adam: m = beta1 m + (1 - beta1) g; v =
+// beta2 v + (1 - beta2) g^2; p -= lr / c1 m / (sqrt(v) / sqrt(c2) + eps).
 struct Rule {
     float sign, decay, decoupled, lr, momentum, kept;
     bool nesterov, first;
@@ -23,7 +25,8 @@ struct Rule {
         const double step = double(*u.state[2]) + 1;
         lr = float(u.lr / (1 - __builtin_pow(u.beta1, step)));
         inverse_root = float(1 / __builtin_sqrt(1 - __builtin_pow(u.beta2, step)));
-        beta1 = float(u.beta1), one_minus_beta1 = float(1 - u.beta1), beta2 = float(u.beta2), one_minus_beta2 = float(1 - u.beta2);
+        beta1 = float(u.beta1), one_minus_beta1 = float(1 - u.beta1), beta2 = float(u.beta2),
+        one_minus_beta2 = float(1 - u.beta2);
         eps = float(u.eps);
     }
 
@@ -34,7 +37,8 @@ struct Rule {
         vec w = load(p);
         g = g * sign + w * decay;
         if (KIND == ffk::ADAM) {
-            // A sum of both parts: m + (g - m)(1 - beta1) loses a gradient that is small beside m where beta1 is small.
+            // A sum of both parts: m + (g - m)(1 - beta1) loses a gradient that is small beside m
+            // where beta1 is small.
             const vec mean = load(m) * beta1 + g * one_minus_beta1;
             const vec square = load(v) * beta2 + g * g * one_minus_beta2;
             store(m, mean), store(v, square);
@@ -54,7 +58,8 @@ struct Rule {
     void apply(const float* g, int64_t n, float* p, float* m, float* v) const {
         int64_t j = 0;
         for (; j + LANES <= n; j += LANES)
-            apply<KIND>(load(g + j), p + j, m != nullptr ? m + j : nullptr, KIND == ffk::ADAM ? v + j : nullptr);
+            apply<KIND>(load(g + j), p + j, m != nullptr ? m + j : nullptr,
+                        KIND == ffk::ADAM ? v + j : nullptr);
         if (j == n) return;
         const size_t bytes = size_t(n - j) * 4;
         float gradient[LANES] = {}, own[3][LANES] = {};

@@ -26,7 +26,8 @@ struct Team {
     static void work(void* self) {
         Team& team = *static_cast<Team*>(self);
         const int worker = team.workers.fetch_add(1);
-        for (int64_t task; (task = team.next.fetch_add(1)) < team.tasks;) team.task(team.context, task, worker);
+        for (int64_t task; (task = team.next.fetch_add(1)) < team.tasks;)
+            team.task(team.context, task, worker);
     }
 };
 
@@ -37,7 +38,8 @@ struct Memory {
 };
 thread_local Memory memory;
 // What a step on a very large batch took is given back by the next small one.
-// Operands spread over small pages fall onto the same lines of a cache by chance, in some processes and not in others.
+// Operands spread over small pages fall onto the same lines of a cache by chance, in some processes
+// and not in others.
 constexpr size_t HUGE_PAGE = size_t(2) << 20;
 constexpr size_t KEPT_BYTES = size_t(256) << 20;
 
@@ -50,7 +52,8 @@ void ffk::run_tasks(int64_t tasks, int workers, Task task, void* context) {
         return;
     }
     Team team{task, context, tasks};
-    if (const GompParallel parallel = gomp_parallel.load()) return parallel(Team::work, &team, unsigned(workers), 0);
+    if (const GompParallel parallel = gomp_parallel.load())
+        return parallel(Team::work, &team, unsigned(workers), 0);
     std::vector<std::thread> others;
     for (int i = 1; i < workers; i++) others.emplace_back(Team::work, &team);
     Team::work(&team);

@@ -1,27 +1,32 @@
-// The one inner loop of every product: a tile of C = A B stays in registers while A and B stream past it.
+// The one inner loop of every product: a tile of C = A B stays in registers while A and B stream
+// past it.
 #pragma once
 #include "matrix_unit.h"
 
 namespace {
 
-// How deep a tile goes before it moves on: A's rows and B's panel of that depth stay in the nearest caches.
+// How deep a tile goes before it moves on: A's rows and B's panel of that depth stay in the nearest
+// caches.
 constexpr int64_t DEPTH = 400;
 static_assert(DEPTH % PAIRS_AT_ONCE == 0);
 // How many rows of B's panel are on their way while one is multiplied.
 constexpr int64_t AHEAD = 8;
 
-// A's rows for one tile. A tile at the edge reads its last row several times, on AMX's unit whatever lies behind it, and writes only `valid` rows.
+// A's rows for one tile. A tile at the edge reads its last row several times, on AMX's unit
+// whatever lies behind it, and writes only `valid` rows.
 struct TileRows {
     const float* row[TILE_ROWS];
     int64_t stride;
     int valid;
 
-    TileRows(const float* a, int64_t row_stride, int64_t rows) : stride(row_stride), valid(int(smaller(rows, TILE_ROWS))) {
+    TileRows(const float* a, int64_t row_stride, int64_t rows)
+        : stride(row_stride), valid(int(smaller(rows, TILE_ROWS))) {
         for (int m = 0; m < TILE_ROWS; m++) row[m] = a + smaller(m, valid - 1) * stride;
     }
 };
 
-// Memory that is needed once a tile is multiplied: fetched line by line meanwhile, as a burst would keep the operands waiting.
+// Memory that is needed once a tile is multiplied: fetched line by line meanwhile, as a burst would
+// keep the operands waiting.
 struct Coming {
     const float* line[TILE_ROWS * TILE_VECTORS * 3];
     int64_t count = 0;
@@ -41,7 +46,8 @@ struct Tile {
             for (int v = 0; v < NV; v++) at[m][v] = vec{};
     }
 
-    // `c`: [TILE_ROWS, NV * LANES], to be read or written once the tile is multiplied; rows beyond the valid ones may hold anything.
+    // `c`: [TILE_ROWS, NV * LANES], to be read or written once the tile is multiplied; rows beyond
+    // the valid ones may hold anything.
     __attribute__((always_inline)) static void expect(const float* c, int64_t stride) {
         for (int m = 0; m < TILE_ROWS; m++)
             for (int v = 0; v < NV; v++) __builtin_prefetch(c + m * stride + v * LANES, 1);
@@ -69,11 +75,11 @@ struct Tile {
             for (int v = 0; v < NV; v++) store(c + m * stride + v * LANES, at[m][v]);
     }
 
-    // += A[:, first : first + depth] B; `b`: [depth, NV * LANES]. With PAIRS every place of both holds two bfloat16 numbers.
+    // += A[:, first : first + depth] B; `b`: [depth, NV * LANES]. With PAIRS every place of both
+    // holds two bfloat16 numbers.
     template <bool PAIRS>
-    __attribute__((always_inline)) void multiply(
-        const TileRows& a, int64_t first, const float* b, int64_t depth, const Coming& coming = {}
-    ) {
+    __attribute__((always_inline)) void multiply(const TileRows& a, int64_t first, const float* b,
+                                                 int64_t depth, const Coming& coming = {}) {
 #if defined(__AMX_BF16__)
         if constexpr (PAIRS) return multiply_on_unit(a, first, b, depth, coming);
 #endif
@@ -92,7 +98,8 @@ struct Tile {
                 const vec element = PAIRS ? vec{} : broadcast(row[m][k]);
 #pragma GCC unroll 4
                 for (int v = 0; v < NV; v++)
-                    at[m][v] = PAIRS ? add_pairs(at[m][v], row[m] + k, column[v]) : at[m][v] + element * column[v];
+                    at[m][v] = PAIRS ? add_pairs(at[m][v], row[m] + k, column[v])
+                                     : at[m][v] + element * column[v];
             }
         }
         for (int64_t k = depth; k < coming.count; k++) coming.fetch(k);
@@ -100,15 +107,19 @@ struct Tile {
 
 #if defined(__AMX_BF16__)
     // Tiles 0 to 3 are the sums: 0 and 1 of the upper 16 rows, 2 and 3 of the lower ones.
-    void multiply_on_unit(const TileRows& a, int64_t first, const float* b, int64_t depth, const Coming& coming) {
+    void multiply_on_unit(const TileRows& a, int64_t first, const float* b, int64_t depth,
+                          const Coming& coming) {
         constexpr int64_t WIDTH = NV * LANES;
         float *upper = reinterpret_cast<float*>(at[0]), *lower = reinterpret_cast<float*>(at[16]);
         MatrixUnit::load<0>(upper, WIDTH), MatrixUnit::load<2>(lower, WIDTH);
-        if (NV > 1) MatrixUnit::load<1>(upper + LANES, WIDTH), MatrixUnit::load<3>(lower + LANES, WIDTH);
+        if (NV > 1)
+            MatrixUnit::load<1>(upper + LANES, WIDTH), MatrixUnit::load<3>(lower + LANES, WIDTH);
         const float *above = a.row[0] + first, *below = above + 16 * a.stride;
         int64_t fetched = 0;
         for (int64_t k = 0; k < depth; k += PAIRS_AT_ONCE, b += PAIRS_AT_ONCE * WIDTH) {
-            for (const int64_t due = smaller(k + PAIRS_AT_ONCE, coming.count); fetched < due; fetched++) coming.fetch(fetched);
+            for (const int64_t due = smaller(k + PAIRS_AT_ONCE, coming.count); fetched < due;
+                 fetched++)
+                coming.fetch(fetched);
             MatrixUnit::load<4>(above + k, a.stride), MatrixUnit::load<6>(b, WIDTH);
             MatrixUnit::multiply<0, 4, 6>();
             MatrixUnit::load<5>(below + k, a.stride);
@@ -119,7 +130,8 @@ struct Tile {
         }
         for (; fetched < coming.count; fetched++) coming.fetch(fetched);
         MatrixUnit::store<0>(upper, WIDTH), MatrixUnit::store<2>(lower, WIDTH);
-        if (NV > 1) MatrixUnit::store<1>(upper + LANES, WIDTH), MatrixUnit::store<3>(lower + LANES, WIDTH);
+        if (NV > 1)
+            MatrixUnit::store<1>(upper + LANES, WIDTH), MatrixUnit::store<3>(lower + LANES, WIDTH);
     }
 #endif
 };
@@ -130,7 +142,9 @@ struct Panels {
 
     int64_t count() const { return pieces(columns, PANEL); }
     int64_t padded() const { return up_to(columns, LANES); }
-    int vectors(int64_t panel) const { return int(smaller(TILE_VECTORS, pieces(columns - panel * PANEL, LANES))); }
+    int vectors(int64_t panel) const {
+        return int(smaller(TILE_VECTORS, pieces(columns - panel * PANEL, LANES)));
+    }
     int64_t elements() const { return padded() * depth; }
     int64_t offset(int64_t panel) const { return panel * PANEL * depth; }
 };
@@ -153,9 +167,12 @@ inline void with_pairs(bool pairs, F f) {
 // Calls `f` with the panel's number of vectors as a constant.
 template <class F>
 inline void with_vectors(int vectors, F f) {
-    if (vectors == TILE_VECTORS) f(Constant<TILE_VECTORS>{});
-    else if (vectors == 2) f(Constant<2>{});
-    else f(Constant<1>{});
+    if (vectors == TILE_VECTORS)
+        f(Constant<TILE_VECTORS>{});
+    else if (vectors == 2)
+        f(Constant<2>{});
+    else
+        f(Constant<1>{});
 }
 
 }  // namespace

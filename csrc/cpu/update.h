@@ -1,4 +1,5 @@
-// The backward half: dW = sum_i (c_i r_i y_i act'(z_i)) x_i^T, tile by tile, each handed to the optimizer's rule while it is in registers.
+// The backward half: dW = sum_i (c_i r_i y_i act'(z_i)) x_i^T, tile by tile, each handed to the
+// optimizer's rule while it is in registers.
 #pragma once
 #include "peers.h"
 #include "rules.h"
@@ -12,41 +13,57 @@ struct Update {
     Rule weight_rule, bias_rule;
     bool pairs;
     int64_t blocks;
-    int64_t depth_stride;      // of the left operand's rows, in places
-    int64_t sum_stride;        // of the gradient's rows
-    float* packed;             // the kept rows of X in panels
-    float* field_packed;       // per group of copies: its rows, in the panels that the label field touches
+    int64_t depth_stride;  // of the left operand's rows, in places
+    int64_t sum_stride;    // of the gradient's rows
+    float* packed;         // the kept rows of X in panels
+    float*
+        field_packed;  // per group of copies: its rows, in the panels that the label field touches
     int64_t field_size;
-    int32_t* kept;             // operands whose coefficient is not zero, in order
-    int32_t* moves;            // per group of copies: whether any of its coefficients is not zero
-    int64_t rows;              // as many operands as a block can have
-    float* weight_of;          // [groups, rows] per kept operand: c r, of the operand itself and of each of its copies
-    float* bias_weight_of;     // likewise: c
-    float* sum;                // [out, in]: the gradient over earlier blocks, if there are several
-    float* bias_sum;           // [out]: likewise
-    float* scratch;            // per worker: an unpacked row, or the left operands of a chunk and its unfinished sums
+    int32_t* kept;     // operands whose coefficient is not zero, in order
+    int32_t* moves;    // per group of copies: whether any of its coefficients is not zero
+    int64_t rows;      // as many operands as a block can have
+    float* weight_of;  // [groups, rows] per kept operand: c r, of the operand itself and of each of
+                       // its copies
+    float* bias_weight_of;  // likewise: c
+    float* sum;             // [out, in]: the gradient over earlier blocks, if there are several
+    float* bias_sum;        // [out]: likewise
+    float* scratch;         // per worker: an unpacked row, or the left operands of a chunk and its
+                            // unfinished sums
     int64_t scratch_size, left_size;
 
-    Update(const ffk::Call& c, const Peers& p, const Block& largest, int64_t block_count, Memory& memory)
-        : call(c), peers(p), chunks(c.out, largest.operands()), weight_rule(c.rule, c.weight_update), bias_rule(c.bias != nullptr ? c.rule : int32_t(ffk::GRAD), c.bias_update),
-          pairs(in_pairs(c)), blocks(block_count), depth_stride(stride_for(places(c, largest.operands()))), sum_stride(stride_for(c.in)) {
+    Update(const ffk::Call& c, const Peers& p, const Block& largest, int64_t block_count,
+           Memory& memory)
+        : call(c),
+          peers(p),
+          chunks(c.out, largest.operands()),
+          weight_rule(c.rule, c.weight_update),
+          bias_rule(c.bias != nullptr ? c.rule : int32_t(ffk::GRAD), c.bias_update),
+          pairs(in_pairs(c)),
+          blocks(block_count),
+          depth_stride(stride_for(places(c, largest.operands()))),
+          sum_stride(stride_for(c.in)) {
         rows = largest.operands();
         const Field field = largest.field;
         const int64_t groups = 1 + field.copies, lefts = field.copies ? 1 + groups : 1;
         packed = memory.take(places(call, rows) * up_to(call.in, LANES));
         field_size = field.count ? places(call, rows) * (up_to(field.count, PANEL) + PANEL) : 0;
         field_packed = memory.take(field_size * field.copies);
-        kept = reinterpret_cast<int32_t*>(memory.take(rows)), moves = reinterpret_cast<int32_t*>(memory.take(groups));
+        kept = reinterpret_cast<int32_t*>(memory.take(rows)),
+        moves = reinterpret_cast<int32_t*>(memory.take(groups));
         weight_of = memory.take(groups * rows), bias_weight_of = memory.take(groups * rows);
         sum = memory.take(blocks > 1 ? up_to(call.out, TILE_ROWS) * sum_stride : 0);
         bias_sum = memory.take(call.out);
         left_size = chunks.rows * depth_stride * lefts + (pairs ? 2 * up_to(rows, 16) : 0);
-        scratch_size = up_to(larger(2 * call.in, left_size + (rows > DEPTH && blocks == 1 ? chunks.rows * sum_stride : 0)), 16);
+        scratch_size =
+            up_to(larger(2 * call.in,
+                         left_size + (rows > DEPTH && blocks == 1 ? chunks.rows * sum_stride : 0)),
+                  16);
         scratch = memory.take(scratch_size * call.threads);
     }
 
     // `coefficient`, `scale`: per column of `y_t` [out, stride], whose entries are y act'(z).
-    void run(const Block& block, int64_t index, const float* coefficient, const float* scale, const float* y_t, int64_t stride) {
+    void run(const Block& block, int64_t index, const float* coefficient, const float* scale,
+             const float* y_t, int64_t stride) {
         const int64_t depth = choose(block, coefficient, scale);
         const int workers = workers_for(call, larger(1, depth) * call.in * call.out);
         const Panels panels{call.in, places(call, depth)};
@@ -58,7 +75,8 @@ struct Update {
                 constexpr int KIND = decltype(kind)::value;
                 if (call.bias != nullptr && index == blocks - 1) update_bias<KIND>(chunk);
                 with_pairs(pairs, [&](auto in_pairs) {
-                    multiply<KIND, decltype(in_pairs)::value>(block, index, chunk, panels, left, left + left_size);
+                    multiply<KIND, decltype(in_pairs)::value>(block, index, chunk, panels, left,
+                                                              left + left_size);
                 });
             });
         });
@@ -70,9 +88,12 @@ struct Update {
 
     template <class F>
     void with_rule(F f) const {
-        if (call.rule == ffk::ADAM) f(Constant<ffk::ADAM>{});
-        else if (call.rule == ffk::SGD) f(Constant<ffk::SGD>{});
-        else f(Constant<ffk::GRAD>{});
+        if (call.rule == ffk::ADAM)
+            f(Constant<ffk::ADAM>{});
+        else if (call.rule == ffk::SGD)
+            f(Constant<ffk::SGD>{});
+        else
+            f(Constant<ffk::GRAD>{});
     }
 
     // Operands in doubt; the others' part of the gradient is exactly zero.
@@ -84,7 +105,8 @@ struct Update {
             for (int64_t g = 0; g <= block.field.copies; g++) {
                 const int64_t column = g * block.stride + i;
                 const float c = flushed(coefficient[column]);
-                weight_of[g * rows + depth] = c * scale[column], bias_weight_of[g * rows + depth] = c;
+                weight_of[g * rows + depth] = c * scale[column],
+                                     bias_weight_of[g * rows + depth] = c;
                 if (c != 0) moved = true, moves[g] = 1;
             }
             kept[depth] = int32_t(i);
@@ -97,7 +119,8 @@ struct Update {
         parallel(pieces(panels.depth, LANES), workers, [&](int64_t group, int worker) {
             float* own = scratch + worker * scratch_size;
             for (int64_t k = group * LANES; k < smaller(panels.depth, (group + 1) * LANES); k++) {
-                const float* row = pairs ? two_rows(block, 2 * k, depth, own) : row_at(block, k).operands(call.in, own);
+                const float* row = pairs ? two_rows(block, 2 * k, depth, own)
+                                         : row_at(block, k).operands(call.in, own);
                 pack_row(row, panels, k, packed);
                 for (int64_t g = 0; block.field.copies && g <= block.field.copies; g++)
                     if (moves[g]) pack_own(block, g, depth, panels, k);
@@ -105,7 +128,9 @@ struct Update {
         });
     }
 
-    Row row_at(const Block& block, int64_t k) const { return row_of(call, block.operand_row(kept[k])); }
+    Row row_at(const Block& block, int64_t k) const {
+        return row_of(call, block.operand_row(kept[k]));
+    }
 
     // Kept rows `k` and `k + 1` (zeros beyond the last) as one row of pairs.
     const float* two_rows(const Block& block, int64_t k, int64_t depth, float* own) const {
@@ -116,15 +141,21 @@ struct Update {
         const float* first = row_at(block, k).operands(call.in, own);
         const bool alone = k + 1 == depth;
         const float* second = alone ? first : row_at(block, k + 1).operands(call.in, own + call.in);
-        for (int64_t j = 0; j < call.in; j++) own[j] = pair_of_rounded(first[j], alone ? 0 : second[j]);
+        for (int64_t j = 0; j < call.in; j++)
+            own[j] = pair_of_rounded(first[j], alone ? 0 : second[j]);
         return own;
     }
 
-    // A group's own rows, in the panels that the label field touches; zeros where a row has no part in the sum, whatever it holds.
-    void pack_own(const Block& block, int64_t group, int64_t depth, const Panels& panels, int64_t k) const {
-        const int64_t first = block.field.first / PANEL, last = (block.field.first + block.field.count - 1) / PANEL, each = pairs ? 2 : 1;
+    // A group's own rows, in the panels that the label field touches; zeros where a row has no part
+    // in the sum, whatever it holds.
+    void pack_own(const Block& block, int64_t group, int64_t depth, const Panels& panels,
+                  int64_t k) const {
+        const int64_t first = block.field.first / PANEL,
+                      last = (block.field.first + block.field.count - 1) / PANEL,
+                      each = pairs ? 2 : 1;
         for (int64_t p = first; p <= last; p++) {
-            const int64_t width = panels.vectors(p) * LANES, valid = smaller(width, call.in - p * PANEL);
+            const int64_t width = panels.vectors(p) * LANES,
+                          valid = smaller(width, call.in - p * PANEL);
             float* into = own_panel(block, group, panels, p) + k * width;
             std::memset(into, 0, size_t(width) * 4);
             for (int64_t i = each * k; i < smaller(depth, each * (k + 1)); i++) {
@@ -132,8 +163,10 @@ struct Update {
                 const Row row = row_of(call, block.row(group, kept[i]));
                 uint16_t* halves = reinterpret_cast<uint16_t*>(into) + i % 2;
                 for (int64_t j = 0; j < valid; j++) {
-                    if (pairs) halves[2 * j] = to_bfloat16(row[p * PANEL + j]);
-                    else into[j] = row[p * PANEL + j];
+                    if (pairs)
+                        halves[2 * j] = to_bfloat16(row[p * PANEL + j]);
+                    else
+                        into[j] = row[p * PANEL + j];
                 }
             }
         }
@@ -141,16 +174,19 @@ struct Update {
 
     float* own_panel(const Block& block, int64_t group, const Panels& panels, int64_t panel) const {
         if (group == 0) return packed + panels.offset(panel);
-        return field_packed + (group - 1) * field_size + panels.offset(panel) - panels.offset(block.field.first / PANEL);
+        return field_packed + (group - 1) * field_size + panels.offset(panel)
+               - panels.offset(block.field.first / PANEL);
     }
 
     bool touches_field(const Block& block, int64_t panel) const {
         return block.field.copies && panel >= block.field.first / PANEL
-            && panel <= (block.field.first + block.field.count - 1) / PANEL;
+               && panel <= (block.field.first + block.field.count - 1) / PANEL;
     }
 
-    // The product's left operands: [units, depth] of c r y act'(z), those of copies added to their row's; and, where there are copies, each group's own behind.
-    void form(const Block& block, int64_t index, int64_t chunk, int64_t depth, const float* y_t, int64_t stride, float* left) const {
+    // The product's left operands: [units, depth] of c r y act'(z), those of copies added to their
+    // row's; and, where there are copies, each group's own behind.
+    void form(const Block& block, int64_t index, int64_t chunk, int64_t depth, const float* y_t,
+              int64_t stride, float* left) const {
         const int64_t size = chunks.rows * depth_stride, copies = block.field.copies;
         float* unpaired = left + size * (copies ? copies + 2 : 1);
         for (int64_t o = 0; o < chunks.size(chunk); o++) {
@@ -161,7 +197,8 @@ struct Update {
                 if (g > 0 && !moves[g]) continue;
                 float* operand = left + (1 + g) * size + o * depth_stride;
                 float* own = !copies ? to : pairs ? unpaired + up_to(depth, 16) : operand;
-                gather(y_t + unit * stride + g * block.stride, bias_weight_of + g * rows, depth, depth == block.operands(), own);
+                gather(y_t + unit * stride + g * block.stride, bias_weight_of + g * rows, depth,
+                       depth == block.operands(), own);
                 bias += dot(own, bias_weight_of + g * rows, depth);
                 weigh(own, weight_of + g * rows, depth);
                 if (!copies) break;
@@ -174,8 +211,10 @@ struct Update {
         }
     }
 
-    // The kept rows' numbers; zero where a row is kept for its copies' sake and has no part in the sum itself, whatever it holds.
-    void gather(const float* from, const float* weights, int64_t depth, bool everything, float* to) const {
+    // The kept rows' numbers; zero where a row is kept for its copies' sake and has no part in the
+    // sum itself, whatever it holds.
+    void gather(const float* from, const float* weights, int64_t depth, bool everything,
+                float* to) const {
         const int32_t* places = kept;
         for (int64_t k = 0; k < depth; k++) {
             const float value = from[everything ? k : places[k]];
@@ -185,28 +224,33 @@ struct Update {
 
     static void weigh(float* values, const float* weights, int64_t n) {
         int64_t k = 0;
-        for (; k + LANES <= n; k += LANES) store(values + k, flushed(load(values + k) * load(weights + k)));
+        for (; k + LANES <= n; k += LANES)
+            store(values + k, flushed(load(values + k) * load(weights + k)));
         for (; k < n; k++) values[k] = flushed(values[k] * weights[k]);
     }
 
     void round(float* values, int64_t n, float* operand) const {
-        if (pairs) to_pairs(values, n, operand);
-        else if (call.bfloat16) round_all(values, n, values);
+        if (pairs)
+            to_pairs(values, n, operand);
+        else if (call.bfloat16)
+            round_all(values, n, values);
     }
 
     template <int KIND>
     void update_bias(int64_t chunk) const {
         const int64_t first = chunks.first(chunk);
         float* const* state = call.bias_update.state;
-        bias_rule.apply<KIND>(bias_sum + first, chunks.size(chunk), call.bias + first, at(state[0], first), at(state[1], first));
+        bias_rule.apply<KIND>(bias_sum + first, chunks.size(chunk), call.bias + first,
+                              at(state[0], first), at(state[1], first));
     }
 
-    static float* at(float* values, int64_t offset) { return values != nullptr ? values + offset : nullptr; }
+    static float* at(float* values, int64_t offset) {
+        return values != nullptr ? values + offset : nullptr;
+    }
 
     template <int KIND, bool PAIRS>
-    void multiply(
-        const Block& block, int64_t index, int64_t chunk, const Panels& panels, const float* left, float* own_sum
-    ) const {
+    void multiply(const Block& block, int64_t index, int64_t chunk, const Panels& panels,
+                  const float* left, float* own_sum) const {
         const int64_t first = chunks.first(chunk), size = chunks.size(chunk);
         float* unfinished = blocks > 1 ? sum + first * sum_stride : own_sum;
         for (int64_t k = 0; k == 0 || k < panels.depth; k += DEPTH) {
@@ -226,8 +270,12 @@ struct Update {
                         tile.clear();
                         for (int64_t g = 0; g <= (touched ? block.field.copies : 0); g++) {
                             if (touched && !moves[g]) continue;
-                            if (touched) a = TileRows(left + ((1 + g) * chunks.rows + o) * depth_stride, depth_stride, size - o);
-                            tile.template multiply<PAIRS>(a, k, own_panel(block, g, panels, p) + k * NV * LANES, depth, coming);
+                            if (touched)
+                                a = TileRows(left + ((1 + g) * chunks.rows + o) * depth_stride,
+                                             depth_stride, size - o);
+                            tile.template multiply<PAIRS>(
+                                a, k, own_panel(block, g, panels, p) + k * NV * LANES, depth,
+                                coming);
                             coming.count = 0;
                         }
                         if (k > 0 || index > 0) tile.add(to, sum_stride);
@@ -235,10 +283,12 @@ struct Update {
                             tile.write(to, sum_stride);
                             continue;
                         }
-                        if (peers.there()) tile.add_outer(peers.activity + first + o, peers.input + p * PANEL);
+                        if (peers.there())
+                            tile.add_outer(peers.activity + first + o, peers.input + p * PANEL);
                         float finished[TILE_ROWS * PANEL];
                         tile.write(finished, PANEL);
-                        apply<KIND>(finished, first + o, a.valid, p * PANEL, smaller(NV * LANES, call.in - p * PANEL));
+                        apply<KIND>(finished, first + o, a.valid, p * PANEL,
+                                    smaller(NV * LANES, call.in - p * PANEL));
                     }
                 });
         }
@@ -258,12 +308,14 @@ struct Update {
     }
 
     template <int KIND>
-    void apply(const float* gradient, int64_t unit, int valid, int64_t column, int64_t columns) const {
+    void apply(const float* gradient, int64_t unit, int valid, int64_t column,
+               int64_t columns) const {
         const Rule rule = weight_rule;
         float* const* state = call.weight_update.state;
         for (int m = 0; m < valid; m++) {
             const int64_t first = (unit + m) * call.in + column;
-            rule.apply<KIND>(gradient + m * PANEL, columns, call.weight + first, at(state[0], first), at(state[1], first));
+            rule.apply<KIND>(gradient + m * PANEL, columns, call.weight + first,
+                             at(state[0], first), at(state[1], first));
         }
     }
 };

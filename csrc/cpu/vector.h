@@ -1,5 +1,6 @@
-// One source for every instruction set: GCC's and Clang's vector extensions, and the tile that each set's registers hold.
-// Everything here has internal linkage: a copy compiled for one set must never be linked into the code of another.
+// One source for every instruction set: GCC's and Clang's vector extensions, and the tile that each
+// set's registers hold. Everything here has internal linkage: a copy compiled for one set must
+// never be linked into the code of another.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -11,7 +12,8 @@
 
 namespace {
 
-// A tile's accumulators, one row of B's vectors and one broadcast element of A share the register file; on AMX's unit a tile is four of its own.
+// A tile's accumulators, one row of B's vectors and one broadcast element of A share the register
+// file; on AMX's unit a tile is four of its own.
 #if defined(__AMX_BF16__)
 constexpr int LANES = 16, TILE_ROWS = 32, TILE_VECTORS = 2;
 #elif defined(__AVX512F__)
@@ -42,7 +44,8 @@ inline vec load_some(const float* p, int64_t n) {
 }
 inline vec broadcast(float a) { return a - vec{}; }
 
-// A unit for bfloat16 multiplies pairs: two numbers of consecutive depth, in the place of one float, which is never computed with.
+// A unit for bfloat16 multiplies pairs: two numbers of consecutive depth, in the place of one
+// float, which is never computed with.
 #if defined(__AVX512BF16__)
 constexpr bool MULTIPLIES_PAIRS = true;
 // A product's depth is filled up with zeros to a multiple of what the unit takes at once.
@@ -60,7 +63,9 @@ inline vec add_pairs(vec sum, const float* a, vec b) {
 }
 
 // 2 LANES numbers to LANES pairs.
-inline vec to_pairs(vec first, vec second) { return (vec)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first); }
+inline vec to_pairs(vec first, vec second) {
+    return (vec)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+}
 #else
 constexpr bool MULTIPLIES_PAIRS = false;
 constexpr int64_t PAIRS_AT_ONCE = 1;
@@ -116,7 +121,8 @@ inline uint16_t to_bfloat16(float value) {
 inline vec_of_halves to_bfloat16(vec values) {
     const vec_of_bits bits = (vec_of_bits)values;
     const vec_of_bits nan = vec_of_bits{} + 0x7fc0;
-    return __builtin_convertvector(values != values ? nan : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16, vec_of_halves);
+    return __builtin_convertvector(
+        values != values ? nan : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16, vec_of_halves);
 }
 
 inline vec from_bfloat16(const uint16_t* p) {
@@ -154,11 +160,15 @@ inline float pair_of_rounded(float first, float second) {
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-inline int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+inline int64_t up_to(int64_t n, int64_t multiple) {
+    return (n + multiple - 1) / multiple * multiple;
+}
 inline int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
 // Numbers below the smallest normal one to zero: a product with them takes a hundred times as long.
-inline vec flushed(vec values) { return ((vec_of_bits)values & 0x7fffffffu) < 0x00800000u ? vec{} : values; }
+inline vec flushed(vec values) {
+    return ((vec_of_bits)values & 0x7fffffffu) < 0x00800000u ? vec{} : values;
+}
 inline float flushed(float value) { return __builtin_fabsf(value) < 1.17549435e-38f ? 0 : value; }
 
 }  // namespace

@@ -1,5 +1,6 @@
-// Steps on one thread and on several, over one memory: the same bits, and, built with -fsanitize=thread, no race. Python and torch stay out
-// of it, because a race detector knows nothing of the threads of a runtime that was not built for it.
+// Steps on one thread and on several, over one memory: the same bits, and, built with
+// -fsanitize=thread, no race. Python and torch stay out of it, because a race detector knows
+// nothing of the threads of a runtime that was not built for it.
 #include <cstdio>
 #include <cstring>
 #include <random>
@@ -21,7 +22,8 @@ struct Layer {
             for (float& value : values) value = normal(random);
             return values;
         };
-        x_pos = draw(n_pos * in), x_neg = draw(n_neg * in), weight = draw(out * in), bias = draw(out);
+        x_pos = draw(n_pos * in), x_neg = draw(n_neg * in), weight = draw(out * in),
+        bias = draw(out);
         if (n_pos == n_neg)  // twins: one column differs
             for (int64_t i = 0; i < n_neg * in; i++)
                 if (i % in != 0) x_neg[size_t(i)] = x_pos[size_t(i)];
@@ -34,13 +36,16 @@ struct Layer {
         call.x[0] = x_pos.data(), call.x[1] = x_neg.data();
         call.rows[0] = n_pos, call.rows[1] = n_neg, call.x_stride[0] = call.x_stride[1] = in;
         call.in = in, call.out = out;
-        call.weight = weight.data(), call.bias = bias.data(), call.y = y.data(), call.sumsq = sumsq.data(), call.loss = &loss;
-        call.norm = ffk::NORM_L2, call.eps = 1e-4, call.temperature = 1, call.alpha = 1, call.maximize = 1;
+        call.weight = weight.data(), call.bias = bias.data(), call.y = y.data(),
+        call.sumsq = sumsq.data(), call.loss = &loss;
+        call.norm = ffk::NORM_L2, call.eps = 1e-4, call.temperature = 1, call.alpha = 1,
+        call.maximize = 1;
         call.threshold_pos = call.threshold_neg = 0.5;
         call.rule = ffk::ADAM, call.threads = threads;
         for (int i = 0; i < 2; i++) {
             ffk::Update& update = i ? call.bias_update : call.weight_update;
-            update.state[0] = state[2 * i].data(), update.state[1] = state[2 * i + 1].data(), update.state[2] = &steps[i];
+            update.state[0] = state[2 * i].data(), update.state[1] = state[2 * i + 1].data(),
+            update.state[2] = &steps[i];
             update.lr = 0.01, update.beta1 = 0.9, update.beta2 = 0.999, update.eps = 1e-8;
         }
         return ffk_linear_step(&call);
@@ -54,16 +59,19 @@ bool same(const std::vector<float>& a, const std::vector<float>& b) {
 }  // namespace
 
 int main() {
-    const int64_t shapes[][4] = {{40, 40, 70, 90}, {130, 70, 450, 60}, {500, 500, 30, 40}, {2100, 2100, 10, 1100}};
+    const int64_t shapes[][4] = {
+        {40, 40, 70, 90}, {130, 70, 450, 60}, {500, 500, 30, 40}, {2100, 2100, 10, 1100}};
     int failures = 0;
     for (const auto& s : shapes) {
         Layer one(s[0], s[1], s[2], s[3]), several(s[0], s[1], s[2], s[3]);
         for (int step = 0; step < 2; step++)
-            failures += one.step(s[0], s[1], s[2], s[3], 1) + several.step(s[0], s[1], s[2], s[3], 4);
-        const bool equal = same(one.weight, several.weight) && same(one.bias, several.bias) && same(one.y, several.y)
-            && same(one.sumsq, several.sumsq) && one.loss == several.loss && one.loss == one.loss && one.loss > 0;
-        std::printf("%lld + %lld rows, %lld -> %lld: %s\n", (long long)s[0], (long long)s[1], (long long)s[2], (long long)s[3],
-                    equal ? "same" : "DIFFERENT");
+            failures +=
+                one.step(s[0], s[1], s[2], s[3], 1) + several.step(s[0], s[1], s[2], s[3], 4);
+        const bool equal = same(one.weight, several.weight) && same(one.bias, several.bias)
+                           && same(one.y, several.y) && same(one.sumsq, several.sumsq)
+                           && one.loss == several.loss && one.loss == one.loss && one.loss > 0;
+        std::printf("%lld + %lld rows, %lld -> %lld: %s\n", (long long)s[0], (long long)s[1],
+                    (long long)s[2], (long long)s[3], equal ? "same" : "DIFFERENT");
         failures += !equal;
     }
     return failures != 0;

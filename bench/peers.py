@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer, RMSprop
 
 import ffkernels as ff
+from ffkernels.spec import OutputsOf
 
 Activation = Callable[[Tensor], Tensor]
 Layer = Callable[[Tensor], Tensor]
@@ -191,7 +192,7 @@ class Peer:
     optimizer: Callable[[Iterable[Tensor]], Optimizer]
     layer: dict[str, Any]  # norm, eps, eps_mode, activation
     objective: dict[str, Any]  # a missing threshold is the width of the layer
-    outputs: str = "post"  # what it hands to the next layer
+    outputs: OutputsOf = "post"  # what it hands to the next layer
     softplus: Softplus = naive_softplus  # how it writes log(1 + e^t)
     factor: float = 1.0  # of its gradient
     sample_weight: Callable[[int, int], Tensor] | None = None

@@ -19,6 +19,7 @@ from . import ops
 from . import validation as check
 from .backends.eager.products import Products, binary_exponent
 from .normalisation import row_scale, row_sumsq
+from .spec import Activation, EpsMode, Layer, Norm, Rows
 
 _aten = torch.ops.aten
 
@@ -75,24 +76,16 @@ def _carries_derivative(t: Tensor | None) -> bool:
     return t.requires_grad or (forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None)
 
 
-def in_plain_operations(
-    x: Tensor,
-    input_sumsq: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm: str,
-    eps: float,
-    eps_mode: str,
-    activation: str,
-    compute_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+def in_plain_operations(x: Tensor, input_sumsq: Tensor | None, layer: Layer) -> tuple[Tensor, Tensor]:
     """What `linear_forward` returns, in operations that every transform of PyTorch knows; `x` is taken as detached."""
+    weight, bias = layer.weight, layer.bias
     if _carries_derivative(x) and not _carries_derivative(weight) and not _carries_derivative(bias):
         raise ValueError(
             "x carries a derivative and weight and bias do not, but none goes through x; accepted: x.detach(), or "
             "derivatives by weight and bias"
         )
     x, dtype = x.detach(), weight.dtype
+    norm, compute_dtype = layer.norm, layer.compute_dtype
 
     def rounded(values: Tensor) -> Tensor:
         return values.to(compute_dtype).to(dtype)
@@ -101,13 +94,13 @@ def in_plain_operations(
         scale = None
         if norm != "none":
             known = row_sumsq(x, dtype) if input_sumsq is None else input_sumsq.detach()
-            scale = row_scale(known, x.shape[1], norm, eps, eps_mode).unsqueeze(1)
+            scale = row_scale(known, x.shape[1], norm, layer.eps, layer.eps_mode).unsqueeze(1)
         if scale is not None and compute_dtype == torch.float16 and x.dtype == dtype:
             # Float16 has no room for rows of any length.
             x, scale = x * scale, None
         z = rounded(x) @ rounded(weight).t()
         z = z if scale is None else z * scale
-        y = ACTIVATIONS[activation](z if bias is None else z + bias)
+        y = ACTIVATIONS[layer.activation](z if bias is None else z + bias)
         return y.to(compute_dtype), y.square().sum(1)
 
 
@@ -126,10 +119,10 @@ class LinearForward(torch.autograd.Function):
         input_sumsq: Tensor | None,
         weight: Tensor,
         bias: Tensor | None,
-        norm: str,
+        norm: Norm,
         eps: float,
-        eps_mode: str,
-        activation: str,
+        eps_mode: EpsMode,
+        activation: Activation,
         compute_dtype: torch.dtype,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
@@ -139,8 +132,8 @@ class LinearForward(torch.autograd.Function):
         ctx.options, ctx.dtype = (norm, eps, eps_mode, activation, compute_dtype, backend), weight.dtype
         ctx.set_materialize_grads(False)
         with without_autocast(weight.device):
-            options = (*ctx.options[:-1], None, 0, True, backend)
-            y, sumsq = ops.linear_forward(x, x[:0], input_sumsq, weight, bias, *options)
+            rows = Rows(x, x[:0], input_sumsq=input_sumsq)
+            y, sumsq = ops.linear_forward(rows, Layer(weight, bias, *ctx.options[:-1]), True, backend)
         # Without a z to compute again the weight may change before the backward, as it may under plain autograd.
         ctx.save_for_backward(x, input_sumsq, y, *((weight, bias) if activation in NEEDS_Z else ()))
         return y, sumsq
@@ -158,8 +151,8 @@ class LinearForward(torch.autograd.Function):
         with without_autocast(x.device):
             z, wide = None, y.to(ctx.dtype)
             if layer:
-                options = (norm, eps, eps_mode, "identity", compute_dtype, None, 0, True, backend)
-                z, _ = ops.linear_forward(x, x[:0], input_sumsq, *layer, *options)
+                linear = Layer(layer[0], layer[1], norm, eps, eps_mode, "identity", compute_dtype)
+                z, _ = ops.linear_forward(Rows(x, x[:0], input_sumsq=input_sumsq), linear, True, backend)
                 z = z.to(ctx.dtype)
             t = torch.zeros_like(wide) if grad_y is None else grad_y.to(ctx.dtype)
             if grad_sumsq is not None:

@@ -15,3 +15,17 @@ def once_per_trace(function: Function) -> Function:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def never_compiled(reason: str) -> Callable[[Function], Function]:
+    """Has torch.compile leave a function and what it calls to the interpreter, for this reason.
+
+    That is `torch.compiler.disable`, which would import the whole compiler at once for one mark.
+    """
+
+    def mark(function: Function) -> Function:
+        function._torchdynamo_disable = True  # type: ignore[attr-defined]
+        function._torchdynamo_disable_msg = reason  # type: ignore[attr-defined]
+        return function
+
+    return mark

@@ -14,10 +14,11 @@ from torch.optim import Optimizer
 from . import functional, interrupts, negatives, optim
 from . import validation as check
 from .backends import select
-from .functional import DEFAULT_OBJECTIVE, StepResult
+from .functional import StepResult
 from .normalisation import row_scale
-from .objective import Objective
+from .objective import DEFAULT_OBJECTIVE, Objective
 from .peer import FIRST_MEAN, PeerNormalisation
+from .spec import Activation, EpsMode, Norm, OutputsOf
 
 # Rows times labels that a prediction works on at once.
 PREDICTION_ROWS = 1280
@@ -51,11 +52,11 @@ class FFLinear(nn.Linear):
         bias: bool = True,
         *,
         objective: Objective = DEFAULT_OBJECTIVE,
-        norm: str = "l2",
+        norm: Norm = "l2",
         eps: float = 1e-4,
-        eps_mode: str = "add",
-        activation: str = "relu",
-        outputs: str = "post",
+        eps_mode: EpsMode = "add",
+        activation: Activation = "relu",
+        outputs: OutputsOf = "post",
         compute_dtype: torch.dtype | None = None,
         peer: PeerNormalisation | None = None,
         backend: str | None = None,

@@ -10,11 +10,13 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .spec import Goal, Goodness, Loss, Reduction
 
 Threshold = float | tuple[float, float] | Tensor
 
@@ -38,13 +40,13 @@ def silu_slope(t: Tensor) -> Tensor:
     return sigmoid * (1 + t * (1 - sigmoid))
 
 
-LOSSES = {
+LOSSES: dict[str, LossFunction] = {
     "logistic": LossFunction(softplus, torch.sigmoid, paired=False),
     "symba": LossFunction(softplus, torch.sigmoid, paired=True),
     "swish": LossFunction(F.silu, silu_slope, paired=True),
 }
-GOODNESS = ("mean", "sum", "norm")
-REDUCTIONS = ("mean", "sum_of_means")
+GOODNESS = get_args(Goodness)
+REDUCTIONS = get_args(Reduction)
 
 
 class RowTerms(NamedTuple):
@@ -83,11 +85,11 @@ class Objective:
         ValueError, TypeError: for a value outside these, and for a threshold that is not finite.
     """
 
-    goodness: str = "mean"
+    goodness: Goodness = "mean"
     threshold: Threshold = 2.0
-    loss: str = "logistic"
+    loss: Loss = "logistic"
     maximize: bool = True
-    reduction: str = "mean"
+    reduction: Reduction = "mean"
     temperature: float = 1.0
     alpha: float = 4.0
 
@@ -138,15 +140,7 @@ class Objective:
 
         `out` receives it where no gradient is asked for.
         """
-        if self.goodness == "mean":
-            return torch.div(sumsq, width, out=out)
-        if self.goodness == "norm":
-            if out is not None:
-                return torch.sqrt(sumsq, out=out)
-            # The slope of a root at zero is infinite; a row of zeros gets none.
-            zero = sumsq == 0
-            return sumsq.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
-        return sumsq
+        return goodness_of(self.goodness, sumsq, width, out=out)
 
     def thresholds(self) -> tuple[float, float]:
         """The thresholds of both sides as numbers; what stands here for a tensor threshold is not used."""
@@ -154,12 +148,18 @@ class Objective:
             return 0.0, 0.0
         return self.threshold if isinstance(self.threshold, tuple) else (self.threshold, self.threshold)
 
-    def operands(self) -> tuple[object, ...]:
-        """The objective as the operators take it: `ops.SCHEMAS`."""
+    def goal(self, skip_below: float = 0.0) -> Goal:
+        """The objective as the backends take it."""
         tensor = self.threshold if isinstance(self.threshold, Tensor) else None
         pos, neg = (float(v) for v in self.thresholds())
-        numbers = (float(self.temperature), float(self.alpha))
-        return self.goodness, pos, neg, tensor, self.loss, self.maximize, self.reduction, *numbers
+        numbers = (float(self.temperature), float(self.alpha), float(skip_below))
+        return Goal(self.goodness, pos, neg, tensor, self.loss, self.maximize, self.reduction, *numbers)
+
+    @classmethod
+    def of(cls, goal: Goal) -> Objective:
+        """The objective that has become this goal; of a tensor threshold, `terms` is told."""
+        thresholds = (goal.threshold_pos, goal.threshold_neg)
+        return cls(goal.goodness, thresholds, goal.loss, goal.maximize, goal.reduction, goal.temperature, goal.alpha)
 
     def terms(
         self,
@@ -244,6 +244,19 @@ class Objective:
         return scale * (goodness - theta), scale
 
 
+def goodness_of(goodness: Goodness, sumsq: Tensor, width: int, *, out: Tensor | None = None) -> Tensor:
+    """Goodness of rows with sums of squares `sumsq` in a layer of `width` units; see `Objective.goodness_of`."""
+    if goodness == "mean":
+        return torch.div(sumsq, width, out=out)
+    if goodness == "norm":
+        if out is not None:
+            return torch.sqrt(sumsq, out=out)
+        # The slope of a root at zero is infinite; a row of zeros gets none.
+        zero = sumsq == 0
+        return sumsq.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
+    return sumsq
+
+
 def short(value: object) -> str:
     """`repr(value)` for a message; Python refuses to write out integers of thousands of digits."""
     try:
@@ -268,3 +281,6 @@ def _by_side(is_positive: Tensor, positive: float | Tensor, negative: float | Te
         return positive
     pos, neg = (v.to(like.dtype) if isinstance(v, Tensor) else like.new_full((), v) for v in (positive, negative))
     return torch.where(is_positive, pos, neg)
+
+
+DEFAULT_OBJECTIVE = Objective()

@@ -1,108 +1,226 @@
-"""The operators: their schemas and fakes, and the one list of what a backend implements.
+"""The operators: schemas from the records of `spec`, one place that flattens them and one that puts them together.
 
 All are defined for every device; the backend that a call runs on travels in its last argument, chosen by
-`backends.select`. Schemas are written by hand, which costs a fraction of what `torch.library.custom_op` does per call.
+`backends.select`. Schemas are written out, which costs a fraction of what `torch.library.custom_op` does per call.
+Where nobody watches operators, a call goes to the backend at once, which saves the way through PyTorch's dispatcher.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from itertools import islice
+from string import ascii_lowercase
+from types import NoneType
+from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from .backends import select
+from .spec import Goal, Layer, Numbers, Outputs, PeerPull, Rows, Slopes, Slot, Update
 
-_ROWS = "Tensor x_pos, Tensor x_neg, Tensor? input_sumsq, Tensor weight, Tensor? bias"
-# How a layer turns rows into activities.
-_LAYER = "str norm, float eps, str eps_mode, str activation, ScalarType compute_dtype"
-# How sums of squares turn into a loss and row coefficients: `Objective`'s fields; `threshold` overrides both numbers.
-_OBJECTIVE = (
-    "str goodness, float threshold_pos, float threshold_neg, Tensor? threshold, str loss, bool maximize, "
-    "str reduction, float temperature, float alpha"
-)
-# What the caller knows of the rows: x_neg is x_pos outside the first label_field columns (0: not known), and product
-# [n_pos, out] is W x of either side without those columns.
-_SHARED = "Tensor? product, int label_field"
-# Peer normalisation (`peer.operands`), or no mean: its running mean [out] is moved, its pull added to the gradient.
-_PEER = "Tensor(h!)? peer_mean, float peer_strength, float peer_momentum, bool peer_gated"
-# How the gradient turns into new parameters: `optim.RULES`.
-_UPDATE = (
-    "str rule, Tensor(c!)[] weight_state, float[] weight_hyper, Tensor? weight_lr, "
-    "Tensor(d!)[] bias_state, float[] bias_hyper, Tensor? bias_lr, Tensor(i!)? weight_rounded"
-)
+_SCALARS = {int: "int", float: "float", bool: "bool", torch.dtype: "ScalarType"}
 
+
+class Argument(NamedTuple):
+    """One argument of a schema: its name, its type, and whether the operator writes it."""
+
+    name: str
+    type: str
+    is_written: bool = False
+
+
+def arguments(record: Any, reads: tuple[str, ...] = (), prefix: str = "") -> Iterator[Argument]:
+    """The arguments that a record is flattened to; `reads`: fields that this operator does not write."""
+    for field, hint in get_type_hints(record, include_extras=True).items():
+        name = prefix + field
+        kinds = [kind for kind in get_args(hint) if kind is not NoneType] if NoneType in get_args(hint) else [hint]
+        optional = "?" if kinds != [hint] else ""
+        (kind,) = kinds[:1]
+        marks = get_args(kind)[1:] if get_origin(kind) is Annotated else ()
+        if kind is Slot:
+            yield from arguments(Slot, prefix=f"{name}_")
+        elif marks or kind is Tensor:
+            yield Argument(name, "Tensor" + optional, "written" in marks and field not in reads)
+        elif kind == list[Tensor]:
+            yield Argument(name, "Tensor[]", True)
+        elif field == "numbers":
+            yield Argument(name, "float[]")
+        else:
+            yield Argument(name, _SCALARS.get(kind, "str"))
+
+
+def schema(name: str, *given: Argument, returns: str = "()") -> str:
+    """A schema in PyTorch's language; what is written is named by a letter each."""
+    letters = iter(ascii_lowercase)
+    texts = []
+    for argument in (*given, Argument("backend", "str")):
+        kind = argument.type
+        if argument.is_written:
+            kind = kind.replace("Tensor", f"Tensor({next(letters)}!)")
+        texts.append(f"{kind} {argument.name}")
+    return f"{name}({', '.join(texts)}) -> {returns}"
+
+
+_READ_LAYER = tuple(arguments(Layer, reads=("weight", "bias")))
+_WRITTEN = (Argument("y", "Tensor?", True), Argument("sumsq", "Tensor", True))
+# Each operator's records, and how a backend's function of that name takes them.
 SCHEMAS = {
-    # The rows of x_pos [n_pos, in] followed by those of x_neg [n_neg, in] are the joint batch; input_sumsq [rows],
-    # weight [out, in] (or what its step has left in weight_rounded), bias [out] are read. Written: where given
-    # y [rows, out] in the compute dtype, and its sums of squares [rows].
-    "linear_forward_": f"({_ROWS}, {_LAYER}, {_SHARED}, Tensor(a!)? y, Tensor(b!) sumsq, str backend) -> ()",
-    # One whole layer step on the joint batch. Written: weight and bias (or, under the rule
-    # "grad", their gradients), optimizer state, sumsq [rows], loss [], and where given y [rows, out], the activities
-    # before the update, and peer_mean [out]. With is_positive [rows], x_pos is the joint batch and x_neg has no rows.
-    # Rows whose loss has a slope below skip_below, a fraction of that of a row far on the wrong side, are left out of
-    # the update. weight_rounded [out, in] receives the new weight in the compute dtype, under a rule other than "grad".
-    "linear_step_": (
-        "(Tensor x_pos, Tensor x_neg, Tensor? is_positive, Tensor? input_sumsq, Tensor? sample_weight, "
-        f"Tensor(a!) weight, Tensor(b!)? bias, {_LAYER}, {_OBJECTIVE}, "
-        f"float skip_below, {_SHARED}, {_PEER}, {_UPDATE}, "
-        "Tensor(e!)? y, Tensor(f!) sumsq, Tensor(g!) loss_out, str backend) -> ()"
+    # Written: where given `y` [rows, out] in the compute dtype, or in the weight's; and its sums of squares [rows].
+    "linear_forward_": (*arguments(Rows), *_READ_LAYER, *_WRITTEN),
+    # One whole layer step on the joint batch. Written: weight and bias (or, under the rule "grad", their gradients),
+    # optimizer state, the running mean, and the outputs.
+    "linear_step_": tuple(
+        argument for record in (Rows, Layer, Goal, PeerPull, Update, Outputs) for argument in arguments(record)
+    ),
+    # The last stage alone, with slopes that somebody else has made of what the forward has left.
+    "linear_update_": tuple(
+        argument for record in (Rows, Layer, Slopes, PeerPull, Update) for argument in arguments(record)
     ),
 }
 
-# `linear_forward_` with results of its own, for every backend; without `keep` nobody reads y: it is [0, out].
-_FORWARD = f"linear_forward({_ROWS}, {_LAYER}, {_SHARED}, bool keep, str backend) -> (Tensor, Tensor)"
 
-_library = torch.library.Library("ffkernels", "DEF")
+def flatten(*records: tuple[Any, ...]) -> list[Any]:
+    """The records' fields one after the other."""
+    return [value for record in records for value in record]
+
+
+def flatten_step(rows: Rows, layer: Layer, goal: Goal, pull: PeerPull, update: Update, outputs: Outputs) -> list[Any]:
+    """The arguments of the operator `linear_step_` but for the backend."""
+    return flatten(rows, layer, goal, pull, *_slots(update), outputs)
+
+
+def _slots(update: Update) -> tuple[tuple[Any, ...], ...]:
+    return (update.rule,), update.weight, update.bias
+
+
+def _put_together(record: Any, values: Iterator[Any]) -> Any:
+    return record(*islice(values, len(record._fields)))
+
+
+def _update_of(values: Iterator[Any]) -> Update:
+    rule = next(values)
+    slots = []
+    for _ in range(2):
+        state, numbers, lr = islice(values, 3)
+        if rule != "grad" and not numbers and state:
+            *state, brought = state
+            numbers = brought.tolist()
+        slots.append(Slot(list(state), Numbers(*numbers) if numbers else (), lr))
+    return Update(rule, *slots)
+
+
+def _forward_on_backend(*args: Any) -> None:
+    values = iter(args)
+    rows, layer = _put_together(Rows, values), _put_together(Layer, values)
+    y, sumsq, backend = values
+    select.load(backend).linear_forward_(rows, layer, y, sumsq)
+
+
+def _step_on_backend(*args: Any) -> None:
+    values = iter(args)
+    records = [_put_together(record, values) for record in (Rows, Layer, Goal, PeerPull)]
+    update = _update_of(values)
+    outputs = _put_together(Outputs, values)
+    select.load(next(values)).linear_step_(*records, update, outputs)
+
+
+def _update_on_backend(*args: Any) -> None:
+    values = iter(args)
+    records = [_put_together(record, values) for record in (Rows, Layer, Slopes, PeerPull)]
+    update = _update_of(values)
+    select.load(next(values)).linear_update_(*records, update)
+
+
+# `linear_forward_` with results of its own; without `keep` nobody reads y: it is [0, out].
+_FORWARD = schema(
+    "linear_forward", *arguments(Rows), *_READ_LAYER, Argument("keep", "bool"), returns="(Tensor, Tensor)"
+)
+
+
+def _results(rows: Rows, layer: Layer, keep: bool) -> tuple[Tensor, Tensor]:
+    total, weight = rows.x_pos.shape[0] + rows.x_neg.shape[0], layer.weight
+    master = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    y = rows.x_pos.new_empty(total if keep else 0, weight.shape[0], dtype=layer.compute_dtype)
+    return y, weight.new_empty(total, dtype=master)
+
+
+def _linear_forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
+    values = iter(args)
+    rows, layer = _put_together(Rows, values), _put_together(Layer, values)
+    return _results(rows, layer, next(values))
 
 
 def _linear_forward(*args: Any) -> tuple[Tensor, Tensor]:
     *read, keep, backend = args
     y, sumsq = _linear_forward_fake(*args)
-    select.load(backend).linear_forward_(*read, y if keep else None, sumsq)
+    _forward_on_backend(*read, y if keep else None, sumsq, backend)
     return y, sumsq
-
-
-def _linear_forward_fake(
-    x_pos: Tensor, x_neg: Tensor, input_sumsq: Tensor | None, weight: Tensor, bias: Tensor | None, *args: Any
-) -> tuple[Tensor, Tensor]:
-    compute_dtype, keep = args[4], args[7]
-    rows = x_pos.shape[0] + x_neg.shape[0]
-    master = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    y = x_pos.new_empty(rows if keep else 0, weight.shape[0], dtype=compute_dtype)
-    return y, weight.new_empty(rows, dtype=master)
 
 
 def _writes_only(*args: Any) -> None:
     return None
 
 
-def _forward_on_backend(*args: Any) -> None:
-    select.load(args[-1]).linear_forward_(*args[:-1])
-
-
-def _step_on_backend(*args: Any) -> None:
-    """Compiled code brings the numbers of an update in a tensor, behind its state: `optim.RULES`."""
-    if args[_RULE] != "grad" and not args[_RULE + 2]:
-        unpacked = list(args)
-        for at in (_RULE + 1, _RULE + 4):
-            if unpacked[at]:
-                *unpacked[at], numbers = unpacked[at]
-                unpacked[at + 1] = numbers.tolist()
-        args = tuple(unpacked)
-    select.load(args[-1]).linear_step_(*args[:-1])
-
-
-for _name, _schema in SCHEMAS.items():
-    _library.define(_name + _schema)
+_library = torch.library.Library("ffkernels", "DEF")
+for _name, _run in (
+    ("linear_forward_", _forward_on_backend),
+    ("linear_step_", _step_on_backend),
+    ("linear_update_", _update_on_backend),
+):
+    _library.define(schema(_name, *SCHEMAS[_name]))
     torch.library.register_fake(f"ffkernels::{_name}", _writes_only, lib=_library)
-_library.impl("linear_forward_", _forward_on_backend, "CompositeExplicitAutograd")
-_library.impl("linear_step_", _step_on_backend, "CompositeExplicitAutograd")
+    _library.impl(_name, _run, "CompositeExplicitAutograd")
 _library.define(_FORWARD)
 _library.impl("linear_forward", _linear_forward, "CompositeExplicitAutograd")
 torch.library.register_fake("ffkernels::linear_forward", _linear_forward_fake, lib=_library)
 
-linear_forward = torch.ops.ffkernels.linear_forward.default
-linear_forward_ = torch.ops.ffkernels.linear_forward_.default
-linear_step_ = torch.ops.ffkernels.linear_step_.default
-_RULE = [argument.name for argument in linear_step_._schema.arguments].index("rule")
+_operators = torch.ops.ffkernels
+_PLAIN = (Tensor, Parameter)
+
+
+def _watched(rows: Rows, layer: Layer) -> bool:
+    """Whether somebody follows operators: a compiler, a mode, a kind of tensor, a profiler, a tracer."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.autograd._profiler_enabled()
+        or torch._C._get_tracing_state() is not None
+        or not (type(rows.x_pos) in _PLAIN and type(rows.x_neg) in _PLAIN and type(layer.weight) in _PLAIN)
+    )
+
+
+def linear_forward_(rows: Rows, layer: Layer, y: Tensor | None, sumsq: Tensor, backend: str) -> None:
+    """Writes `y` where it is given, and its sums of squares: `SCHEMAS`."""
+    if _watched(rows, layer):
+        _operators.linear_forward_(*flatten(rows, layer), y, sumsq, backend)
+    else:
+        select.load(backend).linear_forward_(rows, layer, y, sumsq)
+
+
+def linear_forward(rows: Rows, layer: Layer, keep: bool, backend: str) -> tuple[Tensor, Tensor]:
+    """`y`, `[0, out]` without `keep`, and its sums of squares."""
+    if _watched(rows, layer):
+        return _operators.linear_forward(*flatten(rows, layer), keep, backend)
+    y, sumsq = _results(rows, layer, keep)
+    select.load(backend).linear_forward_(rows, layer, y if keep else None, sumsq)
+    return y, sumsq
+
+
+def linear_step_(
+    rows: Rows, layer: Layer, goal: Goal, pull: PeerPull, update: Update, outputs: Outputs, backend: str
+) -> None:
+    """Takes one whole step of a layer: `SCHEMAS`."""
+    if _watched(rows, layer):
+        _operators.linear_step_(*flatten_step(rows, layer, goal, pull, update, outputs), backend)
+    else:
+        select.load(backend).linear_step_(rows, layer, goal, pull, update, outputs)
+
+
+def linear_update_(rows: Rows, layer: Layer, slopes: Slopes, pull: PeerPull, update: Update, backend: str) -> None:
+    """Updates a layer by given slopes: `SCHEMAS`."""
+    if _watched(rows, layer):
+        _operators.linear_update_(*flatten(rows, layer, slopes, pull, *_slots(update)), backend)
+    else:
+        select.load(backend).linear_update_(rows, layer, slopes, pull, update)

@@ -13,9 +13,9 @@ import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,15 +25,7 @@ from torch.optim import optimizer as torch_optimizer
 
 from . import validation as check
 from .compiling import once_per_trace
-
-# What each rule's `state` and `hyper` lists hold; `lr` as a tensor comes beside them and overrides the number. Compiled
-# code leaves `hyper` empty and brings its numbers as the last tensor of `state`: they would become constants otherwise.
-RULES = {
-    "sgd": "state: [momentum_buffer] or []; hyper: lr, momentum, dampening, nesterov, decay, maximize, first_step",
-    "sgdw": "as sgd; decay is decoupled: it shrinks the parameter beside the momentum, by lr decay",
-    "adam": "state: [exp_avg, exp_avg_sq, step]; hyper: lr, beta1, beta2, eps, decay, decoupled, maximize",
-    "grad": "state: [gradient], written instead of the parameter; hyper: []",
-}
+from .spec import Numbers, Rule, Slot, Update
 
 
 class SGDW(SGD):
@@ -74,53 +66,59 @@ class SGDW(SGD):
         return loss
 
 
-@dataclass
-class Slot:
-    """One parameter's part of an update: tensors that the rule reads and writes, and its numbers."""
+class Part(NamedTuple):
+    """One parameter's part of an update.
+
+    Attributes:
+        place: the parameter's group, and its place there.
+        given: what `slot.numbers` and `slot.lr` were read from.
+        new_state: what its optimizer does not have yet.
+    """
 
     parameter: Tensor
-    state: list[Tensor]
-    hyper: list[float] = field(default_factory=list)
-    lr: Tensor | None = None
-    new_state: dict[str, Tensor] = field(default_factory=dict)
+    slot: Slot
+    place: tuple[int, int] = (0, 0)
+    given: tuple[Any, ...] = ()
+    new_state: Mapping[str, Tensor] = MappingProxyType({})
 
 
-@dataclass
-class Plan:
-    """How one step will update `weight` and `bias`. Making a plan changes nothing; `finish` publishes new state."""
+class Plan(NamedTuple):
+    """How one step will update `weight` and `bias`. Making a plan changes nothing; `finish` publishes new state.
 
-    optimizer: Optimizer | None
-    rule: str
-    weight: Slot
-    bias: Slot | None
+    Attributes:
+        record: the update as the operators take it.
+        held: how many parameters each group of the optimizer holds.
+    """
+
+    rule: Rule
+    parts: tuple[Part, ...]
+    record: Update
+    held: tuple[int, ...]
 
     @property
-    def slots(self) -> list[Slot]:
-        return [self.weight] if self.bias is None else [self.weight, self.bias]
-
-    def operands(self) -> tuple[object, ...]:
-        """The update as the operators take it: `ops.SCHEMAS`."""
-        bias: tuple[object, ...] = ([], [], None) if self.bias is None else _operands_of(self.bias)
-        return self.rule, *_operands_of(self.weight), *bias
+    def makes_state(self) -> bool:
+        """Whether the optimizer gets state that it does not have yet."""
+        return any(part.new_state for part in self.parts)
 
     def written(self) -> list[Tensor]:
         """The tensors that the operator writes."""
-        parameters = [] if self.rule == "grad" else [slot.parameter for slot in self.slots]
-        return parameters + [tensor for slot in self.slots for tensor in slot.state]
+        parameters = [] if self.rule == "grad" else [part.parameter for part in self.parts]
+        return parameters + [tensor for part in self.parts for tensor in part.slot.state]
 
-    def finish(self) -> None:
+    def finish(self, optimizer: Optimizer | None) -> None:
         """After the operator has run: hand new state, or the gradients, to the optimizer."""
         if self.rule == "grad":
-            self._step_with_gradients()
+            self._step_with_gradients(optimizer)
             return
-        assert self.optimizer is not None
-        for slot in self.slots:
-            self.optimizer.state[slot.parameter].update(slot.new_state)
-        _mark_as_stepped(self.optimizer)
+        assert optimizer is not None
+        for part in self.parts:
+            if part.new_state:
+                optimizer.state[part.parameter].update(part.new_state)
+        _mark_as_stepped(optimizer)
 
-    def _step_with_gradients(self) -> None:
-        parameters = [slot.parameter for slot in self.slots]
-        gradients = [slot.state[0] for slot in self.slots]
+    def _step_with_gradients(self, optimizer: Optimizer | None) -> None:
+        parameters = [part.parameter for part in self.parts]
+        gradients = [part.slot.state[0] for part in self.parts]
         if not _hooked(*parameters):
 
             def fill() -> None:
@@ -134,7 +132,7 @@ class Plan:
                 # Autograd itself: it alone calls every kind of gradient hook, in its order, and heeds what they return.
                 torch.autograd.backward(parameters, gradients)
 
-        step_alone(self.optimizer, parameters, fill)
+        step_alone(optimizer, parameters, fill)
 
 
 def step_alone(optimizer: Optimizer | None, parameters: Sequence[Tensor], fill: Callable[[], None]) -> None:
@@ -174,7 +172,7 @@ def step_on_loss(optimizer: Optimizer | None, parameters: Sequence[Tensor], loss
 def check_parameters(optimizer: Optimizer, named: Mapping[str, Tensor]) -> None:
     """Raises ValueError for an optimizer that does not hold one of these, or whose `step()` wants more than `.grad`."""
     for name, parameter in named.items():
-        _group_of(optimizer, parameter, name)
+        _place_of(optimizer, parameter, name)
     steps_on_gradients(optimizer)
 
 
@@ -188,12 +186,13 @@ def _turn_of(optimizer: Optimizer) -> AbstractContextManager[object]:
     return _turns.setdefault(optimizer, threading.RLock())
 
 
-def _operands_of(slot: Slot) -> tuple[list[Tensor], list[float], Tensor | None]:
-    if not (slot.hyper and torch.compiler.is_compiling()):
-        return slot.state, slot.hyper, slot.lr
+def _traced(slot: Slot) -> Slot:
+    """The slot; in compiled code with its numbers in a tensor behind the state."""
+    if not (slot.numbers and torch.compiler.is_compiling()):
+        return slot
     # A product keeps a number that changes between calls a variable of the graph; a tensor made of it would not.
     one = torch.ones((), dtype=torch.float64)
-    return [*slot.state, torch.stack([one * number for number in slot.hyper])], [], slot.lr
+    return Slot([*slot.state, torch.stack([one * number for number in slot.numbers])], (), slot.lr)
 
 
 @once_per_trace
@@ -242,10 +241,11 @@ def _hooked(*parameters: Any) -> bool:
     return False
 
 
-_FUSED = {SGD: "sgd", SGDW: "sgdw", Adam: "adam", AdamW: "adam"}
+FUSED: dict[type[Optimizer], Rule] = {SGD: "sgd", SGDW: "sgd", Adam: "adam", AdamW: "adam"}
+NO_SLOT = Slot([], ())
 
 
-def fused_rule(optimizer: Optimizer | None, *parameters: Tensor) -> tuple[str, str]:
+def fused_rule(optimizer: Optimizer | None, *parameters: Tensor) -> tuple[Rule, str]:
     """The rule that runs fused for this optimizer ("grad" if none does), and why not another.
 
     Only exact types count: a subclass may override `step`. `parameters`: those that would be updated.
@@ -253,7 +253,7 @@ def fused_rule(optimizer: Optimizer | None, *parameters: Tensor) -> tuple[str, s
     if optimizer is None:
         return "grad", "no optimizer: the gradient is left in .grad"
     kind = type(optimizer)
-    rule = _FUSED.get(kind)
+    rule = FUSED.get(kind)
     if rule is None:
         return "grad", f"{kind.__name__} runs through .grad and its own step()"
     because = _own_step_because(optimizer)
@@ -261,16 +261,18 @@ def fused_rule(optimizer: Optimizer | None, *parameters: Tensor) -> tuple[str, s
         return "grad", because
     if _hooked(*parameters):
         return "grad", "a parameter has gradient hooks, which only autograd calls"
-    decays = set()
     for group in optimizer.param_groups:
-        for setting in ("amsgrad", "differentiable"):
-            if group.get(setting):
-                return "grad", f"{setting}=True runs through .grad and the optimizer's own step()"
-        if kind is SGDW:
-            decays |= {name for name in ("decoupled", "weight_decay") if group[name]}
-    if len(decays) > 1:
-        return "grad", "decay of both kinds runs through .grad and the optimizer's own step()"
-    return "sgd" if decays == {"weight_decay"} else rule, "the update runs fused on the optimizer's state"
+        if because := _unfused(group):
+            return "grad", f"{because} runs through .grad and the optimizer's own step()"
+    return rule, "the update runs fused on the optimizer's state"
+
+
+def _unfused(group: dict[str, Any]) -> str:
+    """Which setting of a group no rule has, or ""."""
+    for setting in ("amsgrad", "differentiable"):
+        if group.get(setting):
+            return f"{setting}=True"
+    return "decay of both kinds" if group.get("decoupled") and group["weight_decay"] else ""
 
 
 def plan(optimizer: Optimizer | None, weight: Tensor, bias: Tensor | None) -> Plan:
@@ -282,16 +284,16 @@ def plan(optimizer: Optimizer | None, weight: Tensor, bias: Tensor | None) -> Pl
     """
     parameters = (weight,) if bias is None else (weight, bias)
     rule, _ = fused_rule(optimizer, *parameters)
-    slots = []
+    parts: list[Part] = []
     for name, parameter in zip(("weight", "bias"), parameters, strict=False):
-        group = {} if optimizer is None else _group_of(optimizer, parameter, name)
+        place = (0, 0) if optimizer is None else _place_of(optimizer, parameter, name)
         if rule == "grad":
-            slots.append(Slot(parameter, [torch.empty_like(parameter, memory_format=torch.contiguous_format)]))
+            gradient = torch.empty_like(parameter, memory_format=torch.contiguous_format)
+            parts.append(Part(parameter, Slot([gradient], ()), place))
             continue
         assert optimizer is not None
         try:
-            state = optimizer.state.get(parameter, {})
-            slots.append((_adam_slot if rule == "adam" else _sgd_slot)(rule, parameter, group, state))
+            parts.append(_part(rule, parameter, optimizer, place))
         except KeyError as missing:
             raise ValueError(
                 f"optimizer ({type(optimizer).__name__}) has no {missing} in its group or state of {name}; accepted: "
@@ -299,7 +301,46 @@ def plan(optimizer: Optimizer | None, weight: Tensor, bias: Tensor | None) -> Pl
             ) from None
     if optimizer is not None and rule == "grad":
         steps_on_gradients(optimizer)
-    return Plan(optimizer, rule, slots[0], slots[1] if bias is not None else None)
+    return _plan_of(rule, tuple(parts), optimizer)
+
+
+def _plan_of(rule: Rule, parts: tuple[Part, ...], optimizer: Optimizer | None) -> Plan:
+    slots = [_traced(part.slot) for part in parts]
+    record = Update(rule, slots[0], slots[1] if len(slots) > 1 else NO_SLOT)
+    return Plan(rule, parts, record, () if optimizer is None else _held(optimizer))
+
+
+def _held(optimizer: Optimizer) -> tuple[int, ...]:
+    return tuple([len(group["params"]) for group in optimizer.param_groups])
+
+
+def again(optimizer: Optimizer, plan: Plan) -> Plan | None:
+    """The plan of a further step on the same parameters; None where more has changed than a group's numbers."""
+    if _own_step_because(optimizer) or _held(optimizer) != plan.held:
+        return None
+    parts = []
+    for part in plan.parts:
+        parameter, slot, (at, index), given, _ = part
+        group = optimizer.param_groups[at]
+        if group["params"][index] is not parameter or _hooked(parameter) or _unfused(group):
+            return None
+        keys = STATE[plan.rule] if slot.state else ()
+        state = optimizer.state.get(parameter, {}) if keys else {}
+        for key, tensor in zip(keys, slot.state, strict=True):
+            kept = state.get(key)
+            if kept is not tensor or (kept.dim() and kept.nbytes != parameter.nbytes):
+                return None
+        now = _given(plan.rule, group)
+        if now == given:
+            parts.append(part)
+        elif plan.rule == "sgd" and (now[1] != 0) != bool(keys):
+            return None
+        else:
+            numbers, lr = _numbers(plan.rule, parameter, now)
+            parts.append(Part(parameter, Slot(slot.state, numbers, lr), part.place, now))
+    if all(part is old for part, old in zip(parts, plan.parts, strict=True)):
+        return plan
+    return _plan_of(plan.rule, tuple(parts), optimizer)
 
 
 def steps_on_gradients(optimizer: Optimizer) -> None:
@@ -322,10 +363,10 @@ def _why_not_alone(kind: Any) -> str:
     return ""
 
 
-def _group_of(optimizer: Optimizer, parameter: Tensor, name: str) -> dict[str, Any]:
+def _place_of(optimizer: Optimizer, parameter: Tensor, name: str) -> tuple[int, int]:
     found, held = None, 0
-    for group in optimizer.param_groups:
-        for p in group["params"]:
+    for at, group in enumerate(optimizer.param_groups):
+        for index, p in enumerate(group["params"]):
             held += 1
             if p is parameter:
                 if found is not None:
@@ -333,7 +374,7 @@ def _group_of(optimizer: Optimizer, parameter: Tensor, name: str) -> dict[str, A
                         f"optimizer ({type(optimizer).__name__}) holds {name} {tuple(parameter.shape)} more than once, "
                         "and would step on it as often; accepted: each parameter once"
                     )
-                found = group
+                found = at, index
     if found is None:
         raise ValueError(
             f"optimizer ({type(optimizer).__name__} of {held} parameters) does not hold {name} "
@@ -342,41 +383,60 @@ def _group_of(optimizer: Optimizer, parameter: Tensor, name: str) -> dict[str, A
     return found
 
 
-def _slot(
-    parameter: Tensor, state: dict[str, Tensor], group: dict[str, Any], hyper: list[float], new: dict[str, Tensor]
-) -> Slot:
-    for key, tensor in state.items():
+# What an optimizer keeps for each parameter, in the order of `spec.Slot.state`.
+STATE: dict[Rule, tuple[str, ...]] = {"sgd": ("momentum_buffer",), "adam": ("exp_avg", "exp_avg_sq", "step")}
+
+
+def _part(rule: Rule, parameter: Tensor, optimizer: Optimizer, place: tuple[int, int]) -> Part:
+    group, state = optimizer.param_groups[place[0]], optimizer.state.get(parameter, {})
+    given = _given(rule, group)
+    keys, new = STATE[rule], {}
+    if rule == "sgd":
+        keys = keys if group["momentum"] != 0 else ()
+        if keys and state.get("momentum_buffer") is None:
+            state = new = {"momentum_buffer": _zeros_like(parameter)}
+    elif not state:
+        on_device = group.get("capturable") or group.get("fused")
+        step = torch.zeros((), dtype=torch.float32, device=parameter.device if on_device else "cpu")
+        state = new = {"step": step, "exp_avg": _zeros_like(parameter), "exp_avg_sq": _zeros_like(parameter)}
+    kept = [state[key] for key in keys]
+    for key, tensor in zip(keys, kept, strict=True):
         check.optimizer_state(key, tensor, parameter)
-    lr = group["lr"]
+    numbers, lr = _numbers(rule, parameter, given)
+    if rule == "sgd" and new:
+        numbers = numbers._replace(first_step=1.0)
+    return Part(parameter, Slot(kept, numbers, lr), place, given, new)
+
+
+def _zeros_like(parameter: Tensor) -> Tensor:
+    return torch.zeros_like(parameter, memory_format=torch.preserve_format).detach()
+
+
+def _given(rule: Rule, group: dict[str, Any]) -> tuple[Any, ...]:
+    """A group's numbers, the learning rate first."""
+    if rule == "adam":
+        return (
+            group["lr"], *group["betas"], group["eps"], group["weight_decay"], group["maximize"],
+            group.get("decoupled_weight_decay", False),
+        )  # fmt: skip
+    return (
+        group["lr"], group["momentum"], group["dampening"], group["nesterov"], group["weight_decay"],
+        group["maximize"], group.get("decoupled", 0),
+    )  # fmt: skip
+
+
+def _numbers(rule: Rule, parameter: Tensor, given: tuple[Any, ...]) -> tuple[Numbers, Tensor | None]:
+    """What `_given` says, by name; and the learning rate where it is a tensor."""
+    lr, *others = given
     by_tensor = lr if isinstance(lr, Tensor) else None
     if by_tensor is not None:
         check.one_number("lr", by_tensor, parameter)
-    return Slot(parameter, list(state.values()), [0.0 if by_tensor is not None else float(lr), *hyper], by_tensor, new)
-
-
-def _sgd_slot(rule: str, parameter: Tensor, group: dict[str, Any], state: dict[str, Any]) -> Slot:
-    kept: dict[str, Tensor] = {}
-    new: dict[str, Tensor] = {}
-    if group["momentum"] != 0:
-        if state.get("momentum_buffer") is None:
-            new["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format).detach()
-        kept = new or {"momentum_buffer": state["momentum_buffer"]}
-    decay = "decoupled" if rule == "sgdw" else "weight_decay"
-    keys = ("momentum", "dampening", "nesterov", decay, "maximize")
-    hyper = [float(group[key]) for key in keys] + [float("momentum_buffer" in new)]
-    return _slot(parameter, kept, group, hyper, new)
-
-
-def _adam_slot(rule: str, parameter: Tensor, group: dict[str, Any], state: dict[str, Any]) -> Slot:
-    new: dict[str, Tensor] = {}
-    if not state:
-        on_device = group.get("capturable") or group.get("fused")
-        new["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if on_device else "cpu")
-        for key in ("exp_avg", "exp_avg_sq"):
-            new[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format).detach()
-        state = new
-    decoupled = group.get("decoupled_weight_decay", False)
-    beta1, beta2 = group["betas"]
-    hyper = [float(v) for v in (beta1, beta2, group["eps"], group["weight_decay"], decoupled, group["maximize"])]
-    kept = {key: state[key] for key in ("exp_avg", "exp_avg_sq", "step")}
-    return _slot(parameter, kept, group, hyper, new)
+    rate = 0.0 if by_tensor is not None else float(lr)
+    if rule == "adam":
+        beta1, beta2, eps, decay, maximize, decoupled = map(float, others)
+        numbers = Numbers(rate, decay, decoupled, maximize, beta1=beta1, beta2=beta2, eps=eps)
+    else:
+        momentum, dampening, nesterov, decay, maximize, decoupled = map(float, others)
+        is_decoupled = float(decoupled != 0)
+        numbers = Numbers(rate, decoupled or decay, is_decoupled, maximize, momentum, dampening, nesterov)
+    return numbers, by_tensor

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .objective import short
+from .spec import PeerPull
 
 FORMS = ("hinton", "loewex")
 # What both codes let the running mean start from.
@@ -71,11 +72,12 @@ def gradient_of(peer: PeerNormalisation | None) -> str | None:
     return None if peer is None else "gated" if peer.gated else "straight through"
 
 
-def operands(peer: PeerNormalisation | None, mean: Tensor | None, width: int) -> tuple[object, ...]:
-    """Peer normalisation as the operators take it: `ops.SCHEMAS`."""
-    if peer is None:
-        return None, 0.0, 0.0, False
-    return mean, peer.pull_strength(width), float(peer.momentum), peer.gated
+NO_PULL = PeerPull(None, 0.0, 0.0, False)
+
+
+def pull(peer: PeerNormalisation | None, mean: Tensor | None, width: int) -> PeerPull:
+    """Peer normalisation of a layer of `width` units as the backends take it."""
+    return NO_PULL if peer is None else PeerPull(mean, peer.pull_strength(width), float(peer.momentum), peer.gated)
 
 
 def moved_mean(mean: Tensor, activity: Tensor, count: float | Tensor, momentum: float) -> Tensor:

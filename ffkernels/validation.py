@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import math
 import sys
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from . import spec
+from .given import GivenLoss
 from .objective import Objective, short
 from .peer import PeerNormalisation
 
-NORMS = ("l2", "rms", "none")
-EPS_MODES = ("add", "clamp", "inside")
-ACTIVATIONS = ("relu", "leaky_relu", "gelu", "silu", "identity")
-OUTPUTS = ("post", "pre", "none")
+NORMS = get_args(spec.Norm)
+EPS_MODES = get_args(spec.EpsMode)
+ACTIVATIONS = get_args(spec.Activation)
+OUTPUTS = get_args(spec.OutputsOf)
 MASTER_DTYPES = (torch.float32, torch.float64)
 COMPUTE_DTYPES = (torch.bfloat16, torch.float16)
 
@@ -354,10 +357,18 @@ def objective_object(objective: object) -> None:
         raise TypeError(f"objective={objective!r} is not an ffkernels.Objective")
 
 
-def objective_for(objective: object, rows: int, n_pos: int | None, like: Tensor, beside: str = "weight") -> None:
+def objective_alone(objective: Objective | GivenLoss, skip_below: float) -> None:
+    """Checks of an objective what does not hang on rows."""
+    if isinstance(objective.threshold, Tensor):
+        constant("threshold", objective.threshold)
+    if skip_below and not isinstance(objective, Objective):
+        raise ValueError(f"skip_below={skip_below!r} came with a loss of your own; accepted: 0, or an Objective")
+
+
+def objective_for(
+    objective: Objective | GivenLoss, rows: int, n_pos: int | None, like: Tensor, beside: str = "weight"
+) -> None:
     """Checks that an objective fits a batch of `rows` rows; `n_pos` is None where only a mask knows it."""
-    objective_object(objective)
-    assert isinstance(objective, Objective)
     threshold = objective.threshold
     if isinstance(threshold, Tensor):
         if threshold.shape not in ((), (rows,)):
@@ -371,6 +382,14 @@ def objective_for(objective: object, rows: int, n_pos: int | None, like: Tensor,
             f"loss={objective.loss!r} pairs rows but there are {n_pos} positive and {rows - n_pos} negative ones; "
             "accepted: equally many"
         )
+
+
+def sample_weight(weights: Tensor, objective: Objective | GivenLoss, rows: int, like: Tensor) -> None:
+    """Checks `[rows]` factors of the rows' losses, `[pairs]` for pair losses."""
+    if not isinstance(objective, Objective):
+        raise ValueError("sample_weight came with a loss of your own; accepted: None, and the weights in the loss")
+    vector("sample_weight", weights, rows // 2 if objective.paired else rows, like.dtype, like.device)
+    constant("sample_weight", weights)
 
 
 def peer_normalisation(peer: object, mean: Tensor | None, weight: Tensor) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 
 import ffkernels as ff
 from ffkernels import reference
-from ffkernels.backends.native import library
+from ffkernels.backends.native import library, records
 
 from .steps import OPTIMIZERS, Problem, assert_same_state, error, problem, state_of
 from .test_step import LAYOUTS, objectives, specification
@@ -343,14 +345,36 @@ def test_no_memory_is_an_error_and_changes_nothing():
     p = problem(dtype=torch.float32)
     before = {name: value.clone() for name, value in state_of(p).items()}
     positive = torch.ones(1, dtype=torch.bool)
-    call = library.Call(in_=2**44, out=7, threads=1, is_positive=positive.data_ptr(), weight=p.weight.data_ptr())
-    call.rows[0] = 1
-    assert LOADED.library.ffk_linear_step(ctypes.byref(call)) == 1
+    at, call = dict(records.offsets()), bytearray(records.LAYOUT.size)
+    for path, format, value in (
+        ("rows.x_pos.rows", "q", 1),
+        ("rows.is_positive", "P", positive.data_ptr()),
+        ("layer.weight.at", "P", p.weight.data_ptr()),
+        ("layer.weight.rows", "q", 7),
+        ("layer.weight.columns", "q", 2**44),
+        ("threads", "i", 1),
+    ):
+        struct.pack_into(format, call, at[path], value)
+    for name in ("ffk_linear_step", "ffk_linear_forward", "ffk_linear_update"):
+        assert getattr(LOADED.library, name)(bytes(call)) == 1
     assert all(torch.equal(value, before[name]) for name, value in state_of(p).items())
 
 
+def test_members_lie_where_the_library_looks_for_them():
+    found = ctypes.POINTER(ctypes.c_size_t)()
+    LOADED.library.ffk_layout.restype = ctypes.c_int64
+    count = LOADED.library.ffk_layout(ctypes.byref(found))
+    assert found[:count] == [records.LAYOUT.size, *(at for _, at in records.offsets())]
+
+
+def test_the_header_is_that_of_the_records():
+    path = Path(__file__).parents[1] / "csrc" / "cpu" / "records.h"
+    assert path.read_text() == records.header()
+
+
 def test_a_library_from_other_sources_is_refused(monkeypatch):
-    monkeypatch.setattr(library, "INTERFACE", library.INTERFACE + 1)
+    needed = records.interface()
+    monkeypatch.setattr(records, "interface", lambda: needed + 1)
     library.load.cache_clear()
     try:
         assert "built from other sources" in library.load().reason

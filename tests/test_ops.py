@@ -12,51 +12,48 @@ import ffkernels as ff
 from ffkernels import ops, optim
 from ffkernels import peer as peers
 from ffkernels.backends import select
+from ffkernels.spec import Layer, Outputs, Rows
 
 from .steps import OPTIMIZERS, problem
+
+FORWARD, FORWARD_, STEP = (
+    getattr(torch.ops.ffkernels, name).default for name in ("linear_forward", "linear_forward_", "linear_step_")
+)
 
 
 def forward_arguments(compute_dtype: torch.dtype, sumsq: bool, keep: bool = True) -> tuple:
     p = problem(dtype=torch.float32)
     known = torch.cat([p.x_pos, p.x_neg]).square().sum(1) if sumsq else None
-    return (p.x_pos, p.x_neg, known, p.weight, p.bias, "l2", 1e-4, "add", "relu", compute_dtype, None, 0, keep, "eager")
+    layer = Layer(p.weight, p.bias, "l2", 1e-4, "add", "relu", compute_dtype)
+    return (*ops.flatten(Rows(p.x_pos, p.x_neg, input_sumsq=known), layer), keep, "eager")
 
 
-def step_arguments(
+def step_records(
     optimizer: str,
     bias: bool,
     compute_dtype: torch.dtype,
     objective: ff.Objective,
     peer: ff.PeerNormalisation | None = None,
+    skip_below: float = 0.0,
+    **rows,
 ) -> tuple:
+    """The records of a step, `rows` those fields that are not of the usual problem."""
     p = problem(dtype=torch.float32, bias=bias, optimizer=optimizer)
-    rows = len(p.x_pos) + len(p.x_neg)
-    update = optim.plan(p.optimizer, p.weight, p.bias)
-    layer = (
-        p.weight.detach(),
-        None if p.bias is None else p.bias.detach(),
-        "l2",
-        1e-4,
-        "add",
-        "relu",
-        compute_dtype,
-    )
+    total = len(p.x_pos) + len(p.x_neg)
+    parameters = p.weight.detach(), None if p.bias is None else p.bias.detach()
     mean = None if peer is None else torch.full((7,), 0.5)
-    written = (torch.zeros(rows, 7, dtype=compute_dtype), torch.zeros(rows), torch.zeros(()))
-    head = (p.x_pos, p.x_neg, None, None, None)
     return (
-        *head,
-        *layer,
-        *objective.operands(),
-        0.0,
-        None,
-        0,
-        *peers.operands(peer, mean, 7),
-        *update.operands(),
-        None,
-        *written,
-        "eager",
+        Rows(**{"x_pos": p.x_pos, "x_neg": p.x_neg, **rows}),
+        Layer(*parameters, "l2", 1e-4, "add", "relu", compute_dtype),
+        objective.goal(skip_below),
+        peers.pull(peer, mean, 7),
+        optim.plan(p.optimizer, p.weight, p.bias).record,
+        Outputs(torch.zeros(total, 7, dtype=compute_dtype), torch.zeros(total), torch.zeros(())),
     )
+
+
+def step_arguments(*args, backend: str = "eager", **options) -> tuple:
+    return (*ops.flatten_step(*step_records(*args, **options)), backend)
 
 
 @pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -66,9 +63,9 @@ def test_opcheck_forward(compute_dtype, sumsq, keep):
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     with torch.no_grad():
         arguments = forward_arguments(compute_dtype, sumsq, keep)
-        torch.library.opcheck(ops.linear_forward, arguments, test_utils=checks)
+        torch.library.opcheck(FORWARD, arguments, test_utils=checks)
         results = torch.zeros(12, 7, dtype=compute_dtype) if keep else None, torch.zeros(12)
-        torch.library.opcheck(ops.linear_forward_, (*arguments[:-2], *results, "eager"), test_utils=checks)
+        torch.library.opcheck(FORWARD_, (*arguments[:-2], *results, "eager"), test_utils=checks)
 
 
 @pytest.mark.parametrize("rows", [7, 2600])
@@ -91,7 +88,7 @@ def test_sums_alone_are_those_of_the_activities(rows, compute_dtype, backend, fr
 @pytest.mark.parametrize("optimizer", ["sgd", "sgd-momentum", "adam", "adamw", "rmsprop"])
 @pytest.mark.parametrize("bias", [False, True])
 def test_opcheck_step(optimizer, bias):
-    torch.library.opcheck(ops.linear_step_, step_arguments(optimizer, bias, torch.float32, ff.Objective()))
+    torch.library.opcheck(STEP, step_arguments(optimizer, bias, torch.float32, ff.Objective()))
 
 
 @pytest.mark.parametrize(
@@ -102,14 +99,14 @@ def test_opcheck_step(optimizer, bias):
     ],
 )
 def test_opcheck_step_variants(compute_dtype, objective):
-    torch.library.opcheck(ops.linear_step_, step_arguments("adam", True, compute_dtype, objective))
+    torch.library.opcheck(STEP, step_arguments("adam", True, compute_dtype, objective))
 
 
 @pytest.mark.parametrize("optimizer", ["sgd-momentum", "rmsprop"])
 @pytest.mark.parametrize("gated", [False, True])
 def test_opcheck_step_with_peer_normalisation(optimizer, gated):
     peer = ff.PeerNormalisation(gated=gated)
-    torch.library.opcheck(ops.linear_step_, step_arguments(optimizer, True, torch.float32, ff.Objective(), peer))
+    torch.library.opcheck(STEP, step_arguments(optimizer, True, torch.float32, ff.Objective(), peer))
 
 
 @pytest.mark.parametrize("backend", ["eager", "native"])
@@ -117,11 +114,10 @@ def test_opcheck_step_with_peer_normalisation(optimizer, gated):
 def test_a_step_leaves_the_new_weight_rounded(backend, optimizer):
     if backend == "native" and select.load("native").library.load().library is None:
         pytest.skip("the compiled library was not built")
-    *arguments, none, y, sumsq, loss, _ = step_arguments(optimizer, True, torch.float32, ff.Objective())
-    weight, rounded = arguments[5], torch.empty(7, 5, dtype=torch.bfloat16)
+    *records, outputs = step_records(optimizer, True, torch.float32, ff.Objective())
+    weight, rounded = records[1].weight, torch.empty(7, 5, dtype=torch.bfloat16)
     before = weight.clone()
-    assert none is None
-    ops.linear_step_(*arguments, rounded, y, sumsq, loss, backend)
+    ops.linear_step_(*records, outputs._replace(rounded=rounded), backend)
     assert torch.equal(rounded, weight.to(torch.bfloat16)) and not torch.equal(weight, before)
 
 
@@ -222,22 +218,23 @@ def test_a_step_on_a_device_never_waits_for_it(compute_dtype, optimizer, is_posi
     from ffkernels.backends import eager
 
     on_device = optimizer == "adam-on-device"
-    arguments = list(step_arguments("adam" if on_device else optimizer, True, compute_dtype, ff.Objective(), peer))
-    if is_positive:
-        arguments[1], arguments[2] = arguments[1][:0], torch.ones(6, dtype=torch.bool)
-        arguments[-4], arguments[-3] = arguments[-4][:6], arguments[-3][:6]
+    mask = {"x_neg": torch.empty(0, 5), "is_positive": torch.ones(6, dtype=torch.bool)} if is_positive else {}
+    records = step_records("adam" if on_device else optimizer, True, compute_dtype, ff.Objective(), peer, **mask)
 
     def to_meta(value):
         if isinstance(value, list):
             return [to_meta(v) for v in value]
+        if isinstance(value, tuple):
+            return type(value)(*map(to_meta, value)) if value else value
         # Adam keeps its step count on the host unless it is capturable or fused.
         is_step_count = isinstance(value, torch.Tensor) and value.dim() == 0
         return value.to("meta") if isinstance(value, torch.Tensor) and (on_device or not is_step_count) else value
 
-    arguments = [to_meta(value) for value in arguments]
-    arguments[-2] = arguments[-2].to("meta")
+    rows, layer, goal, pull, update, outputs = map(to_meta, records)
+    total = 6 if is_positive else 12
+    outputs = Outputs(outputs.y[:total], outputs.sumsq[:total], outputs.loss_out.to("meta"))
     with torch.no_grad():
-        eager.linear_step_(*arguments[:-1])
-        eager.linear_forward_(*arguments[:2], None, *arguments[5:12], None, 0, *arguments[-4:-2])
+        eager.linear_step_(rows, layer, goal, pull, update, outputs)
+        eager.linear_forward_(rows, layer, outputs.y, outputs.sumsq)
     with pytest.raises(RuntimeError):
-        arguments[-2].item()
+        outputs.loss_out.item()

@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.optim import SGD
 
 import ffkernels as ff
-from ffkernels import ops, reference
+from ffkernels import reference
 from ffkernels.backends.eager import step as eager_step
 from ffkernels.backends.native import library
 
 from .steps import assert_same_state, error, problem
-from .test_ops import step_arguments
+from .test_ops import step_arguments, step_records
 
 K = 3
 needs_library = pytest.mark.skipif(library.load().library is None, reason="the compiled library was not built")
@@ -260,26 +260,25 @@ def test_what_the_compiled_library_does_not_take_runs_elsewhere():
 
 
 def test_opcheck_with_everything_given():
-    arguments = list(step_arguments("adam", True, torch.float32, ff.Objective()))
-    at = [argument.name for argument in ops.linear_step_._schema.arguments].index("skip_below")
-    assert arguments[at : at + 3] == [0.0, None, 0]
-    arguments[1] = arguments[0].clone()
-    arguments[at : at + 3] = [0.2, torch.zeros(6, 7), 2]
-    torch.library.opcheck(ops.linear_step_, tuple(arguments))
+    x = problem(dtype=torch.float32).x_pos
+    known = {"x_pos": x, "x_neg": x.clone(), "product": torch.zeros(6, 7), "label_field": 2}
+    arguments = step_arguments("adam", True, torch.float32, ff.Objective(), skip_below=0.2, **known)
+    torch.library.opcheck(torch.ops.ffkernels.linear_step_.default, arguments)
 
 
 def test_on_a_device_sharing_waits_for_nothing():
-    arguments = list(step_arguments("sgd-momentum", True, torch.bfloat16, ff.Objective()))
-    at = [argument.name for argument in ops.linear_step_._schema.arguments].index("skip_below")
-    arguments[at : at + 3] = [0.2, torch.zeros(6, 7), 2]
+    known = {"product": torch.zeros(6, 7), "label_field": 2}
+    records = step_records("sgd-momentum", True, torch.bfloat16, ff.Objective(), skip_below=0.2, **known)
 
     def to_meta(value: object) -> object:
         if isinstance(value, list):
             return [to_meta(v) for v in value]
+        if isinstance(value, tuple):
+            return type(value)(*map(to_meta, value)) if value else value
         return value.to("meta") if isinstance(value, Tensor) else value
 
     with torch.no_grad():
-        eager_step.linear_step_(*[to_meta(value) for value in arguments[:-1]])
+        eager_step.linear_step_(*map(to_meta, records))
 
 
 @pytest.mark.parametrize(

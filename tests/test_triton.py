@@ -8,17 +8,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
 import ffkernels as ff
-from ffkernels import graphs, optim, peer
+from ffkernels import graphs, optim, peer, spec
 from ffkernels import validation as check
 from ffkernels.backends import select
 from ffkernels.backends.triton import configs, support
-from ffkernels.functional import DEFAULT_OBJECTIVE
-from ffkernels.objective import LOSSES
+from ffkernels.objective import DEFAULT_OBJECTIVE, LOSSES
 
 from .steps import Problem, problem
 
@@ -107,7 +107,7 @@ def test_no_gpu_after_all():
 def test_it_knows_everything_that_the_package_has():
     assert set(support.ACTIVATIONS) == set(check.ACTIVATIONS)
     assert set(support.LOSSES) == set(LOSSES)
-    assert set(support.RULES) == set(optim.RULES)
+    assert set(support.RULES) == set(get_args(spec.Rule))
 
 
 def test_without_triton_the_package_says_so_and_works():
@@ -156,15 +156,17 @@ def step_on_meta(
 ) -> None:
     """A step of the backend on tensors without values: whatever would bring one to the host raises."""
     rows, width = len(p.x_pos) + len(p.x_neg), len(p.weight)
-    update = optim.plan(p.optimizer, p.weight, p.bias)
     written = [torch.empty(shape, device="meta") for shape in ((rows, width), (rows,), ())]
     mean = torch.empty(width, device="meta")
     with torch.no_grad():
         select.load("triton").linear_step_(
-            p.x_pos, p.x_neg, is_positive, None, None, p.weight, p.bias, "l2", 1e-4, "add", "relu", compute_dtype,
-            *objective.operands(), 0.0, None, 0, *peer.operands(peers, mean, width), *update.operands(), None,
-            written[0].to(compute_dtype), *written[1:],
-        )  # fmt: skip
+            spec.Rows(p.x_pos, p.x_neg, is_positive),
+            spec.Layer(p.weight, p.bias, "l2", 1e-4, "add", "relu", compute_dtype),
+            objective.goal(),
+            peer.pull(peers, mean, width),
+            optim.plan(p.optimizer, p.weight, p.bias).record,
+            spec.Outputs(written[0].to(compute_dtype), *written[1:]),
+        )
 
 
 def meta_problem(n_pos, n_neg, in_features, out_features, optimizer=torch.optim.Adam, **settings) -> Problem:

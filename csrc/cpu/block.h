@@ -51,11 +51,11 @@ struct Block {
 inline Block block_of(const ffk::Call& call, int64_t index, int64_t blocks, Field field) {
     Block b{};
     for (int side = 0; side < 2; side++) {
-        const int64_t all = call.rows[field.copies ? 0 : side];
+        const int64_t all = rows_of(call, field.copies ? 0 : side);
         b.start[side] = all * index / blocks;
         b.rows[side] = all * (index + 1) / blocks - b.start[side];
     }
-    b.positives = call.rows[0], b.groups = field.copies ? 1 + field.copies : 2;
+    b.positives = rows_of(call, 0), b.groups = field.copies ? 1 + field.copies : 2;
     b.field = field;
     b.stride = field.copies ? up_to(b.rows[0], LANES) : b.rows[0];
     return b;
@@ -78,18 +78,19 @@ void parallel(int64_t tasks, int workers, const F& f) {
 // The rows of the second side may hold the same bits as those of the first, one after the other and
 // over again, in all but one short run of columns: then they share their products.
 inline Field label_field(const ffk::Call& call) {
-    const int64_t pairs = call.rows[0], others = call.rows[1], bytes = call.x_bfloat16 ? 2 : 4,
-                  most = call.in / 8;
-    if (pairs == 0 || others == 0 || others % pairs != 0 || call.is_positive != nullptr) return {};
+    const int64_t pairs = rows_of(call, 0), others = rows_of(call, 1),
+                  bytes = call.rows.x_pos.is_bfloat16 ? 2 : 4, most = in_of(call) / 8;
+    if (pairs == 0 || others == 0 || others % pairs != 0 || call.rows.is_positive != nullptr)
+        return {};
     const auto numbers = [&](int64_t row) {
         return static_cast<const char*>(row_of(call, row).at);
     };
-    int64_t first = call.in, last = -1;
+    int64_t first = in_of(call), last = -1;
     for (int64_t i = 0; i < others; i += larger(1, others / 64)) {
         const char *a = numbers(i % pairs), *b = numbers(pairs + i);
         constexpr int64_t STEP = 16;
-        for (int64_t k = 0; k < call.in; k += STEP) {
-            const int64_t end = smaller(call.in, k + STEP);
+        for (int64_t k = 0; k < in_of(call); k += STEP) {
+            const int64_t end = smaller(in_of(call), k + STEP);
             if (std::memcmp(a + k * bytes, b + k * bytes, size_t((end - k) * bytes)) == 0) continue;
             for (int64_t j = k; j < end; j++)
                 if (std::memcmp(a + j * bytes, b + j * bytes, size_t(bytes)) != 0)
@@ -101,12 +102,12 @@ inline Field label_field(const ffk::Call& call) {
     const int64_t after = last + 1;
     constexpr int64_t RUN = 64;
     int differs = 0;
-    parallel(pieces(others, RUN), workers_for(call, others * call.in), [&](int64_t run, int) {
+    parallel(pieces(others, RUN), workers_for(call, others * in_of(call)), [&](int64_t run, int) {
         for (int64_t i = run * RUN; i < smaller(others, (run + 1) * RUN); i++) {
             const char *a = numbers(i % pairs), *b = numbers(pairs + i);
             if (std::memcmp(a, b, size_t(first * bytes)) == 0
                 && std::memcmp(a + after * bytes, b + after * bytes,
-                               size_t((call.in - after) * bytes))
+                               size_t((in_of(call) - after) * bytes))
                        == 0)
                 continue;
             __atomic_store_n(&differs, 1, __ATOMIC_RELAXED);

@@ -81,6 +81,10 @@ const ffk::Kernels* first_choice(bool bfloat16) {
 // By whether the products are bfloat16 ones.
 std::atomic<const ffk::Kernels*> chosen[2]{first_choice(false), first_choice(true)};
 
+const ffk::Kernels& kernels_for(const ffk::Call& call) {
+    return *chosen[call.layer.compute_dtype == ffk::BFLOAT16].load();
+}
+
 }  // namespace
 
 extern "C" {
@@ -102,12 +106,15 @@ int ffk_limit(const char* name) {
     return 1;
 }
 
-int ffk_linear_forward(const ffk::Call* call) {
-    return chosen[call->bfloat16 != 0].load()->linear_forward(*call);
+int64_t ffk_layout(const size_t** offsets) {
+    *offsets = ffk::LAYOUT;
+    return int64_t(sizeof(ffk::LAYOUT) / sizeof(*ffk::LAYOUT));
 }
 
-int ffk_linear_step(const ffk::Call* call) {
-    return chosen[call->bfloat16 != 0].load()->linear_step(*call);
-}
+int ffk_linear_forward(const ffk::Call* call) { return kernels_for(*call).linear_forward(*call); }
+
+int ffk_linear_step(const ffk::Call* call) { return kernels_for(*call).linear_step(*call); }
+
+int ffk_linear_update(const ffk::Call* call) { return kernels_for(*call).linear_update(*call); }
 
 }  // extern "C"

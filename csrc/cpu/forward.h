@@ -26,9 +26,9 @@ struct Forward {
     Forward(const ffk::Call& c, const Block& largest, bool keeps_y, Memory& memory)
         // Whole vectors are read beyond a group's last column.
         : call(c),
-          chunks(c.out, largest.operands()),
+          chunks(out_of(c), largest.operands()),
           pairs(in_pairs(c)),
-          depth(places(c, c.in)),
+          depth(places(c, in_of(c))),
           stride(stride_for(largest.columns() + LANES)) {
         const int64_t rows = largest.operands(), columns = largest.columns();
         const Field field = largest.field;
@@ -40,7 +40,7 @@ struct Forward {
         partial = memory.take(chunks.count() * columns);
         // Rows a power of two apart fall onto the same cache lines: many products with them are
         // worth a copy.
-        copies_weights = call.bfloat16 || (call.in % 512 == 0 && rows >= 512);
+        copies_weights = rounds(call) || (in_of(call) % 512 == 0 && rows >= 512);
         weight_stride = stride_for(depth);
         weight_scratch = copies_weights ? chunks.rows * weight_stride : 0;
         y_scratch = keeps_y ? 0 : chunks.rows * stride;
@@ -49,7 +49,7 @@ struct Forward {
     }
 
     void run(const Block& block, float* kept_y_t) const {
-        const int workers = workers_for(call, block.operands() * call.in * call.out);
+        const int workers = workers_for(call, block.operands() * in_of(call) * out_of(call));
         pack(block, workers);
         parallel(chunks.count(), workers, [&](int64_t chunk, int worker) {
             float* own = scratch + worker * scratch_size;
@@ -58,8 +58,9 @@ struct Forward {
             with_pairs(pairs, [&](auto in_pairs) {
                 multiply<decltype(in_pairs)::value>(block, chunk, weights(chunk, own), y_t);
             });
-            if (call.y != nullptr) write_rows(block, chunk, y_t);
-            if (kept_y_t != nullptr && call.activation == ffk::LEAKY_RELU) gate(block, chunk, y_t);
+            if (call.outputs.y.at != nullptr) write_rows(block, chunk, y_t);
+            if (kept_y_t != nullptr && call.layer.activation == ffk::LEAKY_RELU)
+                gate(block, chunk, y_t);
         });
         for (int64_t i = 0; i < block.columns(); i++) {
             float total = 0;
@@ -69,7 +70,7 @@ struct Forward {
         }
         for (int64_t g = 0; g < block.groups; g++)
             if (block.count(g))
-                std::memcpy(call.sumsq + block.row(g, 0), sumsq + block.column(g, 0),
+                std::memcpy(call.outputs.sumsq + block.row(g, 0), sumsq + block.column(g, 0),
                             size_t(block.count(g)) * 4);
     }
 
@@ -85,8 +86,8 @@ struct Forward {
             for (int j = 0; j < valid; j++) {
                 const int64_t i = first + j;
                 const Row row = row_of(call, block.operand_row(i));
-                rows[j] = pairs ? row.pairs(call.in, own + j * depth)
-                                : row.operands(call.in, own + j * depth);
+                rows[j] = pairs ? row.pairs(in_of(call), own + j * depth)
+                                : row.operands(in_of(call), own + j * depth);
                 set_scale(i, block.operand_row(i));
                 for (int64_t g = 1; g <= block.field.copies; g++)
                     set_scale(block.column(g, i), block.row(g, i));
@@ -113,18 +114,11 @@ struct Forward {
 
     // A row's operand in the place `k`.
     float place(const Row& row, int64_t k) const {
-        const auto number = [&](int64_t column) { return column < call.in ? row[column] : 0; };
+        const auto number = [&](int64_t column) { return column < in_of(call) ? row[column] : 0; };
         return pairs ? pair_of_rounded(number(2 * k), number(2 * k + 1)) : number(k);
     }
 
-    void set_scale(int64_t column, int64_t row) const {
-        if (call.norm == ffk::NORM_NONE)
-            scale[column] = 1;
-        else
-            scale[column] = row_scale(call, call.input_sumsq != nullptr
-                                                ? call.input_sumsq[row]
-                                                : sum_of_squares(row_of(call, row), call.in));
-    }
+    void set_scale(int64_t column, int64_t row) const { scale[column] = scale_of_row(call, row); }
 
     struct Weights {
         const float* at;
@@ -132,16 +126,16 @@ struct Forward {
     };
 
     Weights weights(int64_t chunk, float* own) const {
-        const float* at = call.weight + chunks.first(chunk) * call.in;
-        if (!copies_weights) return {at, call.in};
-        for (int64_t o = 0; o < chunks.size(chunk); o++, at += call.in) {
+        const float* at = weight_at(call) + chunks.first(chunk) * in_of(call);
+        if (!copies_weights) return {at, in_of(call)};
+        for (int64_t o = 0; o < chunks.size(chunk); o++, at += in_of(call)) {
             float* to = own + o * weight_stride;
             if (pairs)
-                to_pairs(at, call.in, to);
-            else if (call.bfloat16)
-                round_all(at, call.in, to);
+                to_pairs(at, in_of(call), to);
+            else if (rounds(call))
+                round_all(at, in_of(call), to);
             else
-                std::memcpy(to, at, size_t(call.in) * 4);
+                std::memcpy(to, at, size_t(in_of(call)) * 4);
         }
         return {own, weight_stride};
     }
@@ -198,8 +192,9 @@ struct Forward {
     __attribute__((always_inline)) void finish(const Tile<NV>& tile, int valid, int64_t unit,
                                                int64_t column, float* y, float* q,
                                                bool first) const {
-        const bool relu = call.activation == ffk::RELU, leaky = call.activation == ffk::LEAKY_RELU;
-        const float* biases = call.bias;
+        const bool relu = call.layer.activation == ffk::RELU,
+                   leaky = call.layer.activation == ffk::LEAKY_RELU;
+        const float* biases = call.layer.bias;
         const int64_t y_stride = stride;
         vec r[NV], squares[NV];
         for (int v = 0; v < NV; v++) {
@@ -224,7 +219,7 @@ struct Forward {
 
     // y_t [units, columns] to y [rows, out].
     void write_rows(const Block& block, int64_t chunk, const float* y_t) const {
-        if (call.bfloat16)
+        if (call.outputs.y.is_bfloat16)
             write_rows<uint16_t>(block, chunk, y_t);
         else
             write_rows<float>(block, chunk, y_t);
@@ -232,10 +227,10 @@ struct Forward {
 
     template <class Number>
     void write_rows(const Block& block, int64_t chunk, const float* y_t) const {
-        const int64_t first = chunks.first(chunk), units = chunks.size(chunk), out = call.out,
+        const int64_t first = chunks.first(chunk), units = chunks.size(chunk), out = out_of(call),
                       width = stride;
         for (int64_t g = 0; g < block.groups; g++) {
-            Number* y = static_cast<Number*>(call.y) + block.row(g, 0) * out + first;
+            Number* y = static_cast<Number*>(call.outputs.y.at) + block.row(g, 0) * out + first;
             const int64_t count = block.count(g);
             for (int64_t i = 0; i < count; i += LANES)
                 for (int64_t o = 0; o < units; o += LANES) {

@@ -2,6 +2,7 @@
 #include "kernels.h"
 
 #include "forward.h"
+#include "given.h"
 #include "objective.h"
 #include "update.h"
 
@@ -26,14 +27,41 @@ Block largest_block(const ffk::Call& call, int64_t blocks, Field field) {
     return b;
 }
 
+// A forward pass over the whole batch, in the memory that it is given.
+struct WholeForward {
+    ffk::Call call;
+    int64_t blocks;
+    Field field;
+    Forward forward;
+
+    WholeForward(const ffk::Call& c, Field f, Memory& memory)
+        : call(c),
+          blocks(larger(1, pieces(rows_of(c, 0) + rows_of(c, 1), BLOCK_ROWS))),
+          field(f),
+          forward(call, largest_block(call, blocks, field), false, memory) {}
+    WholeForward(const WholeForward&) = delete;
+
+    void run() const {
+        for (int64_t index = 0; index < blocks; index++)
+            forward.run(block_of(call, index, blocks, field), nullptr);
+    }
+};
+
 int linear_forward(const ffk::Call& call) {
-    const int64_t rows = call.rows[0] + call.rows[1], blocks = larger(1, pieces(rows, BLOCK_ROWS));
     const Field field = label_field(call);
     return with_memory([&](Memory& memory, bool real) {
-        const Forward forward(call, largest_block(call, blocks, field), false, memory);
-        for (int64_t index = 0; real && index < blocks; index++)
-            forward.run(block_of(call, index, blocks, field), nullptr);
+        const WholeForward forward(call, field, memory);
+        if (real) forward.run();
     });
+}
+
+// How many blocks a step works through a batch in.
+int64_t blocks_of_step(const ffk::Call& call) {
+    const int64_t rows = rows_of(call, 0) + rows_of(call, 1);
+    const int64_t rows_at_once = rows * out_of(call) <= SINGLE_BLOCK
+                                     ? larger(1, rows)
+                                     : larger(BLOCK_ROWS, SINGLE_BLOCK / 4 / out_of(call));
+    return larger(1, pieces(rows, rows_at_once));
 }
 
 // Coefficients per column; returns the block's part of the loss.
@@ -62,20 +90,22 @@ double coefficients(const Objective& objective, const Block& block, const float*
 }
 
 int linear_step(const ffk::Call& call) {
-    const int64_t rows = call.rows[0] + call.rows[1];
-    const int64_t rows_at_once = rows * call.out <= SINGLE_BLOCK
-                                     ? larger(1, rows)
-                                     : larger(BLOCK_ROWS, SINGLE_BLOCK / 4 / call.out);
-    const int64_t blocks = larger(1, pieces(rows, rows_at_once));
+    const int64_t blocks = blocks_of_step(call);
     const Field field = label_field(call);
     const Objective objective(call);
+    ffk::Call again = call;
+    again.outputs.y = call.outputs.y_after, again.outputs.sumsq = call.outputs.sumsq_after;
     return with_memory([&](Memory& memory, bool real) {
+        // What comes after the update has its memory before it, over that of the step.
+        Memory after_memory = memory;
+        const WholeForward after(again, field, after_memory);
         const Block largest = largest_block(call, blocks, field);
         const Forward forward(call, largest, true, memory);
         Peers peers(call, largest, memory);
         Update update(call, peers, largest, blocks, memory);
-        float* y_t = memory.take(up_to(call.out, TILE_ROWS) * forward.stride);
+        float* y_t = memory.take(up_to(out_of(call), TILE_ROWS) * forward.stride);
         float* coefficient = memory.take(largest.columns());
+        memory.used = larger(memory.used, after_memory.used);
         if (!real) return;
         double loss = 0;
         if (peers.there()) peers.start();
@@ -86,10 +116,39 @@ int linear_step(const ffk::Call& call) {
                 peers.see(block, y_t, forward.stride, forward.scale);
                 if (index == blocks - 1) peers.finish();
             }
+            if (call.outputs.goodness_out != nullptr)
+                for (int64_t g = 0; g < block.groups; g++)
+                    for (int64_t i = 0; i < block.count(g); i++)
+                        call.outputs.goodness_out[block.row(g, i)] =
+                            objective.goodness(forward.sumsq[block.column(g, i)]);
             loss += coefficients(objective, block, forward.sumsq, coefficient);
             update.run(block, index, coefficient, forward.scale, y_t, forward.stride);
         }
-        *call.loss = float(loss);
+        *call.outputs.loss_out = float(loss);
+        if (again.outputs.sumsq != nullptr) after.run();
+    });
+}
+
+int linear_update(const ffk::Call& call) {
+    const int64_t blocks = blocks_of_step(call);
+    const Field field = label_field(call);
+    return with_memory([&](Memory& memory, bool real) {
+        const Block largest = largest_block(call, blocks, field);
+        const Given given(call, largest, memory);
+        Peers peers(call, largest, memory);
+        Update update(call, peers, largest, blocks, memory);
+        if (!real) return;
+        if (peers.there()) peers.start();
+        for (int64_t index = 0; index < blocks; index++) {
+            const Block block = block_of(call, index, blocks, field);
+            given.read(block);
+            if (peers.there()) {
+                peers.see(block, given.y_t, given.stride, given.scale);
+                if (index == blocks - 1) peers.finish();
+            }
+            given.apply(block);
+            update.run(block, index, given.coefficient, given.scale, given.y_t, given.stride);
+        }
     });
 }
 
@@ -97,4 +156,4 @@ int linear_step(const ffk::Call& call) {
 
 #define FFK_TEXT_OF(name) #name
 #define FFK_TEXT(name) FFK_TEXT_OF(name)
-const ffk::Kernels ffk::FFK_SET{FFK_TEXT(FFK_SET), linear_forward, linear_step};
+const ffk::Kernels ffk::FFK_SET{FFK_TEXT(FFK_SET), linear_forward, linear_step, linear_update};

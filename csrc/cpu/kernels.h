@@ -8,6 +8,7 @@ struct Kernels {
     const char* name;
     int (*linear_forward)(const Call&);
     int (*linear_step)(const Call&);
+    int (*linear_update)(const Call&);
 };
 
 extern const Kernels amx, avx512_bf16, avx512, avx2, baseline;

@@ -16,16 +16,16 @@ struct Peers {
 
     Peers(const ffk::Call& c, const Block& largest, Memory& memory) : call(c) {
         if (!there()) return;
-        activity = memory.take(up_to(call.out, TILE_ROWS)),
-        input = memory.take(up_to(call.in, PANEL));
-        positive = memory.take(largest.columns()), unpacked = memory.take(call.in);
+        activity = memory.take(up_to(out_of(call), TILE_ROWS)),
+        input = memory.take(up_to(in_of(call), PANEL));
+        positive = memory.take(largest.columns()), unpacked = memory.take(in_of(call));
     }
 
-    bool there() const { return call.peer_mean != nullptr; }
+    bool there() const { return call.pull.mean != nullptr; }
 
     void start() {
-        std::memset(activity, 0, size_t(up_to(call.out, TILE_ROWS)) * 4);
-        std::memset(input, 0, size_t(up_to(call.in, PANEL)) * 4);
+        std::memset(activity, 0, size_t(up_to(out_of(call), TILE_ROWS)) * 4);
+        std::memset(input, 0, size_t(up_to(in_of(call), PANEL)) * 4);
     }
 
     // Adds a block's rows: y_t [out, stride] and the row scales, per column.
@@ -34,29 +34,31 @@ struct Peers {
         for (int64_t g = 0; g < block.groups; g++)
             for (int64_t i = 0; i < block.count(g); i++) {
                 const int64_t at = block.row(g, i), column = block.column(g, i);
-                if (call.is_positive != nullptr ? !call.is_positive[at] : g != 0) continue;
-                const float* row = row_of(call, at).operands(call.in, unpacked);
+                if (call.rows.is_positive != nullptr ? !call.rows.is_positive[at] : g != 0)
+                    continue;
+                const float* row = row_of(call, at).operands(in_of(call), unpacked);
                 positive[column] = 1, count += 1;
-                for (int64_t k = 0; k < call.in; k++) input[k] += scale[column] * row[k];
+                for (int64_t k = 0; k < in_of(call); k++) input[k] += scale[column] * row[k];
             }
-        for (int64_t o = 0; o < call.out; o++)
+        for (int64_t o = 0; o < out_of(call); o++)
             activity[o] += dot(y_t + o * stride, positive, block.columns());
     }
 
     // Moves the running means, and makes p of them; without positive rows neither.
     void finish() {
         double total = 0;
-        for (int64_t o = 0; o < call.out; o++) {
-            float& mean = call.peer_mean[o];
+        for (int64_t o = 0; o < out_of(call); o++) {
+            float& mean = call.pull.mean[o];
             // A sum of both parts: nothing is lost of a mean that is small beside the old one.
             if (count > 0)
-                mean = float(call.peer_momentum) * mean
-                       + float(1 - call.peer_momentum) * (activity[o] / float(count));
+                mean = float(call.pull.momentum) * mean
+                       + float(1 - call.pull.momentum) * (activity[o] / float(count));
             total += mean;
         }
-        const float whole = float(total / double(call.out)),
-                    strength = count > 0 ? float(call.peer_strength / count) : 0;
-        for (int64_t o = 0; o < call.out; o++) activity[o] = strength * (call.peer_mean[o] - whole);
+        const float whole = float(total / double(out_of(call))),
+                    strength = count > 0 ? float(call.pull.strength / count) : 0;
+        for (int64_t o = 0; o < out_of(call); o++)
+            activity[o] = strength * (call.pull.mean[o] - whole);
     }
 
     float pull(int64_t unit) const { return activity[unit]; }

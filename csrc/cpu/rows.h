@@ -6,9 +6,19 @@
 
 namespace {
 
+inline int64_t in_of(const ffk::Call& call) { return call.layer.weight.columns; }
+inline int64_t out_of(const ffk::Call& call) { return call.layer.weight.rows; }
+inline float* weight_at(const ffk::Call& call) { return static_cast<float*>(call.layer.weight.at); }
+// Whether the operands of products are rounded.
+inline bool rounds(const ffk::Call& call) { return call.layer.compute_dtype == ffk::BFLOAT16; }
+inline const ffk::Matrix& side_of(const ffk::Call& call, int side) {
+    return side ? call.rows.x_neg : call.rows.x_pos;
+}
+inline int64_t rows_of(const ffk::Call& call, int side) { return side_of(call, side).rows; }
+
 // Whether a call's products run on a bfloat16 unit, and how many places `n` numbers take along
 // their depth.
-inline bool in_pairs(const ffk::Call& call) { return MULTIPLIES_PAIRS && call.bfloat16; }
+inline bool in_pairs(const ffk::Call& call) { return MULTIPLIES_PAIRS && rounds(call); }
 inline int64_t places(const ffk::Call& call, int64_t n) {
     return in_pairs(call) ? up_to(pieces(n, 2), PAIRS_AT_ONCE) : n;
 }
@@ -76,11 +86,11 @@ struct Row {
 
 // Row `i` of the joint batch.
 inline Row row_of(const ffk::Call& call, int64_t i) {
-    const int side = i < call.rows[0] ? 0 : 1;
-    const int64_t bytes = call.x_bfloat16 ? 2 : 4;
-    const char* base = static_cast<const char*>(call.x[side]);
-    return {base + (side ? i - call.rows[0] : i) * call.x_stride[side] * bytes,
-            call.x_bfloat16 != 0, call.bfloat16 != 0};
+    const int side = i < rows_of(call, 0) ? 0 : 1;
+    const int64_t bytes = call.rows.x_pos.is_bfloat16 ? 2 : 4;
+    const char* base = static_cast<const char*>(side_of(call, side).at);
+    return {base + (side ? i - rows_of(call, 0) : i) * side_of(call, side).stride * bytes,
+            call.rows.x_pos.is_bfloat16 != 0, rounds(call) != 0};
 }
 
 // Of the row as it came: normalisation is not a product, and is not rounded.
@@ -112,14 +122,22 @@ inline float dot(const float* a, const float* b, int64_t n) {
 
 // ffkernels/normalisation.py, row_scale.
 inline float row_scale(const ffk::Call& call, float sumsq) {
-    if (call.norm == ffk::NORM_NONE) return 1;
+    if (call.layer.norm == ffk::NORM_NONE) return 1;
     if (sumsq == 0) return 0;
-    const float square = call.norm == ffk::NORM_RMS ? sumsq / float(call.in) : sumsq,
-                eps = float(call.eps);
-    if (call.eps_mode == ffk::EPS_INSIDE) return 1 / __builtin_sqrtf(square + eps);
+    const float square = call.layer.norm == ffk::NORM_RMS ? sumsq / float(in_of(call)) : sumsq,
+                eps = float(call.layer.eps);
+    if (call.layer.eps_mode == ffk::EPS_INSIDE) return 1 / __builtin_sqrtf(square + eps);
     const float norm = __builtin_sqrtf(square);
-    if (call.eps_mode == ffk::EPS_CLAMP) return 1 / (norm < eps ? eps : norm);
+    if (call.layer.eps_mode == ffk::EPS_CLAMP) return 1 / (norm < eps ? eps : norm);
     return 1 / (norm + eps);
+}
+
+// The scale of row `i` of the joint batch.
+inline float scale_of_row(const ffk::Call& call, int64_t i) {
+    if (call.layer.norm == ffk::NORM_NONE) return 1;
+    return row_scale(call, call.rows.input_sumsq != nullptr
+                               ? call.rows.input_sumsq[i]
+                               : sum_of_squares(row_of(call, i), in_of(call)));
 }
 
 // Up to LANES rows become the columns of a panel: panel[k * width + lane] = rows[lane][k], zeros

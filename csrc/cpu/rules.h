@@ -14,15 +14,16 @@ struct Rule {
     bool nesterov, first;
     float beta1, one_minus_beta1, beta2, one_minus_beta2, inverse_root, eps;
 
-    Rule(int kind, const ffk::Update& u) {
-        sign = u.maximize ? -1.f : 1.f;
-        decay = u.decoupled ? 0.f : float(u.weight_decay);
-        decoupled = u.decoupled ? float(1 - u.lr * u.weight_decay) : 1.f;
+    Rule(int kind, const ffk::Slot& slot) {
+        const ffk::Numbers& u = slot.numbers;
+        sign = u.maximize != 0 ? -1.f : 1.f;
+        decay = u.decoupled != 0 ? 0.f : float(u.decay);
+        decoupled = u.decoupled != 0 ? float(1 - u.lr * u.decay) : 1.f;
         lr = float(u.lr);
         momentum = float(u.momentum), kept = float(1 - u.dampening);
         nesterov = u.nesterov != 0, first = u.first_step != 0;
         if (kind != ffk::ADAM) return;
-        const double step = double(*u.state[2]) + 1;
+        const double step = double(*slot.state[2]) + 1;
         lr = float(u.lr / (1 - __builtin_pow(u.beta1, step)));
         inverse_root = float(1 / __builtin_sqrt(1 - __builtin_pow(u.beta2, step)));
         beta1 = float(u.beta1), one_minus_beta1 = float(1 - u.beta1), beta2 = float(u.beta2),

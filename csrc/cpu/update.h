@@ -35,27 +35,27 @@ struct Update {
            Memory& memory)
         : call(c),
           peers(p),
-          chunks(c.out, largest.operands()),
-          weight_rule(c.rule, c.weight_update),
-          bias_rule(c.bias != nullptr ? c.rule : int32_t(ffk::GRAD), c.bias_update),
+          chunks(out_of(c), largest.operands()),
+          weight_rule(c.update.rule, c.update.weight),
+          bias_rule(c.layer.bias != nullptr ? c.update.rule : int32_t(ffk::GRAD), c.update.bias),
           pairs(in_pairs(c)),
           blocks(block_count),
           depth_stride(stride_for(places(c, largest.operands()))),
-          sum_stride(stride_for(c.in)) {
+          sum_stride(stride_for(in_of(c))) {
         rows = largest.operands();
         const Field field = largest.field;
         const int64_t groups = 1 + field.copies, lefts = field.copies ? 1 + groups : 1;
-        packed = memory.take(places(call, rows) * up_to(call.in, LANES));
+        packed = memory.take(places(call, rows) * up_to(in_of(call), LANES));
         field_size = field.count ? places(call, rows) * (up_to(field.count, PANEL) + PANEL) : 0;
         field_packed = memory.take(field_size * field.copies);
         kept = reinterpret_cast<int32_t*>(memory.take(rows)),
         moves = reinterpret_cast<int32_t*>(memory.take(groups));
         weight_of = memory.take(groups * rows), bias_weight_of = memory.take(groups * rows);
-        sum = memory.take(blocks > 1 ? up_to(call.out, TILE_ROWS) * sum_stride : 0);
-        bias_sum = memory.take(call.out);
+        sum = memory.take(blocks > 1 ? up_to(out_of(call), TILE_ROWS) * sum_stride : 0);
+        bias_sum = memory.take(out_of(call));
         left_size = chunks.rows * depth_stride * lefts + (pairs ? 2 * up_to(rows, 16) : 0);
         scratch_size =
-            up_to(larger(2 * call.in,
+            up_to(larger(2 * in_of(call),
                          left_size + (rows > DEPTH && blocks == 1 ? chunks.rows * sum_stride : 0)),
                   16);
         scratch = memory.take(scratch_size * call.threads);
@@ -65,32 +65,32 @@ struct Update {
     void run(const Block& block, int64_t index, const float* coefficient, const float* scale,
              const float* y_t, int64_t stride) {
         const int64_t depth = choose(block, coefficient, scale);
-        const int workers = workers_for(call, larger(1, depth) * call.in * call.out);
-        const Panels panels{call.in, places(call, depth)};
+        const int workers = workers_for(call, larger(1, depth) * in_of(call) * out_of(call));
+        const Panels panels{in_of(call), places(call, depth)};
         pack(block, depth, panels, workers);
         parallel(chunks.count(), workers, [&](int64_t chunk, int worker) {
             float* left = scratch + worker * scratch_size;
             form(block, index, chunk, depth, y_t, stride, left);
             with_rule([&](auto kind) {
                 constexpr int KIND = decltype(kind)::value;
-                if (call.bias != nullptr && index == blocks - 1) update_bias<KIND>(chunk);
+                if (call.layer.bias != nullptr && index == blocks - 1) update_bias<KIND>(chunk);
                 with_pairs(pairs, [&](auto in_pairs) {
                     multiply<KIND, decltype(in_pairs)::value>(block, index, chunk, panels, left,
                                                               left + left_size);
                 });
             });
         });
-        if (index == blocks - 1 && call.rule == ffk::ADAM) {
-            *call.weight_update.state[2] += 1;
-            if (call.bias != nullptr) *call.bias_update.state[2] += 1;
+        if (index == blocks - 1 && call.update.rule == ffk::ADAM) {
+            *call.update.weight.state[2] += 1;
+            if (call.layer.bias != nullptr) *call.update.bias.state[2] += 1;
         }
     }
 
     template <class F>
     void with_rule(F f) const {
-        if (call.rule == ffk::ADAM)
+        if (call.update.rule == ffk::ADAM)
             f(Constant<ffk::ADAM>{});
-        else if (call.rule == ffk::SGD)
+        else if (call.update.rule == ffk::SGD)
             f(Constant<ffk::SGD>{});
         else
             f(Constant<ffk::GRAD>{});
@@ -120,7 +120,7 @@ struct Update {
             float* own = scratch + worker * scratch_size;
             for (int64_t k = group * LANES; k < smaller(panels.depth, (group + 1) * LANES); k++) {
                 const float* row = pairs ? two_rows(block, 2 * k, depth, own)
-                                         : row_at(block, k).operands(call.in, own);
+                                         : row_at(block, k).operands(in_of(call), own);
                 pack_row(row, panels, k, packed);
                 for (int64_t g = 0; block.field.copies && g <= block.field.copies; g++)
                     if (moves[g]) pack_own(block, g, depth, panels, k);
@@ -135,13 +135,14 @@ struct Update {
     // Kept rows `k` and `k + 1` (zeros beyond the last) as one row of pairs.
     const float* two_rows(const Block& block, int64_t k, int64_t depth, float* own) const {
         if (k >= depth) {
-            std::memset(own, 0, size_t(call.in) * 4);
+            std::memset(own, 0, size_t(in_of(call)) * 4);
             return own;
         }
-        const float* first = row_at(block, k).operands(call.in, own);
+        const float* first = row_at(block, k).operands(in_of(call), own);
         const bool alone = k + 1 == depth;
-        const float* second = alone ? first : row_at(block, k + 1).operands(call.in, own + call.in);
-        for (int64_t j = 0; j < call.in; j++)
+        const float* second =
+            alone ? first : row_at(block, k + 1).operands(in_of(call), own + in_of(call));
+        for (int64_t j = 0; j < in_of(call); j++)
             own[j] = pair_of_rounded(first[j], alone ? 0 : second[j]);
         return own;
     }
@@ -155,7 +156,7 @@ struct Update {
                       each = pairs ? 2 : 1;
         for (int64_t p = first; p <= last; p++) {
             const int64_t width = panels.vectors(p) * LANES,
-                          valid = smaller(width, call.in - p * PANEL);
+                          valid = smaller(width, in_of(call) - p * PANEL);
             float* into = own_panel(block, group, panels, p) + k * width;
             std::memset(into, 0, size_t(width) * 4);
             for (int64_t i = each * k; i < smaller(depth, each * (k + 1)); i++) {
@@ -232,15 +233,15 @@ struct Update {
     void round(float* values, int64_t n, float* operand) const {
         if (pairs)
             to_pairs(values, n, operand);
-        else if (call.bfloat16)
+        else if (rounds(call))
             round_all(values, n, values);
     }
 
     template <int KIND>
     void update_bias(int64_t chunk) const {
         const int64_t first = chunks.first(chunk);
-        float* const* state = call.bias_update.state;
-        bias_rule.apply<KIND>(bias_sum + first, chunks.size(chunk), call.bias + first,
+        float* const* state = call.update.bias.state;
+        bias_rule.apply<KIND>(bias_sum + first, chunks.size(chunk), call.layer.bias + first,
                               at(state[0], first), at(state[1], first));
     }
 
@@ -288,7 +289,7 @@ struct Update {
                         float finished[TILE_ROWS * PANEL];
                         tile.write(finished, PANEL);
                         apply<KIND>(finished, first + o, a.valid, p * PANEL,
-                                    smaller(NV * LANES, call.in - p * PANEL));
+                                    smaller(NV * LANES, in_of(call) - p * PANEL));
                     }
                 });
         }
@@ -297,11 +298,11 @@ struct Update {
     // What the rule will read arrives while the tile is being multiplied.
     template <int KIND>
     void expect(int64_t unit, int valid, int64_t column, int vectors, Coming& coming) const {
-        float* const* state = call.weight_update.state;
+        float* const* state = call.update.weight.state;
         for (int m = 0; m < valid; m++)
             for (int v = 0; v < vectors; v++) {
-                const int64_t at = (unit + m) * call.in + column + v * LANES;
-                if (KIND != ffk::GRAD) coming.add(call.weight + at);
+                const int64_t at = (unit + m) * in_of(call) + column + v * LANES;
+                if (KIND != ffk::GRAD) coming.add(weight_at(call) + at);
                 if (state[0] != nullptr) coming.add(state[0] + at);
                 if (KIND == ffk::ADAM) coming.add(state[1] + at);
             }
@@ -311,10 +312,10 @@ struct Update {
     void apply(const float* gradient, int64_t unit, int valid, int64_t column,
                int64_t columns) const {
         const Rule rule = weight_rule;
-        float* const* state = call.weight_update.state;
+        float* const* state = call.update.weight.state;
         for (int m = 0; m < valid; m++) {
-            const int64_t first = (unit + m) * call.in + column;
-            rule.apply<KIND>(gradient + m * PANEL, columns, call.weight + first,
+            const int64_t first = (unit + m) * in_of(call) + column;
+            rule.apply<KIND>(gradient + m * PANEL, columns, weight_at(call) + first,
                              at(state[0], first), at(state[1], first));
         }
     }

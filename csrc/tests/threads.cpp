@@ -33,20 +33,21 @@ struct Layer {
 
     int step(int64_t n_pos, int64_t n_neg, int64_t in, int64_t out, int threads) {
         ffk::Call call{};
-        call.x[0] = x_pos.data(), call.x[1] = x_neg.data();
-        call.rows[0] = n_pos, call.rows[1] = n_neg, call.x_stride[0] = call.x_stride[1] = in;
-        call.in = in, call.out = out;
-        call.weight = weight.data(), call.bias = bias.data(), call.y = y.data(),
-        call.sumsq = sumsq.data(), call.loss = &loss;
-        call.norm = ffk::NORM_L2, call.eps = 1e-4, call.temperature = 1, call.alpha = 1,
-        call.maximize = 1;
-        call.threshold_pos = call.threshold_neg = 0.5;
-        call.rule = ffk::ADAM, call.threads = threads;
+        call.rows.x_pos = {x_pos.data(), n_pos, in, in, 0};
+        call.rows.x_neg = {x_neg.data(), n_neg, in, in, 0};
+        call.layer.weight = {weight.data(), out, in, in, 0}, call.layer.bias = bias.data();
+        call.layer.norm = ffk::NORM_L2, call.layer.eps = 1e-4;
+        call.outputs.y = {y.data(), n_pos + n_neg, out, out, 0};
+        call.outputs.sumsq = sumsq.data(), call.outputs.loss_out = &loss;
+        call.goal.temperature = call.goal.alpha = 1, call.goal.maximize = 1;
+        call.goal.threshold_pos = call.goal.threshold_neg = 0.5;
+        call.update.rule = ffk::ADAM, call.threads = threads;
         for (int i = 0; i < 2; i++) {
-            ffk::Update& update = i ? call.bias_update : call.weight_update;
-            update.state[0] = state[2 * i].data(), update.state[1] = state[2 * i + 1].data(),
-            update.state[2] = &steps[i];
-            update.lr = 0.01, update.beta1 = 0.9, update.beta2 = 0.999, update.eps = 1e-8;
+            ffk::Slot& slot = i ? call.update.bias : call.update.weight;
+            slot.state[0] = state[2 * i].data(), slot.state[1] = state[2 * i + 1].data(),
+            slot.state[2] = &steps[i];
+            slot.numbers.lr = 0.01, slot.numbers.beta1 = 0.9, slot.numbers.beta2 = 0.999,
+            slot.numbers.eps = 1e-8;
         }
         return ffk_linear_step(&call);
     }

@@ -27,6 +27,8 @@ TAKES_ROUNDED = ("triton",)
 # Which find out by themselves that the second side's rows are copies of the first side's under other labels, any number
 # of times over, and share their products.
 FINDS_COPIES = ("native",)
+# Whose step also makes the goodness and the forward pass after it, which saves calls.
+HANDS_OUT_ALL = ("native",)
 # Which write by PyTorch's operations, to which tensors of inference mode are read-only outside of it.
 WRITES_BY_TORCH = ("eager",)
 

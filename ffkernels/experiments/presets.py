@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from ..objective import Objective
 from ..peer import PeerNormalisation
+from ..spec import Activation, EpsMode, Goodness, Loss, Norm, OutputsOf
 
 
 @dataclass(frozen=True)
@@ -73,15 +74,15 @@ class Preset:
     classifier: Rule | None
     assumed: str = ""
     published: str = ""
-    goodness: str = "mean"
-    loss: str = "logistic"
+    goodness: Goodness = "mean"
+    loss: Loss = "logistic"
     alpha: float = 4.0
     threshold: float | None = 2.0
-    norm: str = "rms"
+    norm: Norm = "rms"
     eps: float = 1e-8
-    eps_mode: str = "add"
-    activation: str = "relu"
-    outputs: str = "pre"
+    eps_mode: EpsMode = "add"
+    activation: Activation = "relu"
+    outputs: OutputsOf = "pre"
     peer: PeerNormalisation | None = None
     init: str = "torch"
     label: str = "pixels"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..objective import Objective
+from ..spec import OutputsOf
 from . import common
 
 common.require_version("fflib", "0.3.0")
@@ -73,7 +74,7 @@ class FFLinear(common.Accelerated, ff_linear.FFLinear):
             self.step(x_pos, x_neg, "none")
 
     def step(
-        self, x_pos: Tensor, x_neg: Tensor, outputs: str, input_sumsq: Tensor | None = None
+        self, x_pos: Tensor, x_neg: Tensor, outputs: OutputsOf, input_sumsq: Tensor | None = None
     ) -> functional.StepResult:
         """The step of `run_train`, with `ffkernels.linear_step_`'s result."""
         assert self.opt is not None

@@ -7,14 +7,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...spec import Numbers, Slot, Update
 from . import rules
-from .layer import LabelField, Layer, Rows
+from .layer import LabelField, Operands, ReadyLayer
 from .peers import Peers
 from .products import binary_exponent
 
 # Elements of the weight gradient (4 MB of float32) that are there at once: the update rule reads them from cache.
 PANEL_ELEMENTS = 1 << 20
-# Rows whose coefficient is exactly zero are left out where at least this share of a block's rows is.
+# Operands whose coefficient is exactly zero are left out where at least this share of a block's rows is.
 LEAVE_OUT_SHARE = 0.2
 
 
@@ -37,7 +38,7 @@ class Gradient:
     The last block's part is not formed until `apply`, panel by panel; a batch of one block never has a whole gradient.
     """
 
-    def __init__(self, layer: Layer, weight: Tensor, bias: Tensor | None, peers: Peers | None = None) -> None:
+    def __init__(self, layer: ReadyLayer, weight: Tensor, bias: Tensor | None, peers: Peers | None = None) -> None:
         self.layer, self.peers = layer, peers
         self.pull: Tensor | None = None
         self.weight, self.bias = weight, bias
@@ -45,8 +46,39 @@ class Gradient:
         self.bias_sum = None if bias is None else torch.zeros_like(bias)
         self.pending: Pending | None = None
 
-    def add(self, rows: Rows, y: Tensor, z: Tensor | None, coefficient: Tensor, is_positive: Tensor) -> None:
-        """Adds a block's rows, on the sides `is_positive` `[rows]`. May overwrite `y`."""
+    def add_given(
+        self,
+        rows: Operands,
+        y: Tensor,
+        z: Tensor | None,
+        first: Tensor | None,
+        second: Tensor | None,
+        is_positive: Tensor,
+    ) -> None:
+        """Adds a block's rows by the slopes of `spec.Slopes`. May overwrite `y`."""
+        if first is None and second is not None and second.shape[1] == 1:
+            return self.add(rows, y, z, 2 * second[:, 0], is_positive)
+        dz, takes_part = torch.zeros_like(y), torch.zeros(len(y), dtype=torch.bool, device=y.device)
+        for slope, times in ((second, 2 * y), (first, 1)):
+            if slope is not None:
+                dz.add_(_by_unit(slope, y.shape[1]) * times)
+                takes_part |= (slope != 0).any(1)
+        dz.mul_(self.layer.activation.slope(y, z))
+        self.add(rows, y, z, takes_part.to(y.dtype), is_positive, dz)
+
+    def add(
+        self,
+        rows: Operands,
+        y: Tensor,
+        z: Tensor | None,
+        coefficient: Tensor,
+        is_positive: Tensor,
+        dz: Tensor | None = None,
+    ) -> None:
+        """Adds a block's rows, on the sides `is_positive` `[rows]`. May overwrite `y`.
+
+        `dz`: `[rows, out]` dLoss/dz where it is there already; rows whose coefficient is zero have none.
+        """
         if self.pending is not None:
             self._sum_pending()
         x, r, field = rows.operand, rows.scale, rows.field if rows.twins else None
@@ -63,9 +95,9 @@ class Gradient:
                 kept = torch.cat([kept, kept + len(rows.operand)])
                 field = LabelField(field.columns, field.numbers[kept])
             y, coefficient = y[kept], coefficient[kept]
-            z = None if z is None else z[kept]
-            r = None if r is None else r[kept]
-        dz = self.layer.activation.gated(y, z).mul_(coefficient.unsqueeze(1))
+            z, r, dz = (None if t is None else t[kept] for t in (z, r, dz))
+        if dz is None:
+            dz = self.layer.activation.gated(y, z).mul_(coefficient.unsqueeze(1))
         if pulled is not None:
             dz.add_(pulled)
         elif field is not None:
@@ -87,42 +119,37 @@ class Gradient:
             own, dz = operand(dz), dz[: len(x)] + dz[len(x) :]
         self.pending = Pending(operand(dz), x, exponent, own, field)
 
-    def apply(
-        self,
-        rule: str,
-        weight_state: list[Tensor],
-        weight_hyper: list[float],
-        weight_lr: float | Tensor,
-        bias_state: list[Tensor],
-        bias_hyper: list[float],
-        bias_lr: float | Tensor,
-    ) -> None:
-        """Updates the parameters by `rule`, or writes their gradients to the states under the rule "grad"."""
+    def apply(self, update: Update) -> None:
+        """Updates the parameters, or writes their gradients to the states under the rule "grad"."""
+        rule, of_weight, of_bias = update
         if self.peers is not None and not self.peers.gated:
             self.pull = self.peers.pull()
             if self.bias_sum is not None:
                 self.bias_sum.add_(self.pull * self.peers.count)
         if rule == "grad":
-            whole = self._panel(slice(None), weight_state[0])
+            whole = self._panel(slice(None), of_weight.state[0])
             if self.weight_sum is not None:
-                weight_state[0].copy_(whole)
+                of_weight.state[0].copy_(whole)
             if self.bias_sum is not None:
-                bias_state[0].copy_(self.bias_sum)
+                of_bias.state[0].copy_(self.bias_sum)
             return
-        update = rules.RULES[rule]
+        apply = rules.RULES[rule]
+        numbers, lr = of_weight.numbers, _rate(of_weight, self.weight.dtype)
+        assert isinstance(numbers, Numbers)
         out_features, in_features = self.weight.shape
         panel = min(out_features, max(1, PANEL_ELEMENTS // in_features))
         scratch = self.weight.new_empty(panel, in_features) if self.weight_sum is None else None
         # The first panel is made before anything is written: what can fail has failed by then.
         ready = self._panel(slice(0, panel), scratch)
-        rules.start(rule, weight_state)
+        rules.start(rule, of_weight.state)
         for start in range(0, out_features, panel):
             rows = slice(start, min(start + panel, out_features))
             gradient = ready if start == 0 else self._panel(rows, scratch)
-            update(self.weight[rows], gradient, rules.rows_of(rule, weight_state, rows), weight_hyper, weight_lr)
+            apply(self.weight[rows], gradient, rules.rows_of(rule, of_weight.state, rows), numbers, lr)
         if self.bias is not None and self.bias_sum is not None:
-            rules.start(rule, bias_state)
-            update(self.bias, self.bias_sum, bias_state, bias_hyper, bias_lr)
+            rules.start(rule, of_bias.state)
+            assert isinstance(of_bias.numbers, Numbers)
+            apply(self.bias, self.bias_sum, of_bias.state, of_bias.numbers, _rate(of_bias, self.weight.dtype))
 
     def _sum_pending(self) -> None:
         first = self.weight_sum is None
@@ -161,6 +188,23 @@ class Gradient:
             return products.into(out, dz.t(), x, accumulate)
         product = torch.ldexp(products.into(torch.empty_like(out), dz.t(), x), exponent)
         return out.copy_(product.add_(out) if accumulate else product)
+
+
+def _by_unit(slope: Tensor, units: int) -> Tensor:
+    """`[rows, groups]` as `[rows, units]`, or as it is where it is one number a row or a unit."""
+    groups = slope.shape[1]
+    if groups in (1, units):
+        return slope
+    size, larger = divmod(units, groups)
+    sizes = torch.tensor([size + (g < larger) for g in range(groups)], device=slope.device)
+    return slope.repeat_interleave(sizes, dim=1)
+
+
+def _rate(slot: Slot, dtype: torch.dtype) -> float | Tensor:
+    """The learning rate as a number, as `torch.optim` takes it; one on a device stays there, in the weight's dtype."""
+    if slot.lr is None:
+        return slot.numbers[0] if slot.numbers else 0.0
+    return float(slot.lr) if slot.lr.device.type == "cpu" else slot.lr.to(dtype)
 
 
 def _rows_in_doubt(coefficient: Tensor) -> Tensor | None:

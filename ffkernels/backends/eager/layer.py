@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ... import spec
 from ...normalisation import row_scale, row_sumsq
 from ...objective import silu_slope
 from .batch import joined, label_field, twins_sumsq
@@ -60,7 +61,7 @@ class LabelField(NamedTuple):
     numbers: Tensor
 
 
-class Rows(NamedTuple):
+class Operands(NamedTuple):
     """A block of input rows as the products take it.
 
     Attributes:
@@ -84,33 +85,25 @@ class Rows(NamedTuple):
         return self.total > len(self.operand)
 
 
-class Layer:
+class ReadyLayer:
     """A layer with its operands made ready for one call."""
 
-    def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor | None,
-        norm: str,
-        eps: float,
-        eps_mode: str,
-        activation: str,
-        compute_dtype: torch.dtype,
-    ) -> None:
-        self.products = Products(weight.device, weight.dtype, compute_dtype)
+    def __init__(self, layer: spec.Layer) -> None:
+        weight = layer.weight
+        self.products = Products(weight.device, weight.dtype, layer.compute_dtype)
         self.weight = self.products.operand(weight).t()
-        self.bias = bias
-        self.normalisation = (norm, eps, eps_mode)
-        self.activation = ACTIVATIONS[activation]
+        self.bias = layer.bias
+        self.normalisation = (layer.norm, layer.eps, layer.eps_mode)
+        self.activation = ACTIVATIONS[layer.activation]
         self.width = weight.shape[0]
         self.dtype = weight.dtype
 
     def rows(
         self, parts: list[Tensor], sumsq: Tensor | None, known_field: int = 0, product: Tensor | None = None
-    ) -> Rows:
+    ) -> Operands:
         """The rows of one or both sides as operands. `W (r x) = r (W x)`, so the row scale waits for the product.
 
-        `known_field`, `product`: see `ops.SCHEMAS`.
+        `known_field`, `product`: `label_field` and `product` of `spec.Rows`.
         """
         columns = None
         # Float16 has no room for rows of any length: they are scaled before they are rounded.
@@ -130,9 +123,9 @@ class Layer:
         field = None
         if columns is not None:
             field = LabelField(columns, self.products.operand(joined([part[:, columns] for part in parts])))
-        return Rows(self.products.operand(x), scale, field, product)
+        return Operands(self.products.operand(x), scale, field, product)
 
-    def forward(self, rows: Rows, out: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
+    def forward(self, rows: Operands, out: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
         """`y = act(r W x + b)` `[rows, out]`, `z` where the activation's slope needs it, and `y`'s sums of squares.
 
         `out` (of the weight's dtype) receives `y` where the activation works in place.
@@ -158,7 +151,7 @@ class Layer:
         y = self.activation.forward(z)
         return y, z if self.activation.keeps_z else None, row_sumsq(y, self.dtype)
 
-    def _product_outside(self, columns: slice, rows: Rows, out: Tensor) -> None:
+    def _product_outside(self, columns: slice, rows: Operands, out: Tensor) -> None:
         """Writes the product of all columns but these."""
         if rows.product is not None:
             out.copy_(rows.product)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ...peer import moved_mean, pull_of
-from .layer import Layer, Rows
+from ...spec import PeerPull
+from .layer import Operands, ReadyLayer
 
 
 class Peers:
@@ -15,16 +16,16 @@ class Peers:
     Gated, `p act'(z_i)` joins the `dz` of positive rows, and all of them must be in one block: `p` hangs on them all.
     """
 
-    def __init__(
-        self, mean: Tensor, strength: float, momentum: float, gated: bool, layer: Layer, count: float | Tensor
-    ) -> None:
-        self.mean, self.strength, self.momentum, self.gated = mean, strength, momentum, gated
+    def __init__(self, pull: PeerPull, layer: ReadyLayer, count: float | Tensor) -> None:
+        mean = pull.mean
+        assert mean is not None
+        self.mean, self.strength, self.momentum, self.gated = mean, pull.strength, pull.momentum, pull.gated
         self.layer, self.count = layer, count
         self.activity = torch.zeros_like(mean)
         self.input = mean.new_zeros(layer.weight.shape[0])
         self.new_mean: Tensor | None = None
 
-    def see(self, rows: Rows, y: Tensor, is_positive: Tensor) -> None:
+    def see(self, rows: Operands, y: Tensor, is_positive: Tensor) -> None:
         """Adds a block's rows: its activities `y` `[rows, out]`, its operands, and its side `[rows]`."""
         weights = is_positive.to(y.dtype)
         self.activity.add_(y.t().mv(weights))

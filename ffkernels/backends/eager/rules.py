@@ -1,4 +1,4 @@
-"""The update rules of `optim.RULES`, applied in place to a parameter or to some of its rows.
+"""The update rules of `spec.Rule`, applied in place to a parameter or to some of its rows.
 
 They may overwrite the gradient, which is what they have in place of memory of their own: none is asked for once a
 parameter is half written.
@@ -11,7 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Rule = Callable[[Tensor, Tensor, list[Tensor], list[float], float | Tensor], None]
+from ...spec import Numbers
+
+Rule = Callable[[Tensor, Tensor, list[Tensor], Numbers, float | Tensor], None]
 
 
 def start(rule: str, state: list[Tensor]) -> None:
@@ -25,60 +27,58 @@ def rows_of(rule: str, state: list[Tensor], rows: slice) -> list[Tensor]:
     return [state[0][rows], state[1][rows], state[2]] if rule == "adam" else [tensor[rows] for tensor in state]
 
 
-def sgd(p: Tensor, gradient: Tensor, state: list[Tensor], hyper: list[float], lr: float | Tensor) -> None:
-    """torch.optim.SGD: `g += decay p; m = momentum m + (1 - dampening) g; p -= lr (m, or g + momentum m)`."""
-    _, momentum, dampening, nesterov, weight_decay, maximize, first_step = hyper
+def sgd(p: Tensor, gradient: Tensor, state: list[Tensor], numbers: Numbers, lr: float | Tensor) -> None:
+    """torch.optim.SGD: `g += decay p; m = momentum m + (1 - dampening) g; p -= lr (m, or g + momentum m)`; with
+    decoupled decay, which is `ffkernels.optim.SGDW`, `p *= 1 - lr decay` before it in place of `g += decay p`."""
+    decay, momentum = numbers.decay, numbers.momentum
+    if numbers.decoupled:
+        p.mul_(1 - lr * decay)
+        decay = 0.0
     if _has_fused(p, state):
         torch._fused_sgd_(
-            [p], [gradient], state, weight_decay=weight_decay, momentum=momentum, lr=float(lr), dampening=dampening,
-            nesterov=bool(nesterov), maximize=bool(maximize), is_first_step=bool(first_step),
+            [p], [gradient], state, weight_decay=decay, momentum=momentum, lr=float(lr), dampening=numbers.dampening,
+            nesterov=bool(numbers.nesterov), maximize=bool(numbers.maximize), is_first_step=bool(numbers.first_step),
         )  # fmt: skip
         return
-    g = gradient.neg_() if maximize else gradient
-    if weight_decay:
-        g.add_(p, alpha=weight_decay)
+    g = gradient.neg_() if numbers.maximize else gradient
+    if decay:
+        g.add_(p, alpha=decay)
     if state:
         buffer = state[0]
-        if first_step:
+        if numbers.first_step:
             buffer.copy_(g)
         else:
-            buffer.mul_(momentum).add_(g, alpha=1 - dampening)
-        g = g.add_(buffer, alpha=momentum) if nesterov else g.copy_(buffer)
+            buffer.mul_(momentum).add_(g, alpha=1 - numbers.dampening)
+        g = g.add_(buffer, alpha=momentum) if numbers.nesterov else g.copy_(buffer)
     p.sub_(g.mul_(lr))
 
 
-def sgdw(p: Tensor, gradient: Tensor, state: list[Tensor], hyper: list[float], lr: float | Tensor) -> None:
-    """`ffkernels.optim.SGDW`: decay taken off the parameter, then `sgd`."""
-    p.mul_(1 - lr * hyper[4])
-    sgd(p, gradient, state, [*hyper[:4], 0.0, *hyper[5:]], lr)
-
-
-def adam(p: Tensor, gradient: Tensor, state: list[Tensor], hyper: list[float], lr: float | Tensor) -> None:
+def adam(p: Tensor, gradient: Tensor, state: list[Tensor], numbers: Numbers, lr: float | Tensor) -> None:
     """torch.optim.Adam (decay added to the gradient) and AdamW (`decoupled`: decay taken off the parameter)."""
     exp_avg, exp_avg_sq, step = state
-    _, beta1, beta2, eps, weight_decay, decoupled, maximize = hyper
+    beta1, beta2, decay = numbers.beta1, numbers.beta2, numbers.decay
     if _has_fused(p, state[:2]) and step.device == p.device:
-        fused = torch._fused_adamw_ if decoupled else torch._fused_adam_
+        fused = torch._fused_adamw_ if numbers.decoupled else torch._fused_adam_
         fused(
             [p], [gradient], [exp_avg], [exp_avg_sq], [], [step], lr=float(lr), beta1=beta1, beta2=beta2,
-            weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=bool(maximize),
+            weight_decay=decay, eps=numbers.eps, amsgrad=False, maximize=bool(numbers.maximize),
         )  # fmt: skip
         return
     # A step count on the host costs no synchronisation; one on the device stays there.
     count = step.to(p.dtype) if step.device.type != "cpu" else float(step)
     rate, correction = lr / (1 - beta1**count), 1 - beta2**count
-    g = gradient.neg_() if maximize else gradient
-    if weight_decay and decoupled:
-        p.mul_(1 - lr * weight_decay)
-    elif weight_decay:
-        g.add_(p, alpha=weight_decay)
+    g = gradient.neg_() if numbers.maximize else gradient
+    if decay and numbers.decoupled:
+        p.mul_(1 - lr * decay)
+    elif decay:
+        g.add_(p, alpha=decay)
     exp_avg.lerp_(g, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-    denominator = torch.div(exp_avg_sq, correction, out=g).sqrt_().add_(eps)
+    denominator = torch.div(exp_avg_sq, correction, out=g).sqrt_().add_(numbers.eps)
     p.sub_(torch.div(exp_avg, denominator, out=g).mul_(rate))
 
 
-RULES: dict[str, Rule] = {"sgd": sgd, "sgdw": sgdw, "adam": adam}
+RULES: dict[str, Rule] = {"sgd": sgd, "adam": adam}
 
 
 def _has_fused(p: Tensor, state: list[Tensor]) -> bool:

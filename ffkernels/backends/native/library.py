@@ -13,59 +13,15 @@ from typing import Any, NamedTuple
 
 import torch
 
+from . import records
+
 NAME = "libffkernels_cpu.so"
 RECORD = "build.json"
 # Another build of the library than that of this installation: one with a sanitizer, say.
 VARIABLE = "FFKERNELS_LIBRARY"
-INTERFACE = 4
 SOURCES = Path(__file__).absolute().parents[3] / "csrc" / "cpu"
 # What multiplies bfloat16 numbers, by instruction set; the others multiply rounded float32 ones.
 BFLOAT16_UNITS = {"amx": "AMX's tiles", "avx512_bf16": "AVX512-BF16's pairs"}
-
-
-class Update(ctypes.Structure):
-    """csrc/cpu/interface.h, Update."""
-
-    _fields_ = [
-        ("state", ctypes.c_void_p * 3),
-        *((name, ctypes.c_double) for name in ("lr", "momentum", "dampening", "beta1", "beta2", "eps", "weight_decay")),
-        *((name, ctypes.c_int32) for name in ("nesterov", "maximize", "first_step", "decoupled")),
-    ]
-
-
-class Call(ctypes.Structure):
-    """csrc/cpu/interface.h, Call."""
-
-    _fields_ = [
-        ("x", ctypes.c_void_p * 2),
-        ("rows", ctypes.c_int64 * 2),
-        ("x_stride", ctypes.c_int64 * 2),
-        ("in_", ctypes.c_int64),
-        ("out", ctypes.c_int64),
-        *(
-            (name, ctypes.c_void_p)
-            for name in (
-                "input_sumsq", "weight", "bias", "y", "sumsq", "is_positive", "sample_weight", "threshold", "loss",
-                "peer_mean",
-            )
-        ),
-        *(
-            (name, ctypes.c_double)
-            for name in (
-                "eps", "threshold_pos", "threshold_neg", "temperature", "alpha", "skip_below", "peer_strength",
-                "peer_momentum",
-            )
-        ),
-        *(
-            (name, ctypes.c_int32)
-            for name in (
-                "x_bfloat16", "bfloat16", "norm", "eps_mode", "activation", "goodness", "loss_kind", "maximize",
-                "reduction", "threshold_is_one", "rule", "threads",
-            )
-        ),
-        ("weight_update", Update),
-        ("bias_update", Update),
-    ]  # fmt: skip
 
 
 class Loaded(NamedTuple):
@@ -147,12 +103,12 @@ def _open(path: Path) -> ctypes.CDLL:
     try:
         library = ctypes.CDLL(str(path))
         found = library.ffk_interface()
-        if found != INTERFACE:
-            raise Unusable(f"was built from other sources (interface {found}, needed {INTERFACE}): install again")
+        if found != (needed := records.interface()):
+            raise Unusable(f"was built from other sources (interface {found}, needed {needed}): install again")
         library.ffk_instruction_set.restype = ctypes.c_char_p
         library.ffk_use_threads.argtypes = [ctypes.c_void_p]
-        for name in ("ffk_linear_forward", "ffk_linear_step"):
-            getattr(library, name).argtypes = [ctypes.POINTER(Call)]
+        for name in ("ffk_linear_forward", "ffk_linear_step", "ffk_linear_update"):
+            getattr(library, name).argtypes = [ctypes.c_char_p]
         library.ffk_use_threads(_torchs_threads())
     except (OSError, AttributeError) as error:
         raise Unusable(f"cannot be loaded: {error}") from error

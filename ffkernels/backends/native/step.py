@@ -1,26 +1,27 @@
-"""The two operators: tensors in, one call of the compiled library."""
+"""The operators: records in, one call of the compiled library."""
 
 from __future__ import annotations
 
-import ctypes
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor
 
-from .library import Call, Update, load
+from ... import spec
+from ...spec import Goal, Layer, Outputs, PeerPull, Rows, Slopes, Slot, Update
+from .library import load
+from .records import LAYOUT, MEMBERS, NO_MATRIX, NOTHING, STATES
 
 if TYPE_CHECKING:
     from ..select import Request
 
-# The order of csrc/cpu/interface.h's enumerations.
-_NORMS = ("none", "l2", "rms")
-_EPS_MODES = ("add", "clamp", "inside")
 _ACTIVATIONS = ("relu", "leaky_relu", "identity")
-_GOODNESS = ("mean", "sum", "norm")
-_LOSSES = ("logistic", "symba", "swish")
-_REDUCTIONS = ("mean", "sum_of_means")
-_RULES = {"grad": 0, "sgd": 1, "sgdw": 1, "adam": 2}
+_LOSSES = get_args(spec.Loss)
+_RULES = get_args(spec.Rule)
+_PARAMETERS = ("weight", "bias")
+_NO_GOAL, _NO_PULL, _NO_UPDATE = NOTHING[Goal], NOTHING[PeerPull], NOTHING[Update]
+_NO_NUMBERS = (0.0,) * len(spec.Numbers._fields)
+_NO_OUTPUTS, _NO_SLOPES = NOTHING[Outputs], NOTHING[Slopes]
 
 
 def unsupported(request: Request) -> str | None:
@@ -47,180 +48,122 @@ def unsupported(request: Request) -> str | None:
     return None
 
 
-def linear_forward_(
-    x_pos: Tensor,
-    x_neg: Tensor,
-    input_sumsq: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm: str,
-    eps: float,
-    eps_mode: str,
-    activation: str,
-    compute_dtype: torch.dtype,
-    product: Tensor | None,
-    label_field: int,
-    y: Tensor | None,
-    sumsq: Tensor,
-) -> None:
+def linear_forward_(rows: Rows, layer: Layer, y: Tensor | None, sumsq: Tensor) -> None:
     """See `ops.SCHEMAS`."""
-    operands = _Operands()
-    call = _layer(operands, x_pos, x_neg, input_sumsq, norm, eps, eps_mode, activation, compute_dtype)
-    call.out, call.in_ = weight.shape
-    call.weight, call.bias = operands.read(weight), operands.read(bias)
-    call.y, call.sumsq = operands.write(y, compute_dtype), operands.write(sumsq)
-    operands.run("ffk_linear_forward", call)
+    call = _Call("ffk_linear_forward")
+    call.take(rows)
+    call.take(layer, read=_PARAMETERS)
+    call.values += _NO_GOAL + _NO_PULL + _NO_UPDATE
+    # Nobody writes a loss here.
+    call.take(Outputs(y, sumsq, sumsq))
+    call.values += _NO_SLOPES
+    call.run(rows, layer)
 
 
-def linear_step_(
-    x_pos: Tensor,
-    x_neg: Tensor,
-    is_positive: Tensor | None,
-    input_sumsq: Tensor | None,
-    sample_weight: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm: str,
-    eps: float,
-    eps_mode: str,
-    activation: str,
-    compute_dtype: torch.dtype,
-    goodness: str,
-    threshold_pos: float,
-    threshold_neg: float,
-    threshold: Tensor | None,
-    loss: str,
-    maximize: bool,
-    reduction: str,
-    temperature: float,
-    alpha: float,
-    skip_below: float,
-    product: Tensor | None,
-    label_field: int,
-    peer_mean: Tensor | None,
-    peer_strength: float,
-    peer_momentum: float,
-    peer_gated: bool,
-    rule: str,
-    weight_state: list[Tensor],
-    weight_hyper: list[float],
-    weight_lr: Tensor | None,
-    bias_state: list[Tensor],
-    bias_hyper: list[float],
-    bias_lr: Tensor | None,
-    weight_rounded: Tensor | None,
-    y: Tensor | None,
-    sumsq: Tensor,
-    loss_out: Tensor,
-) -> None:
+def linear_step_(rows: Rows, layer: Layer, goal: Goal, pull: PeerPull, update: Update, outputs: Outputs) -> None:
     """See `ops.SCHEMAS`."""
-    operands = _Operands()
-    call = _layer(operands, x_pos, x_neg, input_sumsq, norm, eps, eps_mode, activation, compute_dtype)
-    call.out, call.in_ = weight.shape
-    updated = operands.read if rule == "grad" else operands.write
-    call.weight, call.bias = updated(weight), updated(bias)
-    call.y, call.sumsq, call.loss = operands.write(y, compute_dtype), operands.write(sumsq), operands.write(loss_out)
-    call.is_positive = operands.read(is_positive, torch.bool)
-    call.sample_weight = operands.read(sample_weight)
-    call.threshold = operands.read(threshold)
-    call.threshold_is_one = threshold is not None and threshold.dim() == 0
-    call.threshold_pos, call.threshold_neg = threshold_pos, threshold_neg
-    call.temperature, call.alpha, call.maximize = temperature, alpha, maximize
-    call.skip_below = skip_below
-    call.peer_mean, call.peer_strength, call.peer_momentum = operands.write(peer_mean), peer_strength, peer_momentum
-    call.goodness, call.loss_kind = _GOODNESS.index(goodness), _LOSSES.index(loss)
-    call.reduction, call.rule = _REDUCTIONS.index(reduction), _RULES[rule]
-    _set_update(operands, call.weight_update, rule, weight_state, weight_hyper, weight_lr)
-    if bias is not None:
-        _set_update(operands, call.bias_update, rule, bias_state, bias_hyper, bias_lr)
-    operands.run("ffk_linear_step", call)
-    if weight_rounded is not None:
-        weight_rounded.copy_(weight)
+    call = _Call("ffk_linear_step")
+    threshold = goal.threshold
+    if threshold is not None and threshold.dim() == 0:
+        one = float(threshold)
+        goal = goal._replace(threshold_pos=one, threshold_neg=one, threshold=None)
+    call.take(rows)
+    call.take(layer, read=_PARAMETERS if update.rule == "grad" else ())
+    call.take(goal)
+    call.take(pull)
+    call.take(update)
+    call.take(outputs if outputs.rounded is None else outputs._replace(rounded=None))
+    call.values += _NO_SLOPES
+    call.run(rows, layer)
+    if outputs.rounded is not None:
+        outputs.rounded.copy_(layer.weight)
 
 
-class _Operands:
-    """The only source of addresses: of tensors in row-major order, or of copies of them.
+def linear_update_(rows: Rows, layer: Layer, slopes: Slopes, pull: PeerPull, update: Update) -> None:
+    """See `ops.SCHEMAS`."""
+    call = _Call("ffk_linear_update")
+    call.take(rows)
+    call.take(layer, read=_PARAMETERS if update.rule == "grad" else ())
+    call.values += _NO_GOAL
+    call.take(pull)
+    call.take(update)
+    call.values += _NO_OUTPUTS
+    call.take(slopes)
+    call.run(rows, layer)
+
+
+class _Call:
+    """One call's values in the order of `records.LAYOUT`, and the only source of addresses among them: of tensors in
+    row-major order, or of copies of them.
 
     What an address belongs to lives as long as this object does, which is until the call is over. What is only read is
     never written.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.values: list[Any] = []
         self.alive: list[Tensor] = []
         self.written: list[tuple[Tensor, Tensor]] = []
 
-    def read(self, tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> int | None:
-        if tensor is None:
-            return None
+    def take(self, record: tuple[Any, ...], read: tuple[str, ...] = ()) -> None:
+        """Adds a record; `read`: members that this call does not write, though others do."""
+        values = self.values
+        for (_, name, _, kind, is_written), value in zip(MEMBERS[type(record)], record, strict=True):
+            if kind is None:
+                values.append(value)
+            elif type(kind) is dict:
+                values.append(kind[value])
+            elif kind == "slot":
+                self._slot(value)
+            elif value is None:
+                values += NO_MATRIX if kind == "matrix" else (0,)
+            elif kind == "matrix":
+                values += self._matrix(value, is_written, is_written and name not in read)
+            elif is_written and name not in read:
+                values.append(self._written(value).data_ptr())
+            else:
+                values.append(self._read(value, torch.bool if kind == "mask" else torch.float32).data_ptr())
+
+    def _slot(self, slot: Slot) -> None:
+        state = [self._written(tensor).data_ptr() for tensor in slot.state]
+        self.values += state + [0] * (STATES - len(state))
+        numbers = slot.numbers or _NO_NUMBERS
+        self.values += numbers if slot.lr is None else (float(slot.lr), *numbers[1:])
+
+    def _matrix(self, tensor: Tensor, is_whole: bool, is_written: bool) -> tuple[int, int, int, int, bool]:
+        """`is_whole`: the library takes such a matrix without gaps; of others, only the rows must be."""
+        if is_written:
+            tensor = self._written(tensor, tensor.dtype)
+        elif is_whole:
+            tensor = self._read(tensor, tensor.dtype)
+        else:
+            if tensor.stride(1) != 1 and tensor.shape[1] > 1:
+                tensor = tensor.contiguous()
+            self.alive.append(tensor)
+        rows, columns = tensor.shape
+        return tensor.data_ptr(), rows, columns, tensor.stride(0), tensor.dtype == torch.bfloat16
+
+    def _read(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         if tensor.dtype != dtype or not tensor.is_contiguous():
             tensor = tensor.to(dtype).contiguous()
-        return self._address(tensor)
+        self.alive.append(tensor)
+        return tensor
 
-    def rows(self, x: Tensor) -> tuple[int, int]:
-        """Address and row stride of `x` `[rows, in]`."""
-        if x.stride(1) != 1 and x.shape[1] > 1:
-            x = x.contiguous()
-        return self._address(x), x.stride(0)
-
-    def write(self, tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> int | None:
-        if tensor is None:
-            return None
+    def _written(self, tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         # Of what is written only Adam's step count may come in another dtype.
         if tensor.dtype == dtype and tensor.is_contiguous():
-            return self._address(tensor)
+            return tensor
         copy = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
         self.written.append((tensor, copy))
-        return self._address(copy)
+        return copy
 
-    def _address(self, tensor: Tensor) -> int:
-        self.alive.append(tensor)
-        return tensor.data_ptr()
-
-    def run(self, name: str, call: Call) -> None:
+    def run(self, rows: Rows, layer: Layer) -> None:
         library = load().library
         assert library is not None
-        if getattr(library, name)(ctypes.byref(call)) != 0:
-            raise MemoryError(f"no memory for a layer step of {call.out} x {call.in_} on {sum(call.rows)} rows")
+        if getattr(library, self.name)(LAYOUT.pack(*self.values, torch.get_num_threads())) != 0:
+            out, width = layer.weight.shape
+            total = len(rows.x_pos) + len(rows.x_neg)
+            raise MemoryError(f"no memory for a layer step of {out} x {width} on {total} rows")
         for tensor, copy in self.written:
             tensor.copy_(copy)
-
-
-def _layer(
-    operands: _Operands,
-    x_pos: Tensor,
-    x_neg: Tensor,
-    input_sumsq: Tensor | None,
-    norm: str,
-    eps: float,
-    eps_mode: str,
-    activation: str,
-    compute_dtype: torch.dtype,
-) -> Call:
-    call = Call()
-    for side, x in enumerate((x_pos, x_neg)):
-        call.x[side], call.x_stride[side] = operands.rows(x)
-        call.rows[side] = x.shape[0]
-    call.input_sumsq = operands.read(input_sumsq)
-    call.norm, call.eps_mode, call.eps = _NORMS.index(norm), _EPS_MODES.index(eps_mode), eps
-    call.activation = _ACTIVATIONS.index(activation)
-    call.x_bfloat16, call.bfloat16 = x_pos.dtype == torch.bfloat16, compute_dtype == torch.bfloat16
-    call.threads = torch.get_num_threads()
-    return call
-
-
-def _set_update(
-    operands: _Operands, update: Update, rule: str, state: list[Tensor], hyper: list[float], lr: Tensor | None
-) -> None:
-    """The fields of `optim.RULES`."""
-    for i, tensor in enumerate(state):
-        update.state[i] = operands.write(tensor)
-    if rule == "grad":
-        return
-    update.lr = hyper[0] if lr is None else float(lr)
-    if rule == "adam":
-        _, update.beta1, update.beta2, update.eps, update.weight_decay, decoupled, maximize = hyper
-    else:
-        _, update.momentum, update.dampening, nesterov, update.weight_decay, maximize, first_step = hyper
-        decoupled = rule == "sgdw"
-        update.nesterov, update.first_step = int(nesterov), int(first_step)
-    update.decoupled, update.maximize = int(decoupled), int(maximize)

@@ -12,7 +12,7 @@ from typing import Any
 
 from .support import unsupported
 
-__all__ = ["linear_forward_", "linear_step_", "unsupported"]
+__all__ = ["linear_forward_", "linear_step_", "linear_update_", "unsupported"]
 
 
 def linear_forward_(*args: Any) -> None:
@@ -27,3 +27,10 @@ def linear_step_(*args: Any) -> None:
     from . import step
 
     step.linear_step_(*args)
+
+
+def linear_update_(*args: Any) -> None:
+    """See `ops.SCHEMAS`."""
+    from . import step
+
+    step.linear_update_(*args)

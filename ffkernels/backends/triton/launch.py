@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ...spec import PeerPull
 from . import configs
 from .coefficient import coefficient_kernel
 from .device import descriptor, device_of, processors
@@ -79,7 +80,7 @@ def forward(
     """Launches the forward, which writes what it is given.
 
     Args:
-        shared: `product` and `label_field` of `ops.SCHEMAS`.
+        shared: `product` and `label_field` of `spec.Rows`.
         sum_units: whether the activities of positive rows are summed up.
         is_positive: which those are; None for the first side.
         sumsq: `[rows]` for the squares, where one column block makes all of them.
@@ -148,12 +149,11 @@ def pull(
     units: Tensor,
     row_scale: Tensor | None,
     is_positive: Tensor | None,
-    mean: Tensor,
-    strength: float,
-    momentum: float,
-    gated: bool,
+    given: PeerPull,
 ) -> Pull:
-    """Launches peer normalisation, which moves `mean` `[out]`; `units` from a forward with `sum_units`."""
+    """Launches peer normalisation, which moves the mean; `units` from a forward with `sum_units`."""
+    mean, strength, momentum, gated = given
+    assert mean is not None
     out_features, in_features = layer.weight.shape
     block = PEERS_BLOCK[interpreted()]
     splits = max(1, min(INPUT_SPLITS, rows.total // (8 * block["BLOCK_K"])))

@@ -8,6 +8,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from ... import spec
+from ...spec import Goal, Update
 from . import rules
 from .support import interpreted
 
@@ -117,28 +119,15 @@ class Terms(NamedTuple):
         return self.constants["GOODNESS"] == "sum" or self.arguments["skip_below"] > 0
 
 
-def terms(
-    rows: Rows,
-    is_positive: Tensor | None,
-    sample_weight: Tensor | None,
-    goodness: str,
-    threshold_pos: float,
-    threshold_neg: float,
-    threshold: Tensor | None,
-    loss: str,
-    maximize: bool,
-    reduction: str,
-    temperature: float,
-    alpha: float,
-    skip_below: float,
-) -> Terms:
+def terms(rows: Rows, is_positive: Tensor | None, sample_weight: Tensor | None, goal: Goal) -> Terms:
     """The objective as `coefficient.row_terms` takes it."""
-    paired = loss != "logistic"
+    paired = goal.loss != "logistic"
+    threshold, threshold_pos, threshold_neg = goal.threshold, goal.threshold_pos, goal.threshold_neg
     n_pos, n = rows.x_pos.shape[0], rows.total
     n_positive = None
     if paired:
         counts = (n_pos, n_pos)
-    elif reduction == "mean":
+    elif goal.reduction == "mean":
         counts = (n, n)
     else:
         counts = (n_pos, n - n_pos)
@@ -155,32 +144,23 @@ def terms(
         "threshold": vector(threshold),
         "threshold_pos": threshold_pos,
         "threshold_neg": threshold_neg,
-        "logit_scale": (alpha if paired else 1.0 / temperature) * (1.0 if maximize else -1.0),
+        "logit_scale": (goal.alpha if paired else 1.0 / goal.temperature) * (1.0 if goal.maximize else -1.0),
         "share_pos": 1.0 / max(counts[0], 1),
         "share_neg": 1.0 / max(counts[1], 1),
-        "skip_below": skip_below,
+        "skip_below": goal.skip_below,
     }
     constants = {
-        "GOODNESS": goodness,
-        "LOSS": loss,
+        "GOODNESS": goal.goodness,
+        "LOSS": goal.loss,
         "THRESHOLD_PER_ROW": threshold is not None and threshold.dim() == 1,
     }
     return Terms(arguments, constants)
 
 
-def parameter_arguments(
-    rule: str,
-    weight: Tensor,
-    weight_state: list[Tensor],
-    weight_hyper: list[float],
-    weight_lr: Tensor | None,
-    bias: Tensor | None,
-    bias_state: list[Tensor],
-    bias_hyper: list[float],
-    bias_lr: Tensor | None,
-    weight_rounded: Tensor | None,
-) -> dict[str, Any]:
+def parameter_arguments(layer: spec.Layer, update: Update, weight_rounded: Tensor | None) -> dict[str, Any]:
     """Parameters, their state and the rule's numbers. Counts Adam's step."""
+    weight, bias = layer.weight, layer.bias
+    weight_state, bias_state = update.weight.state, update.bias.state
     arguments: dict[str, Any] = {"weight": weight, "bias": bias, "weight_rounded": weight_rounded}
     arguments |= {"weight_row": weight.stride(0), "weight_col": weight.stride(1)}
     arguments["bias_stride"] = bias.stride(0) if bias is not None else 0
@@ -193,5 +173,5 @@ def parameter_arguments(
         state = bias_state[slot] if slot < len(bias_state) else None
         name = f"bias_state{slot}"
         arguments |= {name: state, f"{name}_stride": state.stride(0) if state is not None else 0}
-    arguments |= rules.numbers("weight", rule, weight_state, weight_hyper, weight_lr)
-    return arguments | rules.numbers("bias", rule if bias is not None else "grad", bias_state, bias_hyper, bias_lr)
+    arguments |= rules.numbers("weight", update.rule, update.weight)
+    return arguments | rules.numbers("bias", update.rule if bias is not None else "grad", update.bias)

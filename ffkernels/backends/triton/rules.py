@@ -9,11 +9,12 @@ import torch
 import triton
 import triton.language as tl
 
+from ...spec import Numbers, Slot, Update
+
 # What a kernel is given as h0 to h8, by rule. No flag needs a kernel of its own: each is a number that makes a term
 # vanish. `sign` is -1 under `maximize`; a correction is `1 - beta^step`, or log(beta) where the step is on the device.
 NUMBERS = {
     "sgd": ("sign", "decay", "keep", "take", "gradient_share", "buffer_share", "shrink"),
-    "sgdw": ("sign", "decay", "keep", "take", "gradient_share", "buffer_share", "shrink"),
     "adam": ("sign", "decay", "shrink", "take1", "keep2", "take2", "eps", "correction1", "correction2"),
     "grad": (),
 }
@@ -28,7 +29,7 @@ def apply_rule(
     lr, lr_pointer, step_pointer, h0, h1, h2, h3, h4, h5, h6, h7, h8,
     RULE: tl.constexpr,
 ):  # fmt: skip
-    """Updates parameter and state by `optim.RULES`, as `torch.optim` does; "grad" stores the gradient to state0."""
+    """Updates parameter and state by `spec.Rule`, as `torch.optim` does; "grad" stores the gradient to state0."""
     if RULE == "grad":
         tl.store(state0 + at0, gradient, mask=here)
     else:
@@ -36,7 +37,7 @@ def apply_rule(
             lr = tl.load(lr_pointer).to(tl.float32)
         p = tl.load(parameter + at, mask=here, other=0.0)
         g = h0 * gradient + h1 * p
-        if RULE == "sgd" or RULE == "sgdw":
+        if RULE == "sgd":
             if state0 is not None:
                 buffer = h2 * tl.load(state0 + at0, mask=here, other=0.0) + h3 * g
                 tl.store(state0 + at0, buffer, mask=here)
@@ -68,55 +69,54 @@ def apply_rule(
             tl.store(rounded + at_rounded, p.to(rounded.dtype.element_ty), mask=here)
 
 
-def compiled(rule: str, *hypers: list[float]) -> str:
+def compiled(update: Update) -> str:
     """The form of a rule that these numbers need: a beta1 below 1/2 costs Adam's kernels some registers more."""
-    return "adam, small beta1" if rule == "adam" and any(hyper and hyper[1] < 0.5 for hyper in hypers) else rule
+    rule, *slots = update
+    small = any(isinstance(slot.numbers, Numbers) and slot.numbers.beta1 < 0.5 for slot in slots)
+    return "adam, small beta1" if rule == "adam" and small else rule
 
 
-def numbers(
-    name: str, rule: str, state: list[torch.Tensor], hyper: list[float], lr: torch.Tensor | None
-) -> dict[str, Any]:
+def numbers(name: str, rule: str, slot: Slot) -> dict[str, Any]:
     """The arguments of `apply_rule` that are no tensors of the parameter's shape, prefixed with the parameter's name.
 
     Adam's step is counted here, before the launch: on the host that costs no synchronisation, and on the device no
     program may read the count while another one writes it.
     """
     lr_pointer = None
-    rate = hyper[0] if hyper else 0.0
-    if lr is not None and on_host(lr):
-        rate = float(lr)
-    elif lr is not None:
-        lr_pointer = lr
+    given = slot.numbers or Numbers()
+    rate = given.lr
+    if slot.lr is not None and on_host(slot.lr):
+        rate = float(slot.lr)
+    elif slot.lr is not None:
+        lr_pointer = slot.lr
     step_pointer = None
     values: dict[str, float] = {}
-    if rule in ("sgd", "sgdw"):
-        _, momentum, dampening, nesterov, decay, maximize, first_step = hyper
+    decays = {"decay": 0.0 if given.decoupled else given.decay, "shrink": given.decay if given.decoupled else 0.0}
+    sign = -1.0 if given.maximize else 1.0
+    if rule == "sgd":
         values = {
-            "sign": -1.0 if maximize else 1.0,
-            "decay": decay if rule == "sgd" else 0.0,
-            "shrink": decay if rule == "sgdw" else 0.0,
-            "keep": 0.0 if first_step else momentum,
-            "take": 1.0 if first_step else 1.0 - dampening,
-            "gradient_share": 1.0 if nesterov else 0.0,
-            "buffer_share": momentum if nesterov else 1.0,
+            "sign": sign,
+            **decays,
+            "keep": 0.0 if given.first_step else given.momentum,
+            "take": 1.0 if given.first_step else 1.0 - given.dampening,
+            "gradient_share": 1.0 if given.nesterov else 0.0,
+            "buffer_share": given.momentum if given.nesterov else 1.0,
         }
     elif rule == "adam":
-        _, beta1, beta2, eps, decay, decoupled, maximize = hyper
-        step = state[2].add_(1)
+        step = slot.state[2].add_(1)
         if on_host(step):
             count = float(step)
-            corrections = (1.0 - beta1**count, 1.0 - beta2**count)
+            corrections = (1.0 - given.beta1**count, 1.0 - given.beta2**count)
         else:
             step_pointer = step
-            corrections = (_log(beta1), _log(beta2))
+            corrections = (_log(given.beta1), _log(given.beta2))
         values = {
-            "sign": -1.0 if maximize else 1.0,
-            "decay": 0.0 if decoupled else decay,
-            "shrink": decay if decoupled else 0.0,
-            "take1": 1.0 - beta1,
-            "keep2": beta2,
-            "take2": 1.0 - beta2,
-            "eps": eps,
+            "sign": sign,
+            **decays,
+            "take1": 1.0 - given.beta1,
+            "keep2": given.beta2,
+            "take2": 1.0 - given.beta2,
+            "eps": given.eps,
             "correction1": corrections[0],
             "correction2": corrections[1],
         }

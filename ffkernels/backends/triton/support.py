@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import torch
+
+from ...spec import Activation, Loss, Rule
 
 if TYPE_CHECKING:
     from ..select import Request
 
-ACTIVATIONS = ("relu", "leaky_relu", "gelu", "silu", "identity")
-LOSSES = ("logistic", "symba", "swish")
-RULES = ("sgd", "sgdw", "adam", "grad")
+ACTIVATIONS = get_args(Activation)
+LOSSES = get_args(Loss)
+RULES = get_args(Rule)
 OLDEST_CAPABILITY = (8, 0)
 
 

@@ -13,6 +13,9 @@ import torch
 import triton
 from triton.testing import do_bench
 
+from ... import spec
+from ...objective import DEFAULT_OBJECTIVE
+from ...spec import Numbers, Slot, Update
 from . import configs, launch, operands
 from .configs import Config
 from .device import has_bulk_copies
@@ -138,7 +141,8 @@ def _scratch(kernel: str, kind: str, shape: tuple[int, int, int], device: torch.
     x = torch.randn(rows, in_features, device=device).to(raw)
     weight = torch.randn(out_features, in_features, device=device) / in_features**0.5
     bias = torch.zeros(out_features, device=device)
-    layer = operands.Layer(weight, bias, "l2", 1e-4, "add", "relu", compute)
+    given = spec.Layer(weight, bias, "l2", 1e-4, "add", "relu", compute)
+    layer = operands.Layer(*given)
     batch = operands.joint(x[: rows // 2], x[rows // 2 :], None)
     y = torch.empty(rows, out_features, device=device, dtype=compute)
     scale = torch.empty(rows, device=device)
@@ -146,13 +150,12 @@ def _scratch(kernel: str, kind: str, shape: tuple[int, int, int], device: torch.
         operand = weight.to(raw)
         return lambda: launch.forward(batch, layer._replace(weight=operand), y, row_scale=scale)
     partials, _ = launch.forward(batch, layer, y, row_scale=scale)
-    terms = operands.terms(batch, None, None, "mean", 2.0, 2.0, None, "logistic", True, "mean", 1.0, 4.0, 0.0)
+    terms = operands.terms(batch, None, None, DEFAULT_OBJECTIVE.goal())
     states = [[torch.zeros_like(p), torch.zeros_like(p), torch.zeros(())] for p in (weight, bias)]
     # A rate of zero, and decoupled decay: the weight stays as it is however often the step is timed.
-    hyper = [0.0, 0.9, 0.999, 1e-8, 0.01, 1.0, 0.0]
-    parameters = operands.parameter_arguments(
-        "adam", weight, states[0], hyper, None, bias, states[1], hyper, None, None
-    )
+    numbers = Numbers(decay=0.01, decoupled=1.0, beta1=0.9, beta2=0.999, eps=1e-8)
+    update = Update("adam", Slot(states[0], numbers), Slot(states[1], numbers))
+    parameters = operands.parameter_arguments(given, update, None)
     sumsq, loss = torch.empty(rows, device=device), torch.empty((), device=device)
     activities = launch.Activities(y, scale, partials)
     return lambda: launch.update(batch, layer, activities, terms, None, "adam", parameters, sumsq, loss)

@@ -1,0 +1,181 @@
+"""The records of `spec` as C structures: the header that the library is compiled with, and the bytes of a call.
+
+`python -m ffkernels.backends.native.records` prints csrc/cpu/records.h.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterator
+from types import NoneType
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+import torch
+
+from ... import spec
+
+# The C names of enumerations and the prefix of their members, which are numbered as `spec` lists them.
+ENUMERATIONS = {
+    spec.Norm: ("Norm", "NORM_"),
+    spec.EpsMode: ("EpsMode", "EPS_"),
+    spec.Activation: ("Activation", ""),
+    spec.Goodness: ("Goodness", "GOODNESS_"),
+    spec.Loss: ("Loss", ""),
+    spec.Reduction: ("Reduction", "REDUCE_"),
+    spec.Rule: ("Rule", ""),
+}
+DTYPES = (torch.float32, torch.bfloat16)
+# The records of a call, in this order; behind them comes how many threads work on it.
+RECORDS = {
+    "rows": spec.Rows,
+    "layer": spec.Layer,
+    "goal": spec.Goal,
+    "pull": spec.PeerPull,
+    "update": spec.Update,
+    "outputs": spec.Outputs,
+    "slopes": spec.Slopes,
+}
+# As many tensors as any optimizer's state has.
+STATES = 3
+
+
+class Member(NamedTuple):
+    """A member of a C structure: its type and name, what it is for `struct`, and how its value is made.
+
+    `kind`: "matrix", "vector", "mask", "slot", a dict from values to numbers, or None for a number as it is.
+    """
+
+    type: str
+    name: str
+    format: str
+    kind: Any
+    is_written: bool = False
+
+
+MATRIX_MEMBERS = (
+    ("void*", "at"), ("int64_t", "rows"), ("int64_t", "columns"), ("int64_t", "stride"), ("int32_t", "is_bfloat16"),
+)  # fmt: skip
+MATRIX = "Pqqqi0q"
+SLOT = f"{STATES}P{len(spec.Numbers._fields)}d"
+
+
+def _member(name: str, hint: Any) -> Member:
+    (kind,) = [kind for kind in get_args(hint) if kind is not NoneType] if NoneType in get_args(hint) else [hint]
+    marks = get_args(kind)[1:] if get_origin(kind) is Annotated else ()
+    if "matrix" in marks:
+        return Member("Matrix", name, MATRIX, "matrix", "written" in marks)
+    if "vector" in marks:
+        return Member("float*" if "written" in marks else "const float*", name, "P", "vector", "written" in marks)
+    if "mask" in marks:
+        return Member("const uint8_t*", name, "P", "mask")
+    if kind is spec.Slot:
+        return Member("Slot", name, SLOT, "slot")
+    if get_origin(kind) is Literal:
+        numbers = {value: number for number, value in enumerate(get_args(kind))}
+        return Member(ENUMERATIONS[kind][0], name, "i", numbers)
+    if kind is torch.dtype:
+        return Member("Dtype", name, "i", {dtype: number for number, dtype in enumerate(DTYPES)})
+    simple = {float: ("double", "d"), int: ("int64_t", "q"), bool: ("int32_t", "i")}
+    return Member(simple[kind][0], name, simple[kind][1], None)
+
+
+MEMBERS: dict[Any, tuple[Member, ...]] = {
+    record: tuple(_member(name, hint) for name, hint in get_type_hints(record, include_extras=True).items())
+    for record in RECORDS.values()
+}
+FORMATS = {record: "".join(member.format for member in members) + "0q" for record, members in MEMBERS.items()}
+LAYOUT = struct.Struct("@" + "".join(FORMATS.values()) + "i0q")
+
+
+def _places(format: str) -> int:
+    """How many values a format takes."""
+    return len(struct.unpack("@" + format, bytes(struct.calcsize("@" + format))))
+
+
+# What stands for a record that a call has no use for, and for a matrix or a slot that is None.
+NOTHING = {record: (0,) * _places(format) for record, format in FORMATS.items()}
+NO_MATRIX = (0,) * _places(MATRIX)
+
+
+def header() -> str:
+    """The text of csrc/cpu/records.h."""
+    lines = []
+    for choices, (name, prefix) in ENUMERATIONS.items():
+        values = ", ".join(prefix + value.upper() for value in get_args(choices))
+        lines.append(f"enum {name} : int32_t {{ {values} }};")
+    dtypes = ", ".join(str(dtype).removeprefix("torch.").upper() for dtype in DTYPES)
+    lines += [f"enum Dtype : int32_t {{ {dtypes} }};", ""]
+    lines += ["// Row-major; rows lie `stride` numbers apart. `at` is null where there is none."]
+    lines += _structure(
+        "Matrix", ["void* at", "int64_t rows", "int64_t columns", "int64_t stride", "int32_t is_bfloat16"]
+    )
+    lines += _structure("Numbers", [f"double {name}" for name in spec.Numbers._fields])
+    lines += _structure("Slot", [f"float* state[{STATES}]", "Numbers numbers"])
+    for record, members in MEMBERS.items():
+        lines += _structure(record.__name__, [f"{member.type} {member.name}" for member in members])
+    lines += _structure("Call", [*(f"{r.__name__} {name}" for name, r in RECORDS.items()), "int32_t threads"])
+    lines += ["// Where the members lie, for a test."]
+    lines += ["constexpr size_t LAYOUT[] = {", "    sizeof(Call),"]
+    lines += [f"    offsetof(Call, {path})," for path, _ in offsets()]
+    lines += ["};"]
+    text = "\n".join(lines)
+    # Any change of the text is another interface.
+    number = int(hashlib.sha256(text.encode()).hexdigest()[:7], 16)
+    return "\n".join([
+        "// Made by `python -m ffkernels.backends.native.records` from ffkernels/spec.py, which says what",
+        "// each member is.",
+        "#pragma once",
+        "#include <cstddef>",
+        "#include <cstdint>",
+        "",
+        "namespace ffk {",
+        "",
+        f"constexpr int INTERFACE = {number};",
+        "",
+        text,
+        "",
+        "}  // namespace ffk",
+        "",
+    ])  # fmt: skip
+
+
+def interface() -> int:
+    """The number of this interface, which a library must have."""
+    line = next(line for line in header().splitlines() if "INTERFACE" in line)
+    return int(line.split()[-1].rstrip(";"))
+
+
+def offsets() -> Iterator[tuple[str, int]]:
+    """Each member of a call that is no structure, and where it lies."""
+    before = "@"
+
+    def at(path: str, format: str) -> tuple[str, int]:
+        nonlocal before
+        place = struct.calcsize(before + "0" + format[-1])
+        before += format
+        return path, place
+
+    for name, record in RECORDS.items():
+        for member in MEMBERS[record]:
+            path = f"{name}.{member.name}"
+            if member.kind == "matrix":
+                for (_, part), format in zip(MATRIX_MEMBERS, MATRIX, strict=False):
+                    yield at(f"{path}.{part}", format)
+                before += "0q"
+            elif member.kind == "slot":
+                yield at(f"{path}.state", f"{STATES}P")
+                for number in spec.Numbers._fields:
+                    yield at(f"{path}.numbers.{number}", "d")
+            else:
+                yield at(path, member.format)
+        before += "0q"
+    yield at("threads", "i")
+
+
+def _structure(name: str, members: list[str]) -> list[str]:
+    return [f"struct {name} {{", *(f"    {member};" for member in members), "};", ""]
+
+
+if __name__ == "__main__":
+    print(header(), end="")

@@ -1,0 +1,17 @@
+"""The public functions: check the arguments, choose a backend, call the operator, hand back the result."""
+
+from .explain import explain
+from .forward import finds_copies, linear_forward, shared_product
+from .loss import goodness_loss
+from .result import StepResult
+from .step import linear_step_
+
+__all__ = [
+    "StepResult",
+    "explain",
+    "finds_copies",
+    "goodness_loss",
+    "linear_forward",
+    "linear_step_",
+    "shared_product",
+]

@@ -1,0 +1,61 @@
+"""Which way a step takes, in words."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .. import optim
+from .. import peer as peers
+from .. import validation as check
+from ..backends import select
+from ..objective import DEFAULT_OBJECTIVE, Objective
+from ..peer import PeerNormalisation
+
+
+def explain(
+    weight: Tensor,
+    optimizer: Optimizer | None = None,
+    *,
+    objective: Objective = DEFAULT_OBJECTIVE,
+    activation: str = "relu",
+    compute_dtype: torch.dtype | None = None,
+    peer: PeerNormalisation | None = None,
+    skip_below: float = 0.0,
+    backend: str | None = None,
+) -> str:
+    """Says which backend a layer step runs on, why each other one is passed over, and how the update runs.
+
+    Raises:
+        ValueError, TypeError: for an argument that does not fit, and where a forced backend cannot run it, as the step
+            itself would.
+    """
+    check.layer_tensors(weight, None)
+    check.optimizer_object(optimizer)
+    check.objective_object(objective)
+    check.one_of("activation", activation, check.ACTIVATIONS)
+    check.peer_object(peer)
+    compute = check.compute_dtype_of(compute_dtype, weight)
+    rule, update = optim.fused_rule(optimizer, weight)
+    if optimizer is not None and rule == "grad":
+        optim.steps_on_gradients(optimizer)
+    check.fraction("skip_below", skip_below)
+    request = select.Request(
+        weight.device,
+        weight.dtype,
+        compute,
+        activation,
+        objective.loss,
+        rule,
+        peers.gradient_of(peer),
+        skips=skip_below > 0,
+    )
+    chosen = select.choose(request, backend)
+    forced, source = select.forced_backend(backend)
+    because = "first that can run it" if forced is None else f"forced by {source}"
+    lines = [f"backend: {chosen} ({because}) for {weight.dtype} on {weight.device}, products in {compute}"]
+    for name, reason in select.verdicts(request).items():
+        if name != chosen:
+            lines.append(f"  passed over: {name}: {reason or 'comes later in the order of preference'}")
+    return "\n".join([*lines, f"update: {update}"])

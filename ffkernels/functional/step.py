@@ -1,0 +1,218 @@
+"""One step of a layer: what was checked once is kept, what comes with each call is checked, and the operator runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .. import interrupts, ops
+from .. import validation as check
+from ..autograd import is_transformed, without_autocast
+from ..backends import select
+from ..compiling import never_compiled
+from ..given import GivenLoss
+from ..objective import DEFAULT_OBJECTIVE, Objective
+from ..peer import PeerNormalisation
+from ..spec import Activation, EpsMode, Layer, Norm, Outputs, OutputsOf, Rows
+from . import plan as plans
+from .loss import sides_in_order
+from .plan import Options
+from .result import StepResult
+from .stages import step_by_stages
+
+# What a forward pass after an update makes do with where there is no memory for all rows at once.
+FEW_ROWS = 64
+
+
+def linear_step_(
+    x_pos: Tensor,
+    x_neg: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    optimizer: Optimizer | None,
+    *,
+    objective: Objective | GivenLoss | Callable[..., Tensor] = DEFAULT_OBJECTIVE,
+    norm: Norm = "l2",
+    eps: float = 1e-4,
+    eps_mode: EpsMode = "add",
+    activation: Activation = "relu",
+    outputs: OutputsOf = "post",
+    compute_dtype: torch.dtype | None = None,
+    sample_weight: Tensor | None = None,
+    is_positive: Tensor | None = None,
+    input_sumsq: Tensor | None = None,
+    skip_below: float = 0.0,
+    label_field: int | None = None,
+    product: Tensor | None = None,
+    peer: PeerNormalisation | None = None,
+    peer_mean: Tensor | None = None,
+    backend: str | None = None,
+    only_checks: bool = False,
+) -> StepResult:
+    """One Forward-Forward step of one linear layer: updates `weight` and `bias` in place, without autograd.
+
+    With `r_i` the scale that normalises row `x_i`: `z_i = r_i W x_i + b`, `y_i = act(z_i)`, `q_i = sum_j y_ij^2`; the
+    objective makes the row coefficient `c_i = 2 dLoss/dq_i` from `q`, and then
+    `dW = sum_i c_i r_i (y_i act'(z_i)) x_i^T`, `db = sum_i c_i (y_i act'(z_i))` go into the optimizer's rule
+    (Hinton, "The Forward-Forward Algorithm", 2022). Rows with `c_i` exactly zero, which are most rows once a sum
+    goodness saturates, are left out of the update's product; that changes nothing but the time.
+
+    Args:
+        x_pos: `[n_pos, in]` un-normalised positive rows, in the weight's dtype or the compute dtype.
+        x_neg: `[n_neg, in]` negative rows; None with `is_positive`.
+        weight: `[out, in]` float32 or float64 parameter.
+        bias: `[out]` parameter, or None.
+        optimizer: the `torch.optim` object that holds both. SGD, SGDW, Adam and AdamW run fused on its own state; any
+            other whose `step()` runs on `.grad` alone gets that filled and is called. None: only `.grad` is filled,
+            with the gradient of this batch alone; what it held is replaced, not added to as in `backward()`.
+        objective: goodness, threshold and loss; or a loss of your own, `GivenLoss`, or a function of goodness and
+            side as it takes it.
+        norm: "l2" (`norm(x)`), "rms" (`sqrt(mean x^2)`) or "none".
+        eps: >= 0; `eps_mode` says where it goes: "add" `x / (norm + eps)`, "clamp" `x / max(norm, eps)`,
+            "inside" `x / sqrt(norm^2 + eps)`. A row of zeros stays zero.
+        activation: "relu", "leaky_relu" (0.01), "gelu" (exact), "silu" or "identity".
+        outputs: "post", "pre" or "none": which activities the result carries.
+        compute_dtype: torch.bfloat16 or torch.float16: the products' operands are rounded to it, sums and masters stay
+            float32. None: autocast's dtype where autocast is on, else the weight's.
+        sample_weight: `[rows]` factors of the rows' losses, positives first (`[pairs]` for pair losses).
+        is_positive: `[rows]` bool; `x_pos` is then the joint batch in any order.
+        input_sumsq: `[rows]` sums of squares of the input rows where they are known: `StepResult.sumsq` of the layer
+            below.
+        skip_below: leaves rows out of the update whose loss has a slope below this fraction of that of a row far on
+            the wrong side (for the logistic loss: whose sigmoid is smaller). An approximation; 0 leaves out exact
+            zeros only.
+        label_field: how many of the first columns hold the label; outside them both sides have the same numbers, row
+            by row, and share their products, to which each row adds its own label's (equally exact, whatever either
+            label holds). None: on a CPU, that is found out. On a device it is not checked.
+        product: `shared_product(x_pos, weight, label_field)` where it is there already.
+        peer: peer normalisation, a regulariser that keeps the units about equally active.
+        peer_mean: `[out]` its running mean activity, which the step moves; with `peer`, and only then.
+        backend: forces a backend; so does the environment variable FFKERNELS_BACKEND.
+        only_checks: raises what a step would raise, and takes none; the result is empty.
+
+    What can run out of memory has its memory before anything is written, and Ctrl-C waits until everything is: weight,
+    bias, optimizer state and running mean are all old or all new.
+
+    Raises:
+        ValueError, TypeError: for an argument that does not fit, before anything is written.
+    """
+    compiling = torch.compiler.is_compiling()
+    if not isinstance(objective, Objective):
+        objective = GivenLoss.of(objective)
+        if compiling:
+            return _step_never_compiled(
+                x_pos, x_neg, weight, bias, optimizer, objective=objective, norm=norm, eps=eps, eps_mode=eps_mode,
+                activation=activation, outputs=outputs, compute_dtype=compute_dtype, sample_weight=sample_weight,
+                is_positive=is_positive, input_sumsq=input_sumsq, skip_below=skip_below, label_field=label_field,
+                product=product, peer=peer, peer_mean=peer_mean, backend=backend, only_checks=only_checks,
+            )  # fmt: skip
+    options = Options(
+        objective, norm, eps, eps_mode, activation, outputs, compute_dtype, skip_below, peer, backend,
+        product is not None,
+    )  # fmt: skip
+    plan = plans.plan_for(weight, bias, optimizer, peer_mean, options)
+    layer, goal, pull, chosen = plan.layer, plan.goal, plan.pull, plan.chosen
+    check.rows_of("x_pos", x_pos, weight, layer.compute_dtype)
+    if (x_neg is None) != (is_positive is not None):
+        came = "neither" if x_neg is None else "both"
+        raise ValueError(f"of x_neg and is_positive came {came}; accepted: one of the two")
+    if x_neg is None:
+        x_neg = x_pos[:0]
+    else:
+        check.rows_of("x_neg", x_neg, weight, layer.compute_dtype)
+        if x_neg.dtype != x_pos.dtype:
+            raise TypeError(f"x_neg is {x_neg.dtype}; accepted: {x_pos.dtype}, as x_pos is")
+    n_pos, total = x_pos.shape[0], x_pos.shape[0] + x_neg.shape[0]
+    field = 0 if label_field is None else check.label_field(label_field, weight, x_pos, x_neg)
+    if product is not None:
+        check.shared_product(product, field, n_pos, weight)
+    if is_positive is not None:
+        check.vector("is_positive", is_positive, total, torch.bool, weight.device)
+    check.objective_for(objective, total, n_pos if is_positive is None else None, weight)
+    if sample_weight is not None:
+        check.sample_weight(sample_weight, objective, total, weight)
+    if input_sumsq is not None:
+        check.vector("input_sumsq", input_sumsq, total, weight.dtype, weight.device)
+    if not compiling:
+        if is_transformed(x_pos, x_neg, weight, bias):
+            raise ValueError(
+                "linear_step_ was called on tensors of a torch.func transform or with a forward-mode tangent, which a "
+                "step in place cannot follow; accepted: plain tensors, or linear_forward and goodness_loss"
+            )
+        check.apart(weight, bias, peer_mean, x_pos, x_neg, product)
+    update = plan.update
+    rows = Rows(x_pos, x_neg, is_positive, input_sumsq, sample_weight, product, field)
+    back = None
+    if is_positive is not None and objective.paired:
+        order, n_pos = sides_in_order(is_positive)
+        known = None if input_sumsq is None else input_sumsq[order]
+        rows = Rows(x_pos[order[:n_pos]], x_pos[order[n_pos:]], None, known, sample_weight)
+        back = order.argsort()
+    if only_checks:
+        nothing = weight.new_empty(0)
+        return StepResult(None, nothing, nothing, nothing, n_pos)
+
+    width = weight.shape[0]
+    # The optimizer's own step comes between the operator and what it would hand out.
+    at_once = chosen in select.HANDS_OUT_ALL and isinstance(objective, Objective) and update.rule != "grad"
+    y = weight.new_empty(total, width, dtype=layer.compute_dtype) if outputs != "none" else None
+    sumsq, loss = weight.new_empty(total), weight.new_empty(())
+    # The sums before the update are nobody's where those after it are handed out.
+    goodness = sumsq if objective.goodness == "sum" or outputs == "post" else weight.new_empty(total)
+    after = weight.new_empty(total) if outputs == "post" else sumsq
+    if outputs != "post":
+        written = Outputs(y, sumsq, loss, goodness_out=goodness if at_once else None)
+    elif at_once:
+        written = Outputs(None, sumsq, loss, None, goodness, y, after)
+    else:
+        written = Outputs(None, sumsq, loss, plans.rounded(plan))
+    outcome = (after, goodness) if y is None else (after, goodness, y)
+    in_order = [] if back is None else [torch.empty_like(t) for t in outcome]
+    # Autograd's and autocast's modes are given back before an interrupt is let through.
+    held = None if compiling else interrupts.hold()
+    try:
+        with torch.no_grad(), without_autocast(weight.device):
+            if isinstance(objective, Objective):
+                ops.linear_step_(rows, layer, goal, pull, update.record, written, chosen)
+            else:
+                step_by_stages(rows, layer, objective, pull, update.record, written, chosen)
+            torch.autograd.graph.increment_version(plan.written)
+            update.finish(optimizer)
+            if not at_once:
+                objective.goodness_of(sumsq, width, out=goodness)
+                if y is not None and outputs == "post":
+                    now = layer if written.rounded is None else layer._replace(weight=written.rounded)
+                    _forward_after(compiling, rows, now, y, after, chosen)
+            if back is not None:
+                for found, into in zip(outcome, in_order, strict=True):
+                    torch.index_select(found, 0, back, out=into)
+                (after, goodness), y = in_order[:2], None if y is None else in_order[2]
+    finally:
+        if held is not None:
+            interrupts.release(held)
+    return StepResult(y, after, goodness, loss, n_pos if is_positive is None else None, is_positive)
+
+
+@never_compiled("a loss of your own runs in plain PyTorch, with a backward of its own in the middle of the step")
+def _step_never_compiled(*tensors: Any, **options: Any) -> StepResult:
+    return linear_step_(*tensors, **options)
+
+
+def _forward_after(compiling: bool, rows: Rows, layer: Layer, y: Tensor, sumsq: Tensor, backend: str) -> None:
+    """`linear_forward_` once the weights are written, where an error would lose a step: few rows need little memory."""
+    try:
+        ops.linear_forward_(rows._replace(product=None), layer, y, sumsq, backend)
+        return
+    except (MemoryError, RuntimeError):
+        if compiling:
+            raise
+    at = 0
+    for x in (*rows.x_pos.split(FEW_ROWS), *rows.x_neg.split(FEW_ROWS)):
+        part = slice(at, at := at + len(x))
+        known = None if rows.input_sumsq is None else rows.input_sumsq[part]
+        few = Rows(x, x[:0], input_sumsq=known)
+        ops.linear_forward_(few, layer, y[part], sumsq[part], backend)

@@ -1,0 +1,124 @@
+"""A loss of the caller's own: any function of a layer's goodness, moments or activities, in plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from .objective import GOODNESS, goodness_of
+from .spec import Goodness
+
+Reads = Literal["goodness", "moments", "activities"]
+
+
+class Moments(NamedTuple):
+    """`[rows, units]` each unit's activity, and its square; the sums over places in a layer that has several."""
+
+    first: Tensor
+    second: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class GivenLoss:
+    """What a layer learns, as a function `function(read, is_positive)` that returns a 0-dim loss.
+
+    Its slopes come from autograd on what it reads alone; the layer's product, update and optimizer run as under an
+    `Objective`. Parameters that the function closes over learn as well: their gradients are added to their `.grad`, as
+    by `backward()`, before the layer is written. `is_positive` is `[rows]` bool, positives first where the sides came
+    apart.
+
+    Args:
+        function: called once a step, with gradients on. What a random number in it is drawn from is the caller's.
+        reads: what comes first: "goodness" `[rows]`; "moments", a `Moments` of `[rows, units]`; or "activities"
+            `[rows, units]`, of which anything that autograd can differentiate is a loss. All in the weight's dtype. The
+            last two take a further pass over the activities.
+        goodness: "mean", "sum" or "norm": how sums of squares become a goodness.
+        maximize: whether a high goodness is that of a positive row, which predictions go by.
+
+    Raises:
+        ValueError, TypeError: for a value outside these; in a step, for a loss that is no tensor, not 0-dim, not
+            finite (on a CPU), detached from what it was given, or on another device, before anything is written.
+    """
+
+    function: Callable[..., Tensor]
+    reads: Reads = "goodness"
+    goodness: Goodness = "mean"
+    maximize: bool = True
+
+    def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise TypeError(
+                f"objective={self.function!r} is not an ffkernels.Objective, a GivenLoss or a function of goodness and "
+                "is_positive"
+            )
+        for name, accepted in (("reads", get_args(Reads)), ("goodness", GOODNESS)):
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in accepted:
+                raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, accepted))}")
+        if not isinstance(self.maximize, bool):
+            raise TypeError(f"maximize={self.maximize!r} is not a bool")
+
+    @classmethod
+    def of(cls, objective: object) -> GivenLoss:
+        """A function as a loss of the goodness; a `GivenLoss` as it is."""
+        return objective if isinstance(objective, cls) else cls(objective)  # type: ignore[arg-type]
+
+    # What a step asks any objective.
+    paired = False
+    threshold = None
+    loss = None
+
+    def goodness_of(self, sumsq: Tensor, width: int, *, out: Tensor | None = None) -> Tensor:
+        """Goodness of rows with sums of squares `sumsq` in a layer of `width` units; same shape and dtype."""
+        return goodness_of(self.goodness, sumsq, width, out=out)
+
+    def value(self, y: Tensor, sumsq: Tensor, is_positive: Tensor) -> Tensor:
+        """The loss of activities `y` `[rows, units]` with sums of squares `sumsq` `[rows]`; autograd-compatible."""
+        if self.reads == "goodness":
+            read: Tensor | Moments = self.goodness_of(sumsq, y.shape[1])
+        else:
+            read = y if self.reads == "activities" else Moments(y, y.square())
+        return self._checked(self.function(read, is_positive), y)
+
+    def slopes(self, y: Tensor, sumsq: Tensor, is_positive: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The loss, and the slopes that `spec.Slopes` describes; the arguments are those of `value`."""
+        with torch.enable_grad():
+            if self.reads == "goodness":
+                given = [sumsq.detach().requires_grad_()]
+                read: Tensor | Moments = self.goodness_of(given[0], y.shape[1])
+            else:
+                given = [y.detach().requires_grad_()]
+                read = given[0]
+                if self.reads == "moments":
+                    given.append(y.square().requires_grad_())
+                    read = Moments(*given)
+            loss = self._checked(self.function(read, is_positive), y)
+            loss.backward()
+        found = [t.grad for t in given]
+        if all(t is None for t in found):
+            raise ValueError(f"the loss does not hang on the {self.reads} that it was given; accepted: one that does")
+        if y.device.type == "cpu" and not all(t is None or bool(t.isfinite().all()) for t in found):
+            raise ValueError(f"the loss has a slope by the {self.reads} that is not finite; accepted: finite ones")
+        found = [None if t is None else t.to(y.dtype) for t in found]
+        if self.reads == "goodness":
+            (by_sumsq,) = found
+            assert by_sumsq is not None
+            return loss.detach(), None, by_sumsq.unsqueeze(1)
+        return loss.detach(), found[0], found[1] if self.reads == "moments" else None
+
+    def _checked(self, loss: object, y: Tensor) -> Tensor:
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"the loss is a {type(loss).__name__}; accepted: a 0-dim torch.Tensor")
+        if loss.dim() != 0 or not loss.is_floating_point():
+            raise ValueError(f"the loss is a {loss.dtype} tensor of shape {tuple(loss.shape)}; accepted: a 0-dim one")
+        if loss.device != y.device:
+            raise ValueError(f"the loss is on {loss.device} but the layer is on {y.device}; accepted: the same device")
+        if not loss.requires_grad:
+            raise ValueError(f"the loss is detached from the {self.reads} that it was given; accepted: a tensor of it")
+        if loss.device.type == "cpu" and not bool(loss.isfinite()):
+            raise ValueError(f"the loss is {loss.item()}; accepted: a finite one")
+        return loss

@@ -1,0 +1,181 @@
+"""The border between the public functions and the backends: what a layer step is made of, as records.
+
+Each record and each name for one of several choices is defined here and nowhere else. The operators' schemas (`ops`)
+and the C structures of the compiled library (`backends.native.records`) follow from these definitions.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Norm = Literal["l2", "rms", "none"]
+EpsMode = Literal["add", "clamp", "inside"]
+Activation = Literal["relu", "leaky_relu", "gelu", "silu", "identity"]
+OutputsOf = Literal["post", "pre", "none"]
+Goodness = Literal["mean", "sum", "norm"]
+Loss = Literal["logistic", "symba", "swish"]
+Reduction = Literal["mean", "sum_of_means"]
+# "grad" writes the gradient to the state instead of the parameter.
+Rule = Literal["grad", "sgd", "adam"]
+
+# What a tensor is, and whether a step writes it.
+Matrix = Annotated[Tensor, "matrix"]
+Vector = Annotated[Tensor, "vector"]
+Mask = Annotated[Tensor, "mask"]
+WrittenMatrix = Annotated[Tensor, "matrix", "written"]
+WrittenVector = Annotated[Tensor, "vector", "written"]
+
+
+class Rows(NamedTuple):
+    """The joint batch: the rows of `x_pos`, then those of `x_neg`.
+
+    Attributes:
+        x_pos, x_neg: `[n_pos, in]`, `[n_neg, in]`, un-normalised. With `is_positive`, `x_pos` is the joint batch and
+            `x_neg` has no rows.
+        is_positive: `[rows]` bool, or None: the first `n_pos` rows are positive.
+        input_sumsq: `[rows]` sums of squares of the rows where they are known.
+        sample_weight: `[rows]` factors of the rows' losses (`[pairs]` for pair losses), or None.
+        product: `[n_pos, out]`, `W x` of either side without the label field, where it is known.
+        label_field: `x_neg` is `x_pos` outside so many first columns; 0: not known.
+    """
+
+    x_pos: Matrix
+    x_neg: Matrix
+    is_positive: Mask | None = None
+    input_sumsq: Vector | None = None
+    sample_weight: Vector | None = None
+    product: Matrix | None = None
+    label_field: int = 0
+
+
+class Layer(NamedTuple):
+    """How rows turn into activities: `y = act(r W x + b)` with `r` the row scale of norm and eps.
+
+    Attributes:
+        weight, bias: `[out, in]`, `[out]` or None. A step writes them; in a forward pass after one, `weight` may be
+            what the step has left in `Outputs.rounded`.
+        compute_dtype: the operands of products are rounded to it.
+    """
+
+    weight: WrittenMatrix
+    bias: WrittenVector | None
+    norm: Norm
+    eps: float
+    eps_mode: EpsMode
+    activation: Activation
+    compute_dtype: torch.dtype
+
+
+class Goal(NamedTuple):
+    """How sums of squares turn into a loss and a coefficient for each row: the fields of `Objective`, as numbers.
+
+    Attributes:
+        threshold: 0-dim or `[rows]`; overrides both numbers. None: they count.
+        skip_below: rows whose loss has a slope below this fraction of that of a row far on the wrong side are left out
+            of the update.
+    """
+
+    goodness: Goodness
+    threshold_pos: float
+    threshold_neg: float
+    threshold: Vector | None
+    loss: Loss
+    maximize: bool
+    reduction: Reduction
+    temperature: float
+    alpha: float
+    skip_below: float
+
+
+class PeerPull(NamedTuple):
+    """Peer normalisation: the running mean `[out]` is moved, its pull added to the gradient. None: there is none."""
+
+    mean: WrittenVector | None
+    strength: float
+    momentum: float
+    gated: bool
+
+
+class Numbers(NamedTuple):
+    """The numbers of an optimizer's rule, by name; each rule reads its own. Yes and no are 1 and 0.
+
+    Attributes:
+        decoupled: whether the decay shrinks the parameter beside the gradient, by `lr decay`.
+        first_step: whether SGD's momentum buffer begins as the gradient.
+    """
+
+    lr: float = 0.0
+    decay: float = 0.0
+    decoupled: float = 0.0
+    maximize: float = 0.0
+    momentum: float = 0.0
+    dampening: float = 0.0
+    nesterov: float = 0.0
+    first_step: float = 0.0
+    beta1: float = 0.0
+    beta2: float = 0.0
+    eps: float = 0.0
+
+
+class Slot(NamedTuple):
+    """One parameter's part of an update.
+
+    Attributes:
+        state: the tensors of its shape that the rule writes: "grad" the gradient, "sgd" the momentum buffer or none,
+            "adam" exp_avg, exp_avg_sq and, 0-dim, the step count.
+        numbers: the rule's. Compiled code leaves it empty, and brings them as the last tensor of `state`: they would
+            become constants otherwise.
+        lr: the learning rate as a tensor, which overrides the number.
+    """
+
+    state: list[Tensor]
+    numbers: Numbers | tuple[()]
+    lr: Tensor | None = None
+
+
+class Update(NamedTuple):
+    """How the gradient turns into new parameters; without a bias its slot is empty."""
+
+    rule: Rule
+    weight: Slot
+    bias: Slot
+
+
+class Outputs(NamedTuple):
+    """What a step writes besides parameters and their state.
+
+    Attributes:
+        y: `[rows, out]` activities before the update, in the compute dtype, or None.
+        sumsq: `[rows]` their sums of squares.
+        loss_out: 0-dim.
+        rounded: `[out, in]` the new weight in the compute dtype, or None; never under the rule "grad".
+        goodness_out, y_after, sumsq_after: `[rows]` the goodness, and activities and their sums of squares with the updated
+            parameters, or None; only for backends of `select.HANDS_OUT_ALL`. Where the sums before the update are
+            nobody's, the goodness may lie in their place.
+    """
+
+    y: WrittenMatrix | None
+    sumsq: WrittenVector
+    loss_out: WrittenVector
+    rounded: WrittenMatrix | None = None
+    goodness_out: WrittenVector | None = None
+    y_after: WrittenMatrix | None = None
+    sumsq_after: WrittenVector | None = None
+
+
+class Slopes(NamedTuple):
+    """What an update takes in place of an objective: `dLoss/dy = first + 2 second y`, for activities `y`.
+
+    Each slope is `[rows, 1]`, `[rows, groups]` (groups are consecutive units, of sizes that differ by one at most) or
+    `[rows, out]`; None is zero.
+
+    Attributes:
+        activity: `[rows, out]` in the weight's dtype: `y`, or `z` where the activation's slope needs it (gelu, silu).
+    """
+
+    activity: Matrix
+    first: Matrix | None
+    second: Matrix | None

@@ -163,12 +163,14 @@ def _writes_only(*args: Any) -> None:
     return None
 
 
+# Arguments of an operator that only writes, to its backend.
+ON_BACKEND = {
+    "linear_forward_": _forward_on_backend,
+    "linear_step_": _step_on_backend,
+    "linear_update_": _update_on_backend,
+}
 _library = torch.library.Library("ffkernels", "DEF")
-for _name, _run in (
-    ("linear_forward_", _forward_on_backend),
-    ("linear_step_", _step_on_backend),
-    ("linear_update_", _update_on_backend),
-):
+for _name, _run in ON_BACKEND.items():
     _library.define(schema(_name, *SCHEMAS[_name]))
     torch.library.register_fake(f"ffkernels::{_name}", _writes_only, lib=_library)
     _library.impl(_name, _run, "CompositeExplicitAutograd")

@@ -152,9 +152,9 @@ class Outputs(NamedTuple):
         sumsq: `[rows]` their sums of squares.
         loss_out: 0-dim.
         rounded: `[out, in]` the new weight in the compute dtype, or None; never under the rule "grad".
-        goodness_out, y_after, sumsq_after: `[rows]` the goodness, and activities and their sums of squares with the updated
-            parameters, or None; only for backends of `select.HANDS_OUT_ALL`. Where the sums before the update are
-            nobody's, the goodness may lie in their place.
+        goodness_out, y_after, sumsq_after: `[rows]` the goodness, and activities and their sums of squares with the
+            updated parameters, or None; only for backends of `select.HANDS_OUT_ALL`. Where the sums before the update
+            are nobody's, the goodness may lie in their place.
     """
 
     y: WrittenMatrix | None

@@ -164,10 +164,12 @@ def linear_step_(
     # The sums before the update are nobody's where those after it are handed out.
     goodness = sumsq if objective.goodness == "sum" or outputs == "post" else weight.new_empty(total)
     after = weight.new_empty(total) if outputs == "post" else sumsq
+    # Roots are PyTorch's, as everywhere, and may differ from a correctly rounded one in the last bit.
+    goodness_out = goodness if at_once and objective.goodness != "norm" else None
     if outputs != "post":
-        written = Outputs(y, sumsq, loss, goodness_out=goodness if at_once else None)
+        written = Outputs(y, sumsq, loss, None, goodness_out)
     elif at_once:
-        written = Outputs(None, sumsq, loss, None, goodness, y, after)
+        written = Outputs(None, sumsq, loss, None, goodness_out, y, after)
     else:
         written = Outputs(None, sumsq, loss, plans.rounded(plan))
     outcome = (after, goodness) if y is None else (after, goodness, y)
@@ -182,11 +184,11 @@ def linear_step_(
                 step_by_stages(rows, layer, objective, pull, update.record, written, chosen)
             torch.autograd.graph.increment_version(plan.written)
             update.finish(optimizer)
-            if not at_once:
+            if goodness_out is None:
                 objective.goodness_of(sumsq, width, out=goodness)
-                if y is not None and outputs == "post":
-                    now = layer if written.rounded is None else layer._replace(weight=written.rounded)
-                    _forward_after(compiling, rows, now, y, after, chosen)
+            if y is not None and outputs == "post" and not at_once:
+                now = layer if written.rounded is None else layer._replace(weight=written.rounded)
+                _forward_after(compiling, rows, now, y, after, chosen)
             if back is not None:
                 for found, into in zip(outcome, in_order, strict=True):
                     torch.index_select(found, 0, back, out=into)

@@ -1,78 +1,70 @@
-// Steps on one thread and on several, over one memory: the same bits, and, built with
-// -fsanitize=thread, no race. Python and torch stay out of it, because a race detector knows
-// nothing of the threads of a runtime that was not built for it.
-#include <cstdio>
-#include <cstring>
-#include <random>
-#include <vector>
+// Tasks on the library's own threads and on those of a made-up OpenMP runtime, and the memory that
+// stays with a thread; built with -fsanitize=thread, without a race.
+#include "../cpu/threads.h"
+
+#include <thread>
 
 #include "../cpu/interface.h"
+#include "check.h"
 
 namespace {
 
-struct Layer {
-    std::vector<float> x_pos, x_neg, weight, bias, state[4], y, sumsq;
-    float steps[2] = {0, 0}, loss = 0;
+// Each task runs once, and no two at once under one worker's number: a race on its own sum.
+void tasks(int64_t count, int workers, const char* runtime) {
+    struct Context {
+        std::vector<int> runs;
+        std::vector<int64_t> sums;
+        int workers;
+    } context{std::vector<int>(size_t(count)), std::vector<int64_t>(size_t(workers)), workers};
+    const ffk::Task task = [](void* at, int64_t index, int worker) {
+        Context& c = *static_cast<Context*>(at);
+        c.runs[size_t(index)]++;
+        if (worker >= 0 && worker < c.workers) c.sums[size_t(worker)] += index;
+    };
+    ffk::run_tasks(count, workers, task, &context);
+    int64_t sum = 0;
+    for (const int64_t part : context.sums) sum += part;
+    for (size_t i = 0; i < context.runs.size(); i++)
+        check::same(context.runs[i], 1, "runs of task %zu of %lld on %d of %s", i, (long long)count,
+                    workers, runtime);
+    check::same(sum, count * (count - 1) / 2, "the workers' sums of %lld tasks on %d of %s",
+                (long long)count, workers, runtime);
+}
 
-    Layer(int64_t n_pos, int64_t n_neg, int64_t in, int64_t out) {
-        std::mt19937 random(1);
-        std::normal_distribution<float> normal;
-        auto draw = [&](int64_t n) {
-            std::vector<float> values(static_cast<size_t>(n));
-            for (float& value : values) value = normal(random);
-            return values;
-        };
-        x_pos = draw(n_pos * in), x_neg = draw(n_neg * in), weight = draw(out * in),
-        bias = draw(out);
-        if (n_pos == n_neg)  // twins: one column differs
-            for (int64_t i = 0; i < n_neg * in; i++)
-                if (i % in != 0) x_neg[size_t(i)] = x_pos[size_t(i)];
-        for (int i = 0; i < 4; i++) state[i].resize(i < 2 ? weight.size() : bias.size());
-        y.resize(size_t((n_pos + n_neg) * out)), sumsq.resize(size_t(n_pos + n_neg));
-    }
+// What an OpenMP runtime offers: `work` on so many threads at once.
+void parallel(void (*work)(void*), void* data, unsigned threads, unsigned) {
+    std::vector<std::thread> others;
+    for (unsigned i = 1; i < threads; i++) others.emplace_back(work, data);
+    work(data);
+    for (std::thread& other : others) other.join();
+}
 
-    int step(int64_t n_pos, int64_t n_neg, int64_t in, int64_t out, int threads) {
-        ffk::Call call{};
-        call.x[0] = x_pos.data(), call.x[1] = x_neg.data();
-        call.rows[0] = n_pos, call.rows[1] = n_neg, call.x_stride[0] = call.x_stride[1] = in;
-        call.in = in, call.out = out;
-        call.weight = weight.data(), call.bias = bias.data(), call.y = y.data(),
-        call.sumsq = sumsq.data(), call.loss = &loss;
-        call.norm = ffk::NORM_L2, call.eps = 1e-4, call.temperature = 1, call.alpha = 1,
-        call.maximize = 1;
-        call.threshold_pos = call.threshold_neg = 0.5;
-        call.rule = ffk::ADAM, call.threads = threads;
-        for (int i = 0; i < 2; i++) {
-            ffk::Update& update = i ? call.bias_update : call.weight_update;
-            update.state[0] = state[2 * i].data(), update.state[1] = state[2 * i + 1].data(),
-            update.state[2] = &steps[i];
-            update.lr = 0.01, update.beta1 = 0.9, update.beta2 = 0.999, update.eps = 1e-8;
-        }
-        return ffk_linear_step(&call);
-    }
-};
-
-bool same(const std::vector<float>& a, const std::vector<float>& b) {
-    return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+// Memory stays from one call to the next, is each thread's own, and is whole.
+void memory() {
+    const size_t floats = size_t(3) << 18;
+    float* own = ffk::workspace(floats);
+    own[0] = own[floats - 1] = 1;
+    check::same(own == ffk::workspace(floats / 2), 1,
+                "whether a smaller workspace is the one before");
+    float* another = nullptr;
+    std::thread([&] {
+        another = ffk::workspace(floats);
+        another[0] = another[floats - 1] = 2;
+    }).join();
+    check::near(own[0] + own[floats - 1], 2, 0, "a workspace after another thread wrote its own");
+    own = ffk::workspace(2 * floats);
+    own[0] = own[2 * floats - 1] = 1;
 }
 
 }  // namespace
 
 int main() {
-    const int64_t shapes[][4] = {
-        {40, 40, 70, 90}, {130, 70, 450, 60}, {500, 500, 30, 40}, {2100, 2100, 10, 1100}};
-    int failures = 0;
-    for (const auto& s : shapes) {
-        Layer one(s[0], s[1], s[2], s[3]), several(s[0], s[1], s[2], s[3]);
-        for (int step = 0; step < 2; step++)
-            failures +=
-                one.step(s[0], s[1], s[2], s[3], 1) + several.step(s[0], s[1], s[2], s[3], 4);
-        const bool equal = same(one.weight, several.weight) && same(one.bias, several.bias)
-                           && same(one.y, several.y) && same(one.sumsq, several.sumsq)
-                           && one.loss == several.loss && one.loss == one.loss && one.loss > 0;
-        std::printf("%lld + %lld rows, %lld -> %lld: %s\n", (long long)s[0], (long long)s[1],
-                    (long long)s[2], (long long)s[3], equal ? "same" : "DIFFERENT");
-        failures += !equal;
+    for (const bool openmp : {false, true}) {
+        ffk_use_threads(openmp ? reinterpret_cast<void*>(parallel) : nullptr);
+        for (const int64_t count : {0, 1, 2, 7, 1000})
+            for (const int workers : {1, 2, 5})
+                tasks(count, workers, openmp ? "OpenMP's threads" : "the library's threads");
     }
-    return failures != 0;
+    memory();
+    return check::result();
 }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from ffkernels.backends.native import library
+
 from . import programs
 from .test_native import SETS
 
@@ -11,6 +13,7 @@ from .test_native import SETS
 OF_VECTORS = ("tile", "packing", "bfloat16", "rules")
 OF_SCALARS = ("row_scale", "objective")
 HERE = SETS or ["baseline"]
+FOR_FLOAT32 = library.instruction_set() or "baseline"
 
 
 @pytest.mark.parametrize("instruction_set", HERE)
@@ -21,7 +24,7 @@ def test_vectors(name, instruction_set, tmp_path):
 
 @pytest.mark.parametrize("name", OF_SCALARS)
 def test_scalars(name, tmp_path):
-    programs.run([programs.compiled(name, tmp_path, HERE[0])])
+    programs.run([programs.compiled(name, tmp_path, FOR_FLOAT32)])
 
 
 def test_threads(tmp_path):
@@ -29,4 +32,4 @@ def test_threads(tmp_path):
 
 
 def test_steps_on_threads(tmp_path):
-    programs.run([programs.compiled("steps", tmp_path, HERE[0], units=("threads.cpp", "kernels.cpp"))])
+    programs.run([programs.compiled("steps", tmp_path, FOR_FLOAT32, units=("threads.cpp", "kernels.cpp"))])

@@ -2,6 +2,8 @@
 // stays with a thread; built with -fsanitize=thread, without a race.
 #include "../cpu/threads.h"
 
+#include <atomic>
+#include <chrono>
 #include <thread>
 
 #include "../cpu/interface.h"
@@ -14,14 +16,23 @@ void tasks(int64_t count, int workers, const char* runtime) {
     struct Context {
         std::vector<int> runs;
         std::vector<int64_t> sums;
-        int workers;
-    } context{std::vector<int>(size_t(count)), std::vector<int64_t>(size_t(workers)), workers};
+        std::atomic<int> strangers{0};
+        bool slow;
+    } context{
+        std::vector<int>(size_t(count)), std::vector<int64_t>(size_t(workers)), {}, count < 10};
     const ffk::Task task = [](void* at, int64_t index, int worker) {
         Context& c = *static_cast<Context*>(at);
         c.runs[size_t(index)]++;
-        if (worker >= 0 && worker < c.workers) c.sums[size_t(worker)] += index;
+        // So long that each worker has its turn.
+        if (c.slow) std::this_thread::sleep_for(std::chrono::milliseconds(5));
+        if (worker >= 0 && size_t(worker) < c.sums.size())
+            c.sums[size_t(worker)] += index;
+        else
+            c.strangers++;
     };
     ffk::run_tasks(count, workers, task, &context);
+    check::same(context.strangers, 0, "tasks under numbers of no worker, %lld on %d of %s",
+                (long long)count, workers, runtime);
     int64_t sum = 0;
     for (const int64_t part : context.sums) sum += part;
     for (size_t i = 0; i < context.runs.size(); i++)

@@ -8,7 +8,6 @@
 #include <cstdio>
 #include <cstring>
 #include <limits>
-#include <random>
 #include <vector>
 
 namespace check {
@@ -57,23 +56,25 @@ inline int result() {
     return failed != 0 || compared == 0;
 }
 
-inline std::mt19937& engine() {
-    static std::mt19937 made(1);
-    return made;
+inline uint64_t seed = 1;
+
+// A number in [0, 1), by Knuth's linear congruence.
+inline double chance() {
+    seed = seed * 6364136223846793005u + 1442695040888963407u;
+    return double(seed >> 11) / double(uint64_t(1) << 53);
 }
 
-inline std::vector<float> normal(int64_t n, float scale = 1) {
-    std::normal_distribution<float> draw(0, scale);
+// Numbers on both sides of zero, whose mean square is about `scale` squared.
+inline std::vector<float> numbers(int64_t n, float scale = 1) {
     std::vector<float> values(static_cast<size_t>(n));
-    for (float& value : values) value = draw(engine());
+    for (float& value : values) value = float(scale * (chance() - 0.5) * std::sqrt(12.));
     return values;
 }
 
-// Numbers that bfloat16 has.
+// The same, of those that bfloat16 has.
 inline std::vector<float> coarse(int64_t n) {
-    std::uniform_int_distribution<int> draw(-128, 128);
     std::vector<float> values(static_cast<size_t>(n));
-    for (float& value : values) value = float(draw(engine())) / 16;
+    for (float& value : values) value = float(std::floor(chance() * 257) - 128) / 16;
     return values;
 }
 

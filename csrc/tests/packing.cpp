@@ -11,7 +11,7 @@ void columns(int valid, int64_t depth) {
     constexpr int64_t WIDTH = LANES + 5;
     vector<vector<float>> rows;
     vector<const float*> at;
-    for (int i = 0; i < valid; i++) rows.push_back(check::normal(depth));
+    for (int i = 0; i < valid; i++) rows.push_back(check::numbers(depth));
     for (const auto& row : rows) at.push_back(row.data());
     vector<float> panel(size_t((depth - 1) * WIDTH + LANES), 7.f);
     pack_columns(at.data(), valid, depth, panel.data(), WIDTH);
@@ -26,8 +26,8 @@ void columns(int valid, int64_t depth) {
 // Three rows as rows of every panel.
 void rows_of_panels(int64_t count) {
     const Panels panels{count, 3};
-    const vector<float> rows[3] = {check::normal(count), check::normal(count),
-                                   check::normal(count)};
+    const vector<float> rows[3] = {check::numbers(count), check::numbers(count),
+                                   check::numbers(count)};
     vector<float> packed(size_t(panels.elements()), NAN);
     for (int64_t k = 0; k < 3; k++) pack_row(rows[k].data(), panels, k, packed.data());
     size_t place = 0;
@@ -44,7 +44,7 @@ void rows_of_panels(int64_t count) {
 
 // One row, as float32 and as bfloat16 numbers: its operands, its pairs and its sums.
 void row(int64_t n) {
-    const vector<float> exact = check::normal(n), other = check::normal(n);
+    const vector<float> exact = check::numbers(n), other = check::numbers(n);
     vector<float> nearest;
     vector<uint16_t> halves;
     for (const float value : exact) nearest.push_back(check::nearest_bfloat16(value));

@@ -62,8 +62,8 @@ Element adam(const Options& o, long double g, long double p, long double m, long
 
 template <int KIND>
 void row(const Options& o, int64_t n, bool has_m) {
-    const auto gradient = check::normal(n), p = check::normal(n, 0.1f), m = check::normal(n);
-    auto v = check::normal(n);
+    const auto gradient = check::numbers(n), p = check::numbers(n, 0.1f), m = check::numbers(n);
+    auto v = check::numbers(n);
     for (float& value : v) value *= value;
     auto new_p = p, new_m = m, new_v = v;
     float steps = o.steps;

@@ -11,9 +11,9 @@ struct Layer {
     float steps[2] = {0, 0}, loss = 0;
 
     Layer(int64_t n_pos, int64_t n_neg, int64_t in, int64_t out) {
-        check::engine().seed(1);
-        x_pos = check::normal(n_pos * in), x_neg = check::normal(n_neg * in);
-        weight = check::normal(out * in), bias = check::normal(out);
+        check::seed = 1;
+        x_pos = check::numbers(n_pos * in), x_neg = check::numbers(n_neg * in);
+        weight = check::numbers(out * in), bias = check::numbers(out);
         if (n_pos == n_neg)  // twins: one column differs
             for (int64_t i = 0; i < n_neg * in; i++)
                 if (i % in != 0) x_neg[size_t(i)] = x_pos[size_t(i)];

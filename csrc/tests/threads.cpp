@@ -72,7 +72,7 @@ void memory() {
 int main() {
     for (const bool openmp : {false, true}) {
         ffk_use_threads(openmp ? reinterpret_cast<void*>(parallel) : nullptr);
-        for (const int64_t count : {0, 1, 2, 7, 1000})
+        for (const int64_t count : {0, 1, 2, 7, 50000})
             for (const int workers : {1, 2, 5})
                 tasks(count, workers, openmp ? "OpenMP's threads" : "the library's threads");
     }

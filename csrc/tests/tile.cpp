@@ -26,10 +26,10 @@ void product(int valid, int64_t first, int64_t depth) {
     // AMX's unit reads whatever lies behind the last row; everywhere else that is out of bounds.
     const int64_t a_stride = first + depth, a_rows = PAIRS ? TILE_ROWS : valid,
                   c_stride = WIDTH + GAP, cut = depth / 2 / PAIRS_AT_ONCE * PAIRS_AT_ONCE;
-    const auto draw = [](int64_t n) { return PAIRS ? check::coarse(n) : check::normal(n); };
+    const auto draw = [](int64_t n) { return PAIRS ? check::coarse(n) : check::numbers(n); };
     const std::vector<float> a = draw(a_rows * a_stride * EACH), b = draw(depth * WIDTH * EACH);
-    const std::vector<float> start = check::normal(TILE_ROWS * c_stride),
-                             column = check::normal(TILE_ROWS), row = check::normal(WIDTH);
+    const std::vector<float> start = check::numbers(TILE_ROWS * c_stride),
+                             column = check::numbers(TILE_ROWS), row = check::numbers(WIDTH);
     const std::vector<float> a_places = packed<PAIRS>(a), b_places = packed<PAIRS>(b);
     std::vector<float> c(size_t(TILE_ROWS * c_stride), NAN);
 

@@ -12,7 +12,7 @@ VENV := .venv
 LIBRARY := ffkernels/backends/native/libffkernels_cpu.so
 PIP := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: mnist test lint sanitize fuzz campaign nightly bench gpu clean
+.PHONY: mnist test lint records sanitize fuzz campaign nightly bench gpu clean
 
 mnist: $(VENV)/train
 	$(VENV)/bin/python -m ffkernels train --preset quick --data mnist --resume
@@ -24,17 +24,16 @@ lint: $(VENV)/lint
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run --Werror csrc/*/*.h csrc/*/*.cpp
 
-# The compiled library under sanitizers: its tests on small shapes for addresses and undefined behaviour, and a program of its own,
-# without the threads of Python and torch, for races.
+# The programs of csrc/tests that have threads, without those of Python and torch, for races; the compiled library's
+# tests on small shapes and all those programs for addresses and undefined behaviour.
 SANITIZED := build/sanitized
 sanitize: $(VENV)/test
-	FFKERNELS_BUILD=cpu FFKERNELS_SANITIZE=address,undefined $(VENV)/bin/python setup.py -q build_ext --build-lib $(SANITIZED)/address
-	FFKERNELS_BUILD=cpu FFKERNELS_SANITIZE=thread $(VENV)/bin/python setup.py -q build_ext --build-lib $(SANITIZED)/thread
-	$(CXX) -std=c++17 -g -fsanitize=thread csrc/tests/threads.cpp $(SANITIZED)/thread/$(LIBRARY) -o $(SANITIZED)/threads
-	LD_LIBRARY_PATH=$(dir $(SANITIZED)/thread/$(LIBRARY)) $(SANITIZED)/threads
-	env ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 FFKERNELS_LIBRARY=$(SANITIZED)/address/$(LIBRARY) \
+	FFKERNELS_SANITIZE=thread $(VENV)/bin/python -m pytest tests/test_csrc_parts.py -k threads
+	FFKERNELS_BUILD=cpu FFKERNELS_SANITIZE=address,undefined $(VENV)/bin/python setup.py -q build_ext --build-lib $(SANITIZED)
+	env ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 FFKERNELS_LIBRARY=$(SANITIZED)/$(LIBRARY) FFKERNELS_SANITIZE=address,undefined \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-	  $(VENV)/bin/python -m pytest -p no:faulthandler tests/test_native.py tests/test_large_labels.py -k "not 4200 and not 4300"
+	  $(VENV)/bin/python -m pytest -p no:faulthandler tests/test_native.py tests/test_large_labels.py tests/test_csrc_parts.py \
+	  -k "not 4200 and not 4300"
 
 # Minutes each: random calls against float64, and trainings that are killed and interrupted.
 nightly: fuzz campaign

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import platform
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 
 from ffkernels.backends.native import library
 
-PROGRAM = Path(__file__).parents[1] / "csrc" / "tests" / "dispatch.cpp"
-COMPILER = next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
+from . import programs
 
 AVX2 = "avx2 fma"
 AVX512 = f"{AVX2} avx512f avx512dq avx512vl avx512bw"
@@ -24,11 +20,10 @@ AMX = f"{BF16} amx_bf16 amx_tile intel"
 @pytest.fixture(scope="module")
 def choose(tmp_path_factory):
     """The sets for float32 and for bfloat16 on a machine with these features."""
-    if COMPILER is None or not PROGRAM.exists() or (platform.machine(), platform.system()) != ("x86_64", "Linux"):
-        pytest.skip("needs a checkout and a compiler on x86-64 Linux")
-    built = tmp_path_factory.mktemp("dispatch") / "dispatch"
-    subprocess.run([COMPILER, "-std=c++17", str(PROGRAM), "-o", str(built)], check=True)
-    return lambda cpu: subprocess.run([built], env={"CPU": cpu}, check=True, capture_output=True, text=True).stdout
+    if (platform.machine(), platform.system()) != ("x86_64", "Linux"):
+        pytest.skip("needs x86-64 Linux")
+    built = programs.compiled("dispatch", tmp_path_factory.mktemp("dispatch"))
+    return lambda cpu: programs.run([built], CPU=cpu)
 
 
 @pytest.mark.parametrize(

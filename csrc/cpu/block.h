@@ -39,9 +39,11 @@ struct Block {
     int64_t positives, groups, start[2], rows[2], stride;
     Field field;
 
+    // Groups before another are as large as the positives' one: a third is there with copies alone.
     int64_t row(int64_t group, int64_t i) const { return group * positives + start[group > 0] + i; }
     int64_t count(int64_t group) const { return rows[group > 0]; }
     int64_t column(int64_t group, int64_t i) const { return group * stride + i; }
+    // The last group's end, whose rows are as many as those of any other but the first.
     int64_t columns() const { return up_to(column(groups - 1, rows[1]), LANES); }
     // The row of the joint batch that is multiplied as the i-th, and the number of these.
     int64_t operand_row(int64_t i) const { return i < rows[0] ? row(0, i) : row(1, i - rows[0]); }
@@ -52,6 +54,7 @@ inline Block block_of(const ffk::Call& call, int64_t index, int64_t blocks, Fiel
     Block b{};
     for (int side = 0; side < 2; side++) {
         const int64_t all = rows_of(call, field.copies ? 0 : side);
+        // Blocks differ by a row at most, and the largest has pieces(all, blocks).
         b.start[side] = all * index / blocks;
         b.rows[side] = all * (index + 1) / blocks - b.start[side];
     }
@@ -86,6 +89,7 @@ inline Field label_field(const ffk::Call& call) {
         return static_cast<const char*>(row_of(call, row).at);
     };
     int64_t first = in_of(call), last = -1;
+    // A sample of the rows says where the field is; then all are held against it.
     for (int64_t i = 0; i < others; i += larger(1, others / 64)) {
         const char *a = numbers(i % pairs), *b = numbers(pairs + i);
         constexpr int64_t STEP = 16;
@@ -98,6 +102,7 @@ inline Field label_field(const ffk::Call& call) {
             if (last - first >= most) return {};
         }
     }
+    // Equal rows share all of it; a field of one column keeps the rest of the code the same.
     if (last < 0) first = last = 0;
     const int64_t after = last + 1;
     constexpr int64_t RUN = 64;

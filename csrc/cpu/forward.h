@@ -32,11 +32,13 @@ struct Forward {
           stride(stride_for(largest.columns() + LANES)) {
         const int64_t rows = largest.operands(), columns = largest.columns();
         const Field field = largest.field;
+        // Numbers that are multiplied at once cannot be parted: the field grows to whole places.
         field_first = pairs ? field.first / 2 / PAIRS_AT_ONCE * PAIRS_AT_ONCE : field.first;
         field_depth = field.count ? places(call, field.first + field.count) - field_first : 0;
         packed = memory.take(up_to(rows, LANES) * depth);
         fields = memory.take(up_to(rows, LANES) * field_depth * field.copies);
         scale = memory.take(columns), sumsq = memory.take(columns);
+        // A chunk's sums have a place of their own: tasks never add to the same one.
         partial = memory.take(chunks.count() * columns);
         // Rows a power of two apart fall onto the same cache lines: many products with them are
         // worth a copy.
@@ -53,6 +55,8 @@ struct Forward {
         pack(block, workers);
         parallel(chunks.count(), workers, [&](int64_t chunk, int worker) {
             float* own = scratch + worker * scratch_size;
+            // The rows that packing put into `own` have had their use: a chunk's weights take their
+            // place.
             float* y_t = kept_y_t != nullptr ? kept_y_t + chunks.first(chunk) * stride
                                              : own + weight_scratch;
             with_pairs(pairs, [&](auto in_pairs) {
@@ -63,6 +67,7 @@ struct Forward {
                 gate(block, chunk, y_t);
         });
         for (int64_t i = 0; i < block.columns(); i++) {
+            // In the order of the chunks, whichever thread had them.
             float total = 0;
             for (int64_t chunk = 0; chunk < chunks.count(); chunk++)
                 total += partial[chunk * block.columns() + i];
@@ -78,6 +83,8 @@ struct Forward {
         const Panels panels{block.operands(), depth};
         std::memset(scale, 0, size_t(block.columns()) * 4);
         parallel(panels.padded() / LANES, workers, [&](int64_t group, int worker) {
+            // A task's rows are one vector's lanes: PANEL is a multiple of LANES, so they lie in
+            // one panel.
             const int64_t first = group * LANES, panel = first / PANEL, lane = first % PANEL;
             const int64_t width = panels.vectors(panel) * LANES;
             const int valid = int(smaller(LANES, block.operands() - first));
@@ -89,6 +96,7 @@ struct Forward {
                 rows[j] = pairs ? row.pairs(in_of(call), own + j * depth)
                                 : row.operands(in_of(call), own + j * depth);
                 set_scale(i, block.operand_row(i));
+                // A copy is another row with another label: its scale is its own.
                 for (int64_t g = 1; g <= block.field.copies; g++)
                     set_scale(block.column(g, i), block.row(g, i));
             }
@@ -96,6 +104,7 @@ struct Forward {
             for (int64_t g = 1; g <= block.field.copies; g++) {
                 float* into = field_of(block, g, panel) + lane;
                 for (int j = 0; j < LANES; j++) {
+                    // Lanes beyond the last row are zero, and read that row only to have one.
                     const Row row = row_of(call, block.row(g, first + smaller(j, valid - 1)));
                     for (int64_t k = 0; k < field_depth; k++)
                         into[k * width + j] = j < valid ? place(row, field_first + k) : 0;
@@ -107,6 +116,7 @@ struct Forward {
     // A group's panel in the places of the label field.
     float* field_of(const Block& block, int64_t group, int64_t panel) const {
         const Panels panels{block.operands(), depth}, own{block.operands(), field_depth};
+        // The first group's lie in its panel, field_first places down it.
         if (group == 0)
             return packed + panels.offset(panel) + field_first * panels.vectors(panel) * LANES;
         return fields + (group - 1) * own.elements() + own.offset(panel);
@@ -150,6 +160,8 @@ struct Forward {
         for (int64_t k = 0; k < depth; k += DEPTH) {
             const int64_t end = smaller(depth, k + DEPTH);
             const bool last = end == depth;
+            // What [k, end) has before the field and behind it; where the field covers an end, a
+            // run is empty.
             const int64_t runs[2][2] = {{k, smaller(end, larger(k, field_first))},
                                         {smaller(end, larger(k, field_end)), end}};
             for (int64_t p = 0; p < panels.count(); p++)
@@ -166,6 +178,8 @@ struct Forward {
                                 tile.template multiply<PAIRS>(
                                     a, from, packed + panels.offset(p) + from * NV * LANES,
                                     until - from);
+                        // The shallower part of the sum waits where its result will lie, in the
+                        // first group's columns.
                         if (k > 0) tile.add(to, stride);
                         if (!last) {
                             tile.write(to, stride);
@@ -174,10 +188,13 @@ struct Forward {
                         float shared[TILE_ROWS * PANEL];
                         if (block.field.copies) tile.write(shared, PANEL);
                         for (int64_t g = 0; g <= block.field.copies; g++) {
+                            // `finish` leaves the sum in the tile, with the group before's field in
+                            // it: from anew.
                             if (g > 0) tile.clear(), tile.add(shared, PANEL);
                             if (block.field.copies)
                                 tile.template multiply<PAIRS>(a, field_first, field_of(block, g, p),
                                                               field_depth);
+                            // `to` is the first group's place; this one's lies `column` further.
                             const int64_t column = block.column(g, 0);
                             finish(tile, a.valid, chunks.first(chunk) + o, column + p * PANEL,
                                    to + column, q + column + p * PANEL, o == 0);
@@ -199,6 +216,7 @@ struct Forward {
         vec r[NV], squares[NV];
         for (int v = 0; v < NV; v++) {
             r[v] = load(scale + column + v * LANES);
+            // The chunk's first tile starts its sums, those below go on.
             squares[v] = first ? vec{} : load(q + v * LANES);
         }
 #pragma GCC unroll 16

@@ -1,8 +1,7 @@
 // From sums of squares to row coefficients and the loss: ffkernels/objective.py, Objective.terms,
 // row by row.
 #pragma once
-#include "interface.h"
-#include "vector.h"
+#include "rows.h"
 
 namespace {
 

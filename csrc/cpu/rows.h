@@ -72,6 +72,7 @@ struct Row {
             to_pairs(static_cast<const float*>(at), n, scratch);
             return scratch;
         }
+        // bfloat16 numbers in memory are pairs as they lie, if whole places of them are.
         if (n % (2 * PAIRS_AT_ONCE) == 0 && reinterpret_cast<uintptr_t>(at) % 4 == 0)
             return static_cast<const float*>(at);
         std::memcpy(scratch, at, size_t(n) * 2);
@@ -86,6 +87,7 @@ struct Row {
 
 // Row `i` of the joint batch.
 inline Row row_of(const ffk::Call& call, int64_t i) {
+    // The negative side's rows follow the positive side's.
     const int side = i < rows_of(call, 0) ? 0 : 1;
     const int64_t bytes = call.rows.x_pos.is_bfloat16 ? 2 : 4;
     const char* base = static_cast<const char*>(side_of(call, side).at);
@@ -162,6 +164,7 @@ inline void pack_columns(const float* const* rows, int valid, int64_t depth, flo
 // A row becomes row `k` of every panel; zeros beyond its end.
 inline void pack_row(const float* row, const Panels& panels, int64_t k, float* packed) {
     for (int64_t p = 0; p < panels.count(); p++) {
+        // A panel's rows are as wide as the panel, so the last one's may be shorter.
         const int64_t width = panels.vectors(p) * LANES, first = p * PANEL;
         const int64_t valid = smaller(width, panels.columns - first);
         float* into = packed + panels.offset(p) + k * width;

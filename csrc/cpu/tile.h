@@ -21,6 +21,7 @@ struct TileRows {
 
     TileRows(const float* a, int64_t row_stride, int64_t rows)
         : stride(row_stride), valid(int(smaller(rows, TILE_ROWS))) {
+        // The product runs over TILE_ROWS rows always: its loop has no bound that varies.
         for (int m = 0; m < TILE_ROWS; m++) row[m] = a + smaller(m, valid - 1) * stride;
     }
 };
@@ -141,6 +142,7 @@ struct Panels {
     int64_t columns, depth;
 
     int64_t count() const { return pieces(columns, PANEL); }
+    // Only the last panel may be narrower: those before it are PANEL wide, which offset() rests on.
     int64_t padded() const { return up_to(columns, LANES); }
     int vectors(int64_t panel) const {
         return int(smaller(TILE_VECTORS, pieces(columns - panel * PANEL, LANES)));

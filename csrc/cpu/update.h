@@ -44,8 +44,11 @@ struct Update {
           sum_stride(stride_for(in_of(c))) {
         rows = largest.operands();
         const Field field = largest.field;
+        // Left operands: the groups' sum, and behind it each group's own; without copies one is
+        // both.
         const int64_t groups = 1 + field.copies, lefts = field.copies ? 1 + groups : 1;
         packed = memory.take(places(call, rows) * up_to(in_of(call), LANES));
+        // A field of n columns touches at most so many panels as n fill, and one more.
         field_size = field.count ? places(call, rows) * (up_to(field.count, PANEL) + PANEL) : 0;
         field_packed = memory.take(field_size * field.copies);
         kept = reinterpret_cast<int32_t*>(memory.take(rows)),
@@ -53,7 +56,10 @@ struct Update {
         weight_of = memory.take(groups * rows), bias_weight_of = memory.take(groups * rows);
         sum = memory.take(blocks > 1 ? up_to(out_of(call), TILE_ROWS) * sum_stride : 0);
         bias_sum = memory.take(out_of(call));
+        // Pairs are formed of two rows of float32, one for the sum and one for a group's own.
         left_size = chunks.rows * depth_stride * lefts + (pairs ? 2 * up_to(rows, 16) : 0);
+        // Unfinished sums are a worker's own where one block's depth is cut; over several blocks
+        // they are `sum`.
         scratch_size =
             up_to(larger(2 * in_of(call),
                          left_size + (rows > DEPTH && blocks == 1 ? chunks.rows * sum_stride : 0)),
@@ -66,6 +72,8 @@ struct Update {
              const float* y_t, int64_t stride) {
         const int64_t depth = choose(block, coefficient, scale);
         const int workers = workers_for(call, larger(1, depth) * in_of(call) * out_of(call));
+        // Panels are as deep as rows are kept: one that is left out is neither packed nor
+        // multiplied.
         const Panels panels{in_of(call), places(call, depth)};
         pack(block, depth, panels, workers);
         parallel(chunks.count(), workers, [&](int64_t chunk, int worker) {
@@ -105,6 +113,8 @@ struct Update {
             for (int64_t g = 0; g <= block.field.copies; g++) {
                 const int64_t column = g * block.stride + i;
                 const float c = flushed(coefficient[column]);
+                // Written before it is known whether the row stays; if not, the next one takes its
+                // place.
                 weight_of[g * rows + depth] = c * scale[column],
                                      bias_weight_of[g * rows + depth] = c;
                 if (c != 0) moved = true, moves[g] = 1;
@@ -119,6 +129,7 @@ struct Update {
         parallel(pieces(panels.depth, LANES), workers, [&](int64_t group, int worker) {
             float* own = scratch + worker * scratch_size;
             for (int64_t k = group * LANES; k < smaller(panels.depth, (group + 1) * LANES); k++) {
+                // A place along the depth is one kept row, or two as pairs.
                 const float* row = pairs ? two_rows(block, 2 * k, depth, own)
                                          : row_at(block, k).operands(in_of(call), own);
                 pack_row(row, panels, k, packed);
@@ -151,6 +162,7 @@ struct Update {
     // in the sum, whatever it holds.
     void pack_own(const Block& block, int64_t group, int64_t depth, const Panels& panels,
                   int64_t k) const {
+        // Whole panels, though the field may end inside one: a tile cannot be cut.
         const int64_t first = block.field.first / PANEL,
                       last = (block.field.first + block.field.count - 1) / PANEL,
                       each = pairs ? 2 : 1;
@@ -162,6 +174,7 @@ struct Update {
             for (int64_t i = each * k; i < smaller(depth, each * (k + 1)); i++) {
                 if (bias_weight_of[group * rows + i] == 0) continue;
                 const Row row = row_of(call, block.row(group, kept[i]));
+                // Row 2 k is the first half of each pair, row 2 k + 1 the second.
                 uint16_t* halves = reinterpret_cast<uint16_t*>(into) + i % 2;
                 for (int64_t j = 0; j < valid; j++) {
                     if (pairs)
@@ -175,6 +188,7 @@ struct Update {
 
     float* own_panel(const Block& block, int64_t group, const Panels& panels, int64_t panel) const {
         if (group == 0) return packed + panels.offset(panel);
+        // As in `packed`, counted from the first panel that the field touches.
         return field_packed + (group - 1) * field_size + panels.offset(panel)
                - panels.offset(block.field.first / PANEL);
     }
@@ -189,6 +203,7 @@ struct Update {
     void form(const Block& block, int64_t index, int64_t chunk, int64_t depth, const float* y_t,
               int64_t stride, float* left) const {
         const int64_t size = chunks.rows * depth_stride, copies = block.field.copies;
+        // Behind the left operands; only pairs take it.
         float* unpaired = left + size * (copies ? copies + 2 : 1);
         for (int64_t o = 0; o < chunks.size(chunk); o++) {
             const int64_t unit = chunks.first(chunk) + o;
@@ -196,13 +211,16 @@ struct Update {
             float bias = 0;
             for (int64_t g = 0; g <= copies; g++) {
                 if (g > 0 && !moves[g]) continue;
+                // Where the group's own lies: place 0 is the sum's.
                 float* operand = left + (1 + g) * size + o * depth_stride;
                 float* own = !copies ? to : pairs ? unpaired + up_to(depth, 16) : operand;
                 gather(y_t + unit * stride + g * block.stride, bias_weight_of + g * rows, depth,
                        depth == block.operands(), own);
+                // Before the row scale goes in: the bias sees c y act'(z) alone.
                 bias += dot(own, bias_weight_of + g * rows, depth);
                 weigh(own, weight_of + g * rows, depth);
                 if (!copies) break;
+                // Summed in float32, of numbers that are not rounded yet.
                 for (int64_t k = 0; k < depth; k++) to[k] = g > 0 ? to[k] + own[k] : own[k];
                 round(own, depth, operand);
             }
@@ -253,7 +271,9 @@ struct Update {
     void multiply(const Block& block, int64_t index, int64_t chunk, const Panels& panels,
                   const float* left, float* own_sum) const {
         const int64_t first = chunks.first(chunk), size = chunks.size(chunk);
+        // Both have rows of sum_stride, and a chunk's first unit at their beginning.
         float* unfinished = blocks > 1 ? sum + first * sum_stride : own_sum;
+        // Once even where no row is left: decay and momentum move a weight without a gradient.
         for (int64_t k = 0; k == 0 || k < panels.depth; k += DEPTH) {
             const int64_t depth = smaller(DEPTH, panels.depth - k);
             const bool last = k + depth == panels.depth && index == blocks - 1;
@@ -269,6 +289,8 @@ struct Update {
                         if (last) expect<KIND>(first + o, a.valid, p * PANEL, NV, coming);
                         if (!last || k > 0 || index > 0) tile.expect(to, sum_stride);
                         tile.clear();
+                        // Untouched panels are equal for all groups: the sum of their left operands
+                        // serves them at once.
                         for (int64_t g = 0; g <= (touched ? block.field.copies : 0); g++) {
                             if (touched && !moves[g]) continue;
                             if (touched)
@@ -277,6 +299,7 @@ struct Update {
                             tile.template multiply<PAIRS>(
                                 a, k, own_panel(block, g, panels, p) + k * NV * LANES, depth,
                                 coming);
+                            // Fetched with the first product.
                             coming.count = 0;
                         }
                         if (k > 0 || index > 0) tile.add(to, sum_stride);

@@ -1,6 +1,6 @@
 """The records of `spec` as C structures: the header that the library is compiled with, and the bytes of a call.
 
-`python -m ffkernels.backends.native.records` prints csrc/cpu/records.h.
+`make records` writes csrc/cpu/records.h.
 """
 
 from __future__ import annotations
@@ -123,8 +123,7 @@ def header() -> str:
     # Any change of the text is another interface.
     number = int(hashlib.sha256(text.encode()).hexdigest()[:7], 16)
     return "\n".join([
-        "// Made by `python -m ffkernels.backends.native.records` from ffkernels/spec.py, which says what",
-        "// each member is.",
+        "// Made by `make records` from ffkernels/spec.py, which says what each member is.",
         "#pragma once",
         "#include <cstddef>",
         "#include <cstdint>",
@@ -175,7 +174,3 @@ def offsets() -> Iterator[tuple[str, int]]:
 
 def _structure(name: str, members: list[str]) -> list[str]:
     return [f"struct {name} {{", *(f"    {member};" for member in members), "};", ""]
-
-
-if __name__ == "__main__":
-    print(header(), end="")

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch._dynamo
 
-from ffkernels.experiments.progress import Progress
+from ffkernels.recipes.progress import Progress
 
 from . import agree, compare, picture, readme, report
 from .cases import Case, select_cases

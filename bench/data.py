@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -9,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ffkernels as ff
-from ffkernels.experiments.data import load
 
 from .cases import NUM_CLASSES, Batch, Case
 
@@ -18,6 +19,8 @@ SYNTHETIC_IMAGES = 60_000
 # Where the machine does not tell the size of its last cache.
 ASSUMED_CACHE = 64 << 20
 MAX_POOL = 1000
+# `--compare` runs this file beside an older commit's package too.
+RECIPES = "recipes" if find_spec("ffkernels.recipes") else "experiments"
 
 
 class Data:
@@ -30,7 +33,7 @@ class Data:
         if self.source != "noise":
             return
         try:
-            mnist = load("mnist")
+            mnist = import_module(f"ffkernels.{RECIPES}.data").load("mnist")
         except FileNotFoundError:
             self.source = "synthetic: smooth random class shapes, 19% of the pixels lit"
             self.images, self.labels = synthetic_images(SYNTHETIC_IMAGES)

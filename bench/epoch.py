@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ffkernels.experiments.progress import Progress
+from ffkernels.recipes.progress import Progress
 
 from . import report
 from .cases import CASES, NUM_CLASSES, Case
@@ -80,7 +80,7 @@ def main() -> int:
         print("fflib is not installed: pip install --no-deps fflib==0.3.0", file=sys.stderr)
         return 2
     try:
-        mnist = import_module("ffkernels.experiments.data").load("mnist")
+        mnist = import_module("ffkernels.recipes.data").load("mnist")
     except FileNotFoundError as missing:
         print(missing, file=sys.stderr)
         return 2

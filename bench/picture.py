@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ffkernels.experiments.picture import FAINT, INK, POSITIVE, STYLE, available
+from ffkernels.recipes.picture import FAINT, INK, POSITIVE, STYLE, available
 
 from .cases import AXES
 from .contenders import OURS

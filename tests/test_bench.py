@@ -88,8 +88,11 @@ def test_bad_input_is_one_sentence(quick: list[str], capsys, monkeypatch) -> Non
 
 def test_without_the_checkout_it_says_so(monkeypatch, tmp_path: Path, capsys) -> None:
     monkeypatch.setattr(cli, "__file__", str(tmp_path / "ffkernels" / "cli.py"))
-    assert cli.main(["bench", "--quick"]) == 2
-    assert "checkout" in capsys.readouterr().err
+    for words in (["bench", "--quick"], ["paper", "tables"], ["reproduce", "quick"]):
+        assert cli.main(words) == 2
+        assert f"{words[0]} is not part of the installed package: run this in a checkout" in capsys.readouterr().err
+    assert cli.main(["--help"]) == 0
+    assert not any(name in capsys.readouterr().out for name in cli.OF_CHECKOUT)
 
 
 def test_tiers_grow_and_patterns_choose() -> None:

@@ -15,16 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
-from ffkernels.experiments import presets
-from ffkernels.experiments.batches import as_input
-from ffkernels.experiments.checkpoint import write_atomically
-from ffkernels.experiments.data import Dataset
-from ffkernels.experiments.train import Trainer
-
-from . import report
-from .cases import CASES, Batch
-from .contenders import Backprop
-from .timing import HostClock, interleave, paired_ratio
+from bench import report
+from bench.cases import CASES, Batch
+from bench.contenders import Backprop
+from bench.timing import HostClock, interleave, paired_ratio
+from ffkernels.recipes import catalogue
+from ffkernels.recipes.batches import as_input
+from ffkernels.recipes.checkpoint import write_atomically
+from ffkernels.recipes.data import Dataset
+from ffkernels.recipes.train import Trainer
 
 FILE = Path("results", "backprop", "mnist.json")
 BEGIN, END = "<!-- backprop: made by `python -m ffkernels paper tables` -->", "<!-- /backprop -->"
@@ -62,14 +61,14 @@ def measure(data: Dataset, say: Say, seconds: float = 6.0, stages: Sequence[Stag
     rows = []
     for stage in stages:
         for name, dtype in DTYPES.items():
-            trainer = Trainer(presets.PRESETS[stage.recipe], data, compute_dtype=dtype)
+            trainer = Trainer(catalogue.RECIPES[stage.recipe], data, compute_dtype=dtype)
             batches = _batches(trainer, stage.steps)
             times = interleave(_steps(trainer, name, batches[0]), batches, seconds, HostClock())
             ours = times["ours"].seconds
             row: Row = {
                 "recipe": stage.recipe, "stage": stage.note, "compute_dtype": name,
-                "layers": [next(iter(trainer.net)).in_features, *trainer.preset.hidden],
-                "batch": trainer.preset.batch_size, "ms": statistics.median(ours) * 1e3,
+                "layers": [next(iter(trainer.net)).in_features, *trainer.recipe.hidden],
+                "batch": trainer.recipe.batch_size, "ms": statistics.median(ours) * 1e3,
             }  # fmt: skip
             for other in ("plain", "compiled"):
                 # Ours over theirs, as the targets are set: below 1 Forward-Forward is the faster one.
@@ -110,11 +109,11 @@ def _batches(trainer: Trainer, steps: int) -> list[Batch]:
 
 def _steps(trainer: Trainer, dtype: str, batch: Batch) -> dict[str, Callable[..., object]]:
     """Steps on `(x_pos, x_neg)`: ours of the hidden layers alone, backprop's with its head on the positive rows."""
-    preset, rows = trainer.preset, len(batch[0])
-    sizes = (batch[0].shape[1], *preset.hidden)
+    recipe, rows = trainer.recipe, len(batch[0])
+    sizes = (batch[0].shape[1], *recipe.hidden)
     case = replace(CASES["loewex-float32"], sizes=sizes, rows=rows, dtype=dtype)
     plain, compiled = (Backprop(case, [], autocast=dtype != "float32", compiled=c) for c in (False, True))
-    if preset.layers.optimizer == "adam":
+    if recipe.layers.optimizer == "adam":
         for contender in (plain, compiled):
             contender.optimizers = [Adam(contender.parameters(), lr=1e-3)]
     for contender in (plain, compiled):
@@ -132,7 +131,7 @@ def time_to_target(data: Dataset, say: Say, recipes: Sequence[str] = ("loewex", 
     rows = []
     for name, dtype in DTYPES.items():
         for recipe in recipes:
-            trainer = Trainer(replace(presets.PRESETS[recipe], goodness_every=1), data, compute_dtype=dtype)
+            trainer = Trainer(replace(catalogue.RECIPES[recipe], goodness_every=1), data, compute_dtype=dtype)
             reached: Row = {}
             while len(trainer.rows) < min(MOST_EPOCHS, trainer.epochs) and len(reached) < 2:
                 row = trainer.run_epoch(lambda describe: False)

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from .. import __version__
-from .checkpoint import write_atomically
-from .presets import PRESETS
-from .train import MOST_EPOCHS, Trainer, is_number
+from ffkernels import __version__
+from ffkernels.recipes.catalogue import RECIPES
+from ffkernels.recipes.checkpoint import write_atomically
+from ffkernels.recipes.train import MOST_EPOCHS, Trainer, is_number
 
 FOLDER = "results"
 BEGIN, END = "<!-- results: made by `python -m ffkernels reproduce --readme` -->", "<!-- /results -->"
@@ -65,7 +65,7 @@ FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 def identity(trainer: Trainer) -> Row:
     """The part of a row that is known before the run."""
     return {
-        "recipe": trainer.preset.name,
+        "recipe": trainer.recipe.name,
         "data": trainer.data.name,
         "seed": trainer.seed,
         "epochs": trainer.epochs,
@@ -89,7 +89,7 @@ def row_of(trainer: Trainer) -> Row:
         "device": device_name(trainer.device),
         "threads": torch.get_num_threads(),
         "versions": {"ffkernels": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "commit": commit(Path(__file__).resolve().parents[2]),
+        "commit": commit(Path(__file__).resolve().parents[1]),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 
@@ -168,7 +168,7 @@ def table(rows: Sequence[Row]) -> str:
     if not rows:
         return NONE_YET
     groups: dict[tuple[Any, ...], list[Row]] = {}
-    order = list(PRESETS)
+    order = list(RECIPES)
     for row in sorted(rows, key=lambda row: order.index(row["recipe"]) if row["recipe"] in order else len(order)):
         what = ("recipe", "data", "epochs", "compute_dtype", "skip_below")
         groups.setdefault(tuple(row[name] for name in what), []).append(row)
@@ -177,7 +177,7 @@ def table(rows: Sequence[Row]) -> str:
         f"|{'---|' * len(COLUMNS)}",
     ]
     for (recipe, data, epochs, dtype, skip), of_group in groups.items():
-        published = PRESETS[recipe].published if recipe in PRESETS and data == "mnist" else ""
+        published = RECIPES[recipe].published if recipe in RECIPES and data == "mnist" else ""
         cells = (
             recipe + (f" on {data}" if data != "mnist" else ""),
             str(epochs),

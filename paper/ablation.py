@@ -9,10 +9,12 @@ from pathlib import Path
 
 import torch
 
-from . import checkpoint, results
-from .data import Dataset
-from .presets import ABLATION, Preset
-from .train import Trainer
+from ffkernels.recipes import checkpoint
+from ffkernels.recipes.catalogue import ABLATION, Recipe
+from ffkernels.recipes.data import Dataset
+from ffkernels.recipes.train import Trainer
+
+from . import results
 
 FOLDER = Path("results", "ablation")
 BEGIN, END = "<!-- ablation: made by `python -m ffkernels paper tables` -->", "<!-- /ablation -->"
@@ -26,7 +28,7 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def run(data: Dataset, folder: Path, say: Callable[[str], object], recipe: Preset = ABLATION) -> list[Path]:
+def run(data: Dataset, folder: Path, say: Callable[[str], object], recipe: Recipe = ABLATION) -> list[Path]:
     """Trains every combination that has no row in `folder` yet; a run that is interrupted is lost.
 
     Raises:

@@ -21,7 +21,7 @@ test: $(VENV)/test $(VENV)/peers
 	$(VENV)/bin/python -m pytest
 
 lint: $(VENV)/lint
-	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy && $(VENV)/bin/lint-imports
 	$(VENV)/bin/clang-format --dry-run --Werror csrc/*/*.h csrc/*/*.cpp
 
 # The compiled library under sanitizers: its tests on small shapes for addresses and undefined behaviour, and a program of its own,

@@ -24,7 +24,7 @@ def flops(case: Case) -> int:
     per_row = [2 * inputs * outputs for inputs, outputs in case.shapes]
     if case.task == "predict":
         return case.rows * (per_row[0] + NUM_CLASSES * sum(per_row[1:]))
-    again = sum(per_row[:-1]) if case.peer.outputs == "post" else 0
+    again = sum(per_row[:-1]) if case.original.outputs == "post" else 0
     return 2 * case.rows * (2 * sum(per_row) + again)
 
 

@@ -47,7 +47,7 @@ class Measurement:
     ) -> None:
         self.case, self.data = case, data
         initial = case.initial()
-        proof_batches = [data.batch(case, index) for index in range(case.proof_steps)]
+        proof_batches = data.proof(case)
         exact = exact_of(case, initial, proof_batches)
         self.contenders: dict[str, Contender] = {}
         self.proven: dict[str, Row] = {}
@@ -105,8 +105,6 @@ class Measurement:
             rows[name] |= {
                 "median_ms": _rounded(median * 1e3),
                 "host_ms": _rounded(statistics.median(taken.host) * 1e3),
-                "block_ms": [_rounded(t * 1e3) for t in taken.seconds],
-                "beside_ms": [_rounded(t * 1e3) for t in taken.beside],
                 "over_ours": {key: _rounded(value, 6) for key, value in asdict(ratio).items()},
                 **self.memory.get(name, {}),
             }
@@ -155,11 +153,11 @@ def _rounded(value: float, digits: int = 4) -> float:
 
 def rows_at_rest(case: Case, contender: Contender, batch: Batch) -> Row:
     """Per layer, the share of rows whose loss has no slope left in float32: the update leaves them out."""
-    if not isinstance(contender, FFKernels) or contender.net.layers[0].objective.paired:  # type: ignore[union-attr]
+    if case.task == "predict" or not isinstance(contender, FFKernels) or case.original.objective_for(1).paired:
         return {}
     sign = torch.tensor([-1.0, 1.0], device=case.device).repeat_interleave(case.rows).unsqueeze(1)
-    thresholds = [case.peer.objective_for(width).thresholds()[0] for width in case.sizes[1:]]
+    thresholds = [case.original.objective_for(width).thresholds()[0] for width in case.sizes[1:]]
     goodness = contender.net.goodness(torch.cat(batch)) - torch.tensor(thresholds, device=case.device)
-    if not case.peer.objective_for(1).maximize:
+    if not case.original.objective_for(1).maximize:
         goodness = -goodness
     return {"rows_at_rest": (torch.sigmoid(sign * goodness) == 0).float().mean(0).tolist()}

@@ -69,7 +69,7 @@ def _run(argv: list[str]) -> int:
         raise UserError(f"{argv[0]} is not part of the installed package: run this in a checkout of the repository")
     if argv[:1] == ["bench"]:
         # It has options of its own; `_parser` only names it.
-        return int(importlib.import_module("bench.command").main(argv[1:]))
+        return int(importlib.import_module("paper.command").bench(argv[1:]))
     arguments = _parser().parse_args(argv)
     code: int = arguments.run(arguments, argv)
     return code

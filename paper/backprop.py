@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import SGD, Adam
 
-from bench import report
+from bench import machine
 from bench.cases import CASES, Batch
 from bench.contenders import Backprop
 from bench.timing import HostClock, interleave, paired_ratio
@@ -24,6 +24,8 @@ from ffkernels.recipes.batches import as_input
 from ffkernels.recipes.checkpoint import write_atomically
 from ffkernels.recipes.data import Dataset
 from ffkernels.recipes.train import Trainer
+
+from . import page
 
 FILE = Path("results", "backprop", "mnist.json")
 BEGIN, END = "<!-- backprop: made by `python -m ffkernels paper tables` -->", "<!-- /backprop -->"
@@ -164,17 +166,15 @@ def _backprop_to_target(data: Dataset, dtype: str, rate: float) -> list[float]:
                 learner.step(as_input(images[rows]))
         seconds += time.monotonic() - start
         with torch.no_grad():
-            x = as_input(data.test_images)
-            for layer in learner.layers[:-1]:
-                x = nn.functional.relu(layer(x))
-            if (learner.layers[-1](x).argmax(1) != data.test_labels).float().mean() <= TARGET:
+            outputs = learner.outputs(as_input(data.test_images))
+            if (outputs.argmax(1) != data.test_labels).float().mean() <= TARGET:
                 return [seconds, epoch]
     return []
 
 
 def save(part: str, data: Dataset, say: Say, path: Path = FILE) -> None:
     """Measures a part, "steps" or "target", and writes it as data beside the other one."""
-    about = report.machine("cpu")
+    about = machine.describe("cpu")
     rows = (measure if part == "steps" else time_to_target)(data, say)
     found = {**_load(path), part: {"machine": about, "data": data.name, "rows": rows}}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -192,34 +192,31 @@ def tables(path: Path = FILE) -> str:
     return "\n\n".join(_section(part, found.get(part), table) for part, table in parts)
 
 
-def _section(part: str, found: Row | None, table: Callable[[list[Row]], list[str]]) -> str:
+def _section(part: str, found: Row | None, table: Callable[[list[Row]], str]) -> str:
     if found is None:
         return NOT_YET.format(part)
     about = found["machine"]
     where = f"{about['cpu']}, {about['threads']} threads, torch {about['torch']}, {found['data']}"
-    return "\n".join([*table(found["rows"]), "", f"{where}."])
+    return f"{table(found['rows'])}\n\n{where}."
 
 
-def _steps_table(rows: list[Row]) -> list[str]:
-    lines = [
-        "| recipe | when | products | its step | over plain backprop's | over the compiled one's |",
-        "|---|---|---|---|---|---|",
-    ]
+def _steps_table(rows: list[Row]) -> str:
+    lines = []
     for row in rows:
         ratios = ("{:.2f} [{:.2f}, {:.2f}]".format(*row[f"over_{other}"]) for other in ("plain", "compiled"))
         what = f"{row['recipe']}: {'-'.join(map(str, row['layers']))}, batch {row['batch']}"
-        cells = (what, row["stage"], row["compute_dtype"], f"{row['ms']:.2f} ms", *ratios)
-        lines.append(f"| {' | '.join(cells)} |")
-    return [*lines, "", "Ratios are medians paired within one run, and their intervals."]
+        lines.append((what, row["stage"], row["compute_dtype"], f"{row['ms']:.2f} ms", *ratios))
+    columns = ("recipe", "when", "products", "its step", "over plain backprop's", "over the compiled one's")
+    return f"{page.table(columns, lines)}\n\nRatios are medians paired within one run, and their intervals."
 
 
-def _target_table(rows: list[Row]) -> list[str]:
-    lines = ["| to 2% test error | products | by classifier | by goodness |", "|---|---|---|---|"]
+def _target_table(rows: list[Row]) -> str:
+    lines = []
     for row in rows:
         name = row["recipe"] + (f", rate {row['lr']:g}" if "lr" in row else "")
         reached = (_reached(row, reader) for reader in ("classifier", "goodness"))
-        lines.append(f"| {' | '.join((name, row['compute_dtype'], *reached))} |")
-    return lines
+        lines.append((name, row["compute_dtype"], *reached))
+    return page.table(("to 2% test error", "products", "by classifier", "by goodness"), lines)
 
 
 def _reached(row: Row, reader: str) -> str:

@@ -11,7 +11,7 @@ from ffkernels.recipes import checkpoint, data
 from ffkernels.recipes.catalogue import RECIPES
 from ffkernels.recipes.train import Trainer
 
-from . import results
+from . import page, results
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -41,11 +41,21 @@ def add_to(commands: Commands) -> None:
         "paper",
         help="the runs and measurements behind docs/paper.md",
         description="ablation trains what is missing in results/ablation; steps and target measure steps, and the time "
-        "to 2% error, against backprop's and write results/backprop; tables makes those of docs/paper.md.",
+        "to 2% error, against backprop's and write results/backprop; tables makes those of docs/paper.md; "
+        "epoch trains fflib's example by fflib and accelerated, in turns, and writes results/epoch.",
     )
     command.set_defaults(run=_paper)
-    command.add_argument("what", choices=("ablation", "steps", "target", "tables"))
+    command.add_argument("what", choices=("ablation", "steps", "target", "tables", "epoch"))
     command.add_argument("--data", default="mnist", help="mnist, fashion-mnist or a folder of IDX files (%(default)s)")
+
+
+def bench(argv: list[str]) -> int:
+    """`python -m ffkernels bench`: the benchmark measures, its README is written here."""
+    from bench.command import main
+
+    from . import readme
+
+    return main(argv, readme.update)
 
 
 def _reproduce(arguments: argparse.Namespace, argv: list[str]) -> int:
@@ -72,7 +82,9 @@ def _reproduce(arguments: argparse.Namespace, argv: list[str]) -> int:
 
 def _paper(arguments: argparse.Namespace, argv: list[str]) -> int:
     # With the benchmark's contenders, which the other commands need not wait for.
-    from . import ablation, backprop
+    from bench.contenders import installed
+
+    from . import ablation, backprop, epoch
 
     def backprop_tables() -> str:
         try:
@@ -88,13 +100,17 @@ def _paper(arguments: argparse.Namespace, argv: list[str]) -> int:
             backprop_tables()
         if arguments.what == "ablation":
             ablation.run(data.load(arguments.data), ablation.FOLDER, say)
+        elif arguments.what == "epoch":
+            if installed("fflib") is None:
+                raise UserError("fflib is not installed: pip install --no-deps fflib==0.3.0")
+            print(epoch.measure(data.load(arguments.data), say))
         elif arguments.what != "tables":
             backprop.save(arguments.what, data.load(arguments.data), say)
         else:
-            page = Path("docs", "paper.md")
-            results.update_page(page, ablation.BEGIN, ablation.END, ablation.table(results.load(ablation.FOLDER)))
-            results.update_page(page, backprop.BEGIN, backprop.END, backprop_tables())
-            print(f"{page}: made from {ablation.FOLDER} and {backprop.FILE}")
+            paper = Path("docs", "paper.md")
+            page.update(paper, ablation.BEGIN, ablation.END, ablation.table(results.load(ablation.FOLDER)))
+            page.update(paper, backprop.BEGIN, backprop.END, backprop_tables())
+            print(f"{paper}: made from {ablation.FOLDER} and {backprop.FILE}")
     except ValueError as error:
         raise UserError(error) from error
     return 0

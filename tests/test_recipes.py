@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 import ffkernels as ff
-from bench.peers import HintonSGD
+from bench.originals import HintonSGD
 from ffkernels import cli
 from ffkernels.recipes import batches, picture
 from ffkernels.recipes.catalogue import FFLIB, HINTON_MATLAB, HINTON_UNSUPERVISED, LOEWEX, MOHAMMADPZ, RECIPES, Recipe
 from ffkernels.recipes.train import Totals, Trainer, describe, train
 from paper import ablation, backprop, results
+from paper import page as made_page
 
 from .toy_data import toy_data, write_idx
 
@@ -342,12 +343,12 @@ def test_names_do_not_break_the_table_nor_the_page(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     content = f"é\r\n{results.BEGIN}{results.END}\r\nend".encode()
     page.write_bytes(content)
-    results.update_page(page, results.BEGIN, results.END, text)
+    made_page.update(page, results.BEGIN, results.END, text)
     made = content.replace(results.BEGIN.encode(), f"{results.BEGIN}\n\n{text}\n\n".encode())
     assert page.read_bytes() == made
     page.write_bytes(b"\xe9")
     with pytest.raises(ValueError, match=r"page\.md: not in UTF-8"):
-        results.update_page(page, results.BEGIN, results.END, text)
+        made_page.update(page, results.BEGIN, results.END, text)
     assert page.read_bytes() == b"\xe9"
 
 

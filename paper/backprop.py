@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
@@ -85,24 +86,12 @@ def measure(data: Dataset, say: Say, seconds: float = 6.0, stages: Sequence[Stag
 def _batches(trainer: Trainer, steps: int) -> list[Batch]:
     """Both sides of some minibatches, as the recipe makes them, once so many steps are done."""
     taken: list[Batch] = []
-    step, done = trainer.net.step, 0
-
-    def watched(x_pos: Tensor, x_neg: Tensor, *args: Any, **options: Any) -> Any:
+    for done, batch in enumerate(batch for epoch in itertools.count(1) for batch in trainer.minibatches(epoch)):
+        trainer.step(batch)
         if done >= steps:
-            taken.append((x_pos, x_neg[: len(x_pos)]))
-        return step(x_pos, x_neg, *args, **options)
-
-    def after_step(describe: Callable[[], str]) -> bool:
-        nonlocal done
-        done += 1
-        return len(taken) == POOL
-
-    trainer.net.step = watched  # type: ignore
-    epoch = 0
-    while len(taken) < POOL:
-        epoch += 1
-        trainer._train(epoch, after_step)
-    trainer.net.step = step  # type: ignore
+            taken.append((batch.x_pos, batch.x_neg))
+        if len(taken) == POOL:
+            break
     # The network stays at this stage, and as many of its rows at rest, however many steps are timed.
     for group in trainer.net_optimizer.param_groups:
         group["lr"] = 0.0

@@ -171,7 +171,8 @@ def test_the_classifiers_gradient_is_that_of_cross_entropy(data) -> None:
     nn.init.normal_(trainer.classifier.weight)
     weight = trainer.classifier.weight.detach().clone().requires_grad_()
     nn.functional.cross_entropy(features @ weight.T, labels).backward()
-    logits = trainer._step_classifier(features, labels)
+    logits = trainer._logits(features)
+    trainer._step_classifier(features, labels, logits)
     torch.testing.assert_close(trainer.classifier.weight.grad, weight.grad, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(logits, (features @ weight.T).detach())
 
@@ -213,6 +214,59 @@ def test_shifts_are_uniform_and_bring_in_zeros() -> None:
     assert torch.equal((moved == 50).flatten(1).any(1), (down >= 0) & (right >= 0))
     assert torch.equal((moved == 60).flatten(1).any(1), (down <= 0) & (right <= 0))
     assert torch.equal(batches.shifted(image.flatten()[None], 0), image.flatten()[None])
+
+
+@pytest.mark.parametrize("name", ["quick", *SMALL])
+def test_minibatches_are_those_that_an_epoch_trains_on(name: str, data) -> None:
+    """One `step` after the other ends where `run_epoch` does; looking at them alone changes nothing."""
+    recipe = SMALL.get(name) or replace(RECIPES[name], hidden=(60, 40), batch_size=50)
+    recipe = replace(recipe, layerwise_steps=min(recipe.layerwise_steps, 3))
+    trainer, twin = (Trainer(recipe, data, epochs=2, seed=7) for _ in range(2))
+    looked = [list(trainer.minibatches(epoch)) for epoch in (1, 1, 2)]
+    for one, again, later in zip(*looked, strict=True):
+        assert torch.equal(one.x_pos, again.x_pos) and torch.equal(one.x_neg, again.x_neg)
+        assert not torch.equal(one.x_pos, later.x_pos)
+    for batch in trainer.minibatches(1):
+        results, logits = trainer.step(batch)
+        assert len(results) == len(trainer.net) and (logits is None) == (recipe.classifier is None)
+    twin.run_epoch(lambda describe: False)
+    for mine, theirs in zip(trainer.net.parameters(), twin.net.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    if trainer.classifier is not None:
+        assert torch.equal(trainer.classifier.weight, twin.classifier.weight)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_minibatches_hold_every_image_once_under_its_label_and_another(name: str, data) -> None:
+    recipe = replace(SMALL[name], jitter=0)
+    trainer = Trainer(recipe, data, seed=2)
+    found = list(trainer.minibatches(3))
+    assert [len(batch.labels) for batch in found] == ([600] if name == "mohammadpz" else [50] * 12)
+    x_pos, x_neg, labels = (torch.cat([getattr(b, part) for b in found]) for part in ("x_pos", "x_neg", "labels"))
+    pixels = (data.train_images / 255 - recipe.pixel_mean) / recipe.pixel_std
+    if recipe.label == "columns":
+        pixels = torch.cat([torch.zeros(600, 10), pixels], 1)
+    wanted = pixels if recipe.label == "none" else ff.overlay_label(pixels, data.train_labels, 10, recipe.label_value)
+    # Each row's digest finds it among the images, whatever the order.
+    weights = torch.rand(wanted.shape[1], dtype=torch.float64)
+    mine, theirs = (x.double() @ weights for x in (x_pos, wanted))
+    torch.testing.assert_close(mine.sort().values, theirs.sort().values, rtol=1e-6, atol=0)
+    torch.testing.assert_close(x_pos[mine.argsort()], wanted[theirs.argsort()], rtol=1e-6, atol=1e-6)
+    assert torch.equal(labels[mine.argsort()], data.train_labels[theirs.argsort()])
+    assert not torch.equal(labels, data.train_labels)
+    if recipe.label == "none":
+        return
+    assert torch.equal(x_neg[:, 10:], x_pos[:, 10:])
+    shown = (x_neg[:, :10] == recipe.label_value).float()
+    assert torch.equal(shown.sum(1), torch.ones(600))
+    right = shown.argmax(1) == labels
+    assert right.float().mean() == pytest.approx(0.1, abs=0.05) if recipe.negatives == "shuffled" else not right.any()
+
+
+@pytest.mark.parametrize(("epoch", "error"), [(0, ValueError), (1.0, TypeError), (True, TypeError)])
+def test_minibatches_of_no_epoch(epoch, error, data) -> None:
+    with pytest.raises(error, match=f"epoch={epoch} is not"):
+        next(Trainer(SMALL["loewex"], data).minibatches(epoch))
 
 
 def test_inputs_are_standardised_and_padded() -> None:

@@ -14,7 +14,7 @@ import math
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,23 @@ EVALUATION_ROWS = 1000
 MOST_EPOCHS = 2**31 - 1
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """What a recipe trains on at once, on the trainer's device.
+
+    Attributes:
+        x_pos, x_neg: positive and negative rows `[rows, inputs]`; labels stand in them as the recipe says.
+        labels: the right ones, `[rows]`.
+        features, logits: of the classifier, where the negatives are drawn from its softmax.
+    """
+
+    x_pos: Tensor
+    x_neg: Tensor
+    labels: Tensor
+    features: Tensor | None = None
+    logits: Tensor | None = None
 
 
 class Trainer:
@@ -249,37 +266,67 @@ class Trainer:
                 group["lr"] = rule.lr * factor
 
     def _train(self, epoch: int, after_step: Callable[[Callable[[], str]], bool]) -> Totals | None:
+        totals = Totals(self.net, self.skip_below)
+        for batch in self.minibatches(epoch):
+            results, logits = self.step(batch)
+            totals.add(results, None if logits is None else logits.argmax(1) != batch.labels)
+            if after_step(totals.describe) and totals.rows < len(self.train_labels):
+                return None
+        return totals
+
+    def minibatches(self, epoch: int) -> Iterator[Minibatch]:
+        """The minibatches of an epoch (from 1), as `run_epoch` trains on them.
+
+        Order, shifts and negatives are decided by seed and epoch. Nothing is trained here; negatives that the
+        classifier draws are those of the network as it is when a minibatch is asked for: `step` on one before the next.
+
+        Raises:
+            TypeError, ValueError: with the first minibatch, for an epoch that is no whole number from 1.
+        """
+        _whole_number("epoch", epoch)
+        if epoch < 1:
+            raise ValueError(f"epoch={epoch} is not at least 1")
         recipe, classes = self.recipe, self.data.num_classes
         generator = torch.Generator(self.device).manual_seed(zlib.crc32(f"{self.seed} {epoch}".encode()))
         order = torch.randperm(len(self.train_labels), generator=generator, device=self.device)
-        totals = Totals(self.net, self.skip_below)
         for rows in order.split(self._split(len(order), recipe.batch_size)):
             images, labels = self.train_images[rows], self.train_labels[rows]
             x = self._as_input(shifted(images, recipe.jitter, generator) if recipe.jitter else images)
             if recipe.label == "none":
-                keep, x_neg = self.classifier is not None, hybrid_images(x, generator)
-                results = self.net.step(x, x_neg, self.net_optimizer, keep=keep, skip_below=self.skip_below)
-                logits = None
-                if self.classifier is not None:
-                    logits = self._step_classifier(self.net.features_of(results), labels)
-            elif recipe.negatives == "classifier":
-                logits = self._step_classifier(self._features(x), labels)
+                yield Minibatch(x, hybrid_images(x, generator), labels)
+                continue
+            features = logits = None
+            if recipe.negatives == "classifier":
+                features = self._features(x)
+                logits = self._logits(features)
                 wrong = hard_label(logits, labels, generator)
-                results = self._step(*labelled_sides(x, labels, wrong, classes, recipe.label_value))
             else:
-                sides = labelled_sides(x, labels, self._wrong_label(labels, generator), classes, recipe.label_value)
-                logits = None
-                if self.classifier is None:
-                    results = self._step(*sides)
-                else:
-                    results, features = self.net.step_and_features(
-                        *sides, self.net_optimizer, classes, skip_below=self.skip_below
-                    )
-                    logits = self._step_classifier(features, labels)
-            totals.add(results, None if logits is None else logits.argmax(1) != labels)
-            if after_step(totals.describe) and totals.rows < len(order):
-                return None
-        return totals
+                wrong = self._wrong_label(labels, generator)
+            yield Minibatch(*labelled_sides(x, labels, wrong, classes, recipe.label_value), labels, features, logits)
+
+    def step(self, batch: Minibatch) -> tuple[list[StepResult], Tensor | None]:
+        """Trains layers and classifier on a minibatch, at the learning rates of the last `run_epoch` or the first.
+
+        Returns:
+            What the layers' steps give; the classifier's logits `[rows, classes]` from before its own step, None
+            without a classifier.
+        """
+        x_pos, x_neg, features = batch.x_pos, batch.x_neg, batch.features
+        if self.classifier is None:
+            return self._step(x_pos, x_neg), None
+        if features is not None and batch.logits is not None:
+            self._step_classifier(features, batch.labels, batch.logits)
+            return self._step(x_pos, x_neg), batch.logits
+        if self.label_field:
+            results, features = self.net.step_and_features(
+                x_pos, x_neg, self.net_optimizer, self.label_field, skip_below=self.skip_below
+            )
+        else:
+            results = self.net.step(x_pos, x_neg, self.net_optimizer, keep=True, skip_below=self.skip_below)
+            features = self.net.features_of(results)
+        logits = self._logits(features)
+        self._step_classifier(features, batch.labels, logits)
+        return results, logits
 
     def _wrong_label(self, labels: Tensor, generator: torch.Generator) -> Tensor:
         if self.recipe.negatives == "shuffled":
@@ -289,7 +336,7 @@ class Trainer:
     def _step(self, x_pos: Tensor, x_neg: Tensor) -> list[StepResult]:
         options: dict[str, Any] = {"skip_below": self.skip_below}
         if not self.recipe.layerwise_steps:
-            return self.net.step(x_pos, x_neg, self.net_optimizer, label_field=self.label_field, **options)
+            return self.net.step(x_pos, x_neg, self.net_optimizer, label_field=self.label_field or None, **options)
         self.net.train_layerwise(x_pos, x_neg, self.net_optimizer, self.recipe.layerwise_steps, **options)
         # Without an optimizer a step changes nothing and says where the layers have come to.
         results = self.net.step(x_pos, x_neg, None)
@@ -297,15 +344,19 @@ class Trainer:
         return results
 
     @torch.no_grad()
-    def _step_classifier(self, features: Tensor, labels: Tensor) -> Tensor:
-        """Trains the classifier: `dW = (softmax - one_hot)^T features / rows`; returns its logits from before."""
+    def _logits(self, features: Tensor) -> Tensor:
         assert self.classifier is not None
         logits: Tensor = self.classifier(features)
+        return logits
+
+    @torch.no_grad()
+    def _step_classifier(self, features: Tensor, labels: Tensor, logits: Tensor) -> None:
+        """Trains the classifier, which has these logits: `dW = (softmax - one_hot)^T features / rows`."""
+        assert self.classifier is not None
         classes = torch.arange(self.data.num_classes, device=self.device)
         error = logits.softmax(1) - (labels[:, None] == classes).to(logits.dtype)
         self.classifier.weight.grad = (error.t() @ features).div_(len(labels))
         self.classifier_optimizer.step()
-        return logits
 
     def _as_input(self, images: Tensor) -> Tensor:
         columns = self.data.num_classes if self.recipe.label == "columns" else 0

@@ -17,7 +17,7 @@ def flops(case: Case) -> int:
     """Floating-point operations of the products, an addition and a multiplication as two; nothing else is counted.
 
     A training step multiplies three times per layer: forward, update, and forward again where the next layer sees the
-    updated weights. All rows count: leaving out those at rest, or sharing what twins have in common, falls below it.
+    updated weights. All rows count: leaving out saturated ones, or sharing what copies have in common, falls below it.
     A prediction multiplies all rows once in the first layer, which changes little from label to label, and once for
     each label in the others.
     """

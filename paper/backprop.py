@@ -92,7 +92,7 @@ def _batches(trainer: Trainer, steps: int) -> list[Batch]:
             taken.append((batch.x_pos, batch.x_neg))
         if len(taken) == POOL:
             break
-    # The network stays at this stage, and as many of its rows at rest, however many steps are timed.
+    # The network stays at this stage, and as many of its rows saturated, however many steps are timed.
     for group in trainer.net_optimizer.param_groups:
         group["lr"] = 0.0
     return taken

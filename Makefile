@@ -17,11 +17,11 @@ PIP := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
 mnist: $(VENV)/train
 	$(VENV)/bin/python -m ffkernels train --preset quick --data mnist --resume
 
-test: $(VENV)/test $(VENV)/peers
+test: $(VENV)/test $(VENV)/contenders
 	$(VENV)/bin/python -m pytest
 
 lint: $(VENV)/lint
-	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy && $(VENV)/bin/lint-imports
 	$(VENV)/bin/clang-format --dry-run --Werror csrc/*/*.h csrc/*/*.cpp
 
 # The programs of csrc/tests that have threads, without those of Python and torch, for races; the compiled library's
@@ -44,7 +44,7 @@ fuzz: $(VENV)/test
 campaign: $(VENV)/test
 	$(VENV)/bin/python -m tests.campaign
 
-bench: $(VENV)/test $(VENV)/peers
+bench: $(VENV)/test $(VENV)/contenders
 	$(VENV)/bin/python -m ffkernels bench
 
 # On a machine with a GPU, in its own Python: tests, tuning, benchmarks, a profile; results in bench/results/gpu.
@@ -74,7 +74,7 @@ $(VENV)/test: $(VENV)/train
 
 # Contenders of the benchmark, which the tests also hold this package against; without their own dependencies, but for
 # scikit-learn, which bioff imports.
-$(VENV)/peers: $(VENV)/core
+$(VENV)/contenders: $(VENV)/core
 	$(PIP) install --no-deps fflib==0.3.0 bioff==1.1.0
 	$(PIP) install "scikit-learn>=1.3" "tqdm>=4.60"
 	touch $@

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
-from .peers import PEERS, Peer
+from .originals import ORIGINALS, Original
 
 NUM_CLASSES = 10
 Layers = list[tuple[Tensor, Tensor]]
@@ -38,20 +38,20 @@ AXES = {
 
 @dataclass(frozen=True)
 class Case:
-    """A network, its data, and what is done: a training step as a peer takes it, or the prediction of labels.
+    """A network, its data, and what is done: a training step as an original takes it, or the prediction of labels.
 
     `dtype` is that of weights and products; under "bfloat16" and "float16" only the products' operands are in it,
     weights and data are float32.
     """
 
     name: str
-    peer_name: str
+    original_name: str
     sizes: tuple[int, ...]
     rows: int  # of each side; to predict, the rows to label
     task: str = "train"  # or "predict": the best of 10 labels
     dtype: str = "float32"
-    optimizer_name: str | None = None  # instead of the peer's
-    package: str | None = None  # the peer as a package, a contender besides the plain writing of its step
+    optimizer_name: str | None = None  # instead of the original's
+    package: str | None = None  # the original as a package, a contender besides the plain writing of its step
     one_optimizer: bool = False  # for all layers, as against one for each
     label: str = "overlaid"  # on the first pixels, "concatenated", or "none": the rows are noise
     compiled: bool = False  # with torch.compile's contenders, which take half a minute to build
@@ -62,9 +62,9 @@ class Case:
     device: str = "cpu"
 
     @property
-    def peer(self) -> Peer:
-        """The peer whose step this is."""
-        return PEERS[self.peer_name]
+    def original(self) -> Original:
+        """The original whose step this is."""
+        return ORIGINALS[self.original_name]
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
@@ -94,7 +94,7 @@ class Case:
 
     def optimizer(self, parameters: Iterable[Tensor]) -> Optimizer:
         """A new optimizer; on CUDA one that a graph can replay."""
-        make = self.peer.optimizer if self.optimizer_name is None else OPTIMIZERS[self.optimizer_name]
+        make = self.original.optimizer if self.optimizer_name is None else OPTIMIZERS[self.optimizer_name]
         made = make(parameters)
         for group in made.param_groups:
             if self.device == "cuda" and "capturable" in group:
@@ -102,7 +102,7 @@ class Case:
         return made
 
     def initial(self, seed: int = 0) -> Layers:
-        """Weights and biases of every layer as the peer initialises them.
+        """Weights and biases of every layer as the original initialises them.
 
         To predict, and on noise, weights that bring the goodness of normalised rows to the threshold, as training
         does: of smaller ones a step changes so little, or so much, that rounding shows more than who computes what.
@@ -113,10 +113,10 @@ class Case:
             for layer in layers:
                 if self.task == "predict" or self.label == "none":
                     # z of a row of length 1 is normal with this deviation, and a ReLU keeps half of its square.
-                    nn.init.normal_(layer.weight, std=(2 * self.peer.objective["threshold"]) ** 0.5)
+                    nn.init.normal_(layer.weight, std=(2 * self.original.objective["threshold"]) ** 0.5)
                     nn.init.zeros_(layer.bias)
-                elif self.peer.init is not None:
-                    self.peer.init(layer.weight)
+                elif self.original.init is not None:
+                    self.original.init(layer.weight)
                     nn.init.zeros_(layer.bias)
         pairs = ((layer.weight.detach(), layer.bias.detach()) for layer in layers)
         return [(w.to(self.device, self.master_dtype), b.to(self.device, self.master_dtype)) for w, b in pairs]
@@ -135,7 +135,7 @@ def _in_dtypes(case: Case, **tiers: str) -> list[Case]:
 
 
 def _networks() -> list[Case]:
-    """Networks of the size that MNIST asks for, as the peers train them."""
+    """Networks of the size that MNIST asks for, as the originals train them."""
     fflib = Case(
         "fflib", "fflib", (794, 2000, 2000), 128,
         package="fflib", label="concatenated", compiled=True, warm_steps=10, seconds=16,

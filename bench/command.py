@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -14,9 +13,10 @@ from pathlib import Path
 import torch
 import torch._dynamo
 
-from ffkernels.experiments.progress import Progress
+from ffkernels.cli import say
+from ffkernels.recipes.progress import Progress
 
-from . import agree, compare, picture, readme, report
+from . import agree, compare, machine, picture, report
 from .cases import Case, select_cases
 from .contenders import PACKAGES, installed
 from .data import Data
@@ -38,12 +38,16 @@ NO_BFLOAT16 = (
 )
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Runs the command; 0, 1 where a case is not exact or two runs do not agree, 2 for what the user can mend."""
+def main(arguments: Sequence[str], make_readme: Callable[[], Sequence[Path]]) -> int:
+    """Runs the command; 0, 1 where a case is not exact or two runs do not agree, 2 for what the user can mend.
+
+    Args:
+        make_readme: what `--readme` does; the files that it has written.
+    """
     options = parser().parse_args(arguments)
     try:
         if options.readme:
-            for path in readme.update():
+            for path in make_readme():
                 print(f"Written: {path}")
             return 0
         if options.agree:
@@ -55,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
             return _compare(options, cases)
         return _measure(options, cases)
     except (ValueError, FileNotFoundError, compare.CannotCompare) as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        say(f"{PROGRAM}: {error}")
         return USER_ERROR
 
 
@@ -93,10 +97,10 @@ def _cases(options: argparse.Namespace) -> list[Case]:
     device = device if options.device == "auto" else options.device
     tier = "all" if options.all or device == "cuda" else "quick" if options.quick else "default"
     cases = select_cases(options.case, tier, device)
-    if device == "cpu" and not (options.force or report.bfloat16_units()):
+    if device == "cpu" and not (options.force or machine.bfloat16_units()):
         kept = [case for case in cases if case.low_precision is None]
         if len(kept) < len(cases):
-            _say(NO_BFLOAT16)
+            say(NO_BFLOAT16)
         cases = kept
     warm = options.warm if options.warm is not None else QUICK_WARM if options.quick else None
     if warm is not None:
@@ -112,16 +116,16 @@ def _measure(options: argparse.Namespace, cases: list[Case]) -> int:
     jobs = plan(cases, _effort(options), options.all)
     for package in PACKAGES:
         if any(case.package == package for case in cases) and installed(package) is None:
-            _say(f"{package} is left out: it is not installed with all that it needs (pip install {package}).")
+            say(f"{package} is left out: it is not installed with all that it needs (pip install {package}).")
     if options.list:
         for job in jobs:
             print(f"{job.case.name}: {'; '.join(contenders_of(job.case, job.compiled))}")
         return 0
     if not cases:
         return 0
-    about = report.machine(cases[0].device) | {"freed_memory_kept": keep_freed_memory()}
+    about = machine.describe(cases[0].device) | {"freed_memory_kept": keep_freed_memory()}
     if about["load_before"] is not None and about["load_before"] > BUSY:
-        _say(f"This machine is busy (load {about['load_before']:.1f}): measure alone.")
+        say(f"This machine is busy (load {about['load_before']:.1f}): measure alone.")
     path = options.output / f"{time.strftime('%Y%m%d-%H%M%S')}.json"
     result: report.Result = {"machine": about, "data": "noise", "quick": options.quick, "rows": []}
     problems = _run(jobs, _effort(options), result, path, options.within)
@@ -129,16 +133,16 @@ def _measure(options: argparse.Namespace, cases: list[Case]) -> int:
     if rows:
         print(report.table(rows))
         print("\n".join(["", report.growth(rows)]) if report.growth(rows) else "")
-        print(f"{report.in_words(about)}, {result['data']}.")
+        print(f"{machine.in_words(about)}, {result['data']}.")
         print(f"Written: {path}")
         if picture.available():
             drawn = path.with_suffix(".png")
             picture.draw(result, drawn)
             print(f"Written: {drawn}")
         else:
-            _say(picture.MISSING)
+            say(picture.MISSING)
     for sentence in problems:
-        _say(f"{PROGRAM}: {sentence}")
+        say(f"{PROGRAM}: {sentence}")
     return FAILED if problems else 0
 
 
@@ -185,12 +189,8 @@ def _run(jobs: Sequence[Job], effort: str, result: report.Result, path: Path, wi
 
 def _compare(options: argparse.Namespace, cases: list[Case]) -> int:
     cells = [("case", "this checkout", options.compare, "here over there", "this checkout is")]
-    for line in compare.compare(options.compare, cases, options.setup, SHARES[_effort(options)], _say):
+    for line in compare.compare(options.compare, cases, options.setup, SHARES[_effort(options)], say):
         here, there = (report.duration(value) for value in (line.here_s, line.there_s))
         cells.append((line.case, here, there, str(line.ratio), line.ratio.verdict))
     print(report.aligned(cells, right=(1, 2)))
     return 0
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

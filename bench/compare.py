@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .cases import Case
+from .machine import ROOT, git
 from .timing import MAX_ROUNDS, MIN_ROUNDS, Ratio, block_of, paired_ratio, rotated
 
-ROOT = Path(__file__).resolve().parents[1]
 # An idle process spins for a while after its last parallel work; so long the other one waits.
 PAUSE_S = 0.02
 PAIRS = 3
@@ -112,7 +112,7 @@ def worktree(ref: str, setup: str | None) -> Iterator[Path]:
 
 def _git(*arguments: str) -> None:
     try:
-        subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True)
+        git(*arguments)
     except FileNotFoundError as error:
         raise CannotCompare("git is not installed") from error
     except subprocess.CalledProcessError as error:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stderr, redirect_stdout
 from functools import partial
 from importlib import import_module, metadata
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,48 +19,47 @@ from ffkernels.reference import ACTIVATIONS
 
 from .cases import NUM_CLASSES, Batch, Case, Layers
 from .counts import fastest
-from .peers import Softplus
+from .originals import Softplus
 
 OURS = "ffkernels"
 # Packages from PyPI that may be left out, and the modules that they are measured through.
 PACKAGES = {"fflib": "fflib.nn.ff_net", "bioff": "bioff.core"}
 
 
-class Contender(Protocol):
+class Contender:
     """Takes training steps, `step(x_pos, x_neg)`, or predicts, `step(x) -> labels`; its parameters can be read."""
 
-    another: str  # what it computes instead of the case's step; "" for those who must prove that they do not
+    another = ""  # what it computes instead of the case's step; "" for those who must prove that they do not
+    layers: Sequence[tuple[Tensor, ...]] = ()  # weight and bias of each; nothing for one that learns nothing
 
     def step(self, *batch: Tensor) -> object:
         """One step of every layer, or the labels of all rows."""
+        raise NotImplementedError
 
     def parameters(self) -> list[Tensor]:
-        """Weight and bias of every layer in turn; nothing for one that learns nothing."""
+        """Weight and bias of every layer in turn."""
+        return [p for layer in self.layers for p in layer]
 
 
 Maker = Callable[[Case, Layers], Contender]
 
 
-class FFKernels:
+class FFKernels(Contender):
     """This package, on the backend it chooses or on a given one."""
-
-    another = ""
 
     def __init__(self, case: Case, initial: Layers, backend: str | None = None) -> None:
         self.net = our_network(case, initial, backend)
-        self.sample_weight = case.peer.weights_for(case.rows, case.rows, case.master_dtype)
+        self.layers = [(layer.weight, layer.bias) for layer in self.net]
+        self.sample_weight = case.original.weights_for(case.rows, case.rows, case.master_dtype)
         if self.sample_weight is not None:
             self.sample_weight = self.sample_weight.to(case.device)
-        parameters = [self.net.parameters()] if case.one_optimizer else [layer.parameters() for layer in self.net]
-        self.optimizers = [case.optimizer(p) for p in parameters]
+        groups = [self.parameters()] if case.one_optimizer else self.layers
+        self.optimizers = [case.optimizer(group) for group in groups]
         self.handed_over = self.optimizers[0] if case.one_optimizer else self.optimizers
 
-    def step(self, *batch: Tensor) -> None:
+    def step(self, *batch: Tensor) -> object:
         x_pos, x_neg = batch
-        self.net.step(x_pos, x_neg, self.handed_over, sample_weight=self.sample_weight)
-
-    def parameters(self) -> list[Tensor]:
-        return list(self.net.parameters())
+        return self.net.step(x_pos, x_neg, self.handed_over, sample_weight=self.sample_weight)
 
     def state(self) -> list[Tensor]:
         """Parameters and optimizer state: all that steps change."""
@@ -74,13 +73,13 @@ def our_network(case: Case, initial: Layers, backend: str | None = None) -> ff.F
         ff.FFLinear(
             inputs,
             outputs,
-            objective=case.peer.objective_for(outputs),
-            outputs=case.peer.outputs,
+            objective=case.original.objective_for(outputs),
+            outputs=case.original.outputs,
             compute_dtype=case.low_precision,
             backend=backend,
             device=case.device,
             dtype=case.master_dtype,
-            **case.peer.layer,
+            **case.original.layer,
         )
         for inputs, outputs in case.shapes
     )
@@ -104,15 +103,13 @@ def backends_of(case: Case) -> list[str]:
     return [backend for backend in BACKENDS if runs(backend)]
 
 
-class Autograd:
-    """The peer's step in plain PyTorch, as `peers.py` writes it.
+class Autograd(Contender):
+    """The original's step in plain PyTorch, as `originals.py` writes it.
 
     `autocast`: forward and loss under autocast. `compiled`: "losses" compiles forward, loss and backward; "losses and
     optimizer" also the optimizer's step. With one optimizer for all layers there is one backward over the sum of
     their losses, as loeweX does it. The last layer's activities are not handed on.
     """
-
-    another = ""
 
     def __init__(
         self,
@@ -123,12 +120,12 @@ class Autograd:
         dtype: torch.dtype | None = None,
         softplus: Softplus | None = None,
     ) -> None:
-        self.case, self.peer, self.softplus = case, case.peer, softplus
+        self.case, self.original, self.softplus = case, case.original, softplus
         self.precision = partial(precision, case, autocast)
         self.layers = [tuple(nn.Parameter(p.to(dtype or p.dtype, copy=True)) for p in layer) for layer in initial]
         groups = [self.parameters()] if case.one_optimizer else self.layers
         self.optimizers = [case.optimizer(group) for group in groups]
-        self.losses, self.forward, self.total = self.peer.losses, self.peer.forward, self._total_loss
+        self.losses, self.forward, self.total = self.original.losses, self.original.forward, self._total_loss
         self.updates: list[Callable[[], object]] = [optimizer.step for optimizer in self.optimizers]
         self.begin = step_beginner(case, bool(compiled))
         if compiled:
@@ -140,7 +137,7 @@ class Autograd:
     def _total_loss(self, x_pos: Tensor, x_neg: Tensor) -> Tensor:
         total = x_pos.new_zeros(())
         for weight, bias in self.layers:
-            loss, y_pos, y_neg = self.peer.losses(x_pos, x_neg, weight, bias, self.softplus)
+            loss, y_pos, y_neg = self.original.losses(x_pos, x_neg, weight, bias, self.softplus)
             total = total + loss
             x_pos, x_neg = y_pos.detach(), y_neg.detach()
         return total
@@ -159,7 +156,7 @@ class Autograd:
             self._update(i, loss)
             if i == len(self.layers) - 1:
                 return
-            if self.peer.outputs == "pre":
+            if self.original.outputs == "pre":
                 x_pos, x_neg = y_pos.detach(), y_neg.detach()
                 continue
             with self.precision(), torch.no_grad():
@@ -170,33 +167,30 @@ class Autograd:
         loss.backward()
         self.updates[index]()
 
-    def parameters(self) -> list[Tensor]:
-        return [p for layer in self.layers for p in layer]
 
-
-class FFLib:
+class FFLib(Contender):
     """fflib from PyPI, as it is: `FFNet.run_train_combined`. It also computes the last layer's activities."""
-
-    another = ""
 
     def __init__(self, case: Case, initial: Layers, autocast: bool = False) -> None:
         self.net = fflib_network(case)
+        self.begin(case, initial, autocast)
+
+    def begin(self, case: Case, initial: Layers, autocast: bool) -> None:
+        """Takes over the initial weights."""
         self.precision = partial(precision, case, autocast)
+        self.layers = [(layer.weight, layer.bias) for layer in self.net.layers]
         copy_into(self.parameters(), initial)
 
-    def step(self, *batch: Tensor) -> None:
+    def step(self, *batch: Tensor) -> object:
         with self.precision():
-            self.net.run_train_combined(*batch)
-
-    def parameters(self) -> list[Tensor]:
-        return [p for layer in self.net.layers for p in (layer.weight, layer.bias)]
+            return self.net.run_train_combined(*batch)
 
 
 def fflib_network(case: Case) -> Any:
     """fflib's own network for a case."""
     layers, nets = import_module("fflib.nn.ff_linear"), import_module("fflib.nn.ff_net")
     options = {
-        "loss_threshold": case.peer.objective["threshold"],
+        "loss_threshold": case.original.objective["threshold"],
         "lr": case.optimizer([torch.zeros(1)]).param_groups[0]["lr"],
         "device": case.device,
         "dtype": case.master_dtype,
@@ -204,28 +198,22 @@ def fflib_network(case: Case) -> Any:
     return nets.FFNet([layers.FFLinear(*shape, **options) for shape in case.shapes], case.device)
 
 
-class BioFF:
+class BioFF(FFLib):
     """bioff from PyPI, as it is: `Net.train` with one step per layer, its messages and progress bar unseen."""
-
-    another = ""
 
     def __init__(self, case: Case, initial: Layers, autocast: bool = False) -> None:
         inputs, *hidden = case.sizes
         core = import_module("bioff.core")
         self.net = core.Net(inputs - NUM_CLASSES, hidden, num_classes=NUM_CLASSES, num_epochs=1)
-        self.precision = partial(precision, case, autocast)
-        self.rarity = case.peer.weights_for(case.rows, 0, case.master_dtype)
-        copy_into(self.parameters(), initial)
+        self.rarity = case.original.weights_for(case.rows, 0, case.master_dtype)
+        self.begin(case, initial, autocast)
 
     def step(self, *batch: Tensor) -> None:
         with self.precision(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             self.net.train(*batch, self.rarity)
 
-    def parameters(self) -> list[Tensor]:
-        return [p for layer in self.net.layers for p in (layer.weight, layer.bias)]
 
-
-class Backprop:
+class Backprop(Contender):
     """Backpropagation through the same layers and a linear head, on the positive rows, with the same optimizer.
 
     No row is normalised. Weights keep the size of the activities (He et al. 2015), so that gradients of deep networks
@@ -237,22 +225,25 @@ class Backprop:
     def __init__(self, case: Case, initial: Layers, autocast: bool = False, compiled: bool = False) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            self.layers = [nn.Linear(i, o) for i, o in [*case.shapes, (case.sizes[-1], NUM_CLASSES)]]
-            for layer in self.layers:
+            linear = [nn.Linear(i, o) for i, o in [*case.shapes, (case.sizes[-1], NUM_CLASSES)]]
+            for layer in linear:
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-        for layer in self.layers:
-            layer.to(case.device, case.master_dtype)
-        self.activation = ACTIVATIONS[case.peer.layer["activation"]]
+        self.layers = [(layer.weight, layer.bias) for layer in (of.to(case.device, case.master_dtype) for of in linear)]
+        self.activation = ACTIVATIONS[case.original.layer["activation"]]
         self.precision = partial(precision, case, autocast)
         self.labels = torch.arange(case.rows, device=case.device) % NUM_CLASSES
         self.optimizers = [case.optimizer(self.parameters())]
         self.loss = compiler(case)(self._loss) if compiled else self._loss
         self.begin = step_beginner(case, compiled)
 
+    def outputs(self, x: Tensor) -> Tensor:
+        """Of the head, for each class."""
+        for weight, bias in self.layers[:-1]:
+            x = self.activation(F.linear(x, weight, bias))
+        return F.linear(x, *self.layers[-1])
+
     def _loss(self, x: Tensor) -> Tensor:
-        for layer in self.layers[:-1]:
-            x = self.activation(layer(x))
-        return F.cross_entropy(self.layers[-1](x), self.labels)
+        return F.cross_entropy(self.outputs(x), self.labels)
 
     def step(self, *batch: Tensor) -> object:
         self.begin()
@@ -263,11 +254,8 @@ class Backprop:
         self.optimizers[0].step()
         return None
 
-    def parameters(self) -> list[Tensor]:
-        return [p for layer in self.layers for p in (layer.weight, layer.bias)]
 
-
-class Floor:
+class Floor(Contender):
     """What no step can do without: its products and one pass over weights and optimizer state.
 
     Each product goes through `torch.mm` into memory that was allocated beforehand (what others allocate in
@@ -300,18 +288,15 @@ class Floor:
                 partial(torch.mm, x.t(), y, out=gradient_t),
             )
             state = torch.rand(copies * (weight.numel() + outputs), device=device, dtype=case.master_dtype)
-            again = case.peer.outputs == "post" and i < len(case.shapes) - 1
+            again = case.original.outputs == "post" and i < len(case.shapes) - 1
             self.work += [forward, update, state.neg_, *([forward] if again else [])]
 
     def step(self, *batch: Tensor) -> None:
         for work in self.work:
             work()
 
-    def parameters(self) -> list[Tensor]:
-        return []
 
-
-class Graphed:
+class Graphed(Contender):
     """A contender's training step as a CUDA graph, captured at the first step; batches are copied to where it reads.
 
     The steps that warm it up are undone: weights go back, and optimizer state to the zeros that it started from.
@@ -319,7 +304,7 @@ class Graphed:
 
     def __init__(self, case: Case, initial: Layers, make: Maker) -> None:
         self.inner: Any = make(case, initial)
-        self.another = self.inner.another
+        self.another, self.layers = self.inner.another, self.inner.layers
         self.graph: torch.cuda.CUDAGraph | None = None
         self.inputs: Batch = ()
 
@@ -349,9 +334,6 @@ class Graphed:
                     for value in filter(torch.is_tensor, state.values()):
                         value.zero_()
         return graph
-
-    def parameters(self) -> list[Tensor]:
-        return self.inner.parameters()
 
 
 def precision(case: Case, autocast: bool) -> AbstractContextManager[object]:
@@ -386,7 +368,7 @@ def installed(package: str) -> str | None:
 
 
 def trainers_of(case: Case, compiled: bool) -> dict[str, Maker]:
-    """Name and maker of everyone who takes a case's training step; ours first, and the plain peer after it."""
+    """Name and maker of everyone who takes a case's training step; ours first, and the plain original after it."""
     low = case.low_precision is not None
     makers: dict[str, Maker] = {OURS: FFKernels}
     # Along a curve the plain writing and the floor say enough, and backprop where there are layers to go back through.

@@ -17,14 +17,14 @@ def flops(case: Case) -> int:
     """Floating-point operations of the products, an addition and a multiplication as two; nothing else is counted.
 
     A training step multiplies three times per layer: forward, update, and forward again where the next layer sees the
-    updated weights. All rows count: leaving out those at rest, or sharing what twins have in common, falls below it.
+    updated weights. All rows count: leaving out saturated ones, or sharing what copies have in common, falls below it.
     A prediction multiplies all rows once in the first layer, which changes little from label to label, and once for
     each label in the others.
     """
     per_row = [2 * inputs * outputs for inputs, outputs in case.shapes]
     if case.task == "predict":
         return case.rows * (per_row[0] + NUM_CLASSES * sum(per_row[1:]))
-    again = sum(per_row[:-1]) if case.peer.outputs == "post" else 0
+    again = sum(per_row[:-1]) if case.original.outputs == "post" else 0
     return 2 * case.rows * (2 * sum(per_row) + again)
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import ffkernels as ff
-from ffkernels.experiments.data import load
 
 from .cases import NUM_CLASSES, Batch, Case
 
@@ -18,25 +20,27 @@ SYNTHETIC_IMAGES = 60_000
 # Where the machine does not tell the size of its last cache.
 ASSUMED_CACHE = 64 << 20
 MAX_POOL = 1000
+# `--compare` runs this file beside an older commit's package too.
+RECIPES = "recipes" if find_spec("ffkernels.recipes") else "experiments"
 
 
 class Data:
-    """Labelled images (MNIST where it is found, else synthetic ones), loaded when the first case asks for them."""
+    """Labelled images (those given, else MNIST where it is found, else synthetic ones), loaded once a case asks."""
 
-    def __init__(self) -> None:
-        self.source = "noise"
+    def __init__(self, images: Any = None) -> None:
+        self.given, self.source = images, "noise"
 
     def _load(self) -> None:
         if self.source != "noise":
             return
         try:
-            mnist = load("mnist")
+            found = self.given or import_module(f"ffkernels.{RECIPES}.data").load("mnist")
         except FileNotFoundError:
             self.source = "synthetic: smooth random class shapes, 19% of the pixels lit"
             self.images, self.labels = synthetic_images(SYNTHETIC_IMAGES)
         else:
-            self.source = "MNIST"
-            self.images, self.labels = mnist.train_images.float() / 255, mnist.train_labels
+            self.source = found.name.upper()
+            self.images, self.labels = found.train_images.float() / 255, found.train_labels
         self.order = (-1, self.labels)
 
     def batch(self, case: Case, index: int) -> Batch:
@@ -64,6 +68,10 @@ class Data:
             return (F.pad(images, (NUM_CLASSES, 0)) if case.label == "concatenated" else images,)
         wrong = ff.wrong_label(labels, NUM_CLASSES, generator)
         return _labelled(images, labels, case.label), _labelled(images, wrong, case.label)
+
+    def proof(self, case: Case) -> list[Batch]:
+        """The first batches, of the steps by which contenders prove what they compute."""
+        return [self.batch(case, index) for index in range(case.proof_steps)]
 
     def pool(self, case: Case, first: int, visits: int = 1) -> list[Batch]:
         """Batches from the `first`-th on, together twice as large as the last cache: by the time one comes round

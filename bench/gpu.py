@@ -18,9 +18,8 @@ from pathlib import Path
 
 import torch
 
-from .report import machine
+from .machine import ROOT, describe
 
-ROOT = Path(__file__).parents[1]
 PROFILE = """
 import sys, torch, ffkernels as ff
 layer = ff.FFLinear(2000, 2000).cuda()
@@ -61,7 +60,7 @@ def main() -> int:
         print("make gpu needs a CUDA or ROCm device; torch finds none", file=sys.stderr)
         return 2
     output.mkdir(parents=True, exist_ok=True)
-    summary: dict[str, object] = {"machine": machine("cuda"), "parts": {}}
+    summary: dict[str, object] = {"machine": describe("cuda"), "parts": {}}
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     failed = False
     for name, command, seconds in parts(output):

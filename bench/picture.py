@@ -8,24 +8,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ffkernels.experiments.picture import FAINT, INK, POSITIVE, STYLE, available
+from ffkernels.recipes.picture import FAINT, INK, MISSING, POSITIVE, STYLE, available
 
 from .cases import AXES
 from .contenders import OURS
-from .report import Result, curves, in_words
+from .machine import in_words
+from .report import Result, curves
 from .run import Row
 from .timing import exponent
 
 __all__ = ["MISSING", "available", "draw", "fingerprint", "kind_of"]
 
-MISSING = "matplotlib is not installed, so there will be no picture: pip install 'ffkernels[train]'"
 # What a contender is, by the beginning of its name, and how it is drawn; the longest beginning counts.
 KINDS = {
     OURS: ("this package", POSITIVE, "o"),
     f"{OURS}, ": ("this package, other backends", "#7cc0b8", "o"),
     f"{OURS}, graph": ("this package, CUDA graph", "#0b4f4a", "o"),
-    "fflib": ("the peer's package", "#d1495b", "s"),
-    "bioff": ("the peer's package", "#d1495b", "s"),
+    "fflib": ("the original's package", "#d1495b", "s"),
+    "bioff": ("the original's package", "#d1495b", "s"),
     "autograd": ("plain PyTorch", "#e08e2b", "D"),
     "plain": ("plain PyTorch", "#e08e2b", "D"),
     "autograd, autocast": ("plain PyTorch, autocast", "#b8862f", "d"),
@@ -69,14 +69,15 @@ def draw(result: Result, path: Path) -> None:
             x=0.01, ha="left", fontsize=11,
         )  # fmt: skip
         parts = [part for part in heights if heights[part]]
-        for part, sub in zip(parts, _subfigures(figure, [heights[part] for part in parts]), strict=True):
+        made = figure.subfigures(len(parts), 1, height_ratios=[heights[part] for part in parts], squeeze=False)
+        for part, (sub,) in zip(parts, made, strict=True):
             if part == "curves":
                 grid = sub.subplots(2, len(drawn), squeeze=False)
                 for line, key in zip(grid, CURVES, strict=True):
                     for axes, axis in zip(line, drawn, strict=True):
                         _curve(axes, rows, axis, key)
                 continue
-            panels = _row(sub, 2 if shares else 1)
+            panels = sub.subplots(1, 2 if shares else 1, squeeze=False)[0]
             _speed_ups(panels[0], by_case, cases)
             if shares:
                 _shares(panels[1], shares, cases)
@@ -86,15 +87,6 @@ def draw(result: Result, path: Path) -> None:
 def fingerprint(result: Result) -> str:
     """A digest of what a picture shows, which tells whether it was drawn from these data."""
     return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
-
-
-def _subfigures(figure: Any, heights: Sequence[float]) -> list[Any]:
-    made = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)
-    return [row[0] for row in made]
-
-
-def _row(figure: Any, count: int) -> list[Any]:
-    return list(figure.subplots(1, count, squeeze=False)[0])
 
 
 def _points(rows: Sequence[Row], axis: str, key: str) -> list[int]:

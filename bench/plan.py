@@ -12,14 +12,7 @@ SHARES = {"quick": 0.4, "full": 1.0, "thorough": 4.0}  # of the time that a case
 VISITS = 4
 CUDA_SECONDS = 2.0  # at most: nobody else slows a GPU down, and it is lent by the minute
 # (tier, with the contenders of torch.compile, which tunes for minutes on CUDA): what comes last is missed the least.
-IMPORTANCE = (
-    ("quick", False),
-    ("default", False),
-    ("quick", True),
-    ("all", False),
-    ("default", True),
-    ("all", True),
-)
+IMPORTANCE = (("quick", False), ("default", False), ("quick", True), ("all", False), ("default", True), ("all", True))
 
 
 @dataclass(frozen=True)

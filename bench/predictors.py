@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .cases import NUM_CLASSES, Case, Layers
-from .contenders import OURS, Backprop, Maker, backends_of, compiler, copy_into, fflib_network, installed, our_network
+from .contenders import OURS, Backprop, Contender, FFKernels, FFLib, Floor, Maker, backends_of, compiler, installed
 from .contenders import precision as precision_of
 from .counts import fastest
 
@@ -20,25 +20,15 @@ GOODNESS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class OurPrediction:
+class OurPrediction(FFKernels):
     """This package: `FFNetwork.predict`."""
-
-    another = ""
-
-    def __init__(self, case: Case, initial: Layers, backend: str | None = None) -> None:
-        self.net = our_network(case, initial, backend)
 
     def step(self, *batch: Tensor) -> Tensor:
         return self.net.predict(batch[0], NUM_CLASSES)
 
-    def parameters(self) -> list[Tensor]:
-        return list(self.net.parameters())
 
-
-class PlainPrediction:
+class PlainPrediction(Contender):
     """One pass through the network for each label, as mohammadpz writes it."""
-
-    another = ""
 
     def __init__(
         self,
@@ -53,15 +43,15 @@ class PlainPrediction:
         self.totals = compiler(case)(self._totals) if compiled else self._totals
 
     def _totals(self, x: Tensor) -> Tensor:
-        peer, totals = self.case.peer, []
-        goodness = GOODNESS[peer.objective.get("goodness", "mean")]
+        original, totals = self.case.original, []
+        goodness = GOODNESS[original.objective.get("goodness", "mean")]
         for label in range(NUM_CLASSES):
             h = x.clone()
             h[:, :NUM_CLASSES] = 0
             h[:, label] = 1
             total = torch.zeros((), dtype=x.dtype, device=x.device)
             for weight, bias in self.layers:
-                h = peer.forward(h, weight=weight, bias=bias)
+                h = original.forward(h, weight=weight, bias=bias)
                 total = total + goodness(h)
             totals.append(total)
         return torch.stack(totals, dim=1)
@@ -71,33 +61,22 @@ class PlainPrediction:
         with self.precision():
             return self.totals(*batch).argmax(1)
 
-    def parameters(self) -> list[Tensor]:
-        return [p for layer in self.layers for p in layer]
 
-
-class FFLibPrediction:
+class FFLibPrediction(FFLib):
     """fflib from PyPI, as it is: `TryAllClasses`, with the label behind the image."""
 
     another = "sums log(1 + e^(goodness - threshold)), not goodness, over the layers"
 
     def __init__(self, case: Case, initial: Layers, autocast: bool = False) -> None:
         (first, bias), *others = initial
-        net = fflib_network(case)
-        copy_into(
-            [p for layer in net.layers for p in (layer.weight, layer.bias)],
-            [(first.roll(-NUM_CLASSES, dims=1), bias), *others],
-        )
+        super().__init__(case, [(first.roll(-NUM_CLASSES, dims=1), bias), *others], autocast)
         probe = import_module("fflib.probes.one_hot").TryAllClasses
-        self.probe = probe(lambda x, label: net(torch.cat((x, label), 1)), NUM_CLASSES)
-        self.net, self.precision = net, partial(precision_of, case, autocast)
+        self.probe = probe(lambda x, label: self.net(torch.cat((x, label), 1)), NUM_CLASSES)
 
     @torch.no_grad()
     def step(self, *batch: Tensor) -> Tensor:
         with self.precision():
             return self.probe.predict(batch[0][:, NUM_CLASSES:])
-
-    def parameters(self) -> list[Tensor]:
-        return [p for layer in self.net.layers for p in (layer.weight, layer.bias)]
 
 
 class BackpropPrediction(Backprop):
@@ -107,35 +86,23 @@ class BackpropPrediction(Backprop):
 
     @torch.no_grad()
     def step(self, *batch: Tensor) -> Tensor:
-        x = batch[0]
-        for layer in self.layers[:-1]:
-            x = self.activation(layer(x))
-        return self.layers[-1](x).argmax(1)
+        return self.outputs(*batch).argmax(1)
 
 
-class PredictionFloor:
+class PredictionFloor(Floor):
     """The products that no prediction can do without: the first layer's once, the others' for each label."""
 
     another = "products only"
 
     def __init__(self, case: Case, initial: Layers) -> None:
-        self.work: list[Callable[[], object]] = []
+        self.work = []
         for i, (inputs, outputs) in enumerate(case.shapes):
             x, y = (torch.rand(case.rows, n, device=case.device) for n in (inputs, outputs))
             weight, y_t = initial[i][0].float(), y.t().contiguous()
             product = fastest(
-                case.device,
-                partial(torch.mm, x, weight.t(), out=y),
-                partial(torch.mm, weight, x.t(), out=y_t),
+                case.device, partial(torch.mm, x, weight.t(), out=y), partial(torch.mm, weight, x.t(), out=y_t)
             )
             self.work += [product] * (NUM_CLASSES if i else 1)
-
-    def step(self, *batch: Tensor) -> None:
-        for work in self.work:
-            work()
-
-    def parameters(self) -> list[Tensor]:
-        return []
 
 
 def predictors_of(case: Case, compiled: bool) -> dict[str, Maker]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .cases import NUM_CLASSES, Batch, Case, Layers
 from .contenders import Autograd, Contender
-from .peers import stable_softplus
+from .originals import stable_softplus
 from .predictors import PlainPrediction
 
 
@@ -30,11 +30,11 @@ class Proof:
 
 
 class Exact:
-    """The peer's step in float64 over some batches: the change of weights that everyone must arrive at.
+    """The original's step in float64 over some batches: the change of weights that everyone must arrive at.
 
     The error is the largest `|change - exact change| / |exact change|` over weights and biases, in Frobenius norms;
-    the budget twice that of plain autograd in the same precision, and something for a lucky autograd. Where the peer's
-    own log(1 + e^t) overflows, plain autograd has a stable one.
+    the budget twice that of plain autograd in the same precision, and something for a lucky autograd. Where the
+    original's own log(1 + e^t) overflows, plain autograd has a stable one.
     """
 
     def __init__(self, case: Case, initial: Layers, batches: list[Batch]) -> None:

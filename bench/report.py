@@ -1,20 +1,11 @@
-"""Results as data and as text: what the machine is, the file, the table in the terminal, the growth along an axis."""
+"""Results as data and as text: the file, the table in the terminal, the growth along an axis."""
 
 from __future__ import annotations
 
-import datetime
 import json
-import os
-import platform
-import subprocess
 from collections.abc import Iterable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
-
-import torch
-
-from ffkernels.backends import select
 
 from .cases import AXES
 from .contenders import OURS
@@ -24,89 +15,8 @@ from .timing import exponent
 RESULTS = Path(__file__).parent / "results"
 Result = dict[str, Any]
 COLUMNS = (
-    "case",
-    "contender",
-    "time",
-    "host",
-    "over ours",
-    "of limit",
-    "memory",
-    "resident",
-    "first step",
-    "same step",
-)
-
-
-# Units that multiply bfloat16 in hardware, and how torch is asked for them.
-UNITS = {"AMX": "_is_amx_tile_supported", "AVX512-BF16": "_is_avx512_bf16_supported"}
-
-
-def bfloat16_units() -> list[str]:
-    """The units of this CPU that multiply bfloat16."""
-    return [name for name, check in UNITS.items() if getattr(torch.cpu, check, lambda: False)()]
-
-
-def machine(device: str) -> Row:
-    """What a time depends on: device, processor, threads, backend if forced, versions, commit, load; and the date."""
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "cpu": _cpu_model(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "isa": torch.backends.cpu.get_cpu_capability(),
-        "bfloat16_units": bfloat16_units(),
-        "backend_forced": os.environ.get(select.VARIABLE),
-        "load_before": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "allocator": {k: v for k, v in os.environ.items() if k.startswith("MALLOC_") or k == "LD_PRELOAD"},
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda if device == "cuda" else None,
-        "packages": {name: _version(name) for name in ("triton", "fflib", "bioff")},
-        "python": platform.python_version(),
-        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(git("status", "--porcelain")),
-    }
-
-
-def in_words(about: Row) -> str:
-    """Device, units for bfloat16, threads, torch."""
-    if about.get("device", "cpu") != "cpu":
-        return f"{about['device']}, torch {about['torch']}"
-    units = about.get("bfloat16_units")
-    if units is None:  # results of before this was told apart
-        unit = "a bfloat16 unit" if about.get("bfloat16_unit") else "no bfloat16 unit"
-    else:
-        unit = " and ".join(units) or "no bfloat16 unit"
-        unit += "" if "AMX" in units else ", no AMX"
-    return f"{about['cpu']} with {unit}, {about['threads']} threads, torch {about['torch']}"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    parts = [line.partition(":") for line in lines]
-    fields = {key.strip(): value.strip() for key, _, value in parts}
-    if "model name" not in fields:
-        return platform.processor() or platform.machine()
-    return f"{fields['model name']} (family {fields.get('cpu family')}, model {fields.get('model')})"
-
-
-def git(*arguments: str) -> str | None:
-    """What git says of this checkout; None where there is no git or it fails."""
-    try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
+    "case", "contender", "time", "host", "over ours", "of limit", "memory", "resident", "first step", "same step",
+)  # fmt: skip
 
 
 def save(result: Result, path: Path) -> None:

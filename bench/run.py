@@ -47,7 +47,7 @@ class Measurement:
     ) -> None:
         self.case, self.data = case, data
         initial = case.initial()
-        proof_batches = [data.batch(case, index) for index in range(case.proof_steps)]
+        proof_batches = data.proof(case)
         exact = exact_of(case, initial, proof_batches)
         self.contenders: dict[str, Contender] = {}
         self.proven: dict[str, Row] = {}
@@ -74,7 +74,7 @@ class Measurement:
     def visit(self, seconds: float, visits: int = 1) -> list[Row]:
         """Times all contenders together for so long, one of `visits` times; a row of data for each, ours first.
 
-        Ours starts from the same weights each time: the more it has learnt, the more rows are at rest, and the
+        Ours starts from the same weights each time: the more it has learnt, the more rows are saturated, and the
         shorter are its steps. Nobody else's time depends on that.
         """
         with torch.no_grad():
@@ -90,7 +90,7 @@ class Measurement:
             # Of a CUDA graph the memory is a pool of its own, reserved for good.
             measured = {name: of for name, of in self.contenders.items() if not name.endswith(", graph")}
             self.memory = {name: _memory(of, pool[0], self.case.device) for name, of in measured.items()}
-            self.at_rest = rows_at_rest(self.case, self.contenders[OURS], pool[0])
+            self.saturated = saturated_rows(self.case, self.contenders[OURS], pool[0])
         self.times = {name: self.times[name] + taken if name in self.times else taken for name, taken in times.items()}
         return self._rows()
 
@@ -105,14 +105,12 @@ class Measurement:
             rows[name] |= {
                 "median_ms": _rounded(median * 1e3),
                 "host_ms": _rounded(statistics.median(taken.host) * 1e3),
-                "block_ms": [_rounded(t * 1e3) for t in taken.seconds],
-                "beside_ms": [_rounded(t * 1e3) for t in taken.beside],
                 "over_ours": {key: _rounded(value, 6) for key, value in asdict(ratio).items()},
                 **self.memory.get(name, {}),
             }
         rows[OURS] |= {key: _rounded(value, 6) for key, value in asdict(self.limit).items()}
         rows[OURS] |= {"backend": backends_of(case)[0], "steps_before_timing": case.proof_steps + case.warm_steps}
-        rows[OURS] |= self.at_rest
+        rows[OURS] |= self.saturated
         return list(rows.values())
 
 
@@ -153,13 +151,13 @@ def _rounded(value: float, digits: int = 4) -> float:
     return float(f"{value:.{digits}g}")
 
 
-def rows_at_rest(case: Case, contender: Contender, batch: Batch) -> Row:
+def saturated_rows(case: Case, contender: Contender, batch: Batch) -> Row:
     """Per layer, the share of rows whose loss has no slope left in float32: the update leaves them out."""
-    if not isinstance(contender, FFKernels) or contender.net.layers[0].objective.paired:  # type: ignore[union-attr]
+    if case.task == "predict" or not isinstance(contender, FFKernels) or case.original.objective_for(1).paired:
         return {}
     sign = torch.tensor([-1.0, 1.0], device=case.device).repeat_interleave(case.rows).unsqueeze(1)
-    thresholds = [case.peer.objective_for(width).thresholds()[0] for width in case.sizes[1:]]
+    thresholds = [case.original.objective_for(width).thresholds()[0] for width in case.sizes[1:]]
     goodness = contender.net.goodness(torch.cat(batch)) - torch.tensor(thresholds, device=case.device)
-    if not case.peer.objective_for(1).maximize:
+    if not case.original.objective_for(1).maximize:
         goodness = -goodness
-    return {"rows_at_rest": (torch.sigmoid(sign * goodness) == 0).float().mean(0).tolist()}
+    return {"saturated_rows": (torch.sigmoid(sign * goodness) == 0).float().mean(0).tolist()}

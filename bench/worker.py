@@ -33,9 +33,7 @@ class Worker:
         self.clock = CudaClock() if case.device == "cuda" else HostClock()
         initial = case.initial()
         self.contender = contenders_of(case, compiled=False)[OURS](case, initial)
-        proof = exact_of(case, initial, [self.data.batch(case, i) for i in range(case.proof_steps)]).check(
-            self.contender
-        )
+        proof = exact_of(case, initial, self.data.proof(case)).check(self.contender)
         if not proof.holds:
             raise ValueError(f"{case.name} is not exact in one of the trees: {proof}")
         self.batches = cycle(self.data.pool(case, case.proof_steps))

@@ -1,4 +1,4 @@
-"""The command line: `python -m ffkernels train | reproduce | paper | bench | info | tune`."""
+"""The command line: `python -m ffkernels train | info | tune`, and in a checkout `reproduce | paper | bench`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 
@@ -25,13 +25,15 @@ from . import Objective, __version__, explain
 from .backends.native import library
 from .backends.select import Request
 from .backends.triton import support as triton_support
-from .experiments import ablation, checkpoint, data, picture, presets, results, train
-from .experiments.lock import locked
+from .recipes import catalogue, checkpoint, data, picture, train
+from .recipes.lock import locked
 
 PROGRAM = "python -m ffkernels"
 COMPUTE_DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEVICES = ("auto", "cpu", "cuda", "mps")
 USER_ERROR, INTERRUPTED, CLOSED_PIPE = 2, 130, 141
+# Their code and data stand beside the package in the repository, and are in no wheel.
+OF_CHECKOUT = ("reproduce", "paper", "bench")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,9 +65,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
+    if argv and argv[0] in OF_CHECKOUT and not _in_checkout():
+        raise UserError(f"{argv[0]} is not part of the installed package: run this in a checkout of the repository")
     if argv[:1] == ["bench"]:
-        # Its options are the checkout's; `_parser` only names it.
-        return _bench(argv[1:])
+        # It has options of its own; `_parser` only names it.
+        return int(importlib.import_module("paper.command").bench(argv[1:]))
     arguments = _parser().parse_args(argv)
     code: int = arguments.run(arguments, argv)
     return code
@@ -81,7 +85,7 @@ def _text_of(error: BaseException) -> str:
 
 def _complain(text: str) -> None:
     with suppress(OSError):
-        _say(f"{PROGRAM}: {text}")
+        say(f"{PROGRAM}: {text}")
 
 
 def _let_go_of_what_is_not_taken() -> None:
@@ -104,58 +108,47 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    recipes = "\n".join(f"  {name}: {preset.source}" for name, preset in presets.PRESETS.items())
+    recipes = "\n".join(f"  {name}: {recipe.source}" for name, recipe in catalogue.RECIPES.items())
     command = commands.add_parser(
         "train",
         help="train a network on labelled images",
         description="Trains a network; writes metrics, a checkpoint after every epoch, and a picture.\n\n"
-        f"presets:\n{recipes}",
+        f"recipes:\n{recipes}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.set_defaults(run=_train, results=None)
-    command.add_argument("--preset", choices=presets.PRESETS, default="quick", help="the recipe (%(default)s)")
-    _add_run_options(command)
-
-    recipes = "\n".join(
-        f"  {name}: {preset.source} Assumed here: {preset.assumed or 'nothing.'} "
-        f"Published: {preset.published or 'no error.'}"
-        for name, preset in presets.PRESETS.items()
+    command.set_defaults(run=train_recipe)
+    command.add_argument(
+        "--preset", dest="recipe", choices=catalogue.RECIPES, default="quick", help="the recipe (%(default)s)"
     )
-    command = commands.add_parser(
-        "reproduce",
-        help="train a published recipe and record what came of it",
-        description="Trains a recipe as `train` does, and writes a row of results: errors, seconds, machine, versions, "
-        f"seed.\n\nrecipes:\n{recipes}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    command.set_defaults(run=_reproduce)
-    command.add_argument("preset", nargs="?", choices=presets.PRESETS, metavar="NAME", help="the recipe")
-    command.add_argument("--readme", action="store_true", help="no training: make README.md's table from the results")
-    command.add_argument("--results", type=_path, default=Path(results.FOLDER), help="folder of rows (%(default)s)")
-    _add_run_options(command)
+    add_run_options(command)
 
-    command = commands.add_parser(
-        "paper",
-        help="the runs and measurements behind docs/paper.md (needs the checkout)",
-        description="ablation trains what is missing in results/ablation; steps and target measure steps, and the time "
-        "to 2% error, against backprop's and write results/backprop; tables makes those of docs/paper.md.",
-    )
-    command.set_defaults(run=_paper)
-    command.add_argument("what", choices=("ablation", "steps", "target", "tables"))
-    command.add_argument("--data", default="mnist", help="mnist, fashion-mnist or a folder of IDX files (%(default)s)")
-
-    commands.add_parser("bench", help="measure this machine against what people use today (needs the checkout)")
+    if _in_checkout():
+        importlib.import_module("paper.command").add_to(commands)
+        commands.add_parser("bench", help="measure this machine against what people use today")
     command = commands.add_parser("info", help="versions, devices, and which backends run on them")
     command.set_defaults(run=_info)
 
     command = commands.add_parser("tune", help="time the Triton kernels' configurations on this machine's GPU")
     command.set_defaults(run=_tune)
-    command.add_argument("--output", type=_path, help="folder for the file (FFKERNELS_CONFIGS, else the package's own)")
+    command.add_argument(
+        "--output", type=to_path, help="folder for the file (FFKERNELS_CONFIGS, else the package's own)"
+    )
     command.add_argument("--seconds", type=_seconds, default=600, help="when to stop (%(default)s)")
     return parser
 
 
-def _path(text: str) -> Path:
+def _in_checkout() -> bool:
+    """Whether `bench` and `paper` stand beside this package; they can be imported then."""
+    root = Path(__file__).resolve().parents[1]
+    if not all((root / folder / "command.py").exists() for folder in ("bench", "paper")):
+        return False
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    return True
+
+
+def to_path(text: str) -> Path:
+    """The type of an option that names a file or a folder."""
     try:
         return data.user_path(text)
     except ValueError as error:
@@ -169,7 +162,8 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-def _add_run_options(command: argparse.ArgumentParser) -> None:
+def add_run_options(command: argparse.ArgumentParser) -> None:
+    """The options of every command that trains a recipe."""
     command.add_argument("--data", default="mnist", help="mnist, fashion-mnist or a folder of IDX files (%(default)s)")
     command.add_argument("--device", choices=DEVICES, default="auto", help="auto: cuda, else mps, else cpu (auto)")
     command.add_argument(
@@ -187,7 +181,7 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--epochs", type=int, help="instead of the recipe's")
     command.add_argument("--seed", type=int, default=0, help="of weights, order and negatives (%(default)s)")
-    command.add_argument("--output", type=_path, help="folder for metrics, checkpoint, picture (runs/RECIPE-DATA...)")
+    command.add_argument("--output", type=to_path, help="folder for metrics, checkpoint, picture (runs/RECIPE-DATA...)")
     command.add_argument("--no-picture", action="store_true", help="draw none")
     existing = command.add_mutually_exclusive_group()
     existing.add_argument(
@@ -196,28 +190,22 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
     existing.add_argument("--overwrite", action="store_true", help="start anew over the run in the output folder")
 
 
-def _reproduce(arguments: argparse.Namespace, argv: list[str]) -> int:
-    if arguments.readme == (arguments.preset is not None):
-        raise UserError(f"reproduce needs NAME or --readme, one of the two; names: {', '.join(presets.PRESETS)}")
-    if not arguments.readme:
-        return _train(arguments, argv)
-    if not arguments.results.is_dir():
-        raise UserError(f"--results {arguments.results}: no folder, so there are no rows to make the table of")
-    try:
-        results.update_readme(Path("README.md"), arguments.results)
-    except ValueError as error:
-        raise UserError(error) from error
-    print(f"README.md: made from {arguments.results}")
-    return 0
+@dataclass(frozen=True)
+class Record:
+    """What is kept of a finished run beside its output folder: the run's name, the file, and how it is written."""
+
+    name: str
+    path: Path
+    write: Callable[[], Path]
 
 
-def _train(arguments: argparse.Namespace, argv: list[str]) -> int:
+def train_recipe(
+    arguments: argparse.Namespace, argv: list[str], record: Callable[[train.Trainer], Record] | None = None
+) -> int:
+    """Trains `arguments.recipe` with what `add_run_options` adds, and says where everything is."""
     trainer = _prepare(arguments)
-    name = f"{arguments.preset}-{trainer.data.name}"
-    row_file = None
-    if arguments.results is not None:
-        identity = results.identity(trainer)
-        name, row_file = results.name_of(identity), results.path_of(arguments.results, identity)
+    kept = None if record is None else record(trainer)
+    name = f"{arguments.recipe}-{trainer.data.name}" if kept is None else kept.name
     output = arguments.output or Path("runs", name)
     files = {"metrics": output / train.METRICS, "checkpoint": output / train.CHECKPOINT}
     picture_file = output / picture.PICTURE
@@ -227,10 +215,10 @@ def _train(arguments: argparse.Namespace, argv: list[str]) -> int:
         _take_up(arguments, trainer, output)
         with_picture = not arguments.no_picture
         if with_picture and (reason := picture.unavailable(trainer)):
-            _say(reason)
+            say(reason)
             with_picture = False
         # What would fail after the training fails here.
-        for path in (files["metrics"], row_file, picture_file if with_picture else None):
+        for path in (files["metrics"], None if kept is None else kept.path, picture_file if with_picture else None):
             if path is not None:
                 checkpoint.try_writing(path)
         with _StopOnInterrupt() as stop:
@@ -238,9 +226,9 @@ def _train(arguments: argparse.Namespace, argv: list[str]) -> int:
         if not finished:
             _say_stopped(trainer, output, argv)
             return INTERRUPTED
-        if row_file is not None:
+        if kept is not None:
             try:
-                files = {"result": results.write(arguments.results, results.row_of(trainer)), **files}
+                files = {"result": kept.write(), **files}
             except OSError as error:
                 raise UserError(f"{_text_of(error)}; the run is kept in {output}: --resume writes its row") from error
         if with_picture:
@@ -248,7 +236,7 @@ def _train(arguments: argparse.Namespace, argv: list[str]) -> int:
                 picture.draw(trainer, picture_file)
                 files = {"picture": picture_file, **files}
             except Exception as error:  # whatever a drawing library raises, the run is worth more
-                _say(f"no picture: {type(error).__name__}: {_text_of(error)}")
+                say(f"no picture: {type(error).__name__}: {_text_of(error)}")
     print(train.summary(trainer))
     for kind, path in files.items():
         print(f"{kind + ':':<12}{path}")
@@ -270,7 +258,7 @@ def _prepare(arguments: argparse.Namespace) -> train.Trainer:
     try:
         device = _device(arguments.device)
         trainer = train.Trainer(
-            presets.PRESETS[arguments.preset],
+            catalogue.RECIPES[arguments.recipe],
             data.load(arguments.data),
             seed=arguments.seed,
             epochs=arguments.epochs,
@@ -290,7 +278,7 @@ def _prepare(arguments: argparse.Namespace) -> train.Trainer:
         )
     except ValueError as error:
         raise UserError(error) from error
-    _say(explanation.partition("\n")[0])
+    say(explanation.partition("\n")[0])
     return trainer
 
 
@@ -302,7 +290,7 @@ def _take_up(arguments: argparse.Namespace, trainer: train.Trainer, output: Path
         except ValueError as error:
             raise UserError(f"{error}; --overwrite starts anew") from error
         done = f"{output}: {len(trainer.rows)} of {trainer.epochs} epochs are done"
-        _say(done if resumed else f"{output}: no checkpoint, starting anew")
+        say(done if resumed else f"{output}: no checkpoint, starting anew")
     elif (output / train.CHECKPOINT).exists() and not arguments.overwrite:
         raise UserError(
             f"{output} holds a run already: --resume goes on with it, --overwrite starts anew, "
@@ -350,49 +338,7 @@ def _say_stopped(trainer: train.Trainer, output: Path, argv: list[str]) -> None:
     kept_options = [a for a in argv if len(a) < 3 or not ("--resume".startswith(a) or "--overwrite".startswith(a))]
     again = shlex.join([*PROGRAM.split(), *kept_options, "--resume"])
     kept = f"{len(trainer.rows)} of {trainer.epochs} epochs are kept in {output / train.CHECKPOINT}"
-    _say(f"stopped; {kept if trainer.rows else 'no epoch was finished'}. To go on:\n  {again}")
-
-
-def _bench(argv: list[str]) -> int:
-    return _of_checkout("bench.command").main(argv)
-
-
-def _of_checkout(module: str) -> Any:
-    root = Path(__file__).resolve().parents[1]
-    if not (root / "bench" / "command.py").exists():
-        raise UserError("the benchmark is not part of the installed package: run this in a checkout of the repository")
-    if str(root) not in sys.path:
-        sys.path.insert(0, str(root))
-    return importlib.import_module(module)
-
-
-def _paper(arguments: argparse.Namespace, argv: list[str]) -> int:
-    backprop = _of_checkout("bench.backprop")
-    try:
-        if arguments.what in ("steps", "target"):
-            # What is measured is added to what the file holds: both must be possible before hours of measuring.
-            checkpoint.try_writing(backprop.FILE)
-            _tables(backprop)
-        if arguments.what == "ablation":
-            ablation.run(data.load(arguments.data), ablation.FOLDER, _say)
-        elif arguments.what != "tables":
-            backprop.save(arguments.what, data.load(arguments.data), _say)
-        else:
-            page = Path("docs", "paper.md")
-            results.update_page(page, ablation.BEGIN, ablation.END, ablation.table(results.load(ablation.FOLDER)))
-            results.update_page(page, backprop.BEGIN, backprop.END, _tables(backprop))
-            print(f"{page}: made from {ablation.FOLDER} and {backprop.FILE}")
-    except ValueError as error:
-        raise UserError(error) from error
-    return 0
-
-
-def _tables(backprop: Any) -> str:
-    try:
-        return str(backprop.tables())
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        found = f"{type(error).__name__}: {error}"
-        raise UserError(f"{backprop.FILE}: not as `paper steps` and `paper target` write it ({found})") from error
+    say(f"stopped; {kept if trainer.rows else 'no epoch was finished'}. To go on:\n  {again}")
 
 
 def _info(arguments: argparse.Namespace, argv: list[str]) -> int:
@@ -425,7 +371,7 @@ def _tune(arguments: argparse.Namespace, argv: list[str]) -> int:
 
     folder = arguments.output or Path(os.environ.get(configs.VARIABLE) or configs.FOLDER)
     checkpoint.try_writing(folder / "tuned.json")
-    print(tune.tune(folder, arguments.seconds, _say, torch.device("cuda", torch.cuda.current_device())))
+    print(tune.tune(folder, arguments.seconds, say, torch.device("cuda", torch.cuda.current_device())))
     return 0
 
 
@@ -446,7 +392,8 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """A line for the user that is no result."""
     # print would take a closed stderr for stdout.
     if sys.stderr is not None:
         print(text, file=sys.stderr, flush=True)

@@ -27,13 +27,16 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch: forked processes and the on
 import torch
 
 from ffkernels import cli
-from ffkernels.experiments import checkpoint, lock, picture, presets, results, train
+from ffkernels.recipes import catalogue, checkpoint, lock, picture, train
+from paper import command, results
 
 from .toy_data import toy_data, write_idx
 
 EPOCHS, IMAGES, TEST_IMAGES = 3, 300, 60
 WATCHED = tuple(
-    str(Path(module.__file__)) for module in (cli, checkpoint, lock, picture, results, train) if module.__file__
+    str(Path(module.__file__))
+    for module in (cli, checkpoint, command, lock, picture, results, train)
+    if module.__file__
 )
 KINDS = ("kill", "once", "twice")
 
@@ -190,7 +193,7 @@ def main() -> None:
     parser.add_argument("--picture", action="store_true", help="draw the pictures too, where matplotlib is installed")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    presets.PRESETS["quick"] = replace(presets.QUICK, hidden=(40, 30), batch_size=50)
+    catalogue.RECIPES["quick"] = replace(catalogue.QUICK, hidden=(40, 30), batch_size=50)
     counts: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as folder:
         draw = random.Random(arguments.seed)

@@ -16,10 +16,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import command, compare, counts, data, gpu, picture, plan, readme, report, run, timing
+from bench import command, compare, counts, data, gpu, machine, picture, plan, report, run, timing
 from bench.cases import AXES, CASES, TIERS, Case, select_cases
 from bench.contenders import OURS, FFKernels
 from ffkernels import cli
+from paper import page, readme
 
 from .bench_cases import result_of
 
@@ -88,8 +89,11 @@ def test_bad_input_is_one_sentence(quick: list[str], capsys, monkeypatch) -> Non
 
 def test_without_the_checkout_it_says_so(monkeypatch, tmp_path: Path, capsys) -> None:
     monkeypatch.setattr(cli, "__file__", str(tmp_path / "ffkernels" / "cli.py"))
-    assert cli.main(["bench", "--quick"]) == 2
-    assert "checkout" in capsys.readouterr().err
+    for words in (["bench", "--quick"], ["paper", "tables"], ["reproduce", "quick"]):
+        assert cli.main(words) == 2
+        assert f"{words[0]} is not part of the installed package: run this in a checkout" in capsys.readouterr().err
+    assert cli.main(["--help"]) == 0
+    assert not any(name in capsys.readouterr().out for name in cli.OF_CHECKOUT)
 
 
 def test_tiers_grow_and_patterns_choose() -> None:
@@ -151,6 +155,7 @@ import sys
 sys.modules.update(dict.fromkeys({optional}))
 import bench.command, bench.gpu, bench.test_steps, tests.conftest, tests.test_gpu
 from ffkernels import cli
+from paper import page, readme
 sys.exit(cli.main(["bench", "--case", "overhead", "--list", "--device", "cpu"]))
 """
 
@@ -178,7 +183,7 @@ def test_make_gpu_goes_on_where_a_part_fails_or_takes_too_long(tmp_path: Path, m
     parts = [("fails", python("raise SystemExit(3)"), 60), ("hangs", python("import time; time.sleep(99)"), 1)]
     parts += [("missing", [str(tmp_path / "no such program")], 60), ("works", python("print('seen')"), 60)]
     monkeypatch.setattr(gpu, "parts", lambda output: parts)
-    monkeypatch.setattr(gpu, "machine", lambda device: {})
+    monkeypatch.setattr(gpu, "describe", lambda device: {})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(sys, "argv", ["gpu", "--output", str(tmp_path)])
     assert gpu.main() == 1
@@ -257,7 +262,7 @@ def test_the_table_has_the_hosts_time_where_it_is_not_the_whole() -> None:
 )
 def test_the_machine_in_words_names_its_matrix_unit(units: list[str], words: str) -> None:
     about = {"cpu": "x", "bfloat16_units": units, "threads": 2, "torch": "2"}
-    assert report.in_words(about) == f"x with {words}, 2 threads, torch 2"
+    assert machine.in_words(about) == f"x with {words}, 2 threads, torch 2"
 
 
 def test_saved_results_are_the_same_when_loaded(tmp_path: Path) -> None:
@@ -314,16 +319,16 @@ def test_readme_shows_each_kind_of_cpu_by_the_newest_full_run_of_it() -> None:
 
 
 def test_a_run_records_the_backend_that_was_forced(monkeypatch) -> None:
-    assert report.machine("cpu")["backend_forced"] is None
+    assert machine.describe("cpu")["backend_forced"] is None
     monkeypatch.setenv("FFKERNELS_BACKEND", "native")
-    assert report.machine("cpu")["backend_forced"] == "native"
+    assert machine.describe("cpu")["backend_forced"] == "native"
 
 
 def test_readme_is_made_from_the_results() -> None:
     results = readme.by_device(report.load_results())
-    assert readme.parts(readme.README.read_text())[1].strip() == readme.text(results), "run: bench --readme"
+    assert page.parts(readme.README, readme.BEGIN, readme.END)[1].strip() == readme.text(results), "run: bench --readme"
     for name, result in results.items():
-        drawn = readme.ROOT / readme.PICTURE.format(device=name)
+        drawn = machine.ROOT / readme.PICTURE.format(device=name)
         assert description_of(drawn) == picture.fingerprint(result), "run: bench --readme"
 
 

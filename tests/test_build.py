@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import platform
@@ -14,6 +15,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from .toy_data import toy_data, write_idx
 
 ROOT = Path(__file__).parents[1]
 NATIVE = Path("ffkernels", "backends", "native")
@@ -110,6 +113,36 @@ def test_the_wheel_is_pure_where_nothing_is_built(build):
     done = build("bdist_wheel", "--dist-dir", "out", FFKERNELS_BUILD="off")
     assert done.returncode == 0, done.stderr
     assert [path.name.split("-", 2)[2] for path in (build.folder / "out").glob("*.whl")] == ["py3-none-any.whl"]
+
+
+def test_the_wheel_trains_and_says_what_needs_the_checkout(build):
+    assert build("bdist_wheel", "--dist-dir", "out", FFKERNELS_BUILD="off").returncode == 0
+    (wheel,) = (build.folder / "out").glob("*.whl")
+    shutil.unpack_archive(wheel, build.folder / "unpacked", "zip")
+    (installed,) = (path.parent.parent for path in (build.folder / "unpacked").rglob("ffkernels/__init__.py"))
+    assert [path.name for path in installed.iterdir()] == ["ffkernels"]
+    write_idx(build.folder / "toy", toy_data(100, 50))
+
+    def command(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "ffkernels", *words],
+            cwd=build.folder, env={**os.environ, "PYTHONPATH": str(installed)}, capture_output=True, text=True,
+        )  # fmt: skip
+
+    shutil.rmtree(build.folder / "ffkernels")
+    listed = command("--help").stdout
+    assert "train" in listed and not any(name in listed for name in ("bench", "paper", "reproduce"))
+    for words in (["bench", "--list"], ["paper", "tables"], ["reproduce", "quick"]):
+        done = command(*words)
+        assert done.returncode == 2
+        said = f"{words[0]} is not part of the installed package: run this in a checkout of the repository"
+        assert done.stderr == f"python -m ffkernels: {said}\n"
+    done = command("train", "--data", "toy", "--epochs", "1", "--no-picture", "--device", "cpu")
+    assert done.returncode == 0 and "quick (784-500-500) on toy" in done.stdout, done.stderr
+    found = command("train", "--data", "mnist", "--epochs", "0").stderr
+    # What the extra `mnist` installs is read: only the epochs are wrong.
+    missing = not all(map(importlib.util.find_spec, ("pureml", "numcodecs")))
+    assert ("mnist: not found" if missing else "epochs=0 is not at least 1") in found
 
 
 @needs_gcc

@@ -16,8 +16,9 @@ import torch
 
 from ffkernels import cli
 from ffkernels.backends.native import library
-from ffkernels.experiments import checkpoint, progress
-from ffkernels.experiments.train import CHECKPOINT, METRICS
+from ffkernels.recipes import checkpoint, progress
+from ffkernels.recipes.train import CHECKPOINT, METRICS
+from paper import results
 
 from .toy_data import toy_data, write_idx
 
@@ -28,7 +29,7 @@ EPOCHS, STEPS = 3, 6  # of 100 images each
 HOOKED = """
 import os, sys
 from ffkernels import cli
-from ffkernels.experiments import progress
+from ffkernels.recipes import progress
 show, left = progress.Progress.step, [int(sys.argv[1])]
 def step(self, describe):
     left[0] -= 1
@@ -336,12 +337,12 @@ def test_results_that_cannot_be_written_show_before_training(folder, capsys, mon
     Path("a file").write_text("")
     Path("rows/quick-toy-2ep-float32-seed0.json").mkdir(parents=True)
     options = ["reproduce", "quick", "--data", str(folder), "--device", "cpu", "--epochs", "2", "--no-picture"]
-    for results, said in (
+    for rows, said in (
         ("a file", "a file: there, but no folder"),
         ("a file/below", "a file/below: Not a directory"),
         ("rows", "rows/quick-toy-2ep-float32-seed0.json: a folder where a file is to be written"),
     ):
-        assert cli.main([*options, "--results", results]) == 2
+        assert cli.main([*options, "--results", rows]) == 2
         assert_one_line(capsys, said)
     assert cli.main(["reproduce", "--readme", "--results", "a file"]) == 2
     assert_one_line(capsys, "--results a file: no folder")
@@ -357,7 +358,7 @@ def test_what_fails_after_training_loses_nothing(folder, capsys, monkeypatch) ->
         raise OSError(errno.ENOSPC, "No space left on device", str(row))
 
     with monkeypatch.context() as patch:
-        patch.setattr(cli.results, "write", full)
+        patch.setattr(results, "write", full)
         assert cli.main(options) == 2
     assert_one_line(capsys, f"{row}: No space left on device; the run is kept in out: --resume writes its row")
     assert len(rows_of("out")) == 1 and not row.exists()
@@ -515,7 +516,7 @@ def test_names_that_the_terminal_cannot_show(folder, environment) -> None:
 
 @pytest.mark.parametrize("content", ["[]", "{", '{"steps": {}}', '{"target": 3}'])
 def test_measurements_are_looked_at_before_more_are_taken(content, folder, capsys, monkeypatch) -> None:
-    backprop = pytest.importorskip("bench.backprop")
+    backprop = pytest.importorskip("paper.backprop")
     Path("measured.json").write_text(content)
     monkeypatch.setattr(backprop, "FILE", Path("measured.json"))
     monkeypatch.setattr(backprop, "tables", lambda tables=backprop.tables: tables(Path("measured.json")))

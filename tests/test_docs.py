@@ -95,3 +95,21 @@ def test_lightning_trains_as_a_loop_does(precision, tmp_path):
         assert torch.equal(value, module.net.state_dict()[name]), name
     accuracy = trainer.validate(module, batches, verbose=False)[0]["accuracy"]
     assert accuracy == pytest.approx(float((loop.predict(x) == labels).float().mean()), abs=0.05)
+
+
+def test_the_table_of_files_has_the_order_that_imports_keep():
+    """CONTRIBUTING's rows are the layers of import-linter's contract, the highest first."""
+    root = Path(__file__).parents[1]
+    layers = re.search(r"containers = .*?^layers = \[(.*?)^\]", (root / "pyproject.toml").read_text(), re.M | re.S)
+    assert layers is not None
+    ranks = {
+        name: rank for rank, line in enumerate(layers[1].strip().splitlines()) for name in re.findall(r"\w+", line)
+    }
+    first_cells = re.findall(r"^\| (`.*?) \|", (root / "CONTRIBUTING.md").read_text(), re.M)
+    named = [re.match(r"\w+", name)[0] for cell in first_cells for name in re.findall(r"`(\S+?)`", cell)]
+    rows = [name for name in named if name in ranks]
+    assert [ranks[name] for name in rows] == sorted(ranks[name] for name in rows)
+    package = {
+        path.stem for path in (root / "ffkernels").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    assert set(rows) == package - {"__init__", "__main__", "_version"}

@@ -18,7 +18,7 @@ import ffkernels as ff
 from ffkernels.integrations import contracts
 
 from .steps import error
-from .test_peer import WholeGradient
+from .test_peer_normalisation import WholeGradient
 from .toy_data import mnist_or_toy
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}

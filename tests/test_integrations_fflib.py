@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ffkernels.experiments import data
+from ffkernels.recipes import data
 
 from .steps import error
 from .toy_data import mnist_or_toy

@@ -196,7 +196,7 @@ for name in ("triton", "numpy", "matplotlib", "tqdm", "numcodecs", "hypothesis",
     sys.modules[name] = None
 import torch
 import ffkernels as ff
-import ffkernels.cli, ffkernels.experiments.train
+import ffkernels.cli, ffkernels.recipes.train
 assert "torch._dynamo" not in sys.modules, "the compiler is imported by those who use it"
 net = ff.FFNetwork([ff.FFLinear(12, 8), ff.FFLinear(8, 4)])
 x = torch.rand(6, 12)

@@ -13,19 +13,20 @@ import torch
 from torch import Tensor, nn
 
 import ffkernels as ff
-from bench import backprop
-from bench.peers import HintonSGD
+from bench.originals import HintonSGD
 from ffkernels import cli
-from ffkernels.experiments import ablation, batches, picture, results
-from ffkernels.experiments.presets import FFLIB, HINTON_MATLAB, HINTON_UNSUPERVISED, LOEWEX, MOHAMMADPZ, PRESETS, Preset
-from ffkernels.experiments.train import Totals, Trainer, describe, train
+from ffkernels.recipes import batches, picture
+from ffkernels.recipes.catalogue import FFLIB, HINTON_MATLAB, HINTON_UNSUPERVISED, LOEWEX, MOHAMMADPZ, RECIPES, Recipe
+from ffkernels.recipes.train import Totals, Trainer, describe, train
+from paper import ablation, backprop, results
+from paper import page as made_page
 
 from .toy_data import toy_data, write_idx
 
 SMALL = {
     "hinton-matlab": replace(HINTON_MATLAB, hidden=(60, 40, 40), batch_size=50),
     "hinton-unsupervised": replace(HINTON_UNSUPERVISED, hidden=(60, 40, 40), batch_size=50),
-    "hinton-jitter": replace(PRESETS["hinton-jitter"], hidden=(60, 40, 40, 30), batch_size=50),
+    "hinton-jitter": replace(RECIPES["hinton-jitter"], hidden=(60, 40, 40, 30), batch_size=50),
     "loewex": replace(LOEWEX, hidden=(60, 40, 40), batch_size=50),
     "mohammadpz": replace(MOHAMMADPZ, hidden=(40, 30), layerwise_steps=40),
     "fflib": replace(FFLIB, hidden=(60, 40), batch_size=50),
@@ -37,8 +38,8 @@ def data():
     return toy_data()
 
 
-def run(preset: Preset, data, epochs: int | None = None, **options: object) -> Trainer:
-    trainer = Trainer(preset, data, epochs=epochs, **options)
+def run(recipe: Recipe, data, epochs: int | None = None, **options: object) -> Trainer:
+    trainer = Trainer(recipe, data, epochs=epochs, **options)
     while not trainer.finished:
         trainer.run_epoch(lambda describe: False)
     return trainer
@@ -71,8 +72,8 @@ class MatlabLayer:
 
 def test_hintons_steps_are_his(data, monkeypatch) -> None:
     """Three minibatches in each of two epochs: shared products, hard negatives, head, pull, decay and cool-down."""
-    preset = replace(SMALL["hinton-matlab"], batch_size=200)
-    trainer = Trainer(preset, data, epochs=2, seed=3)
+    recipe = replace(SMALL["hinton-matlab"], batch_size=200)
+    trainer = Trainer(recipe, data, epochs=2, seed=3)
     mine = [MatlabLayer(layer) for layer in trainer.net]
     head = torch.zeros(80, 10, dtype=torch.float64)
     head_average = torch.zeros_like(head)
@@ -80,7 +81,7 @@ def test_hintons_steps_are_his(data, monkeypatch) -> None:
     drawn = batches.hard_label
     logits_seen = []
     monkeypatch.setattr(
-        "ffkernels.experiments.train.hard_label", lambda z, *rest: logits_seen.append(z.clone()) or drawn(z, *rest)
+        "ffkernels.recipes.train.hard_label", lambda z, *rest: logits_seen.append(z.clone()) or drawn(z, *rest)
     )
 
     def follow(x_pos, x_neg, *rest, **options):
@@ -139,9 +140,9 @@ def test_averaged_decoupled_sgd_is_hintons(data) -> None:
 
 @pytest.mark.parametrize("name", SMALL)
 def test_recipes_learn_and_stop_and_go_on(name: str, data, tmp_path) -> None:
-    preset = SMALL[name]
-    preset, epochs = (preset, 1) if name == "mohammadpz" else (replace(preset, batch_size=20), 4)
-    trainer = run(preset, data, epochs, skip_below=1e-6)
+    recipe = SMALL[name]
+    recipe, epochs = (recipe, 1) if name == "mohammadpz" else (replace(recipe, batch_size=20), 4)
+    trainer = run(recipe, data, epochs, skip_below=1e-6)
     last = trainer.rows[-1]
     by_classifier, by_goodness = last["test_error_classifier"], last["test_error_goodness"]
     assert (by_classifier is None) == (name in ("mohammadpz", "fflib"))
@@ -151,11 +152,11 @@ def test_recipes_learn_and_stop_and_go_on(name: str, data, tmp_path) -> None:
         assert loss < first
     assert all(0 < share <= 1 for share in last["kept"])
     assert "rows kept" in describe(last)
-    again = Trainer(preset, data, epochs=epochs, skip_below=1e-6)
+    again = Trainer(recipe, data, epochs=epochs, skip_below=1e-6)
     if epochs > 1:
         for _ in range(2):
             again.run_epoch(lambda describe: False)
-        resumed = Trainer(preset, data, epochs=epochs, skip_below=1e-6)
+        resumed = Trainer(recipe, data, epochs=epochs, skip_below=1e-6)
         resumed.load_state(again.state())
         again = resumed
     while not again.finished:
@@ -170,7 +171,8 @@ def test_the_classifiers_gradient_is_that_of_cross_entropy(data) -> None:
     nn.init.normal_(trainer.classifier.weight)
     weight = trainer.classifier.weight.detach().clone().requires_grad_()
     nn.functional.cross_entropy(features @ weight.T, labels).backward()
-    logits = trainer._step_classifier(features, labels)
+    logits = trainer._logits(features)
+    trainer._step_classifier(features, labels, logits)
     torch.testing.assert_close(trainer.classifier.weight.grad, weight.grad, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(logits, (features @ weight.T).detach())
 
@@ -214,6 +216,59 @@ def test_shifts_are_uniform_and_bring_in_zeros() -> None:
     assert torch.equal(batches.shifted(image.flatten()[None], 0), image.flatten()[None])
 
 
+@pytest.mark.parametrize("name", ["quick", *SMALL])
+def test_minibatches_are_those_that_an_epoch_trains_on(name: str, data) -> None:
+    """One `step` after the other ends where `run_epoch` does; looking at them alone changes nothing."""
+    recipe = SMALL.get(name) or replace(RECIPES[name], hidden=(60, 40), batch_size=50)
+    recipe = replace(recipe, layerwise_steps=min(recipe.layerwise_steps, 3))
+    trainer, twin = (Trainer(recipe, data, epochs=2, seed=7) for _ in range(2))
+    looked = [list(trainer.minibatches(epoch)) for epoch in (1, 1, 2)]
+    for one, again, later in zip(*looked, strict=True):
+        assert torch.equal(one.x_pos, again.x_pos) and torch.equal(one.x_neg, again.x_neg)
+        assert not torch.equal(one.x_pos, later.x_pos)
+    for batch in trainer.minibatches(1):
+        results, logits = trainer.step(batch)
+        assert len(results) == len(trainer.net) and (logits is None) == (recipe.classifier is None)
+    twin.run_epoch(lambda describe: False)
+    for mine, theirs in zip(trainer.net.parameters(), twin.net.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    if trainer.classifier is not None:
+        assert torch.equal(trainer.classifier.weight, twin.classifier.weight)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_minibatches_hold_every_image_once_under_its_label_and_another(name: str, data) -> None:
+    recipe = replace(SMALL[name], jitter=0)
+    trainer = Trainer(recipe, data, seed=2)
+    found = list(trainer.minibatches(3))
+    assert [len(batch.labels) for batch in found] == ([600] if name == "mohammadpz" else [50] * 12)
+    x_pos, x_neg, labels = (torch.cat([getattr(b, part) for b in found]) for part in ("x_pos", "x_neg", "labels"))
+    pixels = (data.train_images / 255 - recipe.pixel_mean) / recipe.pixel_std
+    if recipe.label == "columns":
+        pixels = torch.cat([torch.zeros(600, 10), pixels], 1)
+    wanted = pixels if recipe.label == "none" else ff.overlay_label(pixels, data.train_labels, 10, recipe.label_value)
+    # Each row's digest finds it among the images, whatever the order.
+    weights = torch.rand(wanted.shape[1], dtype=torch.float64)
+    mine, theirs = (x.double() @ weights for x in (x_pos, wanted))
+    torch.testing.assert_close(mine.sort().values, theirs.sort().values, rtol=1e-6, atol=0)
+    torch.testing.assert_close(x_pos[mine.argsort()], wanted[theirs.argsort()], rtol=1e-6, atol=1e-6)
+    assert torch.equal(labels[mine.argsort()], data.train_labels[theirs.argsort()])
+    assert not torch.equal(labels, data.train_labels)
+    if recipe.label == "none":
+        return
+    assert torch.equal(x_neg[:, 10:], x_pos[:, 10:])
+    shown = (x_neg[:, :10] == recipe.label_value).float()
+    assert torch.equal(shown.sum(1), torch.ones(600))
+    right = shown.argmax(1) == labels
+    assert right.float().mean() == pytest.approx(0.1, abs=0.05) if recipe.negatives == "shuffled" else not right.any()
+
+
+@pytest.mark.parametrize(("epoch", "error"), [(0, ValueError), (1.0, TypeError), (True, TypeError)])
+def test_minibatches_of_no_epoch(epoch, error, data) -> None:
+    with pytest.raises(error, match=f"epoch={epoch} is not"):
+        next(Trainer(SMALL["loewex"], data).minibatches(epoch))
+
+
 def test_inputs_are_standardised_and_padded() -> None:
     images = torch.tensor([[0, 51, 255]], dtype=torch.uint8)
     torch.testing.assert_close(batches.as_input(images, 0.1, 0.5, 2), torch.tensor([[0, 0, -0.2, 0.2, 1.8]]))
@@ -231,10 +286,10 @@ def test_sides_are_one_piece_of_memory() -> None:
 @pytest.mark.parametrize("name", ["hinton-matlab", "hinton-jitter"])
 def test_minibatches_are_made_without_waiting_for_the_device(name: str) -> None:
     """Meta tensors hold no values: whatever would bring one to the host raises."""
-    preset = SMALL[name]
+    recipe = SMALL[name]
     images = torch.zeros(6, 784, dtype=torch.uint8, device="meta")
     labels = torch.zeros(6, dtype=torch.int64, device="meta")
-    x = batches.as_input(batches.shifted(images, preset.jitter) if preset.jitter else images)
+    x = batches.as_input(batches.shifted(images, recipe.jitter) if recipe.jitter else images)
     wrong = batches.hard_label(torch.zeros(6, 10, device="meta"), labels)
     assert batches.labelled_sides(x, labels, wrong, 10)[1].shape == x.shape
 
@@ -248,9 +303,9 @@ def test_pictures_of_every_kind_of_recipe(name: str, data, tmp_path: Path) -> No
 
 
 def test_every_recipe_says_where_it_is_from() -> None:
-    for name, preset in PRESETS.items():
-        assert preset.name == name and preset.source
-    assert set(SMALL) <= set(PRESETS) and "hinton-supervised" in PRESETS
+    for name, recipe in RECIPES.items():
+        assert recipe.name == name and recipe.source
+    assert set(SMALL) <= set(RECIPES) and "hinton-supervised" in RECIPES
 
 
 def test_a_row_of_results_and_the_table_made_of_it(data, tmp_path: Path) -> None:
@@ -342,12 +397,12 @@ def test_names_do_not_break_the_table_nor_the_page(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     content = f"é\r\n{results.BEGIN}{results.END}\r\nend".encode()
     page.write_bytes(content)
-    results.update_page(page, results.BEGIN, results.END, text)
+    made_page.update(page, results.BEGIN, results.END, text)
     made = content.replace(results.BEGIN.encode(), f"{results.BEGIN}\n\n{text}\n\n".encode())
     assert page.read_bytes() == made
     page.write_bytes(b"\xe9")
     with pytest.raises(ValueError, match=r"page\.md: not in UTF-8"):
-        results.update_page(page, results.BEGIN, results.END, text)
+        made_page.update(page, results.BEGIN, results.END, text)
     assert page.read_bytes() == b"\xe9"
 
 
@@ -362,14 +417,14 @@ def test_the_ablation_sees_what_it_cannot_write_before_it_trains(data, tmp_path,
 @pytest.mark.parametrize("count", [1, 2, 51, 101])
 def test_any_number_of_images_is_trained_on(name: str, count: int, tmp_path: Path) -> None:
     """Batches of 50: one alone, fewer than a batch, a last batch of one; 1,001 test images leave one of them, too."""
-    preset = replace(SMALL[name], layerwise_steps=min(SMALL[name].layerwise_steps, 3))
-    hybrids = preset.label == "none"
+    recipe = replace(SMALL[name], layerwise_steps=min(SMALL[name].layerwise_steps, 3))
+    hybrids = recipe.label == "none"
     data = toy_data(count, 1001)
     if hybrids and count == 1:
         with pytest.raises(ValueError, match="1 training and 1001 test images; hinton-unsupervised needs at least 2"):
-            Trainer(preset, data)
+            Trainer(recipe, data)
         return
-    trainer = Trainer(preset, data, epochs=1)
+    trainer = Trainer(recipe, data, epochs=1)
     seen = []
     add = Totals.add
     with pytest.MonkeyPatch.context() as patch:
@@ -400,8 +455,8 @@ def test_one_test_image_has_no_hybrid_and_so_no_picture() -> None:
 def test_one_class_is_enough(name: str) -> None:
     data = toy_data(30, 20)
     data = replace(data, train_labels=torch.full((30,), 3), test_labels=torch.full((20,), 3))
-    preset = replace(SMALL[name], layerwise_steps=min(SMALL[name].layerwise_steps, 3))
-    row = run(preset, data, 1).rows[0]
+    recipe = replace(SMALL[name], layerwise_steps=min(SMALL[name].layerwise_steps, 3))
+    row = run(recipe, data, 1).rows[0]
     assert all(map(math.isfinite, row["loss"]))
     if row["test_error_classifier"] is not None:
         assert row["test_error_classifier"] == 0
@@ -435,7 +490,7 @@ def test_the_ablation_runs_what_is_missing(data, tmp_path, monkeypatch) -> None:
 def test_steps_against_backprop_are_rows_and_a_table(data, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda f, **options: f)
     small = {name: replace(SMALL[name], goodness_every=1) for name in ("loewex", "hinton-matlab")}
-    monkeypatch.setattr(backprop.presets, "PRESETS", small)
+    monkeypatch.setattr(backprop.catalogue, "RECIPES", small)
     monkeypatch.setattr(backprop, "MOST_EPOCHS", 1)
     monkeypatch.setattr(backprop, "POOL", 3)
     stages = [backprop.Stage(name, 2, "third step") for name in small]

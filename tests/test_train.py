@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 
 import ffkernels as ff
-from ffkernels.experiments import checkpoint, picture
-from ffkernels.experiments.batches import hard_label
-from ffkernels.experiments.lock import LOCK, locked
-from ffkernels.experiments.presets import LOEWEX, PRESETS, QUICK, Preset, Rule
-from ffkernels.experiments.train import CHECKPOINT, METRICS, Trainer, resume, train
+from ffkernels.recipes import checkpoint, picture
+from ffkernels.recipes.batches import hard_label
+from ffkernels.recipes.catalogue import LOEWEX, QUICK, RECIPES, Recipe, Rule
+from ffkernels.recipes.lock import LOCK, locked
+from ffkernels.recipes.train import CHECKPOINT, METRICS, Trainer, resume, train
 
 from .toy_data import toy_data
 
 SMALL_QUICK = replace(QUICK, hidden=(40, 30), batch_size=50)
 SMALL_LOEWEX = replace(LOEWEX, hidden=(60, 40, 40), batch_size=50, goodness_every=2)
-PRESETS_IN_SMALL = [pytest.param(SMALL_QUICK, id="quick"), pytest.param(SMALL_LOEWEX, id="loewex")]
+RECIPES_IN_SMALL = [pytest.param(SMALL_QUICK, id="quick"), pytest.param(SMALL_LOEWEX, id="loewex")]
 
 
 @pytest.fixture(scope="module")
@@ -60,15 +60,15 @@ def stop_after(trainer: Trainer, steps: int):
 
 
 @pytest.mark.parametrize(
-    ("preset", "by_classifier", "by_goodness"),
+    ("recipe", "by_classifier", "by_goodness"),
     [
         pytest.param(SMALL_QUICK, 0.1, 0.1, id="quick"),
         # Goodness is the slower reader of the two, and three layers need more steps.
         pytest.param(replace(LOEWEX, hidden=(200, 100, 100), batch_size=20), 0.1, 0.6, id="loewex"),
     ],
 )
-def test_it_learns(preset: Preset, by_classifier: float, by_goodness: float, data, tmp_path) -> None:
-    trainer = Trainer(preset, data, epochs=8)
+def test_it_learns(recipe: Recipe, by_classifier: float, by_goodness: float, data, tmp_path) -> None:
+    trainer = Trainer(recipe, data, epochs=8)
     assert trainer.classifier_error() > 0.8
     assert train(trainer, tmp_path)
     last = trainer.rows[-1]
@@ -78,12 +78,12 @@ def test_it_learns(preset: Preset, by_classifier: float, by_goodness: float, dat
         assert positive > negative
 
 
-@pytest.mark.parametrize("preset", PRESETS_IN_SMALL)
+@pytest.mark.parametrize("recipe", RECIPES_IN_SMALL)
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("stop", [5, 12, 19, 24, 36])  # inside each epoch of 12 steps, and at the ends of two
-def test_a_stopped_run_goes_on_to_the_same_numbers(preset: Preset, dtype, stop: int, data, tmp_path) -> None:
+def test_a_stopped_run_goes_on_to_the_same_numbers(recipe: Recipe, dtype, stop: int, data, tmp_path) -> None:
     def fresh() -> Trainer:
-        return Trainer(preset, data, epochs=3, seed=5, compute_dtype=dtype)
+        return Trainer(recipe, data, epochs=3, seed=5, compute_dtype=dtype)
 
     whole = fresh()
     assert train(whole, tmp_path / "whole")
@@ -136,8 +136,8 @@ def test_every_epoch_has_an_order_and_negatives_of_its_own(data) -> None:
 def test_metrics_are_those_of_the_network(data) -> None:
     """With a learning rate of 0 the averages over an epoch must be what the unchanged network gives on all the data."""
     still = Rule("sgd", lr=0.0)
-    preset = replace(SMALL_LOEWEX, layers=still, classifier=still, batch_size=70)
-    trainer = Trainer(preset, data, epochs=1)
+    recipe = replace(SMALL_LOEWEX, layers=still, classifier=still, batch_size=70)
+    trainer = Trainer(recipe, data, epochs=1)
     row = trainer.run_epoch(lambda describe: False)
     assert row is not None
     x = ff.overlay_label(data.train_images.float() / 255, data.train_labels)
@@ -174,10 +174,10 @@ def test_learning_rates_are_constant_then_fall_to_0(tmp_path) -> None:
     assert [row["lr"] for row in trainer.rows] == [lr for lr, _ in rates]
 
 
-def test_first_step_is_the_presets(data) -> None:
+def test_first_step_is_the_recipes(data) -> None:
     """One loewex step written out with autograd: threshold at the width, rms norm, SGD on all layers at once."""
-    preset = replace(SMALL_LOEWEX, batch_size=600, peer=None)
-    trainer = Trainer(preset, data, epochs=1, seed=3)
+    recipe = replace(SMALL_LOEWEX, batch_size=600, peer=None)
+    trainer = Trainer(recipe, data, epochs=1, seed=3)
     for layer in trainer.net:
         width = layer.out_features
         assert layer.bias.eq(0).all()
@@ -246,14 +246,14 @@ def test_numbers_out_of_range(option: str, value: int, data) -> None:
         ({"seed": 2}, "seed 1, now 2"),
         ({"epochs": 3}, "epochs 2, now 3"),
         ({"compute_dtype": torch.bfloat16}, "compute_dtype 'None', now 'torch.bfloat16'"),
-        ({"preset": replace(SMALL_QUICK, alpha=5.0)}, "alpha 6.0, now 5.0"),
+        ({"recipe": replace(SMALL_QUICK, alpha=5.0)}, "alpha 6.0, now 5.0"),
         ({"data": toy_data(seed=1)}, "data 'toy"),
-        ({"preset": replace(SMALL_QUICK, layers=Rule("adam", lr=1e-3))}, "layers"),
+        ({"recipe": replace(SMALL_QUICK, layers=Rule("adam", lr=1e-3))}, "layers"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_other_settings_are_refused_and_named(change: dict, named: str, data, tmp_path) -> None:
-    settings = {"preset": SMALL_QUICK, "data": data, "seed": 1, "epochs": 2}
+    settings = {"recipe": SMALL_QUICK, "data": data, "seed": 1, "epochs": 2}
     trainer = Trainer(**settings)
     train(trainer, tmp_path, stop_after(trainer, 12))
     kept = (tmp_path / CHECKPOINT).read_bytes()
@@ -530,10 +530,10 @@ def test_what_is_no_number(option: str, value: object, data) -> None:
         Trainer(SMALL_QUICK, data, **{option: value})
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_make_networks(name: str, data) -> None:
-    trainer = Trainer(PRESETS[name], toy_data(20, 10), epochs=1)
-    assert [layer.out_features for layer in trainer.net] == list(PRESETS[name].hidden)
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_make_networks(name: str, data) -> None:
+    trainer = Trainer(RECIPES[name], toy_data(20, 10), epochs=1)
+    assert [layer.out_features for layer in trainer.net] == list(RECIPES[name].hidden)
     row = trainer.run_epoch(lambda describe: False)
     assert row is not None
     assert all(map(math.isfinite, row["loss"]))
@@ -545,7 +545,7 @@ import sys
 for name in ("numpy", "tqdm", "matplotlib"):
     sys.modules[name] = None
 from ffkernels import cli
-from ffkernels.experiments import data, picture, presets, progress, train
+from ffkernels.recipes import catalogue, data, picture, progress, train
 with progress.Progress(2) as shown:
     shown.step(lambda: "")
     shown.line("a line")
@@ -556,12 +556,12 @@ print(picture.available())
     assert done.stderr.endswith("a line\n")  # torch has a word to say on NumPy before
 
 
-@pytest.mark.parametrize("preset", PRESETS_IN_SMALL)
-def test_picture(preset: Preset, data, tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", RECIPES_IN_SMALL)
+def test_picture(recipe: Recipe, data, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from matplotlib.image import imread
 
-    trainer = Trainer(preset, data, epochs=2)
+    trainer = Trainer(recipe, data, epochs=2)
     train(trainer, tmp_path)
     picture.draw(trainer, tmp_path / "picture.png")
     image = torch.from_numpy(imread(tmp_path / "picture.png"))[..., :3]

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ffkernels.experiments.data import Dataset, load
+from ffkernels.recipes.data import Dataset, load
 
 SIDE = 28
 

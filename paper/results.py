@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import math
-import os
 import platform
 import statistics
-import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .. import __version__
-from .checkpoint import write_atomically
-from .presets import PRESETS
-from .train import MOST_EPOCHS, Trainer, is_number
+from bench import machine
+from ffkernels import __version__
+from ffkernels.recipes.catalogue import RECIPES
+from ffkernels.recipes.checkpoint import write_atomically
+from ffkernels.recipes.train import MOST_EPOCHS, Trainer, is_number
+
+from . import page
 
 FOLDER = "results"
 BEGIN, END = "<!-- results: made by `python -m ffkernels reproduce --readme` -->", "<!-- /results -->"
@@ -65,7 +65,7 @@ FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 def identity(trainer: Trainer) -> Row:
     """The part of a row that is known before the run."""
     return {
-        "recipe": trainer.preset.name,
+        "recipe": trainer.recipe.name,
         "data": trainer.data.name,
         "seed": trainer.seed,
         "epochs": trainer.epochs,
@@ -86,37 +86,12 @@ def row_of(trainer: Trainer) -> Row:
         "kept": [
             sum(shares) / len(trainer.rows) for shares in zip(*(row["kept"] for row in trainer.rows), strict=True)
         ],
-        "device": device_name(trainer.device),
+        "device": machine.name_of(trainer.device.type),
         "threads": torch.get_num_threads(),
         "versions": {"ffkernels": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "commit": commit(Path(__file__).resolve().parents[2]),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": machine.commit(),
+        "date": machine.now(),
     }
-
-
-def device_name(device: torch.device) -> str:
-    """The processor or GPU a run was on."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    if device.type == "cpu" and os.access(info, os.R_OK):
-        for line in info.read_text("utf-8", "replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
-
-
-def commit(folder: Path) -> str | None:
-    """The commit checked out in `folder`, with "+" where files differ from it; None outside a checkout."""
-    try:
-        said = [
-            subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
-            for command in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
-        ]
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return None
-    return said[0] + ("+" if said[1] else "")
 
 
 def name_of(row: Row) -> str:
@@ -168,16 +143,13 @@ def table(rows: Sequence[Row]) -> str:
     if not rows:
         return NONE_YET
     groups: dict[tuple[Any, ...], list[Row]] = {}
-    order = list(PRESETS)
+    order = list(RECIPES)
     for row in sorted(rows, key=lambda row: order.index(row["recipe"]) if row["recipe"] in order else len(order)):
         what = ("recipe", "data", "epochs", "compute_dtype", "skip_below")
         groups.setdefault(tuple(row[name] for name in what), []).append(row)
-    lines = [
-        f"| {' | '.join(COLUMNS)} |",
-        f"|{'---|' * len(COLUMNS)}",
-    ]
+    lines = []
     for (recipe, data, epochs, dtype, skip), of_group in groups.items():
-        published = PRESETS[recipe].published if recipe in PRESETS and data == "mnist" else ""
+        published = RECIPES[recipe].published if recipe in RECIPES and data == "mnist" else ""
         cells = (
             recipe + (f" on {data}" if data != "mnist" else ""),
             str(epochs),
@@ -188,14 +160,8 @@ def table(rows: Sequence[Row]) -> str:
             str(len(of_group)),
             seconds(of_group),
         )
-        lines.append(line(cells))
-    return "\n".join(lines)
-
-
-def line(cells: Sequence[str]) -> str:
-    """A line of a Markdown table, whatever its texts hold."""
-    texts = [" ".join(cell.split()).replace("|", "\\|") for cell in cells]
-    return f"| {' | '.join(texts)} |".encode(errors="backslashreplace").decode()
+        lines.append(cells)
+    return page.table(COLUMNS, lines)
 
 
 def seconds(rows: Sequence[Row]) -> str:
@@ -224,22 +190,4 @@ def update_readme(readme: Path, folder: Path) -> None:
     Raises:
         ValueError: where a marker is missing, or a file of results is none.
     """
-    update_page(readme, BEGIN, END, table(load(folder)))
-
-
-def update_page(page: Path, begin: str, end: str, text: str) -> None:
-    """Puts `text` between two markers of a page.
-
-    Raises:
-        ValueError: where a marker is missing, or the page is no text.
-        OSError: where it cannot be read or written.
-    """
-    try:
-        old = page.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{page}: not in UTF-8 ({error})") from error
-    if old.count(begin) != 1 or old.count(end) != 1:
-        raise ValueError(f"{page} does not have the two markers once each: {begin} and {end}")
-    before, _, rest = old.partition(begin)
-    made = f"{before}{begin}\n\n{text}\n\n{end}{rest.partition(end)[2]}"
-    write_atomically(page, lambda file: file.write(made.encode()))
+    page.update(readme, BEGIN, END, table(load(folder)))

@@ -14,7 +14,7 @@ import math
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,8 @@ from .. import validation as check
 from ..optim import SGDW
 from . import checkpoint
 from .batches import as_input, hard_label, labelled_sides, shifted
+from .catalogue import Recipe, Rule
 from .data import Dataset
-from .presets import Preset, Rule
 from .progress import Progress
 
 Row = dict[str, Any]
@@ -39,14 +39,31 @@ CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
 
 
+@dataclass(frozen=True)
+class Minibatch:
+    """What a recipe trains on at once, on the trainer's device.
+
+    Attributes:
+        x_pos, x_neg: positive and negative rows `[rows, inputs]`; labels stand in them as the recipe says.
+        labels: the right ones, `[rows]`.
+        features, logits: of the classifier, where the negatives are drawn from its softmax.
+    """
+
+    x_pos: Tensor
+    x_neg: Tensor
+    labels: Tensor
+    features: Tensor | None = None
+    logits: Tensor | None = None
+
+
 class Trainer:
     """A network, its classifier and their optimizers under training; `rows` holds the metrics of the epochs done.
 
     Args:
-        preset: the recipe.
+        recipe: the recipe.
         data: the images, moved to `device`.
-        seed: 0 to 2^32 - 1; with the preset and the data it decides every number drawn.
-        epochs: 1 to 2^31 - 1, instead of the preset's; the learning rate's fall is laid over them.
+        seed: 0 to 2^32 - 1; with the recipe and the data it decides every number drawn.
+        epochs: 1 to 2^31 - 1, instead of the recipe's; the learning rate's fall is laid over them.
         device: where everything lives.
         compute_dtype: of the layers' products, as in `linear_step_`.
         skip_below: as in `linear_step_`.
@@ -58,7 +75,7 @@ class Trainer:
 
     def __init__(
         self,
-        preset: Preset,
+        recipe: Recipe,
         data: Dataset,
         *,
         seed: int = 0,
@@ -70,40 +87,40 @@ class Trainer:
         _whole_number("seed", seed)
         if not 0 <= seed < 2**32:
             raise ValueError(f"seed={seed} is not in 0..{2**32 - 1}")
-        self.epochs = preset.epochs if epochs is None else epochs
+        self.epochs = recipe.epochs if epochs is None else epochs
         _whole_number("epochs", self.epochs)
         if self.epochs < 1:
             raise ValueError(f"epochs={epochs} is not at least 1")
         if self.epochs > MOST_EPOCHS:
             raise ValueError(f"epochs={epochs} is not at most {MOST_EPOCHS}")
         check.fraction("skip_below", skip_below)
-        self.fewest_rows = 2 if preset.label == "none" else 1
-        if len(data.train_labels[: preset.train_images]) < self.fewest_rows or not len(data.test_labels):
+        self.fewest_rows = 2 if recipe.label == "none" else 1
+        if len(data.train_labels[: recipe.train_images]) < self.fewest_rows or not len(data.test_labels):
             raise ValueError(
                 f"{data.source}: {len(data.train_labels)} training and {len(data.test_labels)} test images; "
-                f"{preset.name} needs at least {self.fewest_rows} and 1"
+                f"{recipe.name} needs at least {self.fewest_rows} and 1"
             )
-        self.preset, self.data, self.seed, self.skip_below = preset, data, seed, skip_below
+        self.recipe, self.data, self.seed, self.skip_below = recipe, data, seed, skip_below
         self.device, self.compute_dtype = torch.device(device), compute_dtype
-        used = slice(None, preset.train_images)
+        used = slice(None, recipe.train_images)
         self.train_images, self.train_labels = data.train_images[used].to(device), data.train_labels[used].to(device)
         self.test_images, self.test_labels = data.test_images.to(device), data.test_labels.to(device)
         # Drawn on the CPU, so that a run starts from the same weights on every device.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            width = data.train_images.shape[1] + (data.num_classes if preset.label == "columns" else 0)
-            self.net = _network(preset, width, compute_dtype).to(device)
-        self.label_field = 0 if preset.label == "none" else data.num_classes
-        self.net_optimizer = _optimizer(preset.layers, self.net)
-        self.rules = [(preset.layers, self.net_optimizer)]
+            width = data.train_images.shape[1] + (data.num_classes if recipe.label == "columns" else 0)
+            self.net = _network(recipe, width, compute_dtype).to(device)
+        self.label_field = 0 if recipe.label == "none" else data.num_classes
+        self.net_optimizer = _optimizer(recipe.layers, self.net)
+        self.rules = [(recipe.layers, self.net_optimizer)]
         self.classifier: nn.Linear | None = None
-        if preset.classifier is not None:
+        if recipe.classifier is not None:
             features = self._features(self._as_input(self.train_images[:1]))
             self.classifier = nn.Linear(features.shape[1], data.num_classes, bias=False, device="meta")
             self.classifier.to_empty(device=device)
             nn.init.zeros_(self.classifier.weight)
-            self.classifier_optimizer = _optimizer(preset.classifier, self.classifier)
-            self.rules.append((preset.classifier, self.classifier_optimizer))
+            self.classifier_optimizer = _optimizer(recipe.classifier, self.classifier)
+            self.rules.append((recipe.classifier, self.classifier_optimizer))
         self.rows: list[Row] = []
 
     @property
@@ -112,7 +129,7 @@ class Trainer:
 
     @property
     def steps_per_epoch(self) -> int:
-        return len(self._split(len(self.train_labels), self.preset.batch_size))
+        return len(self._split(len(self.train_labels), self.recipe.batch_size))
 
     def _split(self, rows: int, batch: int) -> list[int]:
         """Rows in each batch; a last one too small to make negatives from goes with the one before."""
@@ -125,7 +142,7 @@ class Trainer:
     def settings(self) -> dict[str, Any]:
         """All that decides the numbers of this run, as plain values."""
         words = ("source", "assumed", "published")
-        recipe = {name: value for name, value in asdict(self.preset).items() if name not in words}
+        recipe = {name: value for name, value in asdict(self.recipe).items() if name not in words}
         return {
             **recipe,
             "epochs": self.epochs,
@@ -154,7 +171,7 @@ class Trainer:
             raise ValueError(f"state: {found}, not a dict of {wanted}")
         self._check_rows(state["rows"])
         steps = len(state["rows"]) * self.steps_per_epoch
-        steps_of = {"net_optimizer": steps * max(1, self.preset.layerwise_steps)}
+        steps_of = {"net_optimizer": steps * max(1, self.recipe.layerwise_steps)}
         checked: dict[str, dict[str, Any]] = {
             name: checkpoint.module_state(name, state[name], part)
             if isinstance(part, nn.Module)
@@ -225,10 +242,10 @@ class Trainer:
         trained = time.monotonic()
         if not all(map(math.isfinite, averages["loss"])):
             raise FloatingPointError(f"epoch {epoch}: the training has diverged, its losses are {averages['loss']}")
-        by_goodness = self.label_field and (epoch % self.preset.goodness_every == 0 or epoch == self.epochs)
+        by_goodness = self.label_field and (epoch % self.recipe.goodness_every == 0 or epoch == self.epochs)
         row = {
             "epoch": epoch,
-            "lr": self.preset.layers.lr * factor,
+            "lr": self.recipe.layers.lr * factor,
             **averages,
             "test_error_classifier": None if self.classifier is None else self.classifier_error(),
             "test_error_goodness": self.goodness_error() if by_goodness else None,
@@ -240,7 +257,7 @@ class Trainer:
 
     def lr_factor(self, epoch: int) -> float:
         """What the learning rates are multiplied by in an epoch (from 1)."""
-        cooldown = self.preset.cooldown
+        cooldown = self.recipe.cooldown
         return 1.0 if cooldown is None else min(1.0, (cooldown + 2 * (self.epochs - epoch)) / self.epochs)
 
     def _set_lr(self, factor: float) -> None:
@@ -249,67 +266,101 @@ class Trainer:
                 group["lr"] = rule.lr * factor
 
     def _train(self, epoch: int, after_step: Callable[[Callable[[], str]], bool]) -> Totals | None:
-        preset, classes = self.preset, self.data.num_classes
-        generator = torch.Generator(self.device).manual_seed(zlib.crc32(f"{self.seed} {epoch}".encode()))
-        order = torch.randperm(len(self.train_labels), generator=generator, device=self.device)
         totals = Totals(self.net, self.skip_below)
-        for rows in order.split(self._split(len(order), preset.batch_size)):
-            images, labels = self.train_images[rows], self.train_labels[rows]
-            x = self._as_input(shifted(images, preset.jitter, generator) if preset.jitter else images)
-            if preset.label == "none":
-                keep, x_neg = self.classifier is not None, hybrid_images(x, generator)
-                results = self.net.step(x, x_neg, self.net_optimizer, keep=keep, skip_below=self.skip_below)
-                logits = None
-                if self.classifier is not None:
-                    logits = self._step_classifier(self.net.features_of(results), labels)
-            elif preset.negatives == "classifier":
-                logits = self._step_classifier(self._features(x), labels)
-                wrong = hard_label(logits, labels, generator)
-                results = self._step(*labelled_sides(x, labels, wrong, classes, preset.label_value))
-            else:
-                sides = labelled_sides(x, labels, self._wrong_label(labels, generator), classes, preset.label_value)
-                logits = None
-                if self.classifier is None:
-                    results = self._step(*sides)
-                else:
-                    results, features = self.net.step_and_features(
-                        *sides, self.net_optimizer, classes, skip_below=self.skip_below
-                    )
-                    logits = self._step_classifier(features, labels)
-            totals.add(results, None if logits is None else logits.argmax(1) != labels)
-            if after_step(totals.describe) and totals.rows < len(order):
+        for batch in self.minibatches(epoch):
+            results, logits = self.step(batch)
+            totals.add(results, None if logits is None else logits.argmax(1) != batch.labels)
+            if after_step(totals.describe) and totals.rows < len(self.train_labels):
                 return None
         return totals
 
+    def minibatches(self, epoch: int) -> Iterator[Minibatch]:
+        """The minibatches of an epoch (from 1), as `run_epoch` trains on them.
+
+        Order, shifts and negatives are decided by seed and epoch. Nothing is trained here; negatives that the
+        classifier draws are those of the network as it is when a minibatch is asked for: `step` on one before the next.
+
+        Raises:
+            TypeError, ValueError: with the first minibatch, for an epoch that is no whole number from 1.
+        """
+        _whole_number("epoch", epoch)
+        if epoch < 1:
+            raise ValueError(f"epoch={epoch} is not at least 1")
+        recipe, classes = self.recipe, self.data.num_classes
+        generator = torch.Generator(self.device).manual_seed(zlib.crc32(f"{self.seed} {epoch}".encode()))
+        order = torch.randperm(len(self.train_labels), generator=generator, device=self.device)
+        for rows in order.split(self._split(len(order), recipe.batch_size)):
+            images, labels = self.train_images[rows], self.train_labels[rows]
+            x = self._as_input(shifted(images, recipe.jitter, generator) if recipe.jitter else images)
+            if recipe.label == "none":
+                yield Minibatch(x, hybrid_images(x, generator), labels)
+                continue
+            features = logits = None
+            if recipe.negatives == "classifier":
+                features = self._features(x)
+                logits = self._logits(features)
+                wrong = hard_label(logits, labels, generator)
+            else:
+                wrong = self._wrong_label(labels, generator)
+            yield Minibatch(*labelled_sides(x, labels, wrong, classes, recipe.label_value), labels, features, logits)
+
+    def step(self, batch: Minibatch) -> tuple[list[StepResult], Tensor | None]:
+        """Trains layers and classifier on a minibatch, at the learning rates of the last `run_epoch` or the first.
+
+        Returns:
+            What the layers' steps give; the classifier's logits `[rows, classes]` from before its own step, None
+            without a classifier.
+        """
+        x_pos, x_neg, features = batch.x_pos, batch.x_neg, batch.features
+        if self.classifier is None:
+            return self._step(x_pos, x_neg), None
+        if features is not None and batch.logits is not None:
+            self._step_classifier(features, batch.labels, batch.logits)
+            return self._step(x_pos, x_neg), batch.logits
+        if self.label_field:
+            results, features = self.net.step_and_features(
+                x_pos, x_neg, self.net_optimizer, self.label_field, skip_below=self.skip_below
+            )
+        else:
+            results = self.net.step(x_pos, x_neg, self.net_optimizer, keep=True, skip_below=self.skip_below)
+            features = self.net.features_of(results)
+        logits = self._logits(features)
+        self._step_classifier(features, batch.labels, logits)
+        return results, logits
+
     def _wrong_label(self, labels: Tensor, generator: torch.Generator) -> Tensor:
-        if self.preset.negatives == "shuffled":
+        if self.recipe.negatives == "shuffled":
             return labels[torch.randperm(len(labels), generator=generator, device=self.device)]
         return wrong_label(labels, self.data.num_classes, generator)
 
     def _step(self, x_pos: Tensor, x_neg: Tensor) -> list[StepResult]:
         options: dict[str, Any] = {"skip_below": self.skip_below}
-        if not self.preset.layerwise_steps:
-            return self.net.step(x_pos, x_neg, self.net_optimizer, label_field=self.label_field, **options)
-        self.net.train_layerwise(x_pos, x_neg, self.net_optimizer, self.preset.layerwise_steps, **options)
+        if not self.recipe.layerwise_steps:
+            return self.net.step(x_pos, x_neg, self.net_optimizer, label_field=self.label_field or None, **options)
+        self.net.train_layerwise(x_pos, x_neg, self.net_optimizer, self.recipe.layerwise_steps, **options)
         # Without an optimizer a step changes nothing and says where the layers have come to.
         results = self.net.step(x_pos, x_neg, None)
         self.net.zero_grad()
         return results
 
     @torch.no_grad()
-    def _step_classifier(self, features: Tensor, labels: Tensor) -> Tensor:
-        """Trains the classifier: `dW = (softmax - one_hot)^T features / rows`; returns its logits from before."""
+    def _logits(self, features: Tensor) -> Tensor:
         assert self.classifier is not None
         logits: Tensor = self.classifier(features)
+        return logits
+
+    @torch.no_grad()
+    def _step_classifier(self, features: Tensor, labels: Tensor, logits: Tensor) -> None:
+        """Trains the classifier, which has these logits: `dW = (softmax - one_hot)^T features / rows`."""
+        assert self.classifier is not None
         classes = torch.arange(self.data.num_classes, device=self.device)
         error = logits.softmax(1) - (labels[:, None] == classes).to(logits.dtype)
         self.classifier.weight.grad = (error.t() @ features).div_(len(labels))
         self.classifier_optimizer.step()
-        return logits
 
     def _as_input(self, images: Tensor) -> Tensor:
-        columns = self.data.num_classes if self.preset.label == "columns" else 0
-        return as_input(images, self.preset.pixel_mean, self.preset.pixel_std, columns)
+        columns = self.data.num_classes if self.recipe.label == "columns" else 0
+        return as_input(images, self.recipe.pixel_mean, self.recipe.pixel_std, columns)
 
     def _features(self, x: Tensor) -> Tensor:
         return self.net.features(x, num_classes=self.label_field)
@@ -323,7 +374,7 @@ class Trainer:
 
     def goodness_error(self) -> float:
         """Share of the test images for which a wrong label has the highest goodness."""
-        options = (self.data.num_classes, self.preset.goodness_layers, self.preset.label_value)
+        options = (self.data.num_classes, self.recipe.goodness_layers, self.recipe.label_value)
         return self._test_error(lambda x: self.net.predict(x, *options))
 
     def _test_error(self, predict: Callable[[Tensor], Tensor]) -> float:
@@ -344,11 +395,11 @@ class Trainer:
         goodness: tuple[list[Tensor], list[Tensor]] = ([], [])
         for images, labels in self._test_batches():
             x = self._as_input(images)
-            if self.preset.label == "none":
+            if self.recipe.label == "none":
                 sides = x, hybrid_images(x, generator)
             else:
                 wrong = wrong_label(labels, classes, generator)
-                sides = labelled_sides(x, labels, wrong, classes, self.preset.label_value)
+                sides = labelled_sides(x, labels, wrong, classes, self.recipe.label_value)
             for rows, side in zip(sides, goodness, strict=True):
                 side.append(self.net.goodness(rows))
         return torch.cat(goodness[0]).cpu(), torch.cat(goodness[1]).cpu()
@@ -410,10 +461,10 @@ def describe_test(row: Row) -> str:
 def summary(trainer: Trainer) -> str:
     """What a finished run has come to."""
     seconds = sum(row["seconds"] for row in trainer.rows)
-    widths = "-".join(str(width) for width in (next(iter(trainer.net)).in_features, *trainer.preset.hidden))
+    widths = "-".join(str(width) for width in (next(iter(trainer.net)).in_features, *trainer.recipe.hidden))
     dtype = str(trainer.compute_dtype or torch.float32).removeprefix("torch.")
     return (
-        f"{trainer.preset.name} ({widths}) on {trainer.data.name}: {describe_test(trainer.rows[-1])}; "
+        f"{trainer.recipe.name} ({widths}) on {trainer.data.name}: {describe_test(trainer.rows[-1])}; "
         f"{len(trainer.rows)} epochs in {seconds:.0f} s on {trainer.device.type}, {dtype} products"
     )
 
@@ -494,23 +545,23 @@ def write_metrics(output: Path, rows: list[Row]) -> None:
     checkpoint.write_atomically(output / METRICS, lambda file: file.write(lines.encode()))
 
 
-def _network(preset: Preset, pixels: int, compute_dtype: torch.dtype | None) -> FFNetwork:
+def _network(recipe: Recipe, pixels: int, compute_dtype: torch.dtype | None) -> FFNetwork:
     layers = []
-    for fan_in, width in zip((pixels, *preset.hidden), preset.hidden, strict=False):
+    for fan_in, width in zip((pixels, *recipe.hidden), recipe.hidden, strict=False):
         layer = FFLinear(
             fan_in,
             width,
-            objective=preset.objective(width),
-            norm=preset.norm,
-            eps=preset.eps,
-            eps_mode=preset.eps_mode,
-            activation=preset.activation,
-            outputs=preset.outputs,
+            objective=recipe.objective(width),
+            norm=recipe.norm,
+            eps=recipe.eps,
+            eps_mode=recipe.eps_mode,
+            activation=recipe.activation,
+            outputs=recipe.outputs,
             compute_dtype=compute_dtype,
-            peer=preset.peer,
+            peer=recipe.peer,
         )
-        if preset.init != "torch":
-            nn.init.normal_(layer.weight, std=1 / math.sqrt(width if preset.init == "fan_out" else fan_in))
+        if recipe.init != "torch":
+            nn.init.normal_(layer.weight, std=1 / math.sqrt(width if recipe.init == "fan_out" else fan_in))
             nn.init.zeros_(layer.bias)
         layers.append(layer)
     return FFNetwork(layers)

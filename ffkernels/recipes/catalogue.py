@@ -30,7 +30,7 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Preset:
+class Recipe:
     """One recipe. Labels are one-hot; layers are counted from 0.
 
     Attributes:
@@ -108,7 +108,7 @@ class Preset:
         return (1 - self.pixel_mean) / self.pixel_std
 
 
-QUICK = Preset(
+QUICK = Recipe(
     name="quick",
     source="Small and fast, made for this package: pairs of positive and hard negative rows under the swish loss "
     "(loss and alpha as in dah33's exploration of Forward-Forward losses), Adam, the loewex classifier with Adam.",
@@ -121,7 +121,7 @@ QUICK = Preset(
     negatives="classifier",
 )
 
-HINTON_MATLAB = Preset(
+HINTON_MATLAB = Recipe(
     name="hinton-matlab",
     source="Hinton's Matlab code for section 3.3 of the paper (cs.toronto.edu/~hinton), through its ports: three "
     "passes a batch on the same weights (positive, neutral, hard negative). The mean over 2B rows of a loss of q - "
@@ -183,7 +183,7 @@ HINTON_UNSUPERVISED = replace(
     goodness_layers=None,
 )
 
-LOEWEX = Preset(
+LOEWEX = Recipe(
     name="loewex",
     source="github.com/loeweX/Forward-Forward, after Hinton's Matlab code: its first 50,000 training images, random "
     "wrong labels, one SGD for everything.",
@@ -214,7 +214,7 @@ ABLATION = replace(
     goodness_every=8,
 )
 
-MOHAMMADPZ = Preset(
+MOHAMMADPZ = Recipe(
     name="mohammadpz",
     source="github.com/mohammadpz/pytorch_forward_forward: 50,000 images as one batch, shuffled labels as negatives, "
     "1000 steps of one layer and then of the next.",
@@ -236,7 +236,7 @@ MOHAMMADPZ = Preset(
     layerwise_steps=1000,
 )
 
-FFLIB = Preset(
+FFLIB = Recipe(
     name="fflib",
     source="fflib 0.3.0, examples/ff_net_mnist.py: label beside the image, batches of 128, Adam of its own for each "
     "layer, 60 epochs on nine tenths of the training images.",
@@ -257,9 +257,9 @@ FFLIB = Preset(
     goodness_every=10,
 )
 
-PRESETS = {
-    preset.name: preset
-    for preset in (
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
         QUICK, HINTON_MATLAB, HINTON_SUPERVISED, HINTON_JITTER, HINTON_UNSUPERVISED, LOEWEX, MOHAMMADPZ, FFLIB,
         ABLATION,
     )

@@ -46,7 +46,7 @@ def unavailable(trainer: Trainer) -> str | None:
     except Exception as error:  # a broken installation raises anything
         return f"matplotlib cannot be imported ({type(error).__name__}: {error}), so there will be no picture"
     if len(trainer.test_labels) < trainer.fewest_rows:
-        return f"{trainer.preset.name} makes negatives from two test images and there is one: no picture"
+        return f"{trainer.recipe.name} makes negatives from two test images and there is one: no picture"
     return None
 
 
@@ -76,7 +76,7 @@ def draw(trainer: Trainer, path: Path) -> None:
                 axes.legend(fontsize=8)
             axes = figure.add_subplot(grid[1 + i, 1])
             _difference_histogram(axes, positive - negative, layer.objective.maximize)
-        weight, label = next(iter(trainer.net)).weight, trainer.preset.label
+        weight, label = next(iter(trainer.net)).weight, trainer.recipe.label
         if label == "columns":
             weight = weight[:, trainer.data.num_classes :]
         _features(figure.add_subplot(grid[:, 2]), weight, trainer.data.num_classes if label == "pixels" else 0)

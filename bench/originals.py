@@ -1,8 +1,8 @@
 """The training steps people write today in plain PyTorch, and how to ask this package for the same.
 
-A peer is a forward, `(x [rows, in], weight [out, in], bias [out] or None) -> y [rows, out]`, a loss over both
-sides, and an optimizer, from its published formulas; autograd does the rest (`Peer.step`). The losses take
-the function that stands for log(1 + e^t): the peer's own, or a stable one for tests. Peer normalisation is
+An original is a forward, `(x [rows, in], weight [out, in], bias [out] or None) -> y [rows, out]`, a loss over both
+sides, and an optimizer, from its published formulas; autograd does the rest. The losses take
+the function that stands for log(1 + e^t): the original's own, or a stable one for tests. Peer normalisation is
 left out.
 """
 
@@ -70,8 +70,8 @@ class HintonSGD(Optimizer):
 # Forward: a layer's activities [rows, out] from x [rows, in].
 
 
-def _rms_forward(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    return F.relu(F.linear(x / (x.square().mean(1, keepdim=True).sqrt() + eps), weight, bias))
+def _relu_forward(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Callable[[Tensor], Tensor]) -> Tensor:
+    return F.relu(F.linear(norm(x), weight, bias))
 
 
 class _WholeGradientReLU(torch.autograd.Function):
@@ -98,16 +98,10 @@ def _direction_forward(
     return activation(product if bias is None else product + bias.unsqueeze(0))
 
 
-def _normalize_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.relu(F.linear(F.normalize(x, dim=1), weight, bias))
-
-
-def _plain_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.relu(F.linear(x, weight, bias))
-
-
-def _recurrentff_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.relu(F.linear(x / torch.sqrt(x.square().mean(-1, keepdim=True) + 1e-8), weight, bias))
+_hinton_forward = partial(_relu_forward, norm=lambda x: x / (x.square().mean(1, keepdim=True).sqrt() + math.exp(-100)))
+_normalize_forward = partial(_relu_forward, norm=partial(F.normalize, dim=1))
+_plain_forward = partial(_relu_forward, norm=lambda x: x)
+_recurrentff_forward = partial(_relu_forward, norm=lambda x: x / torch.sqrt(x.square().mean(-1, keepdim=True) + 1e-8))
 
 
 # Loss: (layer, x_pos, x_neg, softplus) -> (loss, y_pos, y_neg).
@@ -183,7 +177,7 @@ def _barbano_loss(layer: Layer, x_pos: Tensor, x_neg: Tensor, softplus: Softplus
 
 
 @dataclass(frozen=True)
-class Peer:
+class Original:
     """One row of the field: its step by autograd, and the arguments of `ff.linear_step_` that express it."""
 
     name: str
@@ -200,39 +194,11 @@ class Peer:
     init: Callable[[Tensor], None] | None = None  # of the weight, instead of nn.Linear's own
 
     def losses(
-        self,
-        x_pos: Tensor,
-        x_neg: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        softplus: Softplus | None = None,
+        self, x_pos: Tensor, x_neg: Tensor, weight: Tensor, bias: Tensor | None, softplus: Softplus | None = None
     ) -> Outcome:
         """`(loss, y_pos, y_neg)` of one layer, attached to weight and bias."""
         layer = partial(self.forward, weight=weight, bias=bias)
         return self.loss(layer, x_pos, x_neg, softplus or self.softplus)
-
-    def step(
-        self,
-        x_pos: Tensor,
-        x_neg: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        optimizer: Optimizer,
-        softplus: Softplus | None = None,
-        outputs: str | None = None,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """One layer step by autograd; returns what is handed on, the activities of both sides, or Nones."""
-        loss, y_pos, y_neg = self.losses(x_pos, x_neg, weight, bias, softplus)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        outputs = outputs or self.outputs
-        if outputs == "none":
-            return None, None
-        if outputs == "post":
-            with torch.no_grad():
-                return self.forward(x_pos, weight, bias), self.forward(x_neg, weight, bias)
-        return y_pos.detach(), y_neg.detach()
 
     def objective_for(self, width: int) -> ff.Objective:
         """The objective for a layer of `width` units."""
@@ -257,142 +223,66 @@ _RMS = {"norm": "rms", "eps": 1e-8, "eps_mode": "add", "activation": "relu"}
 _MEANS: dict[str, Any] = {"goodness": "mean", "threshold": 2.0, "reduction": "sum_of_means"}
 _NORMS = _MEANS | {"goodness": "norm", "threshold": 10.0}
 
+# fmt: off
 _ALL = [
-    Peer(
-        name="hinton",
-        forward=partial(_rms_forward, eps=math.exp(-100)),
-        loss=_hinton_loss,
-        optimizer=HintonSGD,
-        layer=_RMS | {"eps": math.exp(-100)},
-        objective={"goodness": "sum", "reduction": "sum_of_means"},
-        outputs="pre",
-        factor=0.5,
-        init=_fan_out_normal,
+    Original(
+        "hinton", _hinton_forward, _hinton_loss, HintonSGD, _RMS | {"eps": math.exp(-100)},
+        {"goodness": "sum", "reduction": "sum_of_means"}, "pre", factor=0.5, init=_fan_out_normal,
     ),
-    Peer(
-        name="loewex",
-        forward=_loewex_forward,
-        loss=_loewex_loss,
-        optimizer=partial(SGD, lr=1e-3, momentum=0.9, weight_decay=3e-4),
-        layer=_RMS,
-        objective={"goodness": "sum"},
-        outputs="pre",
-        init=_fan_out_normal,
+    Original(
+        "loewex", _loewex_forward, _loewex_loss, partial(SGD, lr=1e-3, momentum=0.9, weight_decay=3e-4), _RMS,
+        {"goodness": "sum"}, "pre", init=_fan_out_normal,
     ),
-    Peer(
-        name="mohammadpz",
-        forward=_direction_forward,
-        loss=partial(_joint_mean_loss, threshold=2.0),
-        optimizer=partial(Adam, lr=0.03),
-        layer=_L2,
-        objective={"threshold": 2.0},
+    Original(
+        "mohammadpz", _direction_forward, partial(_joint_mean_loss, threshold=2.0), partial(Adam, lr=0.03), _L2,
+        {"threshold": 2.0},
     ),
-    Peer(
-        name="ffpytorch",
-        forward=partial(_direction_forward, activation=F.gelu),
-        loss=partial(_joint_mean_loss, threshold=2.0),
-        optimizer=partial(Adam, lr=0.03),
-        layer=_L2 | {"activation": "gelu"},
-        objective={"threshold": 2.0},
+    Original(
+        "ffpytorch", partial(_direction_forward, activation=F.gelu), partial(_joint_mean_loss, threshold=2.0),
+        partial(Adam, lr=0.03), _L2 | {"activation": "gelu"}, {"threshold": 2.0},
     ),
-    Peer(
-        name="fflib",
-        forward=_direction_forward,
-        loss=partial(_joint_mean_loss, threshold=20.0),
-        optimizer=partial(Adam, lr=0.02),
-        layer=_L2,
-        objective={"threshold": 20.0},
+    Original(
+        "fflib", _direction_forward, partial(_joint_mean_loss, threshold=20.0), partial(Adam, lr=0.02), _L2,
+        {"threshold": 20.0},
     ),
-    Peer(
-        name="fflib-minimize",
-        forward=_direction_forward,
-        loss=partial(_joint_mean_loss, threshold=20.0, maximize=False),
-        optimizer=partial(Adam, lr=0.02),
-        layer=_L2,
-        objective={"threshold": 20.0, "maximize": False},
+    Original(
+        "fflib-minimize", _direction_forward, partial(_joint_mean_loss, threshold=20.0, maximize=False),
+        partial(Adam, lr=0.02), _L2, {"threshold": 20.0, "maximize": False},
     ),
-    Peer(
-        name="nebuly",
-        forward=partial(_direction_forward, eps=1e-8),
-        loss=_nebuly_loss,
-        optimizer=partial(Adam, lr=0.03),
-        layer=_L2 | {"eps": 1e-8},
-        objective=_MEANS,
-        outputs="pre",
+    Original(
+        "nebuly", partial(_direction_forward, eps=1e-8), _nebuly_loss, partial(Adam, lr=0.03), _L2 | {"eps": 1e-8},
+        _MEANS, "pre",
     ),
-    Peer(
-        name="keras-io",
-        forward=_direction_forward,
-        loss=partial(_joint_mean_loss, threshold=1.5),
-        optimizer=partial(Adam, lr=0.03, eps=1e-7),
-        layer=_L2,
-        objective={"threshold": 1.5},
+    Original(
+        "keras-io", _direction_forward, partial(_joint_mean_loss, threshold=1.5), partial(Adam, lr=0.03, eps=1e-7), _L2,
+        {"threshold": 1.5},
     ),
-    Peer(
-        name="bioff",
-        forward=_direction_forward,
-        loss=_bioff_loss,
-        optimizer=partial(Adam, lr=0.01),
-        layer=_L2,
-        objective=_MEANS,
-        sample_weight=pair_weights,
+    Original(
+        "bioff", _direction_forward, _bioff_loss, partial(Adam, lr=0.01), _L2, _MEANS, sample_weight=pair_weights,
         equal_rows=True,
     ),
-    Peer(
-        name="dah33-threshold",
-        forward=_normalize_forward,
-        loss=_separate_means_loss,
-        optimizer=partial(Adam, lr=0.1),
-        layer=_UNIT,
-        objective=_MEANS,
+    Original(
+        "dah33-threshold", _normalize_forward, _separate_means_loss, partial(Adam, lr=0.1), _UNIT, _MEANS,
         softplus=F.softplus,
     ),
-    Peer(
-        name="dah33-symba",
-        forward=_normalize_forward,
-        loss=partial(_pair_loss, alpha=4.0, swish=False),
-        optimizer=partial(Adam, lr=0.35),
-        layer=_UNIT,
-        objective={"loss": "symba", "alpha": 4.0},
-        softplus=F.softplus,
-        equal_rows=True,
+    Original(
+        "dah33-symba", _normalize_forward, partial(_pair_loss, alpha=4.0, swish=False), partial(Adam, lr=0.35), _UNIT,
+        {"loss": "symba", "alpha": 4.0}, softplus=F.softplus, equal_rows=True,
     ),
-    Peer(
-        name="dah33-swish",
-        forward=_normalize_forward,
-        loss=partial(_pair_loss, alpha=6.0, swish=True),
-        optimizer=partial(Adam, lr=0.35),
-        layer=_UNIT,
-        objective={"loss": "swish", "alpha": 6.0},
-        equal_rows=True,
+    Original(
+        "dah33-swish", _normalize_forward, partial(_pair_loss, alpha=6.0, swish=True), partial(Adam, lr=0.35), _UNIT,
+        {"loss": "swish", "alpha": 6.0}, equal_rows=True,
     ),
-    Peer(
-        name="barbano",
-        forward=_normalize_forward,
-        loss=_barbano_loss,
-        optimizer=partial(Adam, lr=1e-4),
-        layer=_UNIT,
-        objective=_NORMS,
-        outputs="pre",
+    Original("barbano", _normalize_forward, _barbano_loss, partial(Adam, lr=1e-4), _UNIT, _NORMS, "pre"),
+    Original(
+        "barbano-first-layer", _plain_forward, _barbano_loss, partial(Adam, lr=1e-4), _UNIT | {"norm": "none"}, _NORMS,
+        "pre",
     ),
-    Peer(
-        name="barbano-first-layer",
-        forward=_plain_forward,
-        loss=_barbano_loss,
-        optimizer=partial(Adam, lr=1e-4),
-        layer=_UNIT | {"norm": "none"},
-        objective=_NORMS,
-        outputs="pre",
-    ),
-    Peer(
-        name="recurrentff",
-        forward=_recurrentff_forward,
-        loss=partial(_joint_mean_loss, threshold=1.5, maximize=False),
-        optimizer=partial(RMSprop, lr=5e-6),
-        layer=_RMS | {"eps_mode": "inside"},
-        objective={"threshold": 1.5, "maximize": False},
-        outputs="pre",
+    Original(
+        "recurrentff", _recurrentff_forward, partial(_joint_mean_loss, threshold=1.5, maximize=False),
+        partial(RMSprop, lr=5e-6), _RMS | {"eps_mode": "inside"}, {"threshold": 1.5, "maximize": False}, "pre",
         softplus=F.softplus,
     ),
 ]
-PEERS = {peer.name: peer for peer in _ALL}
+# fmt: on
+ORIGINALS = {original.name: original for original in _ALL}

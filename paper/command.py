@@ -1,0 +1,116 @@
+"""`python -m ffkernels reproduce` and `paper`: recipes for the record, and the measurements behind docs/paper.md."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ffkernels.cli import Record, UserError, add_run_options, say, to_path, train_recipe
+from ffkernels.recipes import checkpoint, data
+from ffkernels.recipes.catalogue import RECIPES
+from ffkernels.recipes.train import Trainer
+
+from . import page, results
+
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+
+def add_to(commands: Commands) -> None:
+    """Adds both commands to those of `python -m ffkernels`."""
+    recipes = "\n".join(
+        f"  {name}: {recipe.source} Assumed here: {recipe.assumed or 'nothing.'} "
+        f"Published: {recipe.published or 'no error.'}"
+        for name, recipe in RECIPES.items()
+    )
+    command = commands.add_parser(
+        "reproduce",
+        help="train a published recipe and record what came of it",
+        description="Trains a recipe as `train` does, and writes a row of results: errors, seconds, machine, versions, "
+        f"seed.\n\nrecipes:\n{recipes}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(run=_reproduce)
+    command.add_argument("recipe", nargs="?", choices=RECIPES, metavar="NAME", help="the recipe")
+    command.add_argument("--readme", action="store_true", help="no training: make README.md's table from the results")
+    command.add_argument("--results", type=to_path, default=Path(results.FOLDER), help="folder of rows (%(default)s)")
+    add_run_options(command)
+
+    command = commands.add_parser(
+        "paper",
+        help="the runs and measurements behind docs/paper.md",
+        description="ablation trains what is missing in results/ablation; steps and target measure steps, and the time "
+        "to 2% error, against backprop's and write results/backprop; tables makes those of docs/paper.md; "
+        "epoch trains fflib's example by fflib and accelerated, in turns, and writes results/epoch.",
+    )
+    command.set_defaults(run=_paper)
+    command.add_argument("what", choices=("ablation", "steps", "target", "tables", "epoch"))
+    command.add_argument("--data", default="mnist", help="mnist, fashion-mnist or a folder of IDX files (%(default)s)")
+
+
+def bench(argv: list[str]) -> int:
+    """`python -m ffkernels bench`: the benchmark measures, its README is written here."""
+    from bench.command import main
+
+    from . import readme
+
+    return main(argv, readme.update)
+
+
+def _reproduce(arguments: argparse.Namespace, argv: list[str]) -> int:
+    folder: Path = arguments.results
+    if arguments.readme == (arguments.recipe is not None):
+        raise UserError(f"reproduce needs NAME or --readme, one of the two; names: {', '.join(RECIPES)}")
+    if not arguments.readme:
+
+        def record(trainer: Trainer) -> Record:
+            identity = results.identity(trainer)
+            path = results.path_of(folder, identity)
+            return Record(results.name_of(identity), path, lambda: results.write(folder, results.row_of(trainer)))
+
+        return train_recipe(arguments, argv, record)
+    if not folder.is_dir():
+        raise UserError(f"--results {folder}: no folder, so there are no rows to make the table of")
+    try:
+        results.update_readme(Path("README.md"), folder)
+    except ValueError as error:
+        raise UserError(error) from error
+    print(f"README.md: made from {folder}")
+    return 0
+
+
+def _paper(arguments: argparse.Namespace, argv: list[str]) -> int:
+    # With the benchmark's contenders, which the other commands need not wait for.
+    from bench.contenders import installed
+
+    from . import ablation, backprop, epoch
+
+    def backprop_tables() -> str:
+        try:
+            return backprop.tables()
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            found = f"{type(error).__name__}: {error}"
+            raise UserError(f"{backprop.FILE}: not as `paper steps` and `paper target` write it ({found})") from error
+
+    try:
+        if arguments.what in ("steps", "target"):
+            # What is measured is added to what the file holds: both must be possible before hours of measuring.
+            checkpoint.try_writing(backprop.FILE)
+            backprop_tables()
+        if arguments.what == "ablation":
+            ablation.run(data.load(arguments.data), ablation.FOLDER, say)
+        elif arguments.what == "epoch":
+            if installed("fflib") is None:
+                raise UserError("fflib is not installed: pip install --no-deps fflib==0.3.0")
+            print(epoch.measure(data.load(arguments.data), say))
+        elif arguments.what != "tables":
+            backprop.save(arguments.what, data.load(arguments.data), say)
+        else:
+            paper = Path("docs", "paper.md")
+            page.update(paper, ablation.BEGIN, ablation.END, ablation.table(results.load(ablation.FOLDER)))
+            page.update(paper, backprop.BEGIN, backprop.END, backprop_tables())
+            print(f"{paper}: made from {ablation.FOLDER} and {backprop.FILE}")
+    except ValueError as error:
+        raise UserError(error) from error
+    return 0

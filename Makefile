@@ -24,6 +24,11 @@ lint: $(VENV)/lint
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy && $(VENV)/bin/lint-imports
 	$(VENV)/bin/clang-format --dry-run --Werror csrc/*/*.h csrc/*/*.cpp
 
+# The C side of ffkernels/spec.py; `make test` says where it is stale.
+records: $(VENV)/core
+	$(VENV)/bin/python -c 'from ffkernels.backends.native.records import header; print(header(), end="")' > build/records.h
+	mv build/records.h csrc/cpu/records.h
+
 # The programs of csrc/tests that have threads, without those of Python and torch, for races; the compiled library's
 # tests on small shapes and all those programs for addresses and undefined behaviour.
 SANITIZED := build/sanitized

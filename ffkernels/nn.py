@@ -189,7 +189,7 @@ class FFLinear(nn.Linear):
             check.vector("input_sumsq", input_sumsq, len(x), weight.dtype, weight.device)
         field = check.label_field(label_field, weight, x_pos, x_pos[:0] if x_neg is None else x_neg)
         check.shared_product(product, field, n_pos, weight)
-        request = select.Request(weight.device, weight.dtype, compute, own["activation"], objective.loss)
+        request = select.Request(weight.device, weight.dtype, compute, own["activation"])
         select.choose(request, own["backend"])
         check.optimizer_object(optimizer)
         parameters = [p for p in self.parameters() if p.requires_grad] if learns else []

@@ -383,7 +383,7 @@ def test_other_devices_run_on_the_eager_backend():
     x = torch.empty(6, 12, device="meta")
     result = ff.linear_step_(x, x, weight, None, SGD([weight], lr=0.1))
     assert (result.y.shape, result.y.device.type, result.loss.shape) == ((12, 8), "meta", ())
-    request = select.Request(torch.device("mps"), torch.float32, torch.bfloat16, "gelu", "logistic", "adam", True)
+    request = select.Request(torch.device("mps"), torch.float32, torch.bfloat16, "gelu", "adam", True)
     assert select.choose(request, None) == "eager"
     verdicts = select.verdicts(request)
     assert verdicts["native"] == "runs on the CPU, not on mps"

@@ -1,5 +1,4 @@
-// Made by `python -m ffkernels.backends.native.records` from ffkernels/spec.py, which says what
-// each member is.
+// Made by `make records` from ffkernels/spec.py, which says what each member is.
 #pragma once
 #include <cstddef>
 #include <cstdint>

@@ -1,7 +1,7 @@
 """Chooses the backend a call runs on, and says why the others were passed over.
 
-A backend is a module with the functions that `ops.SCHEMAS` lists, and `unsupported(request)`, which returns None or
-the reason why it cannot run a call. `BACKENDS` names them in order of preference.
+A backend is a module with the functions that `ops.SCHEMAS` lists, `LOSSES`, those that its `linear_step_` knows, and
+`unsupported(request)`, which returns None or the reason why it cannot run a call. `BACKENDS` names them in order of preference.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ WRITES_BY_TORCH = ("eager",)
 
 
 class Request(NamedTuple):
-    """What a backend needs to know of a call to say whether it can run it; a forward pass has no loss and no rule.
+    """What a backend needs to know of a call to say whether it can run it; a forward pass has no rule.
 
     `peer`: None, "straight through" or "gated". `forced`: whether this very backend was asked for, which some ways of
     running are kept for. `skips`: whether rows with small coefficients are left out. `shares`: whether the product of
@@ -45,7 +45,6 @@ class Request(NamedTuple):
     dtype: torch.dtype
     compute_dtype: torch.dtype
     activation: str
-    loss: str | None = None
     rule: str | None = None
     peer: str | None = None
     forced: bool = False
@@ -91,6 +90,12 @@ def _chosen(backend: str | None, request: Request) -> str:
     if reason is not None:
         raise ValueError(f"{source}={forced!r} cannot run this call: {reason}")
     return forced
+
+
+@once_per_trace
+def has_loss(name: str, loss: str) -> bool:
+    """Whether a backend runs a whole step with this loss in one call; on others it goes through `functional.stages`."""
+    return loss in load(name).LOSSES
 
 
 def forced_backend(backend: str | None) -> tuple[str | None, str]:

@@ -46,7 +46,6 @@ def explain(
         weight.dtype,
         compute,
         activation,
-        objective.loss,
         rule,
         peers.gradient_of(peer),
         skips=skip_below > 0,

@@ -43,12 +43,16 @@ class Plan(NamedTuple):
     """How a step will run: the records that do not hang on its rows, and what it will write.
 
     A given loss has a goal that nobody reads.
+
+    Attributes:
+        is_whole: whether the backend knows the loss and runs the step in one call.
     """
 
     layer: Layer
     goal: Goal
     pull: PeerPull
     chosen: str
+    is_whole: bool
     update: optim.Plan
     written: list[Tensor]
 
@@ -137,7 +141,7 @@ def _plan(
         update = optim.plan(optimizer, weight, bias)
     written = update.written() + ([] if peer_mean is None else [peer_mean])
     request = select.Request(
-        weight.device, weight.dtype, compute, activation, objective.loss, update.rule, peers.gradient_of(peer),
+        weight.device, weight.dtype, compute, activation, update.rule, peers.gradient_of(peer),
         skips=skip_below > 0, shares=shares,
     )  # fmt: skip
     chosen = select.choose(request, backend)
@@ -145,7 +149,8 @@ def _plan(
         check.writable_here(written)
     layer = Layer(weight, bias, norm, float(eps), eps_mode, activation, compute)
     goal = (objective if isinstance(objective, Objective) else DEFAULT_OBJECTIVE).goal(skip_below)
-    return Plan(layer, goal, peers.pull(peer, peer_mean, weight.shape[0]), chosen, update, written)
+    is_whole = isinstance(objective, Objective) and select.has_loss(chosen, objective.loss)
+    return Plan(layer, goal, peers.pull(peer, peer_mean, weight.shape[0]), chosen, is_whole, update, written)
 
 
 def rounded(plan: Plan) -> Tensor | None:

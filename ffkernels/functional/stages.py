@@ -1,22 +1,31 @@
-"""A step whose loss is the caller's own: forward, loss and slopes in plain PyTorch, update with these slopes."""
+"""A step in three stages, for losses that its backend does not know: forward, loss and slopes, update."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from .. import ops
 from ..autograd import ACTIVATIONS, NEEDS_Z
 from ..given import GivenLoss
 from ..normalisation import row_sumsq
-from ..spec import Layer, Outputs, PeerPull, Rows, Slopes, Update
+from ..objective import Objective
+from ..spec import Goal, Layer, Outputs, PeerPull, Rows, Slopes, Update
 
 
 def step_by_stages(
-    rows: Rows, layer: Layer, loss: GivenLoss, pull: PeerPull, update: Update, outputs: Outputs, backend: str
+    rows: Rows,
+    layer: Layer,
+    objective: Objective | GivenLoss,
+    goal: Goal,
+    pull: PeerPull,
+    update: Update,
+    outputs: Outputs,
+    backend: str,
 ) -> None:
     """What `ops.linear_step_` does, with a loss that no backend has to know. Runs under `no_grad`."""
-    total = rows.x_pos.shape[0] + rows.x_neg.shape[0]
-    kept = layer.weight.new_empty(total, layer.weight.shape[0])
+    total, width = rows.x_pos.shape[0] + rows.x_neg.shape[0], layer.weight.shape[0]
+    kept = layer.weight.new_empty(total, width)
     y = kept
     if layer.activation in NEEDS_Z:
         ops.linear_forward_(rows, layer._replace(activation="identity"), kept, outputs.sumsq, backend)
@@ -27,8 +36,21 @@ def step_by_stages(
     is_positive = rows.is_positive
     if is_positive is None:
         is_positive = torch.arange(total, device=y.device) < rows.x_pos.shape[0]
-    value, first, second = loss.slopes(y, outputs.sumsq, is_positive)
-    outputs.loss_out.copy_(value)
+    first: Tensor | None = None
+    second: Tensor | None
+    if isinstance(objective, GivenLoss):
+        loss, first, second = objective.slopes(y, outputs.sumsq, is_positive)
+    else:
+        counts: tuple[int | Tensor, int | Tensor] = (rows.x_pos.shape[0], rows.x_neg.shape[0])
+        if rows.is_positive is not None:
+            counts = (is_positive.sum(), (~is_positive).sum())
+        threshold = None if goal.threshold is None else goal.threshold.to(y.dtype)
+        terms = objective.terms(
+            outputs.sumsq, width, is_positive, counts, rows.sample_weight, threshold, goal.skip_below
+        )
+        # The coefficient of a row is twice its slope: dy = 2 s2 y.
+        loss, second = terms.loss, (terms.coefficient / 2).unsqueeze(1)
+    outputs.loss_out.copy_(loss)
     if outputs.y is not None:
         outputs.y.copy_(y)
     ops.linear_update_(rows, layer, Slopes(kept, first, second), pull, update, backend)

@@ -158,7 +158,7 @@ def linear_step_(
 
     width = weight.shape[0]
     # The optimizer's own step comes between the operator and what it would hand out.
-    at_once = chosen in select.HANDS_OUT_ALL and isinstance(objective, Objective) and update.rule != "grad"
+    at_once = plan.is_whole and chosen in select.HANDS_OUT_ALL and update.rule != "grad"
     y = weight.new_empty(total, width, dtype=layer.compute_dtype) if outputs != "none" else None
     sumsq, loss = weight.new_empty(total), weight.new_empty(())
     # The sums before the update are nobody's where those after it are handed out.
@@ -178,10 +178,10 @@ def linear_step_(
     held = None if compiling else interrupts.hold()
     try:
         with torch.no_grad(), without_autocast(weight.device):
-            if isinstance(objective, Objective):
+            if plan.is_whole:
                 ops.linear_step_(rows, layer, goal, pull, update.record, written, chosen)
             else:
-                step_by_stages(rows, layer, objective, pull, update.record, written, chosen)
+                step_by_stages(rows, layer, objective, goal, pull, update.record, written, chosen)
             torch.autograd.graph.increment_version(plan.written)
             update.finish(optimizer)
             if goodness_out is None:

@@ -4,6 +4,6 @@ Tiles of the forward product get scale, bias, activation and sum of squares whil
 weight gradient go to the optimizer's rule from there. Where the library was not built, calls go to the next backend.
 """
 
-from .step import linear_forward_, linear_step_, linear_update_, unsupported
+from .step import LOSSES, linear_forward_, linear_step_, linear_update_, unsupported
 
-__all__ = ["linear_forward_", "linear_step_", "linear_update_", "unsupported"]
+__all__ = ["LOSSES", "linear_forward_", "linear_step_", "linear_update_", "unsupported"]

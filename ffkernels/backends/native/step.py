@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..select import Request
 
 _ACTIVATIONS = ("relu", "leaky_relu", "identity")
-_LOSSES = get_args(spec.Loss)
+LOSSES = get_args(spec.Loss)
 _RULES = get_args(spec.Rule)
 _PARAMETERS = ("weight", "bias")
 _NO_GOAL, _NO_PULL, _NO_UPDATE = NOTHING[Goal], NOTHING[PeerPull], NOTHING[Update]
@@ -38,9 +38,8 @@ def unsupported(request: Request) -> str | None:
         return f"activation {request.activation!r}: has {', '.join(_ACTIVATIONS)}"
     if request.shares:
         return "finds out by itself what rows share: takes no product"
-    for kind, name, known in (("loss", request.loss, _LOSSES), ("rule", request.rule, _RULES)):
-        if name is not None and name not in known:
-            return f"{kind} {name!r}: has {', '.join(known)}"
+    if request.rule is not None and request.rule not in _RULES:
+        return f"rule {request.rule!r}: has {', '.join(_RULES)}"
     if request.peer == "gated" or (request.peer and request.activation == "leaky_relu"):
         return (
             f"{request.peer} peer normalisation of {request.activation}: has it straight through, of relu and identity"

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from .support import unsupported
+from .support import LOSSES, unsupported
 
-__all__ = ["linear_forward_", "linear_step_", "linear_update_", "unsupported"]
+__all__ = ["LOSSES", "linear_forward_", "linear_step_", "linear_update_", "unsupported"]
 
 
 def linear_forward_(*args: Any) -> None:

@@ -36,7 +36,6 @@ def unsupported(request: Request) -> str | None:
         return reason
     for kind, name, known in (
         ("activation", request.activation, ACTIVATIONS),
-        ("loss", request.loss, LOSSES),
         ("update rule", request.rule, RULES),
     ):
         if name is not None and name not in known:

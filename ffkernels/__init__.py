@@ -2,6 +2,7 @@
 
 from ._version import __version__
 from .functional import StepResult, explain, goodness_loss, linear_forward, linear_step_, shared_product
+from .given import GivenLoss, Moments
 from .graphs import GraphedStep
 from .negatives import hybrid_images, neutral_label, overlay_label, wrong_label
 from .nn import FFLinear, FFNetwork
@@ -11,7 +12,9 @@ from .peer import PeerNormalisation
 __all__ = [
     "FFLinear",
     "FFNetwork",
+    "GivenLoss",
     "GraphedStep",
+    "Moments",
     "Objective",
     "PeerNormalisation",
     "StepResult",

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from functools import wraps
+from typing import Any, TypeVar, cast
+
+import torch
 
 Function = TypeVar("Function", bound=Callable[..., object])
 
@@ -20,12 +23,16 @@ def once_per_trace(function: Function) -> Function:
 def never_compiled(reason: str) -> Callable[[Function], Function]:
     """Has torch.compile leave a function and what it calls to the interpreter, for this reason.
 
-    That is `torch.compiler.disable`, which would import the whole compiler at once for one mark.
+    `torch.compiler.disable` by itself would import the whole compiler when the package is.
     """
 
     def mark(function: Function) -> Function:
-        function._torchdynamo_disable = True  # type: ignore[attr-defined]
-        function._torchdynamo_disable_msg = reason  # type: ignore[attr-defined]
-        return function
+        @wraps(function)
+        def apart(*args: Any, **options: Any) -> object:
+            return torch.compiler.disable(function)(*args, **options)
+
+        apart._torchdynamo_disable = True  # type: ignore[attr-defined]
+        apart._torchdynamo_disable_msg = reason  # type: ignore[attr-defined]
+        return cast("Function", apart)
 
     return mark

@@ -76,16 +76,16 @@ class GivenLoss:
         """Goodness of rows with sums of squares `sumsq` in a layer of `width` units; same shape and dtype."""
         return goodness_of(self.goodness, sumsq, width, out=out)
 
-    def value(self, y: Tensor, sumsq: Tensor, is_positive: Tensor) -> Tensor:
-        """The loss of activities `y` `[rows, units]` with sums of squares `sumsq` `[rows]`; autograd-compatible."""
-        if self.reads == "goodness":
-            read: Tensor | Moments = self.goodness_of(sumsq, y.shape[1])
-        else:
-            read = y if self.reads == "activities" else Moments(y, y.square())
-        return self._checked(self.function(read, is_positive), y)
+    def value(self, y: Tensor, goodness: Tensor, is_positive: Tensor, learns: bool = True) -> Tensor:
+        """The loss of activities `y` `[rows, units]` of goodness `[rows]`; autograd-compatible.
+
+        `learns`: whether it must hang on what it is given.
+        """
+        read = {"goodness": goodness, "activities": y, "moments": Moments(y, y.square())}[self.reads]
+        return self._checked(self.function(read, is_positive), y, learns)
 
     def slopes(self, y: Tensor, sumsq: Tensor, is_positive: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The loss, and the slopes that `spec.Slopes` describes; the arguments are those of `value`."""
+        """The loss of rows with sums of squares `sumsq` `[rows]`, and the slopes that `spec.Slopes` describes."""
         with torch.enable_grad():
             if self.reads == "goodness":
                 given = [sumsq.detach().requires_grad_()]
@@ -110,14 +110,14 @@ class GivenLoss:
             return loss.detach(), None, by_sumsq.unsqueeze(1)
         return loss.detach(), found[0], found[1] if self.reads == "moments" else None
 
-    def _checked(self, loss: object, y: Tensor) -> Tensor:
+    def _checked(self, loss: object, y: Tensor, learns: bool = True) -> Tensor:
         if not isinstance(loss, Tensor):
             raise TypeError(f"the loss is a {type(loss).__name__}; accepted: a 0-dim torch.Tensor")
         if loss.dim() != 0 or not loss.is_floating_point():
             raise ValueError(f"the loss is a {loss.dtype} tensor of shape {tuple(loss.shape)}; accepted: a 0-dim one")
         if loss.device != y.device:
             raise ValueError(f"the loss is on {loss.device} but the layer is on {y.device}; accepted: the same device")
-        if not loss.requires_grad:
+        if learns and not loss.requires_grad:
             raise ValueError(f"the loss is detached from the {self.reads} that it was given; accepted: a tensor of it")
         if loss.device.type == "cpu" and not bool(loss.isfinite()):
             raise ValueError(f"the loss is {loss.item()}; accepted: a finite one")

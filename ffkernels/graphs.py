@@ -12,7 +12,9 @@ from torch.optim import Optimizer
 from . import optim
 from . import validation as check
 from .functional import StepResult
+from .given import GivenLoss
 from .nn import FFNetwork, called_only
+from .objective import DEFAULT_OBJECTIVE, Objective
 
 Optimizers = Optimizer | Sequence[Optimizer | None] | None
 
@@ -47,8 +49,8 @@ class GraphedStep:
         check.matrix("x_pos", x_pos)
         if x_neg is not None:
             check.matrix("x_neg", x_neg)
-        if "objective" in options:
-            check.objective_object(options["objective"])
+        if not isinstance(options.get("objective", DEFAULT_OBJECTIVE), Objective):
+            options["objective"] = GivenLoss.of(options["objective"])
         self.net = net
         self.options = options
         self._check(x_pos)

@@ -15,6 +15,7 @@ from . import functional, interrupts, negatives, optim
 from . import validation as check
 from .backends import select
 from .functional import StepResult
+from .given import GivenLoss
 from .normalisation import row_scale
 from .objective import DEFAULT_OBJECTIVE, Objective
 from .peer import FIRST_MEAN, PeerNormalisation
@@ -51,7 +52,7 @@ class FFLinear(nn.Linear):
         out_features: int,
         bias: bool = True,
         *,
-        objective: Objective = DEFAULT_OBJECTIVE,
+        objective: Objective | GivenLoss | Callable[..., Tensor] = DEFAULT_OBJECTIVE,
         norm: Norm = "l2",
         eps: float = 1e-4,
         eps_mode: EpsMode = "add",
@@ -65,8 +66,6 @@ class FFLinear(nn.Linear):
     ) -> None:
         check.layer_options(norm, eps, eps_mode, activation)
         check.one_of("outputs", outputs, check.OUTPUTS)
-        if not isinstance(objective, Objective):
-            raise TypeError(f"objective={objective!r} is not an ffkernels.Objective")
         if peer is not None and not isinstance(peer, PeerNormalisation):
             raise TypeError(f"peer={peer!r} is not an ffkernels.PeerNormalisation")
         if backend is not None:
@@ -76,7 +75,8 @@ class FFLinear(nn.Linear):
         check.compute_dtype_of(compute_dtype, self.weight)
         mean = None if peer is None else torch.full_like(self.weight.detach()[:, 0], FIRST_MEAN)
         self.register_buffer("peer_mean", mean)
-        self.objective = objective
+        # A function of goodness and side is a loss of the caller's own.
+        self.objective = objective if isinstance(objective, Objective) else GivenLoss.of(objective)
         self.norm = norm
         self.eps = eps
         self.eps_mode = eps_mode
@@ -143,7 +143,7 @@ class FFLinear(nn.Linear):
         x_neg: Tensor | None,
         optimizer: Optimizer | None,
         *,
-        objective: Objective,
+        objective: Objective | GivenLoss | Callable[..., Tensor],
         outputs: str,
         sample_weight: Tensor | None = None,
         is_positive: Tensor | None = None,
@@ -163,6 +163,8 @@ class FFLinear(nn.Linear):
         """
         if not own.keys() <= set(FORWARD_OPTIONS):
             raise TypeError(f"{', '.join(own.keys() - set(FORWARD_OPTIONS))}: no option of a step")
+        if not isinstance(objective, Objective):
+            objective = GivenLoss.of(objective)
         weight, bias = self.weight.detach(), None if self.bias is None else self.bias.detach()
         check.layer_options(own["norm"], own["eps"], own["eps_mode"], own["activation"])
         check.one_of("outputs", outputs, check.OUTPUTS)
@@ -178,13 +180,10 @@ class FFLinear(nn.Linear):
             x = torch.cat([x_pos, x_neg])
         if is_positive is not None:
             check.vector("is_positive", is_positive, len(x), torch.bool, weight.device)
+        check.objective_alone(objective, skip_below)
         check.objective_for(objective, len(x), n_pos if is_positive is None else None, weight)
         if sample_weight is not None:
-            entries = len(x) // 2 if objective.paired else len(x)
-            check.vector("sample_weight", sample_weight, entries, weight.dtype, weight.device)
-            check.constant("sample_weight", sample_weight)
-        if isinstance(objective.threshold, Tensor):
-            check.constant("threshold", objective.threshold)
+            check.sample_weight(sample_weight, objective, len(x), weight)
         if input_sumsq is not None:
             check.vector("input_sumsq", input_sumsq, len(x), weight.dtype, weight.device)
         field = check.label_field(label_field, weight, x_pos, x_pos[:0] if x_neg is None else x_neg)
@@ -216,11 +215,14 @@ class FFLinear(nn.Linear):
                     goodness = self.goodness(x).to(weight.dtype)
                 else:
                     goodness = objective.goodness_of(sumsq, self.out_features)
-                loss = functional.goodness_loss(goodness, side, objective, sample_weight=sample_weight)
+                if isinstance(objective, Objective):
+                    loss = functional.goodness_loss(goodness, side, objective, sample_weight=sample_weight)
+                else:
+                    loss = objective.value(y.to(weight.dtype), goodness, side, learns=bool(parameters))
             if parameters:
                 held = interrupts.hold()
                 try:
-                    optim.step_on_loss(optimizer, parameters, loss)
+                    optim.step_on_loss(optimizer, parameters, loss, alone=isinstance(objective, Objective))
                 finally:
                     interrupts.release(held)
                 if outputs == "post":

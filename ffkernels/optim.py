@@ -158,13 +158,16 @@ def step_alone(optimizer: Optimizer | None, parameters: Sequence[Tensor], fill: 
                 p.grad = gradient
 
 
-def step_on_loss(optimizer: Optimizer | None, parameters: Sequence[Tensor], loss: Tensor) -> None:
-    """`loss.backward()` to these parameters alone, in place of what `.grad` held, and their optimizer's own step."""
+def step_on_loss(optimizer: Optimizer | None, parameters: Sequence[Tensor], loss: Tensor, alone: bool = True) -> None:
+    """`loss.backward()` to these parameters, in place of what `.grad` held, and their optimizer's own step.
+
+    `alone`: to no others, which the loss may hang on as well.
+    """
 
     def fill() -> None:
         for parameter in parameters:
             parameter.grad = None
-        loss.backward(inputs=parameters)
+        loss.backward(inputs=parameters if alone else None)
 
     step_alone(optimizer, parameters, fill)
 

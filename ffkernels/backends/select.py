@@ -1,7 +1,8 @@
 """Chooses the backend a call runs on, and says why the others were passed over.
 
 A backend is a module with the functions that `ops.SCHEMAS` lists, `LOSSES`, those that its `linear_step_` knows, and
-`unsupported(request)`, which returns None or the reason why it cannot run a call. `BACKENDS` names them in order of preference.
+`unsupported(request)`, which returns None or the reason why it cannot run a call. `BACKENDS` names them in order of
+preference.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -10,6 +12,7 @@ from .. import optim
 from .. import peer as peers
 from .. import validation as check
 from ..backends import select
+from ..given import GivenLoss
 from ..objective import DEFAULT_OBJECTIVE, Objective
 from ..peer import PeerNormalisation
 
@@ -18,7 +21,7 @@ def explain(
     weight: Tensor,
     optimizer: Optimizer | None = None,
     *,
-    objective: Objective = DEFAULT_OBJECTIVE,
+    objective: Objective | GivenLoss | Callable[..., Tensor] = DEFAULT_OBJECTIVE,
     activation: str = "relu",
     compute_dtype: torch.dtype | None = None,
     peer: PeerNormalisation | None = None,
@@ -33,7 +36,9 @@ def explain(
     """
     check.layer_tensors(weight, None)
     check.optimizer_object(optimizer)
-    check.objective_object(objective)
+    if not isinstance(objective, Objective):
+        objective = GivenLoss.of(objective)
+    check.objective_alone(objective, skip_below)
     check.one_of("activation", activation, check.ACTIVATIONS)
     check.peer_object(peer)
     compute = check.compute_dtype_of(compute_dtype, weight)
@@ -57,4 +62,8 @@ def explain(
     for name, reason in select.verdicts(request).items():
         if name != chosen:
             lines.append(f"  passed over: {name}: {reason or 'comes later in the order of preference'}")
-    return "\n".join([*lines, f"update: {update}"])
+    if isinstance(objective, Objective) and select.has_loss(chosen, objective.loss):
+        loss = f"{objective.loss}, which the backend knows: one call"
+    else:
+        loss = "in plain PyTorch, between the backend's forward and its update"
+    return "\n".join([*lines, f"loss: {loss}", f"update: {update}"])

@@ -71,6 +71,7 @@ def draw(trainer: Trainer, path: Path) -> None:
             positive, negative = (side[:, i] for side in sides)
             axes = figure.add_subplot(grid[1 + i, 0])
             axes.set_title(f"Layer {i + 1}: goodness of test images")
+            assert isinstance(layer.objective, Objective)
             _goodness_histogram(axes, positive, negative, layer.objective)
             if i == 0:
                 axes.legend(fontsize=8)

@@ -24,6 +24,7 @@ from torch.optim import SGD, Adam, Optimizer
 
 from .. import FFLinear, FFNetwork, StepResult, hybrid_images, wrong_label
 from .. import validation as check
+from ..objective import Objective
 from ..optim import SGDW
 from . import checkpoint
 from .batches import as_input, hard_label, labelled_sides, shifted
@@ -432,6 +433,7 @@ class Totals:
                 torch.cat(side) for side in zip(*[(r.goodness_pos, r.goodness_neg) for r in results], strict=True)
             )
             is_positive = torch.arange(len(pos) + len(neg), device=pos.device) < len(pos)
+            assert isinstance(objective, Objective)
             kept = objective.in_doubt(torch.cat([pos, neg]), is_positive, self._skip_below)
             row["loss"].append(((losses * rows).sum() / rows.sum()).item())
             for name, values in (("goodness_pos", pos), ("goodness_neg", neg), ("kept", kept.float())):

@@ -3,9 +3,8 @@
 from ._version import __version__
 from .functional import StepResult, explain, goodness_loss, linear_forward, linear_step_, shared_product
 from .given import GivenLoss, Moments
-from .graphs import GraphedStep
 from .negatives import hybrid_images, neutral_label, overlay_label, wrong_label
-from .nn import FFLinear, FFNetwork
+from .nn import FFLinear, FFNetwork, GraphedStep
 from .objective import Objective
 from .peer import PeerNormalisation
 

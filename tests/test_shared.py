@@ -86,7 +86,7 @@ def network(dtype: torch.dtype = torch.float64, **options: object) -> ff.FFNetwo
 
 @pytest.mark.parametrize("rows", [1, 6, 50])
 def test_prediction_and_features_share_the_first_layer(rows, monkeypatch):
-    monkeypatch.setattr("ffkernels.nn.PREDICTION_ROWS", 12)
+    monkeypatch.setattr("ffkernels.nn.network.PREDICTION_ROWS", 12)
     net, x = network(), torch.rand(rows, 12, dtype=torch.float64)
     goodness = [net.goodness(ff.overlay_label(x, torch.full((rows,), k), K)).sum(1) for k in range(K)]
     seen = []

@@ -14,10 +14,11 @@ import pytest
 import torch
 
 import ffkernels as ff
-from ffkernels import graphs, optim, peer, spec
+from ffkernels import optim, peer, spec
 from ffkernels import validation as check
 from ffkernels.backends import select
 from ffkernels.backends.triton import configs, support
+from ffkernels.nn import graphs
 from ffkernels.objective import DEFAULT_OBJECTIVE, LOSSES
 
 from .steps import Problem, problem

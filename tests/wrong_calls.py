@@ -16,8 +16,8 @@ from torch import nn
 from torch.optim import SGD, Adam
 
 import ffkernels as ff
-from ffkernels.graphs import GraphedStep
 from ffkernels.negatives import hybrid_images, neutral_label, overlay_label, random_masks, wrong_label
+from ffkernels.nn.graphs import GraphedStep
 
 
 class Wrong(NamedTuple):

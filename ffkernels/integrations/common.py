@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from .. import functional
 from .. import validation as check
-from ..nn import watched as watched
+from ..nn.layer import watched as watched
 from ..normalisation import row_sumsq
 
 _FUNCTIONS = {torch.relu: "relu", F.relu: "relu", F.gelu: "gelu", F.silu: "silu", F.leaky_relu: "leaky_relu"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
@@ -20,6 +21,7 @@ LOSSES = get_args(spec.Loss)
 _RULES = get_args(spec.Rule)
 _PARAMETERS = ("weight", "bias")
 _NO_GOAL, _NO_PULL, _NO_UPDATE = NOTHING[Goal], NOTHING[PeerPull], NOTHING[Update]
+_NO_STATE = (0,) * STATES
 _NO_NUMBERS = (0.0,) * len(spec.Numbers._fields)
 _NO_OUTPUTS, _NO_SLOPES = NOTHING[Outputs], NOTHING[Slopes]
 
@@ -68,8 +70,14 @@ def linear_step_(rows: Rows, layer: Layer, goal: Goal, pull: PeerPull, update: U
         goal = goal._replace(threshold_pos=one, threshold_neg=one, threshold=None)
     call.take(rows)
     call.take(layer, read=_PARAMETERS if update.rule == "grad" else ())
-    call.take(goal)
-    call.take(pull)
+    if goal.threshold is None:
+        call.values += _numbers_of(goal)
+    else:
+        call.take(goal)
+    if pull.mean is None:
+        call.values += _NO_PULL
+    else:
+        call.take(pull)
     call.take(update)
     call.take(outputs if outputs.rounded is None else outputs._replace(rounded=None))
     call.values += _NO_SLOPES
@@ -89,6 +97,14 @@ def linear_update_(rows: Rows, layer: Layer, slopes: Slopes, pull: PeerPull, upd
     call.values += _NO_OUTPUTS
     call.take(slopes)
     call.run(rows, layer)
+
+
+@lru_cache
+def _numbers_of(goal: Goal) -> list[Any]:
+    """The values of a goal without a tensor, which is the same one at every step."""
+    call = _Call("")
+    call.take(goal)
+    return call.values
 
 
 class _Call:
@@ -113,22 +129,24 @@ class _Call:
                 values.append(value)
             elif type(kind) is dict:
                 values.append(kind[value])
-            elif kind == "slot":
-                self._slot(value)
             elif value is None:
                 values += NO_MATRIX if kind == "matrix" else (0,)
             elif kind == "matrix":
                 values += self._matrix(value, is_written, is_written and name not in read)
+            elif kind == "slot":
+                self._slot(value)
             elif is_written and name not in read:
                 values.append(self._written(value).data_ptr())
             else:
                 values.append(self._read(value, torch.bool if kind == "mask" else torch.float32).data_ptr())
 
     def _slot(self, slot: Slot) -> None:
-        state = [self._written(tensor).data_ptr() for tensor in slot.state]
-        self.values += state + [0] * (STATES - len(state))
+        values = self.values
+        for tensor in slot.state:
+            values.append(self._written(tensor).data_ptr())
+        values += _NO_STATE[len(slot.state) :]
         numbers = slot.numbers or _NO_NUMBERS
-        self.values += numbers if slot.lr is None else (float(slot.lr), *numbers[1:])
+        values += numbers if slot.lr is None else (float(slot.lr), *numbers[1:])
 
     def _matrix(self, tensor: Tensor, is_whole: bool, is_written: bool) -> tuple[int, int, int, int, bool]:
         """`is_whole`: the library takes such a matrix without gaps; of others, only the rows must be."""

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import optim
-from . import validation as check
-from .functional import StepResult
-from .given import GivenLoss
-from .nn import FFNetwork, called_only
-from .objective import DEFAULT_OBJECTIVE, Objective
+from .. import optim
+from .. import validation as check
+from ..functional import StepResult
+from ..given import GivenLoss
+from ..objective import DEFAULT_OBJECTIVE, Objective
+from .layer import called_only
+from .network import FFNetwork
 
 Optimizers = Optimizer | Sequence[Optimizer | None] | None
 

@@ -1,0 +1,272 @@
+"""One Forward-Forward layer as a module; a layer that hooks watch is called, as PyTorch would."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .. import functional, interrupts, optim
+from .. import validation as check
+from ..backends import select
+from ..functional import StepResult
+from ..given import GivenLoss
+from ..objective import DEFAULT_OBJECTIVE, Objective
+from ..peer import FIRST_MEAN, PeerNormalisation
+from ..spec import Activation, EpsMode, Norm, OutputsOf
+
+# Options of a step that change the activities themselves.
+FORWARD_OPTIONS = ("norm", "eps", "eps_mode", "activation", "compute_dtype", "backend")
+
+
+class FFLinear(nn.Linear):
+    """A linear layer `y = act(W normalise(x) + b)` that learns from its own goodness.
+
+    Parameters, their initialisation and their names in `state_dict` are those of `torch.nn.Linear`. The options are
+    those of `linear_step_`, and plain attributes: they can be changed at any time. With `peer`, the running mean is the
+    buffer `peer_mean` `[out]`, which starts at 0.5.
+
+    Where forward or backward hooks watch it (pruning is one), where a subclass overrides `forward`, `activity` or
+    `goodness`, or where one of weight and bias is frozen, a step calls the layer itself, on the joint batch, and lets
+    autograd and the optimizer's own `step()` do the rest: the same step, only slower, and without `peer` and
+    `skip_below`, which are refused there. Sums of squares are then those of the activities as they are handed out, in
+    the compute dtype.
+
+    Raises:
+        ValueError, TypeError: for an option outside what `linear_step_` accepts.
+    """
+
+    peer_mean: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        objective: Objective | GivenLoss | Callable[..., Tensor] = DEFAULT_OBJECTIVE,
+        norm: Norm = "l2",
+        eps: float = 1e-4,
+        eps_mode: EpsMode = "add",
+        activation: Activation = "relu",
+        outputs: OutputsOf = "post",
+        compute_dtype: torch.dtype | None = None,
+        peer: PeerNormalisation | None = None,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check.layer_options(norm, eps, eps_mode, activation)
+        check.one_of("outputs", outputs, check.OUTPUTS)
+        if peer is not None and not isinstance(peer, PeerNormalisation):
+            raise TypeError(f"peer={peer!r} is not an ffkernels.PeerNormalisation")
+        if backend is not None:
+            check.one_of("backend", backend, tuple(select.BACKENDS))
+        super().__init__(in_features, out_features, bias, device, dtype)
+        check.layer_tensors(self.weight, self.bias)
+        check.compute_dtype_of(compute_dtype, self.weight)
+        mean = None if peer is None else torch.full_like(self.weight.detach()[:, 0], FIRST_MEAN)
+        self.register_buffer("peer_mean", mean)
+        # A function of goodness and side is a loss of the caller's own.
+        self.objective = objective if isinstance(objective, Objective) else GivenLoss.of(objective)
+        self.norm = norm
+        self.eps = eps
+        self.eps_mode = eps_mode
+        self.activation = activation
+        self.outputs = outputs
+        self.compute_dtype = compute_dtype
+        self.peer = peer
+        self.backend = backend
+
+    def _options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in FORWARD_OPTIONS}
+
+    def activity(self, x: Tensor, input_sumsq: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
+        """Activities `[rows, out]` of rows `x` `[rows, in]`, and their sums of squares `[rows]`.
+
+        `options` go to `ffkernels.linear_forward` and override the layer's own.
+        """
+        options = {"input_sumsq": input_sumsq, **self._options(), **options}
+        return functional.linear_forward(x, self.weight, self.bias, **options)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Activities `[rows, out]`; their gradient reaches weight and bias, and not `input`."""
+        return self.activity(input)[0]
+
+    def goodness(self, x: Tensor) -> Tensor:
+        """Goodness `[rows]` of rows `x` `[rows, in]`."""
+        return self.objective.goodness_of(self.activity(x, keep=False)[1], self.out_features)
+
+    def step(self, x_pos: Tensor, x_neg: Tensor | None, optimizer: Optimizer | None, **options: Any) -> StepResult:
+        """One training step, `ffkernels.linear_step_`; `options` go there and override the layer's own."""
+        options = {**self._step_options(), **options}
+        weight, bias = self.weight, self.bias
+        half_frozen = bias is not None and weight.requires_grad != bias.requires_grad
+        if half_frozen or called_only(self):
+            return self._step_by_call(x_pos, x_neg, optimizer, **options)
+        return functional.linear_step_(x_pos, x_neg, weight, bias, optimizer, **options)
+
+    def _step_options(self) -> dict[str, Any]:
+        peer = {"peer": self.peer, "peer_mean": None if self.peer is None else self.peer_mean}
+        return {"objective": self.objective, "outputs": self.outputs, **peer, **self._options()}
+
+    def _hand_on(self, x_pos: Tensor, x_neg: Tensor | None, optimizer: Optimizer | None, **options: Any) -> StepResult:
+        """What `step` returns, without one."""
+        return self._step_by_call(x_pos, x_neg, None, learns=False, **{**self._step_options(), **options})
+
+    def _step_by_call(
+        self, x_pos: Tensor, x_neg: Tensor | None, optimizer: Optimizer | None, **options: Any
+    ) -> StepResult:
+        """`linear_step_` by a call of the layer, `backward()` and `optimizer.step()`."""
+        if not torch.is_inference_mode_enabled():
+            return self._step_by_autograd(x_pos, x_neg, optimizer, **options)
+
+        def known(value: Any) -> Any:
+            return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+
+        # Autograd does not work in inference mode, nor on what was made in it.
+        with torch.inference_mode(False):
+            options = {name: known(value) for name, value in options.items()}
+            return self._step_by_autograd(known(x_pos), known(x_neg), optimizer, **options)
+
+    def _step_by_autograd(
+        self,
+        x_pos: Tensor,
+        x_neg: Tensor | None,
+        optimizer: Optimizer | None,
+        *,
+        objective: Objective | GivenLoss | Callable[..., Tensor],
+        outputs: str,
+        sample_weight: Tensor | None = None,
+        is_positive: Tensor | None = None,
+        input_sumsq: Tensor | None = None,
+        skip_below: float = 0.0,
+        label_field: int | None = None,
+        product: Tensor | None = None,
+        peer: PeerNormalisation | None = None,
+        peer_mean: Tensor | None = None,
+        learns: bool = True,
+        only_checks: bool = False,
+        **own: Any,
+    ) -> StepResult:
+        """`_step_by_call`, or without `learns` its forward.
+
+        What is known of the rows (`input_sumsq`, `label_field`, `product`) saves nothing here.
+        """
+        if not own.keys() <= set(FORWARD_OPTIONS):
+            raise TypeError(f"{', '.join(own.keys() - set(FORWARD_OPTIONS))}: no option of a step")
+        if not isinstance(objective, Objective):
+            objective = GivenLoss.of(objective)
+        weight, bias = self.weight.detach(), None if self.bias is None else self.bias.detach()
+        check.layer_options(own["norm"], own["eps"], own["eps_mode"], own["activation"])
+        check.one_of("outputs", outputs, check.OUTPUTS)
+        check.layer_tensors(weight, bias)
+        compute = check.compute_dtype_of(own["compute_dtype"], weight)
+        check.rows_of("x_pos", x_pos, weight, compute)
+        if (x_neg is None) != (is_positive is not None):
+            came = "neither" if x_neg is None else "both"
+            raise ValueError(f"of x_neg and is_positive came {came}; accepted: one of the two")
+        x, n_pos = x_pos, len(x_pos)
+        if x_neg is not None:
+            check.rows_of("x_neg", x_neg, weight, compute)
+            x = torch.cat([x_pos, x_neg])
+        if is_positive is not None:
+            check.vector("is_positive", is_positive, len(x), torch.bool, weight.device)
+        check.objective_alone(objective, skip_below)
+        check.objective_for(objective, len(x), n_pos if is_positive is None else None, weight)
+        if sample_weight is not None:
+            check.sample_weight(sample_weight, objective, len(x), weight)
+        if input_sumsq is not None:
+            check.vector("input_sumsq", input_sumsq, len(x), weight.dtype, weight.device)
+        field = check.label_field(label_field, weight, x_pos, x_pos[:0] if x_neg is None else x_neg)
+        check.shared_product(product, field, n_pos, weight)
+        request = select.Request(weight.device, weight.dtype, compute, own["activation"])
+        select.choose(request, own["backend"])
+        check.optimizer_object(optimizer)
+        parameters = [p for p in self.parameters() if p.requires_grad] if learns else []
+        if learns and not parameters:
+            raise ValueError("no parameter of the layer has requires_grad=True; accepted: one that can be trained")
+        if learns and (peer is not None or skip_below):
+            name = "peer" if peer is not None else "skip_below"
+            raise ValueError(
+                f"{name} came to a layer that hooks watch, a subclass overrides or that is frozen in part, whose step "
+                f"is autograd's; accepted: no {name}, or a layer without these"
+            )
+        if optimizer is not None and parameters:
+            named = {name: p for name, p in self.named_parameters() if p.requires_grad}
+            optim.check_parameters(optimizer, named)
+        if only_checks:
+            nothing = weight.new_empty(0)
+            return StepResult(None, nothing, nothing, nothing, n_pos)
+        x = x.detach()
+        side = torch.arange(len(x), device=x.device) < n_pos if is_positive is None else is_positive
+        with self._set(own):
+            with torch.set_grad_enabled(bool(parameters)):
+                y, sumsq = self._run(x)
+                if overridden(self, "goodness"):
+                    goodness = self.goodness(x).to(weight.dtype)
+                else:
+                    goodness = objective.goodness_of(sumsq, self.out_features)
+                if isinstance(objective, Objective):
+                    loss = functional.goodness_loss(goodness, side, objective, sample_weight=sample_weight)
+                else:
+                    loss = objective.value(y.to(weight.dtype), goodness, side, learns=bool(parameters))
+            if parameters:
+                held = interrupts.hold()
+                try:
+                    optim.step_on_loss(optimizer, parameters, loss, alone=isinstance(objective, Objective))
+                finally:
+                    interrupts.release(held)
+                if outputs == "post":
+                    with torch.no_grad():
+                        y, sumsq = self._run(x)
+        y_out = None if outputs == "none" else y.detach()
+        known = n_pos if is_positive is None else None
+        return StepResult(y_out, sumsq.detach(), goodness.detach(), loss.detach(), known, is_positive)
+
+    def _run(self, x: Tensor, input_sumsq: Tensor | None = None, **shared: Any) -> tuple[Tensor, Tensor]:
+        """`activity`, by a call where one is waited for, to which what is known of the rows says nothing."""
+        if not called_only(self):
+            return self.activity(x, input_sumsq, **shared)
+        y = self(x)
+        return y, y.to(self.weight.dtype).square().sum(1)
+
+    @contextmanager
+    def _set(self, options: dict[str, Any]) -> Iterator[None]:
+        before = self._options()
+        vars(self).update(options)
+        try:
+            yield
+        finally:
+            vars(self).update(before)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, norm={self.norm}, activation={self.activation}, outputs={self.outputs}"
+
+
+def watched(module: nn.Module) -> bool:
+    """Whether calls of a module are seen by hooks, so that none may be left out."""
+    every = nn.modules.module
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        or every._global_forward_hooks or every._global_forward_pre_hooks
+        or every._global_backward_hooks or every._global_backward_pre_hooks
+    )  # fmt: skip
+
+
+def overridden(layer: FFLinear, *names: str) -> bool:
+    """Whether a subclass or the object itself replaces one of these methods."""
+    kind, own = type(layer), vars(layer)
+    for name in names:
+        if name in own or (kind is not FFLinear and getattr(kind, name) is not getattr(FFLinear, name)):
+            return True
+    return False
+
+
+def called_only(layer: FFLinear) -> bool:
+    """Whether a layer computes something else, or something more, than its closed form."""
+    return watched(layer) or overridden(layer, "forward", "activity", "goodness", "__call__")

@@ -11,9 +11,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+
+from .loading import describe, loading
 
 ROOT = Path(__file__).parents[1]
 NATIVE = Path("ffkernels", "backends", "native")
@@ -71,16 +75,9 @@ def old_compiler(path: Path, *unknown: str) -> str:
     )
 
 
-def info(build, code: str = "print(chr(10).join(library.describe()))") -> list[str]:
+def info(build, ask: Callable[[ModuleType], list[str]] = describe) -> list[str]:
     """What a process of its own says of the library that was built."""
-    done = subprocess.run(
-        [sys.executable, "-c", f"import library; {code}"],
-        cwd=build.folder,
-        env={**os.environ, "PYTHONPATH": str(NATIVE), "FFKERNELS_LIBRARY": str(Path("out", NATIVE, LIBRARY))},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done
-    return done.stdout.splitlines()
+    return loading(build.folder, NATIVE, ask, FFKERNELS_LIBRARY=str(Path("out", NATIVE, LIBRARY)))
 
 
 def test_off_builds_nothing_and_says_so(build):
@@ -166,8 +163,9 @@ def test_an_instruction_set_that_the_compiler_does_not_know_is_left_out_alone(bu
     assert [line for line in lines if line.startswith("left out: ")] == [
         f"left out: {name} ({why})" for name, why in written["left_out"].items()
     ]
-    refused = [f"ffk_limit({name.encode()!r})" for name in missing]
-    assert info(build, f"l = library.load().library; print([l.{', l.'.join(refused)}])") == [str([1] * len(missing))]
+    assert info(build, lambda library: [str(library.load().library.ffk_limit(name.encode())) for name in missing]) == (
+        ["1"] * len(missing)
+    )
 
 
 @needs_gcc

@@ -52,10 +52,13 @@ def record(build) -> dict:
     return json.loads((build.folder / "out" / NATIVE / "build.json").read_text())
 
 
+def quick(build) -> dict[str, str]:
+    """For a build in a second, of the baseline alone by a compiler that is told last not to optimise."""
+    return {"CXX": old_compiler(build.folder / "quick", "-m*"), "CXXFLAGS": "-O0", "FFKERNELS_BUILD": "cpu"}
+
+
 def compile_(build, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A build in a second, of the baseline alone by a compiler that is told last not to optimise."""
-    quick = {"CXX": old_compiler(build.folder / "quick", "-m*"), "CXXFLAGS": "-O0", "FFKERNELS_BUILD": "cpu"}
-    return build("build_ext", "--build-lib", "out", **{**quick, **environment})
+    return build("build_ext", "--build-lib", "out", **{**quick(build), **environment})
 
 
 def program(path: Path, script: str) -> str:
@@ -111,7 +114,7 @@ def test_the_wheel_is_pure_where_nothing_is_built(build):
 
 @needs_gcc
 def test_one_wheel_for_every_python(build):
-    done = build("bdist_wheel", "--dist-dir", "out", FFKERNELS_BUILD="cpu")
+    done = build("bdist_wheel", "--dist-dir", "out", **quick(build))
     assert done.returncode == 0, done.stderr
     (name,) = [path.name.split("-", 2)[2] for path in (build.folder / "out").glob("*.whl")]
     assert name.startswith("py3-none-") and not name.endswith("any.whl")
@@ -253,7 +256,7 @@ def test_a_build_that_fails_by_force_leaves_the_library_that_was_there(build):
 @needs_gcc
 def test_two_builds_at_once_leave_a_library_and_its_own_record(build):
     command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", "out"]
-    environment = {**os.environ, "FFKERNELS_BUILD": "cpu", "CXX": old_compiler(build.folder / "quick", "-m*")}
+    environment = {**os.environ, **quick(build)}
     others = [
         subprocess.Popen(command, cwd=build.folder, env={**environment, "CXXFLAGS": flags})
         for flags in ("-O0", "-O0 -g")
@@ -287,8 +290,7 @@ def test_from_a_source_distribution_to_a_wheel(build):
     shutil.unpack_archive(archive, build.folder / "unpacked")
     (source,) = (build.folder / "unpacked").iterdir()
     command = [sys.executable, "setup.py", "-q", "bdist_wheel", "--dist-dir", build.folder / "wheel"]
-    quick = {"CXX": old_compiler(build.folder / "quick", "-m*"), "CXXFLAGS": "-O0", "FFKERNELS_BUILD": "cpu"}
-    environment = {**os.environ, **quick}
+    environment = {**os.environ, **quick(build)}
     done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     (wheel,) = (build.folder / "wheel").iterdir()

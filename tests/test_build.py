@@ -17,7 +17,7 @@ from types import ModuleType
 
 import pytest
 
-from .loading import describe, loading
+from .forks import describe, loading
 
 ROOT = Path(__file__).parents[1]
 NATIVE = Path("ffkernels", "backends", "native")

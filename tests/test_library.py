@@ -15,7 +15,7 @@ import pytest
 
 from ffkernels.backends.native import library
 
-from .loading import loading
+from .forks import loading
 
 OWN = Path(library.__file__).parent
 NAMED = bool(os.environ.get(library.VARIABLE))

@@ -12,7 +12,7 @@ VENV := .venv
 LIBRARY := ffkernels/backends/native/libffkernels_cpu.so
 PIP := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: mnist test lint records sanitize fuzz campaign nightly bench gpu clean
+.PHONY: mnist test lint records sanitize fuzz campaign configurations nightly bench gpu clean
 
 mnist: $(VENV)/train
 	$(VENV)/bin/python -m ffkernels train --preset quick --data mnist --resume
@@ -40,14 +40,18 @@ sanitize: $(VENV)/test
 	  $(VENV)/bin/python -m pytest -p no:faulthandler tests/test_native.py tests/test_large_labels.py tests/test_csrc_parts.py \
 	  -k "not 4200 and not 4300"
 
-# Minutes each: random calls against float64, and trainings that are killed and interrupted.
-nightly: fuzz campaign
+# Minutes each: random calls against float64, trainings that are killed and interrupted, and every shipped configuration
+# of the Triton kernels compiled for every device.
+nightly: fuzz campaign configurations
 
 fuzz: $(VENV)/test
 	$(VENV)/bin/python -m tests.fuzz
 
 campaign: $(VENV)/test
 	$(VENV)/bin/python -m tests.campaign
+
+configurations: $(VENV)/test
+	FFKERNELS_AOT=all $(VENV)/bin/python -m pytest tests/test_triton_compiled.py
 
 bench: $(VENV)/test $(VENV)/contenders
 	$(VENV)/bin/python -m ffkernels bench

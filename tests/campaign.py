@@ -17,7 +17,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -25,11 +24,13 @@ from types import FrameType
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: forked processes and the ones they are held against compute alike
 
 import torch
+import torch._dynamo  # which the first optimizer imports: here once, not in each fork
 
 from ffkernels import cli
 from ffkernels.recipes import catalogue, checkpoint, lock, picture, train
 from paper import command, results
 
+from .forks import in_a_process
 from .toy_data import toy_data, write_idx
 
 EPOCHS, IMAGES, TEST_IMAGES = 3, 300, 60
@@ -73,27 +74,6 @@ class Place:
     def __str__(self) -> str:
         at = f"{self.seconds:.3f} s" if self.calls is None else f"call {self.calls} (+{self.between})"
         return f"{self.kind} at {at}"
-
-
-def in_a_process(do: Callable[[], int], said: Path) -> int:
-    """Runs `do` in a fork; returns its exit code, negative for a signal. What it prints goes to `said`."""
-    process = os.fork()
-    if not process:
-        file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(file, 1)
-        os.dup2(file, 2)
-        code = 99
-        try:
-            code = do()
-        except KeyboardInterrupt:  # as __main__ has it
-            code = cli.INTERRUPTED
-        finally:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            sys.setprofile(None)
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
 class Campaign:

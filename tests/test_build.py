@@ -12,10 +12,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+from .forks import describe, loading
 from .toy_data import toy_data, write_idx
 
 ROOT = Path(__file__).parents[1]
@@ -51,10 +54,13 @@ def record(build) -> dict:
     return json.loads((build.folder / "out" / NATIVE / "build.json").read_text())
 
 
+def quick(build) -> dict[str, str]:
+    """For a build in a second, of the baseline alone by a compiler that is told last not to optimise."""
+    return {"CXX": old_compiler(build.folder / "quick", "-m*"), "CXXFLAGS": "-O0", "FFKERNELS_BUILD": "cpu"}
+
+
 def compile_(build, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A build in a second, of the baseline alone by a compiler that is told last not to optimise."""
-    quick = {"CXX": old_compiler(build.folder / "quick", "-m*"), "CXXFLAGS": "-O0", "FFKERNELS_BUILD": "cpu"}
-    return build("build_ext", "--build-lib", "out", **{**quick, **environment})
+    return build("build_ext", "--build-lib", "out", **{**quick(build), **environment})
 
 
 def program(path: Path, script: str) -> str:
@@ -74,16 +80,9 @@ def old_compiler(path: Path, *unknown: str) -> str:
     )
 
 
-def info(build, code: str = "print(chr(10).join(library.describe()))") -> list[str]:
+def info(build, ask: Callable[[ModuleType], list[str]] = describe) -> list[str]:
     """What a process of its own says of the library that was built."""
-    done = subprocess.run(
-        [sys.executable, "-c", f"import library; {code}"],
-        cwd=build.folder,
-        env={**os.environ, "PYTHONPATH": str(NATIVE), "FFKERNELS_LIBRARY": str(Path("out", NATIVE, LIBRARY))},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done
-    return done.stdout.splitlines()
+    return loading(build.folder, NATIVE, ask, FFKERNELS_LIBRARY=str(Path("out", NATIVE, LIBRARY)))
 
 
 def test_off_builds_nothing_and_says_so(build):
@@ -147,7 +146,7 @@ def test_the_wheel_trains_and_says_what_needs_the_checkout(build):
 
 @needs_gcc
 def test_one_wheel_for_every_python(build):
-    done = build("bdist_wheel", "--dist-dir", "out", FFKERNELS_BUILD="cpu")
+    done = build("bdist_wheel", "--dist-dir", "out", **quick(build))
     assert done.returncode == 0, done.stderr
     (name,) = [path.name.split("-", 2)[2] for path in (build.folder / "out").glob("*.whl")]
     assert name.startswith("py3-none-") and not name.endswith("any.whl")
@@ -199,8 +198,9 @@ def test_an_instruction_set_that_the_compiler_does_not_know_is_left_out_alone(bu
     assert [line for line in lines if line.startswith("left out: ")] == [
         f"left out: {name} ({why})" for name, why in written["left_out"].items()
     ]
-    refused = [f"ffk_limit({name.encode()!r})" for name in missing]
-    assert info(build, f"l = library.load().library; print([l.{', l.'.join(refused)}])") == [str([1] * len(missing))]
+    assert info(build, lambda library: [str(library.load().library.ffk_limit(name.encode())) for name in missing]) == (
+        ["1"] * len(missing)
+    )
 
 
 @needs_gcc
@@ -288,7 +288,7 @@ def test_a_build_that_fails_by_force_leaves_the_library_that_was_there(build):
 @needs_gcc
 def test_two_builds_at_once_leave_a_library_and_its_own_record(build):
     command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", "out"]
-    environment = {**os.environ, "FFKERNELS_BUILD": "cpu", "CXX": old_compiler(build.folder / "quick", "-m*")}
+    environment = {**os.environ, **quick(build)}
     others = [
         subprocess.Popen(command, cwd=build.folder, env={**environment, "CXXFLAGS": flags})
         for flags in ("-O0", "-O0 -g")
@@ -322,8 +322,7 @@ def test_from_a_source_distribution_to_a_wheel(build):
     shutil.unpack_archive(archive, build.folder / "unpacked")
     (source,) = (build.folder / "unpacked").iterdir()
     command = [sys.executable, "setup.py", "-q", "bdist_wheel", "--dist-dir", build.folder / "wheel"]
-    quick = {"CXX": old_compiler(build.folder / "quick", "-m*"), "CXXFLAGS": "-O0", "FFKERNELS_BUILD": "cpu"}
-    environment = {**os.environ, **quick}
+    environment = {**os.environ, **quick(build)}
     done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     (wheel,) = (build.folder / "wheel").iterdir()

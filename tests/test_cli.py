@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import resource
 import shlex
 import shutil
 import signal
@@ -20,6 +21,7 @@ from ffkernels.recipes import checkpoint, progress
 from ffkernels.recipes.train import CHECKPOINT, METRICS
 from paper import results
 
+from .forks import in_a_process, start
 from .toy_data import toy_data, write_idx
 
 DEFAULT_BACKEND = "eager" if library.load().library is None else "native"
@@ -84,14 +86,14 @@ def assert_same_run(one: str, other: str) -> None:
 
 
 @contextmanager
-def interrupt_at(monkeypatch, step: int) -> Iterator[None]:
-    """Ctrl-C within this step, counted from 1."""
+def interrupt_at(monkeypatch, step: int, number: int = signal.SIGINT) -> Iterator[None]:
+    """Ctrl-C, or another signal, within this step, counted from 1."""
     show, left = progress.Progress.step, [step]
 
     def hooked(self, describe) -> None:
         left[0] -= 1
         if not left[0]:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         show(self, describe)
 
     with monkeypatch.context() as patch:
@@ -128,10 +130,10 @@ def test_without_matplotlib_it_says_so_and_trains(arguments, capsys, monkeypatch
 
 
 @pytest.mark.parametrize("step", [3, STEPS + 3])
-def test_killed_and_resumed_run_gives_the_same_numbers(step: int, arguments) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", HOOKED, str(step), str(signal.SIGKILL.value), *arguments, "--output", "killed"]
-    assert subprocess.run(command, env=environment, capture_output=True).returncode == -signal.SIGKILL
+def test_killed_and_resumed_run_gives_the_same_numbers(step: int, arguments, monkeypatch) -> None:
+    with interrupt_at(monkeypatch, step, signal.SIGKILL):
+        code = in_a_process(lambda: cli.main([*arguments, "--output", "killed"]), Path("said"))
+    assert code == -signal.SIGKILL, Path("said").read_text()
     assert len(rows_of("killed")) == step // STEPS
     assert cli.main([*arguments, "--output", "killed", "--resume"]) == 0
     assert cli.main([*arguments, "--output", "whole"]) == 0
@@ -271,17 +273,20 @@ def test_a_renamed_folder_is_the_same_data(arguments, capsys, monkeypatch) -> No
     assert_same_run("whole", "cut")
 
 
-def test_two_trainings_in_a_folder(arguments, capsys, environment) -> None:
+def test_two_trainings_in_a_folder(arguments, capsys, monkeypatch) -> None:
     """The second says so and leaves the first alone; after a kill nothing stands in the way."""
-    command = [sys.executable, "-c", HOOKED, "3", str(signal.SIGSTOP.value), *arguments, "--output", "out"]
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) as first:
-        assert os.WIFSTOPPED(os.waitpid(first.pid, os.WUNTRACED)[1])
+    with interrupt_at(monkeypatch, 3, signal.SIGSTOP):
+        first = start(lambda: cli.main([*arguments, "--output", "out"]), Path("said"))
+    try:
+        assert os.WIFSTOPPED(os.waitpid(first, os.WUNTRACED)[1])
         before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
         for more in ("--resume", "--overwrite"):
             assert cli.main([*arguments, "--output", "out", more]) == 2
-            assert_one_line(capsys, f"out: another training (process {first.pid}) is at work in this folder")
+            assert_one_line(capsys, f"out: another training (process {first}) is at work in this folder")
         assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before
-        first.kill()
+    finally:
+        os.kill(first, signal.SIGKILL)
+        os.waitpid(first, 0)
     assert cli.main([*arguments, "--output", "out", "--resume"]) == 0
     assert sorted(path.name for path in Path("out").iterdir()) == [CHECKPOINT, METRICS]
 
@@ -312,15 +317,19 @@ def test_ctrl_c_twice_while_saving(where: str, arguments, capsys, monkeypatch) -
     assert_same_run("whole", "cut")
 
 
-def test_a_file_that_may_not_grow(arguments, monkeypatch, environment) -> None:
+def test_a_file_that_may_not_grow(arguments, monkeypatch) -> None:
     """What `ulimit -f` does, and a full disk: one line, the old checkpoint whole, nothing beside it."""
     command = ["train", *arguments[1:], "--output", "cut", "--resume"]
-    limited = ["bash", "-c", f"ulimit -f 64; exec {shlex.join([sys.executable, '-m', 'ffkernels', *command])}"]
+
+    def limited() -> int:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
+        return cli.main(command)
+
     for epochs, rest in ((0, "no epoch is saved"), (1, "--resume goes on from the checkpoint")):
         old = Path("cut", CHECKPOINT).read_bytes() if epochs else None
-        done = subprocess.run(limited, env=environment, capture_output=True, text=True)
-        assert done.returncode == 2 and "Traceback" not in done.stderr
-        assert done.stderr.splitlines()[-1] == f"python -m ffkernels: cut/checkpoint.pt: File too large; {rest}"
+        code, text = in_a_process(limited, Path("said")), Path("said").read_text()
+        assert code == 2 and "Traceback" not in text
+        assert text.splitlines()[-1] == f"python -m ffkernels: cut/checkpoint.pt: File too large; {rest}"
         assert sorted(path.name for path in Path("cut").iterdir()) == [CHECKPOINT, METRICS][1 - epochs :]
         if epochs:
             assert Path("cut", CHECKPOINT).read_bytes() == old

@@ -15,6 +15,8 @@ import pytest
 
 from ffkernels.backends.native import library
 
+from .forks import loading
+
 OWN = Path(library.__file__).parent
 NAMED = bool(os.environ.get(library.VARIABLE))
 BUILT = (OWN / library.NAME).is_file() and not NAMED
@@ -30,12 +32,8 @@ def folder(tmp_path) -> Path:
 
 
 def said(folder: Path, **environment: str) -> list[str]:
-    """What a process of its own says of the library there; a fault in it would end a process."""
-    command = [sys.executable, "-c", "import library; print(*library.describe(), sep=chr(10))"]
-    env = {**os.environ, "PYTHONPATH": str(folder), **environment}
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done
-    return done.stdout.splitlines()
+    """What a process of its own says of the library there."""
+    return loading(folder, **environment)
 
 
 def edit(folder: Path, **changes: object) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -42,15 +41,12 @@ needs_triton = pytest.mark.skipif(not support._installed(), reason="Triton is no
 
 
 @needs_triton
-def test_kernels_in_the_interpreter():
-    """Triton reads the variable when it is imported: a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", "tests/interpreted"],
-        env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
-    print(done.stdout)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert "passed" in done.stdout and "skipped" not in done.stdout
+def test_kernels_in_the_interpreter(interpreted):
+    """Triton reads the variable when it is imported: a process of its own, which `conftest.py` starts."""
+    status, output = interpreted()
+    print(output)
+    assert status == 0, output[-8000:]
+    assert "passed" in output and "skipped" not in output
 
 
 @needs_triton

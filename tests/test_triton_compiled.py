@@ -1,6 +1,6 @@
 """The kernels as compiled for devices that need not be there: they fit, use the matrix units, and spill nothing.
 
-Every shipped configuration is in the table of `triton_aot.py`. Compiling them all takes minutes, which `.ci/run`
+Every shipped configuration is in the table of `triton_aot.py`. Compiling them all takes minutes, which `make nightly`
 spends (`FFKERNELS_AOT=all`); otherwise the configurations of sm_90 are compiled in bfloat16 and TF32, and of every
 other device the ones for large shapes.
 """

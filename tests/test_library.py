@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ffkernels.backends.native import library
+from ffkernels.backends.native import library, records
 
 from .forks import loading
 
@@ -134,10 +134,13 @@ def test_without_a_record(folder):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
-@pytest.mark.parametrize("missing", ["ffk_interface", "ffk_instruction_set", "ffk_use_threads", "ffk_linear_step"])
+@pytest.mark.parametrize(
+    "missing", ["ffk_interface", "ffk_instruction_set", "ffk_use_threads", "ffk_linear_step", "ffk_linear_update"]
+)
 def test_a_missing_symbol(folder, missing):
-    names = ("ffk_interface", "ffk_instruction_set", "ffk_use_threads", "ffk_linear_forward", "ffk_linear_step")
-    present = [f"int {name}() {{ return {library.INTERFACE}; }}" for name in names if name != missing]
+    names = ("ffk_interface", "ffk_instruction_set", "ffk_use_threads")
+    names += ("ffk_linear_forward", "ffk_linear_step", "ffk_linear_update")
+    present = [f"int {name}() {{ return {records.interface()}; }}" for name in names if name != missing]
     compile_(folder, f'extern "C" {{ {" ".join(present)} }}')
     assert said(folder) == [
         f"the compiled library cannot be loaded: {folder / library.NAME}: undefined symbol: {missing}"

@@ -334,7 +334,7 @@ def again(optimizer: Optimizer, plan: Plan) -> Plan | None:
             if kept is not tensor or (kept.dim() and kept.nbytes != parameter.nbytes):
                 return None
         now = _given(plan.rule, group)
-        if now == given:
+        if _same_numbers(now, given):
             parts.append(part)
         elif plan.rule == "sgd" and (now[1] != 0) != bool(keys):
             return None
@@ -416,16 +416,26 @@ def _zeros_like(parameter: Tensor) -> Tensor:
 
 
 def _given(rule: Rule, group: dict[str, Any]) -> tuple[Any, ...]:
-    """A group's numbers, the learning rate first."""
+    """A group's numbers, the learning rate first and as it is; the others' tensors may change in place."""
     if rule == "adam":
-        return (
-            group["lr"], *group["betas"], group["eps"], group["weight_decay"], group["maximize"],
+        beta1, beta2 = group["betas"]
+        others = (
+            beta1, beta2, group["eps"], group["weight_decay"], group["maximize"],
             group.get("decoupled_weight_decay", False),
         )  # fmt: skip
-    return (
-        group["lr"], group["momentum"], group["dampening"], group["nesterov"], group["weight_decay"],
-        group["maximize"], group.get("decoupled", 0),
-    )  # fmt: skip
+    else:
+        others = (
+            group["momentum"], group["dampening"], group["nesterov"], group["weight_decay"], group["maximize"],
+            group.get("decoupled", 0),
+        )  # fmt: skip
+    return group["lr"], *map(float, others)
+
+
+def _same_numbers(now: tuple[Any, ...], given: tuple[Any, ...]) -> bool:
+    lr, before = now[0], given[0]
+    if isinstance(lr, Tensor) or isinstance(before, Tensor):
+        return lr is before and now[1:] == given[1:]
+    return now == given
 
 
 def _numbers(rule: Rule, parameter: Tensor, given: tuple[Any, ...]) -> tuple[Numbers, Tensor | None]:
@@ -436,10 +446,10 @@ def _numbers(rule: Rule, parameter: Tensor, given: tuple[Any, ...]) -> tuple[Num
         check.one_number("lr", by_tensor, parameter)
     rate = 0.0 if by_tensor is not None else float(lr)
     if rule == "adam":
-        beta1, beta2, eps, decay, maximize, decoupled = map(float, others)
+        beta1, beta2, eps, decay, maximize, decoupled = others
         numbers = Numbers(rate, decay, decoupled, maximize, beta1=beta1, beta2=beta2, eps=eps)
     else:
-        momentum, dampening, nesterov, decay, maximize, decoupled = map(float, others)
+        momentum, dampening, nesterov, decay, maximize, decoupled = others
         is_decoupled = float(decoupled != 0)
         numbers = Numbers(rate, decoupled or decay, is_decoupled, maximize, momentum, dampening, nesterov)
     return numbers, by_tensor

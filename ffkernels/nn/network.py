@@ -131,6 +131,9 @@ class FFNetwork(nn.Module):
             One result per layer, its `y` None unless `keep`: activities live only until the next layer has seen them,
             so that memory does not grow with depth; the last layer's are not computed.
         """
+        for name in ("outputs", "input_sumsq"):
+            if name in options:
+                raise TypeError(f"{name} came to a whole network; accepted: layer.outputs, and sums made by the layers")
         per_layer = self._optimizers(optimizers)
         last = len(self.layers) - 1
         outputs = ["none" if i == last and not keep else layer.outputs for i, layer in enumerate(self)]
@@ -289,6 +292,10 @@ class FFNetwork(nn.Module):
     def _optimizers(self, optimizers: Optimizer | Sequence[Optimizer | None] | None) -> Sequence[Optimizer | None]:
         if optimizers is None or isinstance(optimizers, Optimizer):
             return [optimizers] * len(self.layers)
+        if not isinstance(optimizers, Sequence):
+            raise TypeError(
+                f"optimizers is a {type(optimizers).__name__}; accepted: an Optimizer, a sequence of them, None"
+            )
         if len(optimizers) != len(self.layers):
             raise ValueError(
                 f"optimizers has {len(optimizers)} entries; accepted: one optimizer, or {len(self.layers)}"
@@ -356,7 +363,8 @@ class FFNetwork(nn.Module):
         negatives.check_rows(x, num_classes)
         negatives.check_value(label_value)
         chosen = self._chosen(layers, default=range(len(self.layers)))
-        sign = torch.tensor([1.0 if layer.objective.maximize else -1.0 for layer in self], device=x.device)[chosen]
+        signs = [1.0 if layer.objective.maximize else -1.0 for layer in self]
+        sign = next(self.parameters()).new_tensor([signs[i] for i in chosen], device=x.device)
         best = [x.new_empty(0, dtype=torch.int64)]
         for rows in x.split(max(1, PREDICTION_ROWS // num_classes)):
             under_all = rows.repeat(num_classes, 1)

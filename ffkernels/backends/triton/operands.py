@@ -17,11 +17,15 @@ DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 
 
 class Rows(NamedTuple):
-    """The joint batch: both sides with the same column stride, and the rows' sums of squares where they are known."""
+    """The joint batch: both sides with the same column stride, and of `spec.Rows` what is known of each row.
+
+    `is_positive`: as bytes.
+    """
 
     x_pos: Tensor
     x_neg: Tensor
     sumsq: Tensor | None
+    is_positive: Tensor | None
 
     @property
     def total(self) -> int:
@@ -88,11 +92,13 @@ class Layer(NamedTuple):
         }
 
 
-def joint(x_pos: Tensor, x_neg: Tensor, sumsq: Tensor | None) -> Rows:
+def joint(rows: spec.Rows) -> Rows:
     """The joint batch as the kernels take it; sides whose column strides differ are copied."""
+    x_pos, x_neg, is_positive = rows.x_pos, rows.x_neg, vector(rows.is_positive)
     if x_pos.stride(1) != x_neg.stride(1) and x_neg.shape[0]:
         x_pos, x_neg = x_pos.contiguous(), x_neg.contiguous()
-    return Rows(x_pos, x_neg, vector(sumsq))
+    mask = None if is_positive is None else is_positive.view(torch.uint8)
+    return Rows(x_pos, x_neg, vector(rows.input_sumsq), mask)
 
 
 def vector(values: Tensor | None) -> Tensor | None:
@@ -119,7 +125,15 @@ class Terms(NamedTuple):
         return self.constants["GOODNESS"] == "sum" or self.arguments["skip_below"] > 0
 
 
-def terms(rows: Rows, is_positive: Tensor | None, sample_weight: Tensor | None, goal: Goal) -> Terms:
+# Those of a loss that is given as slopes.
+NO_TERMS = Terms(
+    dict.fromkeys(("n_positive", "sample_weight", "threshold"))
+    | dict.fromkeys(("threshold_pos", "threshold_neg", "logit_scale", "share_pos", "share_neg", "skip_below"), 0.0),
+    {"GOODNESS": "sum", "LOSS": "logistic", "THRESHOLD_PER_ROW": False},
+)
+
+
+def terms(rows: Rows, sample_weight: Tensor | None, goal: Goal) -> Terms:
     """The objective as `coefficient.row_terms` takes it."""
     paired = goal.loss != "logistic"
     threshold, threshold_pos, threshold_neg = goal.threshold, goal.threshold_pos, goal.threshold_neg
@@ -131,14 +145,13 @@ def terms(rows: Rows, is_positive: Tensor | None, sample_weight: Tensor | None, 
         counts = (n, n)
     else:
         counts = (n_pos, n - n_pos)
-        if is_positive is not None:
+        if rows.is_positive is not None:
             # How many rows a mask marks is known on the device only, and stays there.
-            n_positive = is_positive.sum()
+            n_positive = rows.is_positive.sum()
     if threshold is not None and threshold.device != rows.x_pos.device:
         threshold_pos = threshold_neg = float(threshold)
         threshold = None
     arguments = {
-        "is_positive": None if is_positive is None else is_positive.view(torch.uint8),
         "n_positive": n_positive,
         "sample_weight": vector(sample_weight),
         "threshold": vector(threshold),
@@ -157,8 +170,15 @@ def terms(rows: Rows, is_positive: Tensor | None, sample_weight: Tensor | None, 
     return Terms(arguments, constants)
 
 
-def parameter_arguments(layer: spec.Layer, update: Update, weight_rounded: Tensor | None) -> dict[str, Any]:
-    """Parameters, their state and the rule's numbers. Counts Adam's step."""
+class Parameters(NamedTuple):
+    """Parameters, their state and the rule's numbers, and the rule's compiled form."""
+
+    arguments: dict[str, Any]
+    rule: str
+
+
+def parameters(layer: spec.Layer, update: Update, weight_rounded: Tensor | None = None) -> Parameters:
+    """What a rule is applied to, and with. Counts Adam's step."""
     weight, bias = layer.weight, layer.bias
     weight_state, bias_state = update.weight.state, update.bias.state
     arguments: dict[str, Any] = {"weight": weight, "bias": bias, "weight_rounded": weight_rounded}
@@ -174,4 +194,5 @@ def parameter_arguments(layer: spec.Layer, update: Update, weight_rounded: Tenso
         name = f"bias_state{slot}"
         arguments |= {name: state, f"{name}_stride": state.stride(0) if state is not None else 0}
     arguments |= rules.numbers("weight", update.rule, update.weight)
-    return arguments | rules.numbers("bias", update.rule if bias is not None else "grad", update.bias)
+    arguments |= rules.numbers("bias", update.rule if bias is not None else "grad", update.bias)
+    return Parameters(arguments, rules.compiled(update))

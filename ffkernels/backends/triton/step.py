@@ -1,4 +1,4 @@
-"""The two operators, put together from the launches."""
+"""The operators, put together from the launches."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ... import spec
 from ...normalisation import row_sumsq
-from . import launch, operands, rules
+from . import launch, operands
 
 
 def linear_forward_(rows: spec.Rows, layer: spec.Layer, y: Tensor | None, sumsq: Tensor) -> None:
@@ -35,32 +35,37 @@ def linear_step_(
     ready = operands.Layer(*layer)
     shared = None if rows.product is None else (rows.product, rows.label_field)
     joint = _rows(rows, ready)
-    is_positive = operands.vector(rows.is_positive)
     weight, y = layer.weight, outputs.y
     n, width = joint.total, weight.shape[0]
     kept = y if y is not None and not ready.keeps_z else weight.new_empty(n, width, dtype=layer.compute_dtype)
     row_scale = weight.new_empty(n) if layer.norm != "none" else None
     activity, z = (y, kept) if ready.keeps_z else (kept, None)
-    partials, units = launch.forward(joint, ready, activity, z, row_scale, shared, pull.mean is not None, is_positive)
+    partials, units = launch.forward(joint, ready, activity, z, row_scale, shared, pull.mean is not None)
     peers = None
     if pull.mean is not None and units is not None:
-        peers = launch.pull(joint, ready, units, row_scale, is_positive, pull)
-    terms = operands.terms(joint, is_positive, rows.sample_weight, goal)
-    parameters = operands.parameter_arguments(layer, update, outputs.rounded)
+        peers = launch.pull(joint, ready, units, row_scale, pull)
+    terms = operands.terms(joint, rows.sample_weight, goal)
+    parameters = operands.parameters(layer, update, outputs.rounded)
     activities = launch.Activities(kept, row_scale, partials)
-    form = rules.compiled(update)
-    launch.update(joint, ready, activities, terms, peers, form, parameters, outputs.sumsq, outputs.loss_out)
+    launch.update(joint, ready, activities, terms, peers, parameters, outputs.sumsq, outputs.loss_out)
 
 
 def linear_update_(
     rows: spec.Rows, layer: spec.Layer, slopes: spec.Slopes, pull: spec.PeerPull, update: spec.Update
 ) -> None:
     """See `ops.SCHEMAS`."""
-    raise NotImplementedError("the Triton backend has no update with given slopes yet")
+    ready = operands.Layer(*layer)
+    joint = operands.joint(rows)
+    row_scale = launch.row_scale(joint, ready)
+    peers = None
+    if pull.mean is not None:
+        units = launch.unit_sums(joint, ready, slopes.activity)
+        peers = launch.pull(joint, ready, units, row_scale, pull)
+    launch.update_given(joint, ready, slopes, row_scale, peers, operands.parameters(layer, update))
 
 
 def _rows(rows: spec.Rows, layer: operands.Layer) -> operands.Rows:
-    joint = operands.joint(rows.x_pos, rows.x_neg, rows.input_sumsq)
+    joint = operands.joint(rows)
     if joint.sumsq is None and layer.norm != "none" and (rows.product is not None or layer.scales_first(joint)):
         # Normalising costs a pass of its own where float32 rows go into a float16 product, which must know their
         # lengths first, and where the product does not read the whole of them.

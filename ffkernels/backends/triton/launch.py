@@ -9,13 +9,24 @@ import torch
 import triton
 from torch import Tensor
 
-from ... import spec
+from ...spec import Layer, PeerPull, Rows, Slopes
 from . import configs
 from .coefficient import coefficient_kernel
 from .device import descriptor, device_of, processors
 from .finish import finish_kernel
 from .forward import forward_kernel
-from .operands import NO_TERMS, Layer, Parameters, Rows, Terms, kind_of
+from .operands import (
+    NO_TERMS,
+    Parameters,
+    Terms,
+    arithmetic,
+    as_one,
+    kind_of,
+    mask,
+    row_arguments,
+    scales_first,
+    total,
+)
 from .peers import peers_kernel
 from .slopes import list_kernel, scale_kernel, units_kernel
 from .support import interpreted
@@ -75,57 +86,54 @@ def forward(
     y: Tensor | None,
     z: Tensor | None = None,
     row_scale: Tensor | None = None,
-    shared: tuple[Tensor, int] | None = None,
     sum_units: bool = False,
     sumsq: Tensor | None = None,
 ) -> Sums:
     """Launches the forward, which writes what it is given.
 
     Args:
-        shared: `product` and `label_field` of `spec.Rows`.
         sum_units: whether the activities of positive rows are summed up.
         sumsq: `[rows]` for the squares, where one column block makes all of them.
     """
     weight = layer.weight
-    if layer.compute_dtype != weight.dtype and rows.total >= ROUND_WEIGHT_ROWS:
+    if layer.compute_dtype != weight.dtype and total(rows) >= ROUND_WEIGHT_ROWS:
         weight = weight.to(layer.compute_dtype)
     out_features, in_features = weight.shape
     kind = kind_of(layer.compute_dtype, rows.x_pos, weight)
-    config = configs.choose("forward", kind, (rows.total, in_features, out_features), weight.device)
+    config = configs.choose("forward", kind, (total(rows), in_features, out_features), weight.device)
     row_blocks, column_blocks = (
-        triton.cdiv(size, config[block]) for size, block in ((rows.total, "BLOCK_M"), (out_features, "BLOCK_N"))
+        triton.cdiv(size, config[block]) for size, block in ((total(rows), "BLOCK_M"), (out_features, "BLOCK_N"))
     )
     if sumsq is not None and column_blocks == 1:
-        partials = sumsq.view(1, rows.total)
+        partials = sumsq.view(1, total(rows))
     else:
-        partials = weight.new_empty(column_blocks, rows.total, dtype=torch.float32)
+        partials = weight.new_empty(column_blocks, total(rows), dtype=torch.float32)
     units = weight.new_empty(row_blocks, out_features, dtype=torch.float32) if sum_units else None
     x_tiles = weight_tiles = None
-    if config["TMA"] and shared is None:
-        x_tiles = descriptor(rows.as_one, [config["BLOCK_M"], config["BLOCK_K"]])
+    if config["TMA"] and rows.product is None:
+        x_tiles = descriptor(as_one(rows), [config["BLOCK_M"], config["BLOCK_K"]])
         weight_tiles = descriptor(weight, [config["BLOCK_N"], config["BLOCK_K"]])
     bulk = x_tiles is not None and weight_tiles is not None
     programs = row_blocks * column_blocks
     if config["PERSISTENT"]:
         programs = min(programs, config["PERSISTENT"] * processors(weight.device))
-    product, columns = (None, in_features) if shared is None else (shared[0].contiguous(), shared[1])
     if programs:
         with device_of(weight):
             forward_kernel[(programs,)](
-                **rows.arguments(),
-                input_sumsq=rows.sumsq if layer.norm != "none" else None,
+                **row_arguments(rows),
+                input_sumsq=rows.input_sumsq if layer.norm != "none" else None,
                 weight=weight,
                 bias=layer.bias,
                 x_tiles=x_tiles if bulk else None,
                 weight_tiles=weight_tiles if bulk else None,
-                product=product,
-                is_positive=rows.is_positive if sum_units else None,
+                product=rows.product,
+                is_positive=mask(rows) if sum_units else None,
                 y=y,
                 kept=z,
                 row_scale=row_scale,
                 partials=partials,
                 unit_sums=units,
-                columns=columns,
+                columns=in_features if rows.product is None else rows.label_field,
                 in_features=in_features,
                 out_features=out_features,
                 weight_row=weight.stride(0),
@@ -137,8 +145,8 @@ def forward(
                 NORM=layer.norm,
                 EPS_MODE=layer.eps_mode,
                 ACTIVATION=layer.activation,
-                SCALE_FIRST=layer.scales_first(rows) and shared is None,
-                **layer.arithmetic(),
+                SCALE_FIRST=scales_first(layer, rows) and rows.product is None,
+                **arithmetic(layer),
                 **{**config, "TMA": int(bulk), "PERSISTENT": int(config["PERSISTENT"] > 0)},
             )
     return Sums(partials, units)
@@ -149,23 +157,23 @@ def pull(
     layer: Layer,
     units: Tensor,
     row_scale: Tensor | None,
-    given: spec.PeerPull,
+    given: PeerPull,
 ) -> Pull:
     """Launches peer normalisation, which moves the mean; `units` from a forward with `sum_units`."""
     mean, strength, momentum, gated = given
     assert mean is not None
     out_features, in_features = layer.weight.shape
     block = PEERS_BLOCK[interpreted()]
-    splits = max(1, min(INPUT_SPLITS, rows.total // (8 * block["BLOCK_K"])))
+    splits = max(1, min(INPUT_SPLITS, total(rows) // (8 * block["BLOCK_K"])))
     made = layer.weight.new_empty(2, out_features)
     sums = None if gated else layer.weight.new_empty(splits, in_features)
     with device_of(mean):
         peers_kernel[(1 if gated else 1 + splits * triton.cdiv(in_features, block["BLOCK_IN"]),)](
-            **rows.arguments(),
+            **row_arguments(rows),
             unit_sums=units,
             row_blocks=units.shape[0],
             row_scale=row_scale,
-            is_positive=rows.is_positive,
+            is_positive=mask(rows),
             # How many rows a mask marks is known on the device only, and stays there.
             n_positive=None if rows.is_positive is None else rows.is_positive.sum(),
             in_features=in_features,
@@ -201,7 +209,7 @@ class Source(NamedTuple):
     """
 
     made: Coefficients | None = None
-    slopes: spec.Slopes | None = None
+    slopes: Slopes | None = None
     terms: Terms = NO_TERMS
     partials: Tensor | None = None
     sumsq: Tensor | None = None
@@ -237,7 +245,7 @@ def update(
     partials = activities.partials
     assert partials is not None
     form = coefficient_form(
-        rows.total,
+        total(rows),
         layer.weight.numel(),
         partials.shape[0],
         leave_out=terms.leaves_rows_out and not is_gated(peers),
@@ -250,14 +258,14 @@ def update(
 
 
 def update_given(
-    rows: Rows, layer: Layer, slopes: spec.Slopes, row_scale: Tensor | None, peers: Pull | None, parameters: Parameters
+    rows: Rows, layer: Layer, slopes: Slopes, row_scale: Tensor | None, peers: Pull | None, parameters: Parameters
 ) -> None:
     """Launches the update by given slopes."""
     _, first, second = slopes
     source = Source(slopes=slopes)
     if first is None and (second is None or second.shape[1] == 1):
-        column = layer.weight.new_zeros(rows.total) if second is None else second[:, 0]
-        large = coefficient_form(rows.total, layer.weight.numel(), 0, leave_out=not is_gated(peers))
+        column = layer.weight.new_zeros(total(rows)) if second is None else second[:, 0]
+        large = coefficient_form(total(rows), layer.weight.numel(), 0, leave_out=not is_gated(peers))
         # What the loss is, nobody here knows: any may have rows at rest.
         source = Source(listed(column) if large == "listed" else Coefficients(coefficient=2 * column))
     launch_tiles(rows, layer, Activities(slopes.activity, row_scale), source, peers, parameters)
@@ -270,12 +278,12 @@ def launch_tiles(
     weight, kept = layer.weight, activities.kept
     out_features, in_features = weight.shape
     kind = "float32" if layer.compute_dtype == torch.float32 else kind_of(layer.compute_dtype, rows.x_pos, kept)
-    config = configs.choose("update", kind, (rows.total, in_features, out_features), weight.device)
+    config = configs.choose("update", kind, (total(rows), in_features, out_features), weight.device)
     if source.slopes is not None:
         config = configs.beside_slopes(config)
     splits = count_splits(
         triton.cdiv(out_features, config["BLOCK_OUT"]) * triton.cdiv(in_features, config["BLOCK_IN"]),
-        triton.cdiv(rows.total, config["BLOCK_K"]),
+        triton.cdiv(total(rows), config["BLOCK_K"]),
         processors(weight.device),
     )
     loss = source.loss
@@ -293,7 +301,7 @@ def launch_tiles(
                 partial_loss = weight.new_empty(splits)
         x_tiles = kept_tiles = None
         if config["TMA"] and (source.made is None or source.made.index is None) and kept.dtype == layer.compute_dtype:
-            x_tiles = descriptor(rows.as_one, [config["BLOCK_K"], config["BLOCK_IN"]])
+            x_tiles = descriptor(as_one(rows), [config["BLOCK_K"], config["BLOCK_IN"]])
             kept_tiles = descriptor(kept, [config["BLOCK_K"], config["BLOCK_OUT"]])
         bulk = x_tiles is not None and kept_tiles is not None
         blocks_out = triton.cdiv(out_features, config["BLOCK_OUT"])
@@ -301,8 +309,8 @@ def launch_tiles(
         row_programs = blocks_out if layer.bias is not None else 1
         grid = (blocks_out * triton.cdiv(in_features, config["BLOCK_IN"]) + row_programs, splits)
         update_kernel[grid](
-            **rows.arguments(),
-            is_positive=rows.is_positive,
+            **row_arguments(rows),
+            is_positive=mask(rows),
             kept=kept,
             row_scale=activities.row_scale,
             x_tiles=x_tiles if bulk else None,
@@ -323,8 +331,8 @@ def launch_tiles(
             PARTIALS=at_once(0 if source.partials is None else source.partials.shape[0]),
             PULL_GATED=is_gated(peers),
             HAS_BIAS=layer.bias is not None,
-            SCALE_X=layer.scales_first(rows),
-            **layer.arithmetic(),
+            SCALE_X=scales_first(layer, rows),
+            **arithmetic(layer),
             **{**config, "TMA": int(bulk)},
         )
         if splits > 1:
@@ -353,21 +361,21 @@ def coefficients(
     weight, listed = layer.weight, form == "listed"
     at_a_time = at_once(partials.shape[0])
     block = min(COEFFICIENT_BLOCK[form], COEFFICIENT_NUMBERS // max(at_a_time, 1)) if not interpreted() else 16
-    programs = 1 if listed else max(1, triton.cdiv(rows.total, block))
+    programs = 1 if listed else max(1, triton.cdiv(total(rows), block))
     made = Coefficients(
         row_losses=None if listed else weight.new_empty(programs),
-        index=weight.new_empty(rows.total, dtype=torch.int32) if listed else None,
-        coefficient=weight.new_empty(rows.total),
+        index=weight.new_empty(total(rows), dtype=torch.int32) if listed else None,
+        coefficient=weight.new_empty(total(rows)),
         count=weight.new_empty((), dtype=torch.int32) if listed else None,
     )
     coefficient_kernel[(programs,)](
         **terms.arguments,
         partials=partials,
         n_partials=partials.shape[0],
-        is_positive=rows.is_positive,
+        is_positive=mask(rows),
         n_pos=rows.x_pos.shape[0],
-        rows=rows.total,
-        width=layer.out_features,
+        rows=total(rows),
+        width=layer.weight.shape[0],
         sumsq=sumsq,
         loss=loss if listed else made.row_losses,
         index=made.index,
@@ -403,7 +411,7 @@ def listed(second: Tensor) -> Coefficients:
     return made
 
 
-def slope_arguments(slopes: spec.Slopes | None) -> dict[str, Any]:
+def slope_arguments(slopes: Slopes | None) -> dict[str, Any]:
     """The slopes as `slopes.by_slopes` takes them: where there is one a row, it is every unit's."""
     arguments: dict[str, Any] = {}
     for name in ("first", "second"):
@@ -422,13 +430,13 @@ def row_scale(rows: Rows, layer: Layer) -> Tensor | None:
     """Launches what normalises the rows; None without a norm."""
     if layer.norm == "none":
         return None
-    made = layer.weight.new_empty(rows.total)
+    made = layer.weight.new_empty(total(rows))
     block = ROWS_BLOCK[interpreted()]
-    if rows.total:
+    if total(rows):
         with device_of(made):
-            scale_kernel[(triton.cdiv(rows.total, block["BLOCK_M"]),)](
-                **rows.arguments(),
-                input_sumsq=rows.sumsq,
+            scale_kernel[(triton.cdiv(total(rows), block["BLOCK_M"]),)](
+                **row_arguments(rows),
+                input_sumsq=rows.input_sumsq,
                 in_features=layer.weight.shape[1],
                 eps=layer.eps,
                 row_scale=made,
@@ -443,16 +451,16 @@ def unit_sums(rows: Rows, layer: Layer, kept: Tensor) -> Tensor:
     """Launches the sums of the positive rows' activities, `Sums.units`, where no forward has made them."""
     out_features = layer.weight.shape[0]
     block = UNITS_BLOCK[interpreted()]
-    splits = max(1, min(INPUT_SPLITS, rows.total // (8 * block["BLOCK_M"])))
+    splits = max(1, min(INPUT_SPLITS, total(rows) // (8 * block["BLOCK_M"])))
     made = layer.weight.new_empty(splits, out_features)
     with device_of(made):
         units_kernel[(triton.cdiv(out_features, block["BLOCK_N"]), splits)](
             kept=kept,
             kept_row=kept.stride(0),
             kept_col=kept.stride(1),
-            is_positive=rows.is_positive,
+            is_positive=mask(rows),
             n_pos=rows.x_pos.shape[0],
-            rows=rows.total,
+            rows=total(rows),
             out_features=out_features,
             unit_sums=made,
             ACTIVATION=layer.activation,

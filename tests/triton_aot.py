@@ -138,10 +138,10 @@ def compiled(
     raw: str,
     weight: str,
     integers: str | int = "i32",
-    kept: str | None = None,
+    kept_as: str | None = None,
     **constants: Any,
 ) -> Any:
-    """A kernel for a target; rows, weight and what the forward kept as `raw`, `weight` and `kept` dtypes.
+    """A kernel for a target; rows, weight and what the forward kept as `raw`, `weight` and `kept_as` dtypes.
 
     Arguments that `constants` lacks, or has as True, are given when it runs.
 
@@ -172,8 +172,8 @@ def compiled(
                 signature[name] = str(integers)
             elif name in ROW_POINTERS:
                 signature[name] = f"*{TYPES[raw]}"
-            elif name == "kept" and kept is not None:
-                signature[name] = f"*{TYPES[kept]}"
+            elif name == "kept" and kept_as is not None:
+                signature[name] = f"*{TYPES[kept_as]}"
             elif name in COMPUTE_POINTERS:
                 signature[name] = f"*{TYPES[compute]}"
             elif name == "weight":
@@ -213,9 +213,9 @@ def update(
     if "partials" in FORMS[form]:
         constants["PARTIALS"] = 0
     # A given loss reads the activities as they are.
-    kept = "float32" if "partials" in FORMS[form] else compute
+    kept_as = "float32" if "partials" in FORMS[form] else compute
     constants = {**constants, **changes}
-    return compiled(launch.update_kernel, target, config, compute, raw, "float32", kept=kept, **constants)
+    return compiled(launch.update_kernel, target, config, compute, raw, "float32", kept_as=kept_as, **constants)
 
 
 def machine_code(kernel: Any) -> str:

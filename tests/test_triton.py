@@ -138,7 +138,7 @@ class Recorder:
 @pytest.fixture
 def recorded(monkeypatch):
     launch = pytest.importorskip("ffkernels.backends.triton.launch")
-    names = ("forward", "coefficient", "update", "finish", "peers")
+    names = ("forward", "coefficient", "update", "finish", "peers", "list", "scale", "units")
     kernels = {f"{name}_kernel": Recorder() for name in names}
     for name, recorder in kernels.items():
         monkeypatch.setattr(launch, name, recorder)
@@ -189,7 +189,8 @@ def meta_problem(n_pos, n_neg, in_features, out_features, optimizer=torch.optim.
 def test_launches(shape, launched, goodness, recorded):
     """Two as a rule: coefficients before where that pays or column blocks are many, an end where tiles are few."""
     step_on_meta(meta_problem(*shape), objective=ff.Objective(goodness))
-    assert [len(kernel.launches) for name, kernel in recorded.items() if name != "peers_kernel"] == launched
+    names = ("forward", "coefficient", "update", "finish")
+    assert [len(recorded[f"{name}_kernel"].launches) for name in names] == launched
     (grid, given), *_ = recorded["update_kernel"].launches
     assert (given["coefficient"] is not None) == bool(launched[1])
     # Rows are left out where a loss may saturate and the product is large.
@@ -219,6 +220,40 @@ def test_a_step_never_waits_for_the_device(optimizer, settings, mixed, peers, dt
     (_, given), *_ = recorded["update_kernel"].launches
     assert (given["weight_step_pointer"] is not None) == ("capturable" in settings)
     assert (given["n_positive"] is not None) == mixed
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("widths", "form"), [((None, 1), "listed"), ((None, 5), "slopes"), ((1, 2048), "slopes"), ((None, None), "listed")]
+)
+@pytest.mark.parametrize("peers", [None, peer.PeerNormalisation(), peer.PeerNormalisation(gated=True)], ids=str)
+@pytest.mark.parametrize("mixed", [False, True])
+def test_an_update_with_given_slopes_never_waits_for_the_device(mixed, peers, widths, form, recorded):
+    """Large enough for rows at rest to be left out, where there is one slope a row and nothing pulls each of them."""
+    p = meta_problem(4096, 0 if mixed else 4096, 2048, 2048)
+    rows = 4096 if mixed else 8192
+    slopes = [None if width is None else torch.empty(rows, width, device="meta") for width in widths]
+    mean = None if peers is None else torch.empty(2048, device="meta")
+    with torch.no_grad():
+        select.load("triton").linear_update_(
+            spec.Rows(p.x_pos, p.x_neg, torch.empty(rows, dtype=torch.bool, device="meta") if mixed else None),
+            spec.Layer(p.weight, p.bias, "l2", 1e-4, "add", "relu", torch.bfloat16),
+            spec.Slopes(torch.empty(rows, 2048, device="meta"), *slopes),
+            peer.pull(peers, mean, 2048),
+            optim.plan(p.optimizer, p.weight, p.bias).record,
+        )
+    lists = form == "listed" and not (peers is not None and peers.gated)
+    wanted = {
+        "update": 1,
+        "scale": 1,
+        "list": int(lists),
+        "units": int(peers is not None),
+        "peers": int(peers is not None),
+    }
+    assert {name: len(recorded[f"{name}_kernel"].launches) for name in wanted} == wanted
+    ((_, given),) = recorded["update_kernel"].launches
+    assert (given["coefficient"] is None) == (form == "slopes") and (given["index"] is not None) == lists
+    assert given["partials"] is None and given["loss"] is None
 
 
 def test_the_nearest_configuration_in_log_space():

@@ -53,15 +53,19 @@ FLOATS = re.compile(
 )
 UNIT = re.compile(r"_(col|stride)$")
 INTEGERS = re.compile(
-    r"n_pos|rows|columns|(in|out)_features|width|(input_)?splits|n_partials|n_row_losses|row_blocks|.*_(row|col|stride)"
+    r"n_pos|rows|columns|(in|out)_features|width|(input_)?splits|n_partials|n_row_losses|row_blocks|.*_groups"
+    r"|.*_(row|col|stride)"
 )
 
-
-# What the update is not given, by how it comes by its coefficients: `launch.coefficient_form`.
+# What the update is not given, by how it comes by its coefficients, `launch.coefficient_form`, or by slopes instead.
+SLOPES = ("first", "second", "first_groups", "second_groups")
+NO_OBJECTIVE = ("index", "coefficient", "count", "row_losses", "partials", "sumsq", "loss")
 FORMS = {
-    "on the fly": ("index", "coefficient", "count", "row_losses"),
-    "given": ("index", "count"),
-    "listed": ("row_losses",),
+    "on the fly": ("index", "coefficient", "count", "row_losses", *SLOPES),
+    "given": ("index", "count", *SLOPES),
+    "listed": ("row_losses", *SLOPES),
+    "by group": NO_OBJECTIVE,
+    "by unit": (*NO_OBJECTIVE, "first_groups", "second_groups"),
 }
 
 
@@ -94,8 +98,12 @@ class Case(NamedTuple):
 
     @property
     def config(self) -> Config:
-        entries = configs.find(self.target)[self.kernel][self.kind]
-        return {**configs.DEFAULTS[self.kernel], **entries[{"small": 0, "large": 1}[self.size]]["config"]}
+        by_slopes = self.form.startswith("by ")
+        # Float32 activities beside rows of 16 bits are a mixed product.
+        kind = "mixed" if by_slopes and self.kind == "half" else self.kind
+        entries = configs.find(self.target)[self.kernel][kind]
+        config = {**configs.DEFAULTS[self.kernel], **entries[{"small": 0, "large": 1}[self.size]]["config"]}
+        return configs.beside_slopes(config) if by_slopes else config
 
     def compile(self) -> Any:
         if self.kernel == "forward":
@@ -117,7 +125,7 @@ def cases() -> Iterator[Case]:
                 for size in ("small", "large"):
                     for compute, precision in dtypes:
                         # Where a launch of its own makes the coefficients, the update has nothing but large tiles.
-                        forms = ("on the fly", "given", "listed") if size == "large" else ("on the fly", "listed")
+                        forms = [form for form in FORMS if form != "given" or size == "large"]
                         for form in forms if kernel == "update" else ("",):
                             yield Case(target, kernel, kind, size, compute, precision, form)
 
@@ -130,10 +138,12 @@ def compiled(
     raw: str,
     weight: str,
     integers: str | int = "i32",
+    kept_as: str | None = None,
     **constants: Any,
 ) -> Any:
-    """A kernel for a target; rows and weight as `raw` and `weight` dtypes. Arguments that `constants` lacks, or has as
-    True, are given when it runs.
+    """A kernel for a target; rows, weight and what the forward kept as `raw`, `weight` and `kept_as` dtypes.
+
+    Arguments that `constants` lacks, or has as True, are given when it runs.
 
     Sizes and strides are multiples of 16 and rows lie one after another, as in nearly every call; `integers` makes
     them and the unit strides of another type, or the number 1, for which Triton compiles a kernel of its own.
@@ -162,6 +172,8 @@ def compiled(
                 signature[name] = str(integers)
             elif name in ROW_POINTERS:
                 signature[name] = f"*{TYPES[raw]}"
+            elif name == "kept" and kept_as is not None:
+                signature[name] = f"*{TYPES[kept_as]}"
             elif name in COMPUTE_POINTERS:
                 signature[name] = f"*{TYPES[compute]}"
             elif name == "weight":
@@ -198,7 +210,12 @@ def update(
     }  # fmt: skip
     constants |= dict.fromkeys(FORMS[form])
     raw = compute if kind == "half" else "float32"
-    return compiled(launch.update_kernel, target, config, compute, raw, "float32", **{**constants, **changes})
+    if "partials" in FORMS[form]:
+        constants["PARTIALS"] = 0
+    # A given loss reads the activities as they are.
+    kept_as = "float32" if "partials" in FORMS[form] else compute
+    constants = {**constants, **changes}
+    return compiled(launch.update_kernel, target, config, compute, raw, "float32", kept_as=kept_as, **constants)
 
 
 def machine_code(kernel: Any) -> str:

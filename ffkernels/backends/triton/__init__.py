@@ -1,8 +1,9 @@
 """The layer step in two launches, in Triton, for NVIDIA (compute capability 8.0 and newer) and AMD GPUs.
 
 Kernels: `forward.py`, `peers.py`, `coefficient.py`, `update.py` and `finish.py` hold one each, in the order of a step;
-`common.py` and `rules.py` what they share. On the host: `step.py` has the operators, `launch.py` the launches,
-`operands.py` what these are given, `device.py` and `configs.py` what they run on.
+`slopes.py` those of an update with given slopes, `common.py` and `rules.py` what they share. On the host: `step.py` has
+the operators, `launch.py` the launches, `operands.py` what these are given, `device.py` and `configs.py` what they run
+on.
 Nothing here imports Triton before a call needs it, so the package works where Triton is missing.
 """
 

@@ -126,6 +126,16 @@ def row_terms(
 
 
 @triton.jit
+def in_doubt_so_far(i, here, c, kept, index, coefficient):
+    """Lists the rows `i` whose coefficient is not exactly zero behind the `kept` ones, and says how many there are."""
+    in_doubt = (c != 0) & here
+    place = kept + tl.cumsum(in_doubt.to(tl.int32), axis=0) - 1
+    tl.store(index + place, i, mask=in_doubt)
+    tl.store(coefficient + place, c, mask=in_doubt)
+    return kept + tl.sum(in_doubt.to(tl.int32), axis=0)
+
+
+@triton.jit
 def coefficient_kernel(
     partials, n_partials,
     is_positive, n_positive, sample_weight, threshold,
@@ -156,11 +166,7 @@ def coefficient_kernel(
         if index is None:
             tl.store(coefficient + i, c, mask=here)
         else:
-            in_doubt = (c != 0) & here
-            place = kept + tl.cumsum(in_doubt.to(tl.int32), axis=0) - 1
-            tl.store(index + place, i, mask=in_doubt)
-            tl.store(coefficient + place, c, mask=in_doubt)
-            kept += tl.sum(in_doubt.to(tl.int32), axis=0)
+            kept = in_doubt_so_far(i, here, c, kept, index, coefficient)
     if index is not None:
         tl.store(count, kept)
     tl.store(loss + tl.program_id(0), tl.sum(total, axis=0))

@@ -56,6 +56,12 @@ def choose(kernel: str, kind: str, shape: tuple[int, int, int], device: torch.de
     return {**DEFAULTS[kernel], **config}
 
 
+def beside_slopes(config: Config) -> Config:
+    """A configuration of the update with room for tiles of slopes, in registers and shared memory."""
+    most = {"BLOCK_OUT": 64, "BLOCK_K": 32, "num_stages": 2}
+    return {key: min(value, most.get(key, value)) for key, value in config.items()}
+
+
 def nearest(entries: list[dict[str, Any]], shape: tuple[int, int, int]) -> Config:
     """The configuration of the entry whose shape is nearest in log space; the first of those that are equally near."""
 

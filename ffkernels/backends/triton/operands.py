@@ -8,95 +8,83 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ... import spec
-from ...spec import Goal, Update
+from ...spec import Goal, Layer, Rows, Update
 from . import rules
 from .support import interpreted
 
+NEEDS_Z = ("gelu", "silu")
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-class Rows(NamedTuple):
-    """The joint batch: both sides with the same column stride, and the rows' sums of squares where they are known."""
-
-    x_pos: Tensor
-    x_neg: Tensor
-    sumsq: Tensor | None
-
-    @property
-    def total(self) -> int:
-        return self.x_pos.shape[0] + self.x_neg.shape[0]
-
-    @property
-    def as_one(self) -> Tensor | None:
-        """All rows `[rows, in]` as one tensor, where they lie together in memory."""
-        a, b = self.x_pos, self.x_neg
-        if not b.shape[0]:
-            return a
-        storage = a.untyped_storage()
-        end = a.storage_offset() + a.shape[0] * a.stride(0)
-        if b.untyped_storage().data_ptr() != storage.data_ptr() or b.storage_offset() != end:
-            return None
-        return a.as_strided((self.total, a.shape[1]), a.stride()) if a.stride() == b.stride() else None
-
-    def arguments(self) -> dict[str, Any]:
-        return {
-            "x_pos": self.x_pos,
-            "x_neg": self.x_neg,
-            "n_pos": self.x_pos.shape[0],
-            "rows": self.total,
-            "x_pos_row": self.x_pos.stride(0),
-            "x_neg_row": self.x_neg.stride(0),
-            "x_col": self.x_pos.stride(1),
-        }
-
-
-class Layer(NamedTuple):
-    """How rows turn into activities."""
-
-    weight: Tensor
-    bias: Tensor | None
-    norm: str
-    eps: float
-    eps_mode: str
-    activation: str
-    compute_dtype: torch.dtype
-
-    @property
-    def keeps_z(self) -> bool:
-        """Whether the activation's slope needs `z`; of the others `y` is enough."""
-        return self.activation in ("gelu", "silu")
-
-    def scales_first(self, rows: Rows) -> bool:
-        """Whether rows are scaled before they are rounded: float16 has no room for rows of any length."""
-        return self.norm != "none" and self.compute_dtype == torch.float16 and rows.x_pos.dtype == torch.float32
-
-    @property
-    def out_features(self) -> int:
-        return self.weight.shape[0]
-
-    def arithmetic(self) -> dict[str, Any]:
-        """Constants of the products."""
-        precision = "ieee"
-        # On AMD devices TF32 is emulated where it exists at all.
-        if torch.version.hip is None and torch.backends.cuda.matmul.fp32_precision == "tf32":
-            precision = "tf32"
-        return {
-            "COMPUTE": DTYPES[self.compute_dtype],
-            "PRECISION": precision,
-            "WIDEN": interpreted() and self.compute_dtype == torch.bfloat16,
-        }
-
-
-def joint(x_pos: Tensor, x_neg: Tensor, sumsq: Tensor | None) -> Rows:
-    """The joint batch as the kernels take it; sides whose column strides differ are copied."""
+def joint(rows: Rows) -> Rows:
+    """The joint batch as the kernels take it: vectors without gaps, and sides with the same column stride."""
+    x_pos, x_neg = rows.x_pos, rows.x_neg
     if x_pos.stride(1) != x_neg.stride(1) and x_neg.shape[0]:
         x_pos, x_neg = x_pos.contiguous(), x_neg.contiguous()
-    return Rows(x_pos, x_neg, vector(sumsq))
+    known = (packed(rows.is_positive), packed(rows.input_sumsq), packed(rows.sample_weight), packed(rows.product))
+    return Rows(x_pos, x_neg, *known, rows.label_field)
 
 
-def vector(values: Tensor | None) -> Tensor | None:
-    """A vector as the kernels take it: without gaps."""
+def total(rows: Rows) -> int:
+    """How many rows there are on both sides."""
+    return rows.x_pos.shape[0] + rows.x_neg.shape[0]
+
+
+def as_one(rows: Rows) -> Tensor | None:
+    """All rows `[rows, in]` as one tensor, where they lie together in memory."""
+    a, b = rows.x_pos, rows.x_neg
+    if not b.shape[0]:
+        return a
+    storage = a.untyped_storage()
+    end = a.storage_offset() + a.shape[0] * a.stride(0)
+    if b.untyped_storage().data_ptr() != storage.data_ptr() or b.storage_offset() != end:
+        return None
+    return a.as_strided((total(rows), a.shape[1]), a.stride()) if a.stride() == b.stride() else None
+
+
+def row_arguments(rows: Rows) -> dict[str, Any]:
+    """Both sides' rows."""
+    return {
+        "x_pos": rows.x_pos,
+        "x_neg": rows.x_neg,
+        "n_pos": rows.x_pos.shape[0],
+        "rows": total(rows),
+        "x_pos_row": rows.x_pos.stride(0),
+        "x_neg_row": rows.x_neg.stride(0),
+        "x_col": rows.x_pos.stride(1),
+    }
+
+
+def mask(rows: Rows) -> Tensor | None:
+    """`[rows]` bytes: which rows are positive; None for the first side."""
+    return None if rows.is_positive is None else rows.is_positive.view(torch.uint8)
+
+
+def keeps_z(layer: Layer) -> bool:
+    """Whether the activation's slope needs `z`; of the others `y` is enough."""
+    return layer.activation in NEEDS_Z
+
+
+def scales_first(layer: Layer, rows: Rows) -> bool:
+    """Whether rows are scaled before they are rounded: float16 has no room for rows of any length."""
+    return layer.norm != "none" and layer.compute_dtype == torch.float16 and rows.x_pos.dtype == torch.float32
+
+
+def arithmetic(layer: Layer) -> dict[str, Any]:
+    """Constants of the products."""
+    precision = "ieee"
+    # On AMD devices TF32 is emulated where it exists at all.
+    if torch.version.hip is None and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        precision = "tf32"
+    return {
+        "COMPUTE": DTYPES[layer.compute_dtype],
+        "PRECISION": precision,
+        "WIDEN": interpreted() and layer.compute_dtype == torch.bfloat16,
+    }
+
+
+def packed(values: Tensor | None) -> Tensor | None:
+    """A tensor as the kernels take it that have no strides for it: without gaps."""
     return None if values is None else values.contiguous()
 
 
@@ -119,11 +107,19 @@ class Terms(NamedTuple):
         return self.constants["GOODNESS"] == "sum" or self.arguments["skip_below"] > 0
 
 
-def terms(rows: Rows, is_positive: Tensor | None, sample_weight: Tensor | None, goal: Goal) -> Terms:
+# Those of a loss that is given as slopes.
+NO_TERMS = Terms(
+    dict.fromkeys(("n_positive", "sample_weight", "threshold"))
+    | dict.fromkeys(("threshold_pos", "threshold_neg", "logit_scale", "share_pos", "share_neg", "skip_below"), 0.0),
+    {"GOODNESS": "sum", "LOSS": "logistic", "THRESHOLD_PER_ROW": False},
+)
+
+
+def terms(rows: Rows, goal: Goal) -> Terms:
     """The objective as `coefficient.row_terms` takes it."""
     paired = goal.loss != "logistic"
     threshold, threshold_pos, threshold_neg = goal.threshold, goal.threshold_pos, goal.threshold_neg
-    n_pos, n = rows.x_pos.shape[0], rows.total
+    n_pos, n = rows.x_pos.shape[0], total(rows)
     n_positive = None
     if paired:
         counts = (n_pos, n_pos)
@@ -131,17 +127,16 @@ def terms(rows: Rows, is_positive: Tensor | None, sample_weight: Tensor | None, 
         counts = (n, n)
     else:
         counts = (n_pos, n - n_pos)
-        if is_positive is not None:
+        if rows.is_positive is not None:
             # How many rows a mask marks is known on the device only, and stays there.
-            n_positive = is_positive.sum()
+            n_positive = rows.is_positive.sum()
     if threshold is not None and threshold.device != rows.x_pos.device:
         threshold_pos = threshold_neg = float(threshold)
         threshold = None
     arguments = {
-        "is_positive": None if is_positive is None else is_positive.view(torch.uint8),
         "n_positive": n_positive,
-        "sample_weight": vector(sample_weight),
-        "threshold": vector(threshold),
+        "sample_weight": rows.sample_weight,
+        "threshold": packed(threshold),
         "threshold_pos": threshold_pos,
         "threshold_neg": threshold_neg,
         "logit_scale": (goal.alpha if paired else 1.0 / goal.temperature) * (1.0 if goal.maximize else -1.0),
@@ -157,8 +152,15 @@ def terms(rows: Rows, is_positive: Tensor | None, sample_weight: Tensor | None, 
     return Terms(arguments, constants)
 
 
-def parameter_arguments(layer: spec.Layer, update: Update, weight_rounded: Tensor | None) -> dict[str, Any]:
-    """Parameters, their state and the rule's numbers. Counts Adam's step."""
+class Parameters(NamedTuple):
+    """Parameters, their state and the rule's numbers, and the rule's compiled form."""
+
+    arguments: dict[str, Any]
+    rule: str
+
+
+def parameters(layer: Layer, update: Update, weight_rounded: Tensor | None = None) -> Parameters:
+    """What a rule is applied to, and with. Counts Adam's step."""
     weight, bias = layer.weight, layer.bias
     weight_state, bias_state = update.weight.state, update.bias.state
     arguments: dict[str, Any] = {"weight": weight, "bias": bias, "weight_rounded": weight_rounded}
@@ -174,4 +176,5 @@ def parameter_arguments(layer: spec.Layer, update: Update, weight_rounded: Tenso
         name = f"bias_state{slot}"
         arguments |= {name: state, f"{name}_stride": state.stride(0) if state is not None else 0}
     arguments |= rules.numbers("weight", update.rule, update.weight)
-    return arguments | rules.numbers("bias", update.rule if bias is not None else "grad", update.bias)
+    arguments |= rules.numbers("bias", update.rule if bias is not None else "grad", update.bias)
+    return Parameters(arguments, rules.compiled(update))

@@ -1,68 +1,57 @@
-"""The two operators, put together from the launches."""
+"""The operators, put together from the launches."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ... import spec
 from ...normalisation import row_sumsq
-from . import launch, operands, rules
+from ...spec import Goal, Layer, Outputs, PeerPull, Rows, Slopes, Update
+from . import launch, operands
 
 
-def linear_forward_(rows: spec.Rows, layer: spec.Layer, y: Tensor | None, sumsq: Tensor) -> None:
+def linear_forward_(rows: Rows, layer: Layer, y: Tensor | None, sumsq: Tensor) -> None:
     """See `ops.SCHEMAS`."""
-    ready = operands.Layer(*layer)
-    shared = None if rows.product is None else (rows.product, rows.label_field)
-    joint = _rows(rows, ready)
+    rows = _ready(rows, layer)
     if y is None:
-        y = layer.weight.new_empty(joint.total, layer.weight.shape[0], dtype=layer.compute_dtype)
-    partials, _ = launch.forward(joint, ready, y, shared=shared, sumsq=sumsq)
+        y = layer.weight.new_empty(operands.total(rows), layer.weight.shape[0], dtype=layer.compute_dtype)
+    partials, _ = launch.forward(rows, layer, y, sumsq=sumsq)
     if len(partials) != 1:
         # Adding them in the kernel's last program would need counters set to zero first: a launch as well.
         torch.sum(partials, 0, out=sumsq)
 
 
-def linear_step_(
-    rows: spec.Rows,
-    layer: spec.Layer,
-    goal: spec.Goal,
-    pull: spec.PeerPull,
-    update: spec.Update,
-    outputs: spec.Outputs,
-) -> None:
+def linear_step_(rows: Rows, layer: Layer, goal: Goal, pull: PeerPull, update: Update, outputs: Outputs) -> None:
     """See `ops.SCHEMAS`."""
-    ready = operands.Layer(*layer)
-    shared = None if rows.product is None else (rows.product, rows.label_field)
-    joint = _rows(rows, ready)
-    is_positive = operands.vector(rows.is_positive)
-    weight, y = layer.weight, outputs.y
-    n, width = joint.total, weight.shape[0]
-    kept = y if y is not None and not ready.keeps_z else weight.new_empty(n, width, dtype=layer.compute_dtype)
+    rows = _ready(rows, layer)
+    keeps_z, weight, y = operands.keeps_z(layer), layer.weight, outputs.y
+    n, width = operands.total(rows), weight.shape[0]
+    kept = y if y is not None and not keeps_z else weight.new_empty(n, width, dtype=layer.compute_dtype)
     row_scale = weight.new_empty(n) if layer.norm != "none" else None
-    activity, z = (y, kept) if ready.keeps_z else (kept, None)
-    partials, units = launch.forward(joint, ready, activity, z, row_scale, shared, pull.mean is not None, is_positive)
-    peers = None
-    if pull.mean is not None and units is not None:
-        peers = launch.pull(joint, ready, units, row_scale, is_positive, pull)
-    terms = operands.terms(joint, is_positive, rows.sample_weight, goal)
-    parameters = operands.parameter_arguments(layer, update, outputs.rounded)
+    activity, z = (y, kept) if keeps_z else (kept, None)
+    partials, units = launch.forward(rows, layer, activity, z, row_scale, sum_units=pull.mean is not None)
+    peers = None if units is None else launch.pull(rows, layer, units, row_scale, pull)
+    terms = operands.terms(rows, goal)
+    parameters = operands.parameters(layer, update, outputs.rounded)
     activities = launch.Activities(kept, row_scale, partials)
-    form = rules.compiled(update)
-    launch.update(joint, ready, activities, terms, peers, form, parameters, outputs.sumsq, outputs.loss_out)
+    launch.update(rows, layer, activities, terms, peers, parameters, outputs.sumsq, outputs.loss_out)
 
 
-def linear_update_(
-    rows: spec.Rows, layer: spec.Layer, slopes: spec.Slopes, pull: spec.PeerPull, update: spec.Update
-) -> None:
+def linear_update_(rows: Rows, layer: Layer, slopes: Slopes, pull: PeerPull, update: Update) -> None:
     """See `ops.SCHEMAS`."""
-    raise NotImplementedError("the Triton backend has no update with given slopes yet")
+    rows = operands.joint(rows)
+    row_scale = launch.row_scale(rows, layer)
+    peers = None
+    if pull.mean is not None:
+        peers = launch.pull(rows, layer, launch.unit_sums(rows, layer, slopes.activity), row_scale, pull)
+    launch.update_given(rows, layer, slopes, row_scale, peers, operands.parameters(layer, update))
 
 
-def _rows(rows: spec.Rows, layer: operands.Layer) -> operands.Rows:
-    joint = operands.joint(rows.x_pos, rows.x_neg, rows.input_sumsq)
-    if joint.sumsq is None and layer.norm != "none" and (rows.product is not None or layer.scales_first(joint)):
+def _ready(rows: Rows, layer: Layer) -> Rows:
+    rows = operands.joint(rows)
+    first = rows.product is not None or operands.scales_first(layer, rows)
+    if rows.input_sumsq is None and layer.norm != "none" and first:
         # Normalising costs a pass of its own where float32 rows go into a float16 product, which must know their
         # lengths first, and where the product does not read the whole of them.
-        joint = joint._replace(sumsq=torch.cat([row_sumsq(x, torch.float32) for x in (joint.x_pos, joint.x_neg)]))
-    return joint
+        rows = rows._replace(input_sumsq=torch.cat([row_sumsq(x, torch.float32) for x in rows[:2]]))
+    return rows

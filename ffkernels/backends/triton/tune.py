@@ -13,9 +13,8 @@ import torch
 import triton
 from triton.testing import do_bench
 
-from ... import spec
 from ...objective import DEFAULT_OBJECTIVE
-from ...spec import Numbers, Slot, Update
+from ...spec import Layer, Numbers, Rows, Slot, Update
 from . import configs, launch, operands
 from .configs import Config
 from .device import has_bulk_copies
@@ -49,7 +48,7 @@ CANDIDATES = {
         _update(128, 128, 64, 8, 4, 2, tma=1), _update(128, 256, 64, 8, 3, 8, tma=1),
     ],
 }  # fmt: skip
-SOURCES = ("common", "forward", "coefficient", "rules", "peers", "update", "finish")
+SOURCES = ("common", "forward", "coefficient", "rules", "peers", "slopes", "update", "finish")
 
 
 def tune(folder: Path, seconds: float, say: Callable[[str], None], device: torch.device) -> Path:
@@ -141,21 +140,20 @@ def _scratch(kernel: str, kind: str, shape: tuple[int, int, int], device: torch.
     x = torch.randn(rows, in_features, device=device).to(raw)
     weight = torch.randn(out_features, in_features, device=device) / in_features**0.5
     bias = torch.zeros(out_features, device=device)
-    given = spec.Layer(weight, bias, "l2", 1e-4, "add", "relu", compute)
-    layer = operands.Layer(*given)
-    batch = operands.joint(x[: rows // 2], x[rows // 2 :], None)
+    layer = Layer(weight, bias, "l2", 1e-4, "add", "relu", compute)
+    batch = operands.joint(Rows(x[: rows // 2], x[rows // 2 :]))
     y = torch.empty(rows, out_features, device=device, dtype=compute)
     scale = torch.empty(rows, device=device)
     if kernel == "forward":
         operand = weight.to(raw)
         return lambda: launch.forward(batch, layer._replace(weight=operand), y, row_scale=scale)
     partials, _ = launch.forward(batch, layer, y, row_scale=scale)
-    terms = operands.terms(batch, None, None, DEFAULT_OBJECTIVE.goal())
+    terms = operands.terms(batch, DEFAULT_OBJECTIVE.goal())
     states = [[torch.zeros_like(p), torch.zeros_like(p), torch.zeros(())] for p in (weight, bias)]
     # A rate of zero, and decoupled decay: the weight stays as it is however often the step is timed.
     numbers = Numbers(decay=0.01, decoupled=1.0, beta1=0.9, beta2=0.999, eps=1e-8)
     update = Update("adam", Slot(states[0], numbers), Slot(states[1], numbers))
-    parameters = operands.parameter_arguments(given, update, None)
+    parameters = operands.parameters(layer, update)
     sumsq, loss = torch.empty(rows, device=device), torch.empty((), device=device)
     activities = launch.Activities(y, scale, partials)
-    return lambda: launch.update(batch, layer, activities, terms, None, "adam", parameters, sumsq, loss)
+    return lambda: launch.update(batch, layer, activities, terms, None, parameters, sumsq, loss)

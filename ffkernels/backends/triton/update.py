@@ -7,6 +7,7 @@ from .coefficient import positive_rows, row_terms
 from .common import gated, grouped, joint_rows, operand, power_of_two_below, slope_of
 from .peers import with_pull
 from .rules import apply_rule
+from .slopes import by_slopes, column_of
 
 
 @triton.jit
@@ -16,7 +17,8 @@ def update_kernel(
     n_pos, rows, in_features, out_features,
     x_pos_row, x_neg_row, x_col, kept_row, kept_col,
     index, coefficient, count,  # from `coefficient_kernel`: the rows in doubt, or with coefficients alone every row
-    partials, n_partials, is_positive, n_positive, sample_weight, threshold,  # without: they are made on the fly
+    first, first_row, first_col, first_groups, second, second_row, second_col, second_groups,  # `by_slopes`, or None
+    partials, n_partials, is_positive, n_positive, sample_weight, threshold,  # without either: they are made on the fly
     threshold_pos, threshold_neg, logit_scale, share_pos, share_neg, skip_below,
     sumsq, row_losses, n_row_losses, loss,  # written: [rows], on the fly; [] from [n_row_losses] where these are there
     pull, input_sums, input_splits,  # from `peers_kernel`, or None
@@ -46,14 +48,16 @@ def update_kernel(
     if index is not None:
         total = tl.load(count)
     share = tl.cdiv(tl.cdiv(total, BLOCK_K), tl.num_programs(1)) * BLOCK_K
-    first = split * share
-    last = tl.minimum(first + share, total)
+    begin = split * share
+    last = tl.minimum(begin + share, total)
+    has_slopes: tl.constexpr = first is not None or second is not None
     if program < tiles_out * tiles_in:
         tile_out, tile_in = grouped(program, tiles_out, tiles_in, GROUP)
         j = tile_out * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
         k = tile_in * BLOCK_IN + tl.arange(0, BLOCK_IN)
+        first_at, second_at = slope_columns(j, out_features, first_col, first_groups, second_col, second_groups)
         acc = tl.zeros([BLOCK_OUT, BLOCK_IN], tl.float32)
-        for start in range(first, last, BLOCK_K):
+        for start in range(begin, last, BLOCK_K):
             place = start + tl.arange(0, BLOCK_K)
             here = place < last
             i = place
@@ -61,6 +65,8 @@ def update_kernel(
                 i = tl.load(index + place, mask=here, other=0)
             if coefficient is not None:
                 c = tl.load(coefficient + place, mask=here, other=0.0)
+            elif has_slopes:
+                c = tl.full([BLOCK_K], 1.0, tl.float32)
             else:
                 _, c, _ = row_terms(
                     i, here, partials, n_partials, is_positive, n_positive, sample_weight, threshold, n_pos, rows,
@@ -82,7 +88,12 @@ def update_kernel(
                     x = x.to(tl.float32) * r[:, None]
                     r = tl.full([BLOCK_K], 1.0, tl.float32)
                 c *= r
-            dz = times_coefficient(values, c, ACTIVATION, COMPUTE)
+            if has_slopes:
+                inside = here[:, None] & (j < out_features)[None, :]
+                dz = by_slopes(values, i, inside, first, first_row, first_at, second, second_row, second_at, ACTIVATION)
+                dz *= c[:, None]
+            else:
+                dz = times_coefficient(values, c, ACTIVATION, COMPUTE)
             if PULL_GATED:
                 dz += gated_pull(values, tl.where(positive_rows(i, here, is_positive, n_pos), r, 0.0), j, out_features,
                                  pull, ACTIVATION)  # fmt: skip
@@ -105,9 +116,10 @@ def update_kernel(
     else:
         block = program - tiles_out * tiles_in
         j = block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+        first_at, second_at = slope_columns(j, out_features, first_col, first_groups, second_col, second_groups)
         bias_sum = tl.zeros([BLOCK_K, BLOCK_OUT], tl.float32)
         loss_sum = tl.zeros([BLOCK_K], tl.float32)
-        for start in range(first, last, BLOCK_K):
+        for start in range(begin, last, BLOCK_K):
             place = start + tl.arange(0, BLOCK_K)
             here = place < last
             i = place
@@ -115,7 +127,7 @@ def update_kernel(
                 i = tl.load(index + place, mask=here, other=0)
             if coefficient is not None:
                 c = tl.load(coefficient + place, mask=here, other=0.0)
-            else:
+            elif not has_slopes:
                 q, c, losses = row_terms(
                     i, here, partials, n_partials, is_positive, n_positive, sample_weight, threshold, n_pos, rows,
                     out_features, threshold_pos, threshold_neg, logit_scale, share_pos, share_neg, skip_below,
@@ -126,11 +138,17 @@ def update_kernel(
                     tl.store(sumsq + i, q, mask=here)
             if HAS_BIAS:
                 values = rows_of(kept, i, here, j, out_features, kept_row, kept_col)
-                bias_sum += times_coefficient(values, c, ACTIVATION, COMPUTE)
+                if has_slopes:
+                    inside = here[:, None] & (j < out_features)[None, :]
+                    bias_sum += by_slopes(
+                        values, i, inside, first, first_row, first_at, second, second_row, second_at, ACTIVATION
+                    )  # fmt: skip
+                else:
+                    bias_sum += times_coefficient(values, c, ACTIVATION, COMPUTE)
                 if PULL_GATED:
                     positive = positive_rows(i, here, is_positive, n_pos)
                     bias_sum += gated_pull(values, tl.where(positive, 1.0, 0.0), j, out_features, pull, ACTIVATION)
-        if coefficient is None:
+        if coefficient is None and not has_slopes:
             tl.store(loss + split, tl.sum(loss_sum, axis=0), mask=block == 0)
         elif row_losses is not None:
             tl.store(loss, sum_of(row_losses, n_row_losses), mask=(block == 0) & (split == 0))
@@ -148,6 +166,12 @@ def update_kernel(
                     bias_state1, at * bias_state1_stride, None, at, bias_lr, bias_lr_pointer, bias_step_pointer,
                     bias_h0, bias_h1, bias_h2, bias_h3, bias_h4, bias_h5, bias_h6, bias_h7, bias_h8, RULE,
                 )  # fmt: skip
+
+
+@triton.jit
+def slope_columns(j, out_features, first_col, first_groups, second_col, second_groups):
+    """Offsets of the columns in which the slopes of units `j` stand."""
+    return column_of(j, out_features, first_groups) * first_col, column_of(j, out_features, second_groups) * second_col
 
 
 @triton.jit

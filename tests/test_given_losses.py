@@ -118,6 +118,11 @@ def expected_of(p: Problem, made: Made, options: dict, rows: Tensor, side: Tenso
 def test_losses_of_the_literature(loss, activation, backend, dtype, mixed):
     if backend == "native" and activation == "gelu":
         pytest.skip("the compiled library has no gelu")
+    check_loss(loss, activation, backend, dtype, mixed)
+
+
+def check_loss(loss: Callable[[torch.dtype], Made], activation: str, backend: str, dtype: torch.dtype, mixed: bool):
+    """One step by a loss is the one that autograd makes."""
     p = problem(dtype=dtype)
     made, rows = loss(dtype), torch.cat([p.x_pos, p.x_neg])
     side = torch.arange(12) < 6

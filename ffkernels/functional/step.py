@@ -22,6 +22,7 @@ from . import plan as plans
 from .loss import sides_in_order
 from .plan import Options
 from .result import StepResult
+from .rows import checked_rows
 from .stages import step_by_stages
 
 # What a forward pass after an update makes do with where there is no memory for all rows at once.
@@ -116,36 +117,19 @@ def linear_step_(
     )  # fmt: skip
     plan = plans.plan_for(weight, bias, optimizer, peer_mean, options)
     layer, goal, pull, chosen = plan.layer, plan.goal, plan.pull, plan.chosen
-    check.rows_of("x_pos", x_pos, weight, layer.compute_dtype)
-    if (x_neg is None) != (is_positive is not None):
-        came = "neither" if x_neg is None else "both"
-        raise ValueError(f"of x_neg and is_positive came {came}; accepted: one of the two")
-    if x_neg is None:
-        x_neg = x_pos[:0]
-    else:
-        check.rows_of("x_neg", x_neg, weight, layer.compute_dtype)
-        if x_neg.dtype != x_pos.dtype:
-            raise TypeError(f"x_neg is {x_neg.dtype}; accepted: {x_pos.dtype}, as x_pos is")
-    n_pos, total = x_pos.shape[0], x_pos.shape[0] + x_neg.shape[0]
-    field = 0 if label_field is None else check.label_field(label_field, weight, x_pos, x_neg)
-    if product is not None:
-        check.shared_product(product, field, n_pos, weight)
-    if is_positive is not None:
-        check.vector("is_positive", is_positive, total, torch.bool, weight.device)
-    check.objective_for(objective, total, n_pos if is_positive is None else None, weight)
-    if sample_weight is not None:
-        check.sample_weight(sample_weight, objective, total, weight)
-    if input_sumsq is not None:
-        check.vector("input_sumsq", input_sumsq, total, weight.dtype, weight.device)
+    rows = checked_rows(
+        weight, layer.compute_dtype, objective, x_pos, x_neg, is_positive, input_sumsq, sample_weight, product,
+        label_field,
+    )  # fmt: skip
+    n_pos, total = x_pos.shape[0], x_pos.shape[0] + rows.x_neg.shape[0]
     if not compiling:
-        if is_transformed(x_pos, x_neg, weight, bias):
+        if is_transformed(x_pos, rows.x_neg, weight, bias):
             raise ValueError(
                 "linear_step_ was called on tensors of a torch.func transform or with a forward-mode tangent, which a "
                 "step in place cannot follow; accepted: plain tensors, or linear_forward and goodness_loss"
             )
-        check.apart(weight, bias, peer_mean, x_pos, x_neg, product)
+        check.apart(weight, bias, peer_mean, x_pos, rows.x_neg, product)
     update = plan.update
-    rows = Rows(x_pos, x_neg, is_positive, input_sumsq, sample_weight, product, field)
     back = None
     if is_positive is not None and objective.paired:
         order, n_pos = sides_in_order(is_positive)

@@ -14,12 +14,14 @@ from .. import functional, interrupts, optim
 from .. import validation as check
 from ..backends import select
 from ..functional import StepResult
+from ..functional.rows import checked_rows
 from ..given import GivenLoss
 from ..objective import DEFAULT_OBJECTIVE, Objective
 from ..peer import FIRST_MEAN, PeerNormalisation
 from ..spec import Activation, EpsMode, Norm, OutputsOf
 
-# Options of a step that change the activities themselves.
+# Options of a step that say something of its rows, and those that change the activities themselves.
+ROWS_OPTIONS = ("is_positive", "input_sumsq", "sample_weight", "product", "label_field")
 FORWARD_OPTIONS = ("norm", "eps", "eps_mode", "activation", "compute_dtype", "backend")
 
 
@@ -141,24 +143,20 @@ class FFLinear(nn.Linear):
         *,
         objective: Objective | GivenLoss | Callable[..., Tensor],
         outputs: str,
-        sample_weight: Tensor | None = None,
-        is_positive: Tensor | None = None,
-        input_sumsq: Tensor | None = None,
         skip_below: float = 0.0,
-        label_field: int | None = None,
-        product: Tensor | None = None,
         peer: PeerNormalisation | None = None,
         peer_mean: Tensor | None = None,
         learns: bool = True,
         only_checks: bool = False,
-        **own: Any,
+        **others: Any,
     ) -> StepResult:
         """`_step_by_call`, or without `learns` its forward.
 
         What is known of the rows (`input_sumsq`, `label_field`, `product`) saves nothing here.
         """
-        if not own.keys() <= set(FORWARD_OPTIONS):
-            raise TypeError(f"{', '.join(own.keys() - set(FORWARD_OPTIONS))}: no option of a step")
+        own = {name: others.pop(name) for name in FORWARD_OPTIONS}
+        if unknown := others.keys() - set(ROWS_OPTIONS):
+            raise TypeError(f"{', '.join(unknown)}: no option of a step")
         if not isinstance(objective, Objective):
             objective = GivenLoss.of(objective)
         weight, bias = self.weight.detach(), None if self.bias is None else self.bias.detach()
@@ -166,24 +164,10 @@ class FFLinear(nn.Linear):
         check.one_of("outputs", outputs, check.OUTPUTS)
         check.layer_tensors(weight, bias)
         compute = check.compute_dtype_of(own["compute_dtype"], weight)
-        check.rows_of("x_pos", x_pos, weight, compute)
-        if (x_neg is None) != (is_positive is not None):
-            came = "neither" if x_neg is None else "both"
-            raise ValueError(f"of x_neg and is_positive came {came}; accepted: one of the two")
-        x, n_pos = x_pos, len(x_pos)
-        if x_neg is not None:
-            check.rows_of("x_neg", x_neg, weight, compute)
-            x = torch.cat([x_pos, x_neg])
-        if is_positive is not None:
-            check.vector("is_positive", is_positive, len(x), torch.bool, weight.device)
         check.objective_alone(objective, skip_below)
-        check.objective_for(objective, len(x), n_pos if is_positive is None else None, weight)
-        if sample_weight is not None:
-            check.sample_weight(sample_weight, objective, len(x), weight)
-        if input_sumsq is not None:
-            check.vector("input_sumsq", input_sumsq, len(x), weight.dtype, weight.device)
-        field = check.label_field(label_field, weight, x_pos, x_pos[:0] if x_neg is None else x_neg)
-        check.shared_product(product, field, n_pos, weight)
+        rows = checked_rows(weight, compute, objective, x_pos, x_neg, **others)
+        is_positive, n_pos = rows.is_positive, len(x_pos)
+        x = x_pos if x_neg is None else torch.cat([x_pos, x_neg])
         request = select.Request(weight.device, weight.dtype, compute, own["activation"])
         select.choose(request, own["backend"])
         check.optimizer_object(optimizer)
@@ -212,7 +196,7 @@ class FFLinear(nn.Linear):
                 else:
                     goodness = objective.goodness_of(sumsq, self.out_features)
                 if isinstance(objective, Objective):
-                    loss = functional.goodness_loss(goodness, side, objective, sample_weight=sample_weight)
+                    loss = functional.goodness_loss(goodness, side, objective, sample_weight=rows.sample_weight)
                 else:
                     loss = objective.value(y.to(weight.dtype), goodness, side, learns=bool(parameters))
             if parameters:

@@ -1,0 +1,52 @@
+"""What comes with each step: its rows, checked."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import validation as check
+from ..given import GivenLoss
+from ..objective import Objective
+from ..spec import Rows
+
+
+def checked_rows(
+    weight: Tensor,
+    compute: torch.dtype,
+    objective: Objective | GivenLoss,
+    x_pos: Tensor,
+    x_neg: Tensor | None,
+    is_positive: Tensor | None = None,
+    input_sumsq: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    product: Tensor | None = None,
+    label_field: int | None = None,
+) -> Rows:
+    """The rows of a step on a layer with this weight: arguments of `linear_step_`.
+
+    Raises:
+        ValueError, TypeError: for an argument that does not fit.
+    """
+    check.rows_of("x_pos", x_pos, weight, compute)
+    if (x_neg is None) != (is_positive is not None):
+        came = "neither" if x_neg is None else "both"
+        raise ValueError(f"of x_neg and is_positive came {came}; accepted: one of the two")
+    if x_neg is None:
+        x_neg = x_pos[:0]
+    else:
+        check.rows_of("x_neg", x_neg, weight, compute)
+        if x_neg.dtype != x_pos.dtype:
+            raise TypeError(f"x_neg is {x_neg.dtype}; accepted: {x_pos.dtype}, as x_pos is")
+    n_pos, total = x_pos.shape[0], x_pos.shape[0] + x_neg.shape[0]
+    field = 0 if label_field is None else check.label_field(label_field, weight, x_pos, x_neg)
+    if product is not None:
+        check.shared_product(product, field, n_pos, weight)
+    if is_positive is not None:
+        check.vector("is_positive", is_positive, total, torch.bool, weight.device)
+    check.objective_for(objective, total, n_pos if is_positive is None else None, weight)
+    if sample_weight is not None:
+        check.sample_weight(sample_weight, objective, total, weight)
+    if input_sumsq is not None:
+        check.vector("input_sumsq", input_sumsq, total, weight.dtype, weight.device)
+    return Rows(x_pos, x_neg, is_positive, input_sumsq, sample_weight, product, field)

@@ -23,10 +23,12 @@ test: $(VENV)/test $(VENV)/contenders
 lint: $(VENV)/lint
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy && $(VENV)/bin/lint-imports
 	$(VENV)/bin/clang-format --dry-run --Werror csrc/*/*.h csrc/*/*.cpp
+	$(VENV)/bin/python -c '$(HEADER)' | diff - csrc/cpu/records.h
 
-# The C side of ffkernels/spec.py; `make test` says where it is stale.
+# The C side of ffkernels/spec.py; `make lint` says when it is stale.
+HEADER := from ffkernels.backends.native.records import header; print(header(), end="")
 records: $(VENV)/core
-	$(VENV)/bin/python -c 'from ffkernels.backends.native.records import header; print(header(), end="")' > build/records.h
+	$(VENV)/bin/python -c '$(HEADER)' > build/records.h
 	mv build/records.h csrc/cpu/records.h
 
 # The programs of csrc/tests that have threads, without those of Python and torch, for races; the compiled library's

@@ -86,7 +86,7 @@ def test_repeats_bit_by_bit(shape, dtype):
         assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
 
 
-def test_rows_at_rest_change_nothing():
+def test_saturated_rows_change_nothing():
     made = problem(300, 300, 64, 96, dtype=torch.float32)
     threshold = torch.cat([torch.full((300,), -1e6), torch.full((300,), 60.0)])
     objective = ff.Objective(goodness="sum", threshold=threshold.cuda())

@@ -172,7 +172,7 @@ def test_rows_with_zero_coefficient_are_left_out_exactly(instruction_set):
 
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16], ids=str)
 def test_coefficients_below_the_smallest_normal_number_count_as_zero(compute, instruction_set):
-    """A float32 below 1.2e-38 in a product takes a hundred times as long and moves no weight: its row is at rest."""
+    """A float32 below 1.2e-38 in a product takes a hundred times as long and moves no weight: its row is saturated."""
     rows = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     weight = torch.eye(2)
     # One side alone, half of the mean's weight: coefficients are sigmoid(t), t the logit of each row.

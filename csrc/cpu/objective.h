@@ -47,7 +47,7 @@ struct Objective {
     }
 
     // A loss's steepness, or zero where the caller leaves such rows out.
-    float in_doubt(float steepness) const {
+    float unless_left_out(float steepness) const {
         return __builtin_fabsf(steepness) < float(call.goal.skip_below) ? 0 : steepness;
     }
 
@@ -61,7 +61,7 @@ struct Objective {
         float weight = 1 / divisor[positive];
         if (call.rows.sample_weight != nullptr) weight *= call.rows.sample_weight[i];
         const float g = goodness(q), t = scale * (g - theta);
-        return {weight * scale * in_doubt(sigmoid(t)) * slope(q, g), weight * softplus(t)};
+        return {weight * scale * unless_left_out(sigmoid(t)) * slope(q, g), weight * softplus(t)};
     }
 
     // The i-th positive row against the i-th negative one: both coefficients, and the loss in the
@@ -73,7 +73,7 @@ struct Objective {
         const float g_pos = goodness(q_pos), g_neg = goodness(q_neg), t = scale * (g_pos - g_neg),
                     s = sigmoid(t);
         const bool swish = call.goal.loss == ffk::SWISH;
-        const float common = weight * scale * in_doubt(swish ? s * (1 + t * (1 - s)) : s);
+        const float common = weight * scale * unless_left_out(swish ? s * (1 + t * (1 - s)) : s);
         pos = {common * slope(q_pos, g_pos), weight * (swish ? t * s : softplus(t))};
         neg = {-common * slope(q_neg, g_neg), 0};
     }

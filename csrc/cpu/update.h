@@ -104,7 +104,7 @@ struct Update {
             f(Constant<ffk::GRAD>{});
     }
 
-    // Operands in doubt; the others' part of the gradient is exactly zero.
+    // Operands that are not saturated; the others' part of the gradient is exactly zero.
     int64_t choose(const Block& block, const float* coefficient, const float* scale) {
         int64_t depth = 0;
         std::memset(moves, 0, size_t(1 + block.field.copies) * 4);

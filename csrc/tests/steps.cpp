@@ -14,7 +14,7 @@ struct Layer {
         check::seed = 1;
         x_pos = check::numbers(n_pos * in), x_neg = check::numbers(n_neg * in);
         weight = check::numbers(out * in), bias = check::numbers(out);
-        if (n_pos == n_neg)  // twins: one column differs
+        if (n_pos == n_neg)  // copies: one column differs
             for (int64_t i = 0; i < n_neg * in; i++)
                 if (i % in != 0) x_neg[size_t(i)] = x_pos[size_t(i)];
         for (int i = 0; i < 4; i++) state[i].resize(i < 2 ? weight.size() : bias.size());

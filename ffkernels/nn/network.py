@@ -198,7 +198,7 @@ class FFNetwork(nn.Module):
         num_classes: int = 10,
         **options: Any,
     ) -> tuple[list[StepResult], Tensor]:
-        """`step` on twins `[rows, in]` that differ in their label, and what `features(x_pos)` was before it.
+        """`step` on rows `[rows, in]` and their copies under other labels, and what `features(x_pos)` was before it.
 
         Where every layer hands on what it had before its update, and on the compiled CPU backend, the rows under the
         neutral label run with the others: one pass over the weights, the first layer's product shared by all three.

@@ -110,7 +110,7 @@ def label_field(x_pos: Tensor, x_neg: Tensor) -> slice | None:
     return field if all(torch.equal(x_pos[:, part], x_neg[:, part]) for part in outside) else None
 
 
-def twins_sumsq(sides: list[Tensor], field: slice, dtype: torch.dtype) -> Tensor:
-    """`[2 pairs]` sums of squares of rows that agree outside `field`."""
+def sumsq_of_copies(sides: list[Tensor], field: slice, dtype: torch.dtype) -> Tensor:
+    """`[2 pairs]` sums of squares of rows and their copies, which agree outside `field`."""
     common = row_sumsq(sides[0][:, : field.start], dtype) + row_sumsq(sides[0][:, field.stop :], dtype)
     return torch.cat([common + row_sumsq(x[:, field], dtype) for x in sides])

@@ -81,14 +81,14 @@ class Gradient:
         """
         if self.pending is not None:
             self._sum_pending()
-        x, r, field = rows.operand, rows.scale, rows.field if rows.twins else None
+        x, r, field = rows.operand, rows.scale, rows.field if rows.has_copies else None
         kept = pulled = None
         if self.peers is not None:
             self.peers.see(rows, y, is_positive)
         if self.peers is not None and self.peers.gated:
             pulled = self.peers.gated_part(y, z, is_positive)
         else:
-            kept = _rows_in_doubt(coefficient if field is None else coefficient.view(2, -1).any(0))
+            kept = _unsaturated_rows(coefficient if field is None else coefficient.view(2, -1).any(0))
         if kept is not None:
             x = x[kept]
             if field is not None:
@@ -101,9 +101,12 @@ class Gradient:
         if pulled is not None:
             dz.add_(pulled)
         elif field is not None:
-            # A row that stays for its twin's sake has no part in the sums, whatever it holds.
-            at_rest = (coefficient == 0).unsqueeze(1)
-            dz, field = dz.masked_fill_(at_rest, 0), LabelField(field.columns, field.numbers.masked_fill(at_rest, 0))
+            # A row that stays for the sake of its copy has no part in the sums, whatever it holds.
+            saturated = (coefficient == 0).unsqueeze(1)
+            dz, field = (
+                dz.masked_fill_(saturated, 0),
+                LabelField(field.columns, field.numbers.masked_fill(saturated, 0)),
+            )
         if self.bias_sum is not None:
             self.bias_sum.add_(dz.sum(0))
         if r is not None:
@@ -207,7 +210,7 @@ def _rate(slot: Slot, dtype: torch.dtype) -> float | Tensor:
     return float(slot.lr) if slot.lr.device.type == "cpu" else slot.lr.to(dtype)
 
 
-def _rows_in_doubt(coefficient: Tensor) -> Tensor | None:
+def _unsaturated_rows(coefficient: Tensor) -> Tensor | None:
     """Indices of the rows with a coefficient other than zero, or None where leaving the rest out does not pay.
 
     On a device the count would have to come back to the host, so there every row stays.

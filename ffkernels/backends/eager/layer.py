@@ -12,7 +12,7 @@ from torch import Tensor
 from ... import spec
 from ...normalisation import row_scale, row_sumsq
 from ...objective import silu_slope
-from .batch import joined, label_field, twins_sumsq
+from .batch import joined, label_field, sumsq_of_copies
 from .products import Products
 
 LEAKY_SLOPE = 0.01
@@ -65,7 +65,7 @@ class Operands(NamedTuple):
     """A block of input rows as the products take it.
 
     Attributes:
-        operand: `[rows, in]`; for twins, which differ in a label field only, `[pairs, in]`: the positive ones.
+        operand: `[rows, in]`; for copies under other labels, `[pairs, in]`: the positive ones.
         scale: `[rows]`, what the products' results are still to be multiplied by, or None.
         field: the label field of rows that share the product of the other columns, or None.
         product: that product `[rows or pairs, out]` where it is known, or None.
@@ -81,7 +81,7 @@ class Operands(NamedTuple):
         return len(self.operand if self.field is None else self.field.numbers)
 
     @property
-    def twins(self) -> bool:
+    def has_copies(self) -> bool:
         return self.total > len(self.operand)
 
 
@@ -114,7 +114,7 @@ class ReadyLayer:
         scale = None
         if self.normalisation[0] != "none":
             if sumsq is None:
-                sumsq = row_sumsq(x, self.dtype) if columns is None else twins_sumsq(parts, columns, self.dtype)
+                sumsq = row_sumsq(x, self.dtype) if columns is None else sumsq_of_copies(parts, columns, self.dtype)
             scale = row_scale(sumsq, x.shape[1], *self.normalisation)
             if scale_first:
                 x, scale = x * scale.unsqueeze(1), None
@@ -139,7 +139,7 @@ class ReadyLayer:
             columns, numbers = rows.field
             pairs = len(rows.operand)
             self._product_outside(columns, rows, z[:pairs])
-            if rows.twins:
+            if rows.has_copies:
                 z[pairs:] = z[:pairs]
             self.products.into(z, numbers, self.weight[columns], accumulate=True)
         if rows.scale is not None and self.bias is not None:

@@ -31,7 +31,7 @@ class Peers:
         self.activity.add_(y.t().mv(weights))
         if self.gated:
             return
-        # The negative twins of a label field have the weight 0.
+        # Copies under negative labels have the weight 0.
         x = rows.operand.to(y.dtype)
         scaled = weights if rows.scale is None else weights * rows.scale
         self.input.add_(x.t().mv(scaled[: len(x)]))

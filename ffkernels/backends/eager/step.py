@@ -33,7 +33,7 @@ def unsupported(request: Request) -> str | None:
 def linear_forward_(rows: Rows, layer: Layer, y: Tensor | None, sumsq: Tensor) -> None:
     """See `ops.SCHEMAS`."""
     ready = ReadyLayer(layer)
-    for block in blocks(*_sides(rows), _block_rows(_total(rows), ready.width), _twins(rows)):
+    for block in blocks(*_sides(rows), _block_rows(_total(rows), ready.width), _has_copies(rows)):
         in_place = block.take(y) if y is not None and y.dtype == ready.dtype and len(block.ranges) == 1 else None
         activity, _, q = ready.forward(_operands(ready, rows, block), in_place)
         block.put(q, sumsq)
@@ -52,7 +52,7 @@ def linear_step_(rows: Rows, layer: Layer, goal: Goal, pull: PeerPull, update: U
     gradient = Gradient(ready, layer.weight, layer.bias, peers)
     outputs.loss_out.zero_()
     block_rows = _total(rows) if pull.gated else _block_rows(_total(rows), ready.width)
-    in_pairs = objective.paired or (_total(rows) > block_rows and _twins(rows))
+    in_pairs = objective.paired or (_total(rows) > block_rows and _has_copies(rows))
     for block in blocks(*_sides(rows), block_rows, in_pairs):
         operands = _operands(ready, rows, block)
         activity, z, q = ready.forward(operands)
@@ -86,7 +86,7 @@ def linear_update_(rows: Rows, layer: Layer, slopes: Slopes, pull: PeerPull, upd
     peers = None if pull.mean is None else Peers(pull, ready, counts[0])
     gradient = Gradient(ready, layer.weight, layer.bias, peers)
     block_rows = _total(rows) if pull.gated else _block_rows(_total(rows), ready.width)
-    for block in blocks(*_sides(rows), block_rows, _total(rows) > block_rows and _twins(rows)):
+    for block in blocks(*_sides(rows), block_rows, _total(rows) > block_rows and _has_copies(rows)):
         side, known = block.take(is_positive), block.take(slopes.activity)
         assert side is not None and known is not None
         z = known if ready.activation.keeps_z else None
@@ -129,7 +129,7 @@ def _operands(layer: ReadyLayer, rows: Rows, block: Block) -> Operands:
     return layer.rows(parts, block.take(rows.input_sumsq), rows.label_field, product)
 
 
-def _twins(rows: Rows) -> bool:
+def _has_copies(rows: Rows) -> bool:
     return len(rows.x_neg) > 0 and (rows.label_field > 0 or may_share(rows.x_pos, rows.x_neg))
 
 

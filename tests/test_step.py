@@ -161,7 +161,7 @@ def test_gradient_in_panels(optimizer, monkeypatch):
 
 
 def test_rows_with_zero_coefficient_are_left_out_exactly(monkeypatch):
-    """With a saturated loss the update's product runs over the rows that are not saturated only, and the numbers stay."""
+    """With a saturated loss the update's product runs over the other rows only, and the numbers stay."""
     from ffkernels.backends.eager.gradient import Gradient
 
     seen = []

@@ -238,3 +238,35 @@ def test_a_step_on_a_device_never_waits_for_it(compute_dtype, optimizer, is_posi
         eager.linear_forward_(rows, layer, outputs.y, outputs.sumsq)
     with pytest.raises(RuntimeError):
         outputs.loss_out.item()
+
+
+@pytest.mark.parametrize("backend", ["eager", "native"])
+def test_who_watches_operators_sees_them_and_the_numbers_stay(backend):
+    """A profiler and a dispatch mode are shown the operators, which otherwise are passed by."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    if backend == "native" and select.load("native").library.load().library is None:
+        pytest.skip("the compiled library was not built")
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    losses, names = [], []
+    for watched in (None, torch.profiler.profile(), Names()):
+        torch.manual_seed(0)
+        layer = ff.FFLinear(5, 4, backend=backend)
+        optimizer, x_pos, x_neg = torch.optim.Adam(layer.parameters()), torch.rand(6, 5), torch.rand(6, 5)
+        for at in range(3):
+            if at == 2 and watched is not None:
+                with watched:
+                    result = layer.step(x_pos, x_neg, optimizer)
+            else:
+                result = layer.step(x_pos, x_neg, optimizer)
+        losses.append((result.loss, result.y, layer.weight.detach()))
+        if isinstance(watched, torch.profiler.profile):
+            assert "ffkernels::linear_step_" in {event.name for event in watched.events()}
+    assert "ffkernels.linear_step_.default" in names
+    for plain, *others in zip(*losses, strict=True):
+        assert all(torch.equal(plain, other) for other in others)

@@ -192,10 +192,13 @@ def test_launches(shape, launched, goodness, recorded):
     names = ("forward", "coefficient", "update", "finish")
     assert [len(recorded[f"{name}_kernel"].launches) for name in names] == launched
     (grid, given), *_ = recorded["update_kernel"].launches
-    assert (given["coefficient"] is not None) == bool(launched[1])
+    made = given["made"]
+    assert (made.coefficient is not None) == (given["terms"] is None) == bool(launched[1])
     # Rows are left out where a loss may saturate and the product is large.
-    assert (given["index"] is not None) == (goodness == "sum" and shape[0] == 4096 and shape[2] == 2048)
-    assert (grid[1] > 1) == (given["partial_weight"] is not None) == bool(launched[3])
+    assert (made is not None and made.listed is not None) == (
+        goodness == "sum" and shape[0] == 4096 and shape[2] == 2048
+    )
+    assert (grid[1] > 1) == (given["parts"].weight is not None) == bool(launched[3])
 
 
 @needs_triton
@@ -218,8 +221,9 @@ def test_a_step_never_waits_for_the_device(optimizer, settings, mixed, peers, dt
     step_on_meta(p, dtype, ff.Objective(reduction="sum_of_means"), is_positive, peers)
     assert len(recorded["peers_kernel"].launches) == (peers is not None)
     (_, given), *_ = recorded["update_kernel"].launches
-    assert (given["weight_step_pointer"] is not None) == ("capturable" in settings)
-    assert (given["n_positive"] is not None) == mixed
+    step_pointer = getattr(given["weight"].numbers, "step_pointer", None)
+    assert (step_pointer is not None) == ("capturable" in settings)
+    assert (given["terms"].n_positive is not None) == mixed
 
 
 @needs_triton
@@ -252,8 +256,9 @@ def test_an_update_with_given_slopes_never_waits_for_the_device(mixed, peers, wi
     }
     assert {name: len(recorded[f"{name}_kernel"].launches) for name in wanted} == wanted
     ((_, given),) = recorded["update_kernel"].launches
-    assert (given["coefficient"] is None) == (form == "slopes") and (given["index"] is not None) == lists
-    assert given["partials"] is None and given["loss"] is None
+    made = given["made"]
+    assert (made.coefficient is None) == (form == "slopes") and (made.listed is not None) == lists
+    assert given["terms"] is None and given["written"] is None
 
 
 def test_the_nearest_configuration_in_log_space():

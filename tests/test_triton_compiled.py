@@ -67,18 +67,18 @@ def test_the_table_lists_every_shipped_configuration():
 
 
 VARIANTS = {
-    "sgd": {"RULE": "sgd", "weight_state1": None, "bias_state1": None},
-    "gradient only": {"RULE": "grad", "weight_state1": None, "bias_state1": None},
-    "split": {"partial_weight": True, "partial_bias": True},
-    "no bias, no norm": {"HAS_BIAS": False, "bias": None, "row_scale": None},
+    "sgd": {"RULE": "sgd", "weight.state1": None, "bias.state1": None},
+    "gradient only": {"RULE": "grad", "weight.state1": None, "bias.state1": None},
+    "split": {"parts": True},
+    "no bias, no norm": {"bias": None, "activities.row_scale": None},
     "many column blocks": {"PARTIALS": 64},
-    "peer normalisation": {"pull": True, "input_sums": True},
-    "gated peer normalisation": {"pull": True, "PULL_GATED": True},
-    "a rounded weight": {"weight_rounded": True},
+    "peer normalisation": {"peers": True},
+    "gated peer normalisation": {"peers": True, "peers.input_sums": None},
+    "a rounded weight": {"weight.rounded": True},
     "gelu, pairs": {"ACTIVATION": "gelu", "LOSS": "symba", "GOODNESS": "norm"},
     "everything on the device": {
-        "weight_lr_pointer": True, "weight_step_pointer": True, "bias_lr_pointer": True, "bias_step_pointer": True,
-        "is_positive": True, "n_positive": True, "sample_weight": True, "threshold": True,
+        **dict.fromkeys(aot.ON_THE_HOST, True), "rows.is_positive": True, "terms.n_positive": True,
+        "terms.sample_weight": True, "terms.threshold": True,
     },
 }  # fmt: skip
 
@@ -86,13 +86,15 @@ SYMBA = {"GOODNESS": "norm", "LOSS": "symba", "THRESHOLD_PER_ROW": True}
 SMALL = {
     "listed": (launch.coefficient_kernel, {"num_warps": 8, "BLOCK": 256, "PARTIALS": 64, **SYMBA}),
     "given": (launch.coefficient_kernel, {
-        "num_warps": 4, "BLOCK": 128, "PARTIALS": 64, "index": None, "count": None, **SYMBA,
+        "num_warps": 4, "BLOCK": 128, "PARTIALS": 64, "made.listed": None, "made.n_listed": None, **SYMBA,
     }),
     "peers": (launch.peers_kernel, {"num_warps": 4, **launch.PEERS_BLOCK[False]}),
     "finish": (launch.finish_kernel, {
-        "num_warps": 4, **launch.FINISH_BLOCK[False], "RULE": "adam", "HAS_BIAS": True, "weight_lr_pointer": None,
-        "weight_step_pointer": None, "bias_lr_pointer": None, "bias_step_pointer": None,
+        "num_warps": 4, **launch.FINISH_BLOCK[False], "RULE": "adam", **aot.ON_THE_HOST,
     }),
+    "list": (launch.list_kernel, {"num_warps": 8, "BLOCK": 1024}),
+    "scale": (launch.scale_kernel, {"num_warps": 4, **launch.ROWS_BLOCK[False], "NORM": "rms", "EPS_MODE": "clamp"}),
+    "units": (launch.units_kernel, {"num_warps": 4, **launch.UNITS_BLOCK[False], "ACTIVATION": "gelu"}),
 }  # fmt: skip
 
 
@@ -107,9 +109,9 @@ def test_variants_of_the_update(name, target):
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_variants_of_the_forward(target):
     config = aot.Case(target, "forward", "mixed", "small", "float16", "ieee", "").config
-    changes = {"ACTIVATION": "silu", "kept": True, "SCALE_FIRST": True, "input_sumsq": True, "bias": None}
+    changes = {"ACTIVATION": "silu", "written.kept": True, "SCALE_FIRST": True, "input_sumsq": True, "layer.bias": None}
     assert_fits(aot.report(aot.forward(target, config, "float16", "mixed", **changes), target), target)
-    changes = {"product": True, "input_sumsq": True, "unit_sums": True, "is_positive": True}
+    changes = {"shared": True, "input_sumsq": True, "written.unit_sums": True, "rows.is_positive": True}
     assert_fits(aot.report(aot.forward(target, config, "float16", "mixed", **changes), target), target)
 
 

@@ -22,7 +22,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ffkernels.backends.triton import configs, launch
+from ffkernels.backends.triton import configs, launch, records
 from ffkernels.backends.triton.configs import Config
 
 TABLE = Path(__file__).with_name("triton_machine_code.json")
@@ -38,8 +38,16 @@ SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65
 TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 LANGUAGE = {"float32": tl.float32, "bfloat16": tl.bfloat16, "float16": tl.float16}
 
+# The kernels' arguments that are records, and the one that is a record of its own within another.
+RECORDS = {
+    "rows": records.Batch, "layer": records.Linear, "shared": records.Shared, "activities": records.Kept,
+    "made": records.Coefficients, "first": records.Slope, "second": records.Slope, "terms": records.Terms,
+    "peers": records.Pull, "weight": records.Parameter, "bias": records.Parameter, "parts": records.Parts,
+}  # fmt: skip
+WRITTEN = {"forward_kernel": records.Forwarded}
+NUMBERS = {"sgd": records.Sgd, "grad": None}
 ROW_POINTERS = {"x_pos", "x_neg"}
-COMPUTE_POINTERS = {"y", "kept", "weight_rounded"}
+COMPUTE_POINTERS = {"y", "kept", "rounded"}
 # The sizes of the tiles that tensor descriptors copy, by kernel and argument.
 TILES = {
     ("forward_kernel", "x_tiles"): ("BLOCK_M", "BLOCK_K"),
@@ -47,25 +55,31 @@ TILES = {
     ("update_kernel", "x_tiles"): ("BLOCK_K", "BLOCK_IN"),
     ("update_kernel", "kept_tiles"): ("BLOCK_K", "BLOCK_OUT"),
 }
-INTEGER_POINTERS = {"index": "*i32", "count": "*i32", "is_positive": "*u8", "n_positive": "*i64"}
+INTEGER_POINTERS = {"listed": "*i32", "n_listed": "*i32", "is_positive": "*u8", "n_positive": "*i64"}
 FLOATS = re.compile(
-    r"eps|threshold_(pos|neg)|logit_scale|share_(pos|neg)|skip_below|strength|momentum|(weight|bias)_(lr|h\d)"
+    r"eps|threshold_(pos|neg)|logit_scale|share_(pos|neg)|skip_below|strength|momentum|lr|sign|decay|shrink|keep2?"
+    r"|take[12]?|(gradient|buffer)_share|correction[12]"
 )
-UNIT = re.compile(r"_(col|stride)$")
+UNIT = re.compile(r"(.*_)?(col|stride)$|bias\.(.*_)?row$")
 INTEGERS = re.compile(
-    r"n_pos|rows|columns|(in|out)_features|width|(input_)?splits|n_partials|n_row_losses|row_blocks|.*_groups"
-    r"|.*_(row|col|stride)"
+    r"n_pos|total|columns|(in|out)_features|width|(input_)?splits|n_partials|n_row_losses|row_blocks|groups"
+    r"|(.*_)?(row|col|stride)"
 )
 
+
 # What the update is not given, by how it comes by its coefficients, `launch.coefficient_form`, or by slopes instead.
-SLOPES = ("first", "second", "first_groups", "second_groups")
-NO_OBJECTIVE = ("index", "coefficient", "count", "row_losses", "partials", "sumsq", "loss")
 FORMS = {
-    "on the fly": ("index", "coefficient", "count", "row_losses", *SLOPES),
-    "given": ("index", "count", *SLOPES),
-    "listed": ("row_losses", *SLOPES),
-    "by group": NO_OBJECTIVE,
-    "by unit": (*NO_OBJECTIVE, "first_groups", "second_groups"),
+    "on the fly": ("made", "first", "second"),
+    "given": ("made.listed", "made.n_listed", "first", "second", "terms"),
+    "listed": ("made.row_losses", "first", "second", "terms"),
+    "by group": ("made", "terms", "written"),
+    "by unit": ("made", "terms", "written", "first.groups", "second.groups"),
+}
+
+
+# Learning rates and step counts as numbers.
+ON_THE_HOST = {
+    f"{name}.numbers.{pointer}": None for name in ("weight", "bias") for pointer in ("lr_pointer", "step_pointer")
 }
 
 
@@ -150,36 +164,50 @@ def compiled(
     """
     constants = {name: value for name, value in constants.items() if value is not True or name.isupper()}
     signature, constexprs, attributes = {}, {}, {}
-    for position, name in enumerate(kernel.arg_names):
-        if name in constants or name in config:
-            signature[name] = "constexpr"
-            constexprs[name] = constants.get(name, config.get(name))
-        elif INTEGERS.fullmatch(name) and (integers == 1 or (integers == "i32" and UNIT.search(name))):
-            signature[name] = "constexpr"
-            constexprs[name] = 1
-        elif name.endswith("_tiles"):
+
+    def type_of(name: str, path: tuple[int, ...]) -> Any:
+        """The type of an argument or of a record's member, `name` with a dot; fills in what goes with it."""
+        member = name.rpartition(".")[2]
+        record = NUMBERS.get(constants.get("RULE"), records.Adam) if member == "numbers" else RECORDS.get(name)
+        if name.endswith(".numbers") and name in constants:
+            record = None
+        record = WRITTEN.get(kernel.__name__, records.Written) if name == "written" else record
+        value = constants.get(name, config.get(name))
+        if record is not None:
+            if name in constants:  # a record without members
+                constants.update(dict.fromkeys(f"{name}.{field}" for field in record._fields))
+            fields = enumerate(record._fields)
+            return record(*(type_of(f"{name}.{field}", (*path, place)) for place, field in fields))
+        if name in constants or name in config or member == "numbers":
+            constexprs[path] = value
+            return "constexpr"
+        if INTEGERS.fullmatch(member) and (integers == 1 or (integers == "i32" and UNIT.search(name))):
+            constexprs[path] = 1
+            return "constexpr"
+        if name.endswith("_tiles"):
             if not config.get("TMA"):
-                signature[name], constexprs[name] = "constexpr", None
-                continue
+                constexprs[path] = None
+                return "constexpr"
             element = {"x_tiles": raw, "weight_tiles": weight, "kept_tiles": compute}[name]
             block = ", ".join(str(config[size]) for size in TILES[kernel.__name__, name])
-            signature[name] = f"tensordesc<{TYPES[element]}[{block}]>"
-        elif FLOATS.fullmatch(name):
-            signature[name] = "fp32"
-        else:
-            attributes[(position,)] = [["tt.divisibility", 16]]
-            if INTEGERS.fullmatch(name):
-                signature[name] = str(integers)
-            elif name in ROW_POINTERS:
-                signature[name] = f"*{TYPES[raw]}"
-            elif name == "kept" and kept_as is not None:
-                signature[name] = f"*{TYPES[kept_as]}"
-            elif name in COMPUTE_POINTERS:
-                signature[name] = f"*{TYPES[compute]}"
-            elif name == "weight":
-                signature[name] = f"*{TYPES[weight]}"
-            else:
-                signature[name] = INTEGER_POINTERS.get(name, "*fp32")
+            return f"tensordesc<{TYPES[element]}[{block}]>"
+        if FLOATS.fullmatch(member):
+            return "fp32"
+        attributes[path] = [["tt.divisibility", 16]]
+        if INTEGERS.fullmatch(member):
+            return str(integers)
+        if member in ROW_POINTERS:
+            return f"*{TYPES[raw]}"
+        if name == "activities.kept" and kept_as is not None:
+            return f"*{TYPES[kept_as]}"
+        if member in COMPUTE_POINTERS:
+            return f"*{TYPES[compute]}"
+        if member == "weight":
+            return f"*{TYPES[weight]}"
+        return INTEGER_POINTERS.get(member, "*fp32")
+
+    for position, name in enumerate(kernel.arg_names):
+        signature[name] = type_of(name, (position,))
     options = {key: value for key, value in config.items() if key.startswith("num_")}
     source = ASTSource(kernel, signature, constexprs, attributes)
     return triton.compile(source, target={**TARGETS, **UNTUNED}[target], options=options)
@@ -189,7 +217,7 @@ def forward(target: str, config: Config, compute: str, kind: str, precision: str
     """The forward of a layer with l2 norm, relu and a bias, on rows whose sums of squares are not known."""
     operands = compute if kind == "half" else "float32"
     constants = {
-        "input_sumsq": None, "product": None, "is_positive": None, "kept": None, "unit_sums": None,
+        "input_sumsq": None, "shared": None, "rows.is_positive": None, "written.kept": None, "written.unit_sums": None,
         "NORM": "l2", "EPS_MODE": "add", "ACTIVATION": "relu", "SCALE_FIRST": False,
         "COMPUTE": LANGUAGE[compute], "PRECISION": precision, "WIDEN": False,
     }  # fmt: skip
@@ -201,19 +229,19 @@ def update(
 ) -> Any:
     """The update with Adam and a bias, in one of `FORMS`."""
     constants = {
-        "is_positive": None, "n_positive": None, "sample_weight": None, "threshold": None,
-        "weight_lr_pointer": None, "weight_step_pointer": None, "bias_lr_pointer": None, "bias_step_pointer": None,
-        "pull": None, "input_sums": None, "weight_rounded": None, "PULL_GATED": False,
-        "partial_weight": None, "partial_bias": None, "RULE": "adam", "ACTIVATION": "relu", "GOODNESS": "mean",
-        "LOSS": "logistic", "THRESHOLD_PER_ROW": False, "PARTIALS": 8, "HAS_BIAS": True,
-        "SCALE_X": False, "COMPUTE": LANGUAGE[compute], "PRECISION": precision, "WIDEN": False,
+        "rows.is_positive": None, "terms.n_positive": None, "terms.sample_weight": None, "terms.threshold": None,
+        **ON_THE_HOST, "weight.rounded": None, "bias.rounded": None, "peers": None, "parts": None,
+        "RULE": "adam", "ACTIVATION": "relu", "GOODNESS": "mean",
+        "LOSS": "logistic", "THRESHOLD_PER_ROW": False, "PARTIALS": 8, "SCALE_X": False,
+        "COMPUTE": LANGUAGE[compute], "PRECISION": precision, "WIDEN": False,
     }  # fmt: skip
     constants |= dict.fromkeys(FORMS[form])
     raw = compute if kind == "half" else "float32"
-    if "partials" in FORMS[form]:
+    by_slopes = "written" in FORMS[form]
+    if by_slopes:
         constants["PARTIALS"] = 0
     # A given loss reads the activities as they are.
-    kept_as = "float32" if "partials" in FORMS[form] else compute
+    kept_as = "float32" if by_slopes else compute
     constants = {**constants, **changes}
     return compiled(launch.update_kernel, target, config, compute, raw, "float32", kept_as=kept_as, **constants)
 

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import ffkernels as ff
-from ffkernels import reference
+from ffkernels import reference, spec
 from ffkernels import validation as check
 from ffkernels.objective import GOODNESS, LOSSES, REDUCTIONS
 
@@ -326,9 +326,14 @@ def test_coefficients(loss, goodness):
     index, coefficient = torch.full((rows,), -1, dtype=torch.int32), torch.empty(rows)
     count = torch.empty((), dtype=torch.int32)
     share = 1.0 / (rows // 2 if objective.paired else rows)
+    scale = 8.0 if objective.paired else 1.0
     launch.coefficient_kernel[(1,)](
-        partials, blocks, None, None, None, None, rows // 2, rows, width, 20.0, 20.0, 8.0 if objective.paired else 1.0,
-        share, share, 0.0, sumsq, total, index, coefficient, count, goodness, loss, False, 4, 16,
+        rows=launch.batch(spec.Rows(torch.empty(rows // 2, 1), torch.empty(rows // 2, 1))),
+        terms=launch.Terms(partials, blocks, None, None, None, 20.0, 20.0, scale, share, share, 0.0),
+        width=width,
+        written=launch.Written(sumsq, total),
+        made=launch.Coefficients(coefficient, index, count),
+        GOODNESS=goodness, LOSS=loss, THRESHOLD_PER_ROW=False, PARTIALS=4, BLOCK=16,
     )  # fmt: skip
     is_positive = torch.arange(rows) < rows // 2
     exact = objective.terms(partials.double().sum(0), width, is_positive, (rows // 2, rows // 2))

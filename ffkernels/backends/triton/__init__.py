@@ -2,8 +2,8 @@
 
 Kernels: `forward.py`, `peers.py`, `coefficient.py`, `update.py` and `finish.py` hold one each, in the order of a step;
 `slopes.py` those of an update with given slopes, `common.py` and `rules.py` what they share. On the host: `step.py` has
-the operators, `launch.py` the launches, `operands.py` what these are given, `device.py` and `configs.py` what they run
-on.
+the operators, `launch.py` the launches, `operands.py` makes what these are given, `device.py` and `configs.py` say what
+they run on. Between the two: `records.py`.
 Nothing here imports Triton before a call needs it, so the package works where Triton is missing.
 """
 

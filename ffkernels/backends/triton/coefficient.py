@@ -58,62 +58,59 @@ def goodness_of(sumsq, width, GOODNESS: tl.constexpr):
 
 
 @triton.jit
-def positive_rows(i, here, is_positive, n_pos):
+def positive_rows(i, here, rows):
     """Which rows `i` of the joint batch there are and are positive."""
-    if is_positive is None:
-        positive = i < n_pos
+    if rows.is_positive is None:
+        positive = i < rows.n_pos
     else:
-        positive = tl.load(is_positive + i, mask=here, other=0) != 0
+        positive = tl.load(rows.is_positive + i, mask=here, other=0) != 0
     return here & positive
 
 
 @triton.jit
 def row_terms(
-    i, here,  # rows of the joint batch, and which of them there are
-    partials, n_partials,  # [n_partials, rows]
-    is_positive, n_positive, sample_weight, threshold,  # [rows], [], [rows or pairs], [] or [rows]; each may be None
-    n_pos, rows, width,
-    threshold_pos, threshold_neg, logit_scale, share_pos, share_neg, skip_below,
+    i, here, rows, terms, width,  # rows of the joint batch, and which of them there are
     GOODNESS: tl.constexpr, LOSS: tl.constexpr, THRESHOLD_PER_ROW: tl.constexpr, PARTIALS: tl.constexpr,
 ):  # fmt: skip
     """Sums of squares, coefficients `c = 2 dLoss/dq` and losses of rows `i`: `Objective.terms`.
 
-    `logit_scale` is 1/temperature or alpha, with a minus where positives are minimised; `share_*` one over the number
-    of rows that the side's losses are averaged over. `n_positive` overrides the shares by the counts of both sides.
     Rows whose loss is less steep than `skip_below` get a coefficient of zero.
     """
-    positive = positive_rows(i, here, is_positive, n_pos)
-    q = sum_of_partials(partials, n_partials, i, here, rows, PARTIALS)
+    positive = positive_rows(i, here, rows)
+    q = sum_of_partials(terms.partials, terms.n_partials, i, here, rows.total, PARTIALS)
     goodness = goodness_of(q, width, GOODNESS)
+    share_pos = terms.share_pos
+    share_neg = terms.share_neg
     if LOSS == "logistic":
-        if threshold is None:
-            theta = tl.where(positive, threshold_pos, threshold_neg)
+        if terms.threshold is None:
+            theta = tl.where(positive, terms.threshold_pos, terms.threshold_neg)
         elif THRESHOLD_PER_ROW:
-            theta = tl.load(threshold + i, mask=here, other=0.0).to(tl.float32)
+            theta = tl.load(terms.threshold + i, mask=here, other=0.0).to(tl.float32)
         else:
-            theta = tl.load(threshold).to(tl.float32)
-        if n_positive is not None:
-            count = tl.load(n_positive).to(tl.float32)
+            theta = tl.load(terms.threshold).to(tl.float32)
+        if terms.n_positive is not None:
+            count = tl.load(terms.n_positive).to(tl.float32)
             share_pos = 1.0 / tl.maximum(count, 1.0)
-            share_neg = 1.0 / tl.maximum(rows - count, 1.0)
-        slope_of_logit = tl.where(positive, -logit_scale, logit_scale)
+            share_neg = 1.0 / tl.maximum(rows.total - count, 1.0)
+        slope_of_logit = tl.where(positive, -terms.logit_scale, terms.logit_scale)
         logit = slope_of_logit * (goodness - theta)
         share = tl.where(positive, share_pos, share_neg)
         entry = i
         counted = here
     else:
         # Row i of one side and row i of the other share a logit, and have opposite slopes.
-        partner = tl.where(positive, i + n_pos, i - n_pos)
-        other = goodness_of(sum_of_partials(partials, n_partials, partner, here, rows, PARTIALS), width, GOODNESS)
-        slope_of_logit = tl.where(positive, -logit_scale, logit_scale)
+        partner = tl.where(positive, i + rows.n_pos, i - rows.n_pos)
+        q_of_partner = sum_of_partials(terms.partials, terms.n_partials, partner, here, rows.total, PARTIALS)
+        other = goodness_of(q_of_partner, width, GOODNESS)
+        slope_of_logit = tl.where(positive, -terms.logit_scale, terms.logit_scale)
         logit = slope_of_logit * (goodness - other)
         share = tl.where(positive, share_pos, share_neg)
         entry = tl.where(positive, i, partner)
         counted = positive
-    if sample_weight is not None:
-        share *= tl.load(sample_weight + entry, mask=here, other=0.0)
+    if terms.sample_weight is not None:
+        share *= tl.load(terms.sample_weight + entry, mask=here, other=0.0)
     value, slope = value_and_slope(logit, LOSS)
-    slope = tl.where(tl.abs(slope) < skip_below, 0.0, slope)
+    slope = tl.where(tl.abs(slope) < terms.skip_below, 0.0, slope)
     c = share * slope_of_logit * slope
     if GOODNESS == "norm":
         # The slope of a root at zero is infinite, but such a row has no activity to move.
@@ -126,47 +123,38 @@ def row_terms(
 
 
 @triton.jit
-def in_doubt_so_far(i, here, c, kept, index, coefficient):
+def in_doubt_so_far(i, here, c, kept, made):
     """Lists the rows `i` whose coefficient is not exactly zero behind the `kept` ones, and says how many there are."""
     in_doubt = (c != 0) & here
     place = kept + tl.cumsum(in_doubt.to(tl.int32), axis=0) - 1
-    tl.store(index + place, i, mask=in_doubt)
-    tl.store(coefficient + place, c, mask=in_doubt)
+    tl.store(made.listed + place, i, mask=in_doubt)
+    tl.store(made.coefficient + place, c, mask=in_doubt)
     return kept + tl.sum(in_doubt.to(tl.int32), axis=0)
 
 
 @triton.jit
 def coefficient_kernel(
-    partials, n_partials,
-    is_positive, n_positive, sample_weight, threshold,
-    n_pos, rows, width,
-    threshold_pos, threshold_neg, logit_scale, share_pos, share_neg, skip_below,
-    sumsq, loss,  # written: [rows], [programs]
-    index, coefficient, count,  # written: [rows], [rows], []; index and count may be None
+    rows, terms, width, written, made,  # `records.Batch`, `Terms`; written: `Written`, `Coefficients`
     GOODNESS: tl.constexpr, LOSS: tl.constexpr, THRESHOLD_PER_ROW: tl.constexpr, PARTIALS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The rows' coefficients, for the update to load: a block of rows in each program, or with `index` a list.
+    """The rows' coefficients, for the update to load: a block of rows in each program, or a list.
 
     A row whose loss is saturated has a coefficient of exactly zero in float32, and leaving it out changes nothing. One
     program lists the others in order, and their number.
     """
     kept = 0
-    total = tl.zeros([BLOCK], tl.float32)
-    for start in range(tl.program_id(0) * BLOCK, rows, tl.num_programs(0) * BLOCK):
+    loss = tl.zeros([BLOCK], tl.float32)
+    for start in range(tl.program_id(0) * BLOCK, rows.total, tl.num_programs(0) * BLOCK):
         i = start + tl.arange(0, BLOCK)
-        here = i < rows
-        q, c, losses = row_terms(
-            i, here, partials, n_partials, is_positive, n_positive, sample_weight, threshold, n_pos, rows, width,
-            threshold_pos, threshold_neg, logit_scale, share_pos, share_neg, skip_below,
-            GOODNESS, LOSS, THRESHOLD_PER_ROW, PARTIALS,
-        )  # fmt: skip
-        tl.store(sumsq + i, q, mask=here)
-        total += losses
-        if index is None:
-            tl.store(coefficient + i, c, mask=here)
+        here = i < rows.total
+        q, c, losses = row_terms(i, here, rows, terms, width, GOODNESS, LOSS, THRESHOLD_PER_ROW, PARTIALS)
+        tl.store(written.sumsq + i, q, mask=here)
+        loss += losses
+        if made.listed is None:
+            tl.store(made.coefficient + i, c, mask=here)
         else:
-            kept = in_doubt_so_far(i, here, c, kept, index, coefficient)
-    if index is not None:
-        tl.store(count, kept)
-    tl.store(loss + tl.program_id(0), tl.sum(total, axis=0))
+            kept = in_doubt_so_far(i, here, c, kept, made)
+    if made.listed is not None:
+        tl.store(made.n_listed, kept)
+    tl.store(written.loss + tl.program_id(0), tl.sum(loss, axis=0))

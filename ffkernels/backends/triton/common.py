@@ -11,10 +11,17 @@ TWICE_EXPONENT_BIAS = tl.constexpr(254 << 23)
 
 
 @triton.jit
-def joint_rows(i, x_pos, x_neg, n_pos, x_pos_row, x_neg_row):
+def joint_rows(i, rows):
     """Pointers to the first elements of rows `i` of the joint batch: positive rows, then negative ones."""
     i = i.to(tl.int64)
-    return tl.where(i < n_pos, x_pos + i * x_pos_row, x_neg + (i - n_pos) * x_neg_row)
+    return tl.where(i < rows.n_pos, rows.x_pos + i * rows.x_pos_row, rows.x_neg + (i - rows.n_pos) * rows.x_neg_row)
+
+
+@triton.jit
+def rows_of(activities, i, here, j, out_features):
+    """`[len(i), len(j)]` what the forward has kept of rows `i` and units `j`: `records.Kept`."""
+    at = activities.kept + i.to(tl.int64)[:, None] * activities.kept_row + j.to(tl.int64)[None, :] * activities.kept_col
+    return tl.load(at, mask=here[:, None] & (j < out_features)[None, :], other=0.0)
 
 
 @triton.jit

@@ -9,17 +9,10 @@ from .common import activate, grouped, joint_rows, operand, scale_of_rows
 
 @triton.jit
 def forward_kernel(
-    x_pos, x_neg, input_sumsq,  # rows [n_pos, in], [rows - n_pos, in]; sums of squares [rows] where they are known
-    weight, bias,  # [out, in], [out] or None
+    rows, input_sumsq, layer,  # `records.Batch`, [rows] sums of squares where they are known or None, `Linear`
     x_tiles, weight_tiles,  # both again as tensor descriptors of all rows and of the weight, under TMA
-    product,  # [n_pos, out] what the columns from `columns` on give, or None
-    is_positive,  # [rows] or None
-    y, kept,  # [rows, out]: activities; what the update needs of them where that is something else; either may be None
-    row_scale, partials,  # written: [rows] or None, [column blocks, rows] sums of squares of the activities
-    unit_sums,  # written: [row blocks, out] sums of the positive rows' activities, or None
-    n_pos, rows, columns, in_features, out_features,
-    x_pos_row, x_neg_row, x_col, weight_row, weight_col, bias_stride, y_row, y_col,
-    eps,
+    shared, written,  # `Shared`, `Forwarded`
+    in_features, out_features,
     NORM: tl.constexpr, EPS_MODE: tl.constexpr, ACTIVATION: tl.constexpr,
     SCALE_FIRST: tl.constexpr,  # float16 has no room for rows of any length: scale them before they are rounded
     COMPUTE: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
@@ -32,30 +25,24 @@ def forward_kernel(
     loads.
     """
     if PERSISTENT:
-        tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(out_features, BLOCK_N)
+        tiles = tl.cdiv(rows.total, BLOCK_M) * tl.cdiv(out_features, BLOCK_N)
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
             forward_tile(
-                tile, x_pos, x_neg, input_sumsq, weight, bias, x_tiles, weight_tiles, product, is_positive, y, kept,
-                row_scale, partials, unit_sums, n_pos, rows, columns, in_features, out_features,
-                x_pos_row, x_neg_row, x_col, weight_row, weight_col, bias_stride, y_row, y_col, eps,
+                tile, rows, input_sumsq, layer, x_tiles, weight_tiles, shared, written, in_features, out_features,
                 NORM, EPS_MODE, ACTIVATION, SCALE_FIRST, COMPUTE, PRECISION, WIDEN,
                 BLOCK_M, BLOCK_N, BLOCK_K, GROUP, TMA,
             )  # fmt: skip
     else:
         forward_tile(
-            tl.program_id(0), x_pos, x_neg, input_sumsq, weight, bias, x_tiles, weight_tiles, product, is_positive, y,
-            kept, row_scale, partials, unit_sums, n_pos, rows, columns, in_features, out_features,
-            x_pos_row, x_neg_row, x_col, weight_row, weight_col, bias_stride, y_row, y_col, eps,
-            NORM, EPS_MODE, ACTIVATION, SCALE_FIRST, COMPUTE, PRECISION, WIDEN,
+            tl.program_id(0), rows, input_sumsq, layer, x_tiles, weight_tiles, shared, written, in_features,
+            out_features, NORM, EPS_MODE, ACTIVATION, SCALE_FIRST, COMPUTE, PRECISION, WIDEN,
             BLOCK_M, BLOCK_N, BLOCK_K, GROUP, TMA,
         )  # fmt: skip
 
 
 @triton.jit
 def forward_tile(
-    tile, x_pos, x_neg, input_sumsq, weight, bias, x_tiles, weight_tiles, product, is_positive, y, kept,
-    row_scale, partials, unit_sums, n_pos, rows, columns, in_features, out_features,
-    x_pos_row, x_neg_row, x_col, weight_row, weight_col, bias_stride, y_row, y_col, eps,
+    tile, rows, input_sumsq, layer, x_tiles, weight_tiles, shared, written, in_features, out_features,
     NORM: tl.constexpr, EPS_MODE: tl.constexpr, ACTIVATION: tl.constexpr, SCALE_FIRST: tl.constexpr,
     COMPUTE: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr,
@@ -65,25 +52,31 @@ def forward_tile(
     `W (r x) = r (W x)`: the row scale `r` waits for the product, and where nobody knows the rows' sums of squares they
     are taken from the very tiles that the product reads.
     """
-    tile_m, tile_n = grouped(tile, tl.cdiv(rows, BLOCK_M), tl.cdiv(out_features, BLOCK_N), GROUP)
+    tile_m, tile_n = grouped(tile, tl.cdiv(rows.total, BLOCK_M), tl.cdiv(out_features, BLOCK_N), GROUP)
     i = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     j = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    row_here, unit_here = i < rows, j < out_features
+    row_here, unit_here = i < rows.total, j < out_features
     inside = row_here[:, None] & unit_here[None, :]
-    x_at = joint_rows(i, x_pos, x_neg, n_pos, x_pos_row, x_neg_row)[:, None] + k.to(tl.int64)[None, :] * x_col
-    weight_at = weight + j.to(tl.int64)[None, :] * weight_row + k.to(tl.int64)[:, None] * weight_col
+    x_at = joint_rows(i, rows)[:, None] + k.to(tl.int64)[None, :] * rows.x_col
+    weight_at = (
+        layer.weight
+        + j.to(tl.int64)[None, :] * layer.weight_row
+        + k.to(tl.int64)[:, None] * layer.weight_col
+    )  # fmt: skip
 
     square = tl.zeros([BLOCK_M], tl.float32)
     scale = tl.full([BLOCK_M], 1.0, tl.float32)
     if NORM != "none" and input_sumsq is not None:
         square = tl.load(input_sumsq + i, mask=row_here, other=0.0)
-        scale = scale_of_rows(square, in_features, eps, NORM, EPS_MODE)
+        scale = scale_of_rows(square, in_features, layer.eps, NORM, EPS_MODE)
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    if product is not None:
-        pair = tl.where(i < n_pos, i, i - n_pos).to(tl.int64)
-        acc += tl.load(product + pair[:, None] * out_features + j[None, :], mask=inside, other=0.0)
+    columns = in_features
+    if shared.product is not None:
+        columns = shared.columns
+        pair = tl.where(i < rows.n_pos, i, i - rows.n_pos).to(tl.int64)
+        acc += tl.load(shared.product + pair[:, None] * out_features + j[None, :], mask=inside, other=0.0)
     for start in range(0, columns, BLOCK_K):
         if TMA:
             x = x_tiles.load([tile_m * BLOCK_M, start])  # [BLOCK_M, BLOCK_K]
@@ -92,8 +85,8 @@ def forward_tile(
             here = k < columns - start
             x = tl.load(x_at, mask=row_here[:, None] & here[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
             w = tl.load(weight_at, mask=here[:, None] & unit_here[None, :], other=0.0)  # [BLOCK_K, BLOCK_N]
-            x_at += BLOCK_K * tl.cast(x_col, tl.int64)
-            weight_at += BLOCK_K * tl.cast(weight_col, tl.int64)
+            x_at += BLOCK_K * tl.cast(rows.x_col, tl.int64)
+            weight_at += BLOCK_K * tl.cast(layer.weight_col, tl.int64)
         if NORM != "none" and input_sumsq is None:
             wide = x.to(tl.float32)
             square += tl.sum(wide * wide, axis=1)
@@ -104,24 +97,26 @@ def forward_tile(
 
     if NORM != "none":
         if input_sumsq is None:
-            scale = scale_of_rows(square, in_features, eps, NORM, EPS_MODE)
-        if row_scale is not None and tile_n == 0:
-            tl.store(row_scale + i, scale, mask=row_here)
+            scale = scale_of_rows(square, in_features, layer.eps, NORM, EPS_MODE)
+        if written.row_scale is not None and tile_n == 0:
+            tl.store(written.row_scale + i, scale, mask=row_here)
         if not SCALE_FIRST:
             acc *= scale[:, None]
-    if bias is not None:
-        b = tl.load(bias + j.to(tl.int64) * bias_stride, mask=unit_here, other=0.0)
+    if layer.bias is not None:
+        b = tl.load(layer.bias + j.to(tl.int64) * layer.bias_stride, mask=unit_here, other=0.0)
         acc += b[None, :]
     activity = activate(acc, ACTIVATION)
     # Beyond the edges product and bias are 0, and so is every activation of 0: nothing to mask in the sum.
-    tl.store(partials + tl.cast(tile_n, tl.int64) * rows + i, tl.sum(activity * activity, axis=1), mask=row_here)
-    if unit_sums is not None:
-        positive = positive_rows(i, row_here, is_positive, n_pos)
+    partials = written.partials + tl.cast(tile_n, tl.int64) * rows.total
+    tl.store(partials + i, tl.sum(activity * activity, axis=1), mask=row_here)
+    if written.unit_sums is not None:
+        positive = positive_rows(i, row_here, rows)
         of_positive = tl.sum(tl.where(positive[:, None], activity, 0.0), axis=0)
-        tl.store(unit_sums + tl.cast(tile_m, tl.int64) * out_features + j, of_positive, mask=unit_here)
-    if y is not None:
-        y_at = y + i.to(tl.int64)[:, None] * y_row + j.to(tl.int64)[None, :] * y_col
-        tl.store(y_at, activity.to(y.dtype.element_ty), mask=inside)
-    if kept is not None:
-        kept_at = kept + i.to(tl.int64)[:, None] * out_features + j[None, :]
-        tl.store(kept_at, acc.to(kept.dtype.element_ty), mask=inside)
+        unit_sums = written.unit_sums + tl.cast(tile_m, tl.int64) * out_features
+        tl.store(unit_sums + j, of_positive, mask=unit_here)
+    if written.y is not None:
+        y_at = written.y + i.to(tl.int64)[:, None] * written.y_row + j.to(tl.int64)[None, :] * written.y_col
+        tl.store(y_at, activity.to(written.y.dtype.element_ty), mask=inside)
+    if written.kept is not None:
+        kept_at = written.kept + i.to(tl.int64)[:, None] * out_features + j[None, :]
+        tl.store(kept_at, acc.to(written.kept.dtype.element_ty), mask=inside)

@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from ...spec import Layer, PeerPull, Rows, Slopes
-from . import configs
+from ...spec import Goal, Layer, PeerPull, Rows, Slopes
+from . import configs, operands
 from .coefficient import coefficient_kernel
 from .device import descriptor, device_of, processors
 from .finish import finish_kernel
 from .forward import forward_kernel
-from .operands import (
-    NO_TERMS,
-    Parameters,
-    Terms,
-    arithmetic,
-    as_one,
-    kind_of,
-    mask,
-    row_arguments,
-    scales_first,
-    total,
-)
+from .operands import arithmetic, as_one, batch, kind_of, scales_first, total
 from .peers import peers_kernel
+from .records import Coefficients, Forwarded, Kept, Linear, Parameter, Parts, Pull, Shared, Slope, Terms, Written
 from .slopes import list_kernel, scale_kernel, units_kernel
 from .support import interpreted
 from .update import update_kernel
@@ -67,17 +56,15 @@ class Activities(NamedTuple):
 
     kept: Tensor
     row_scale: Tensor | None
-    partials: Tensor | None = None
+    partials: Tensor
 
 
-class Pull(NamedTuple):
-    """Peer normalisation's part: `[2, out]` each row's pull and that of all, `[splits, in]` what it is multiplied by.
+class Parameters(NamedTuple):
+    """What the rule, in one of its compiled forms, is applied to."""
 
-    Gated, there are no sums: the pull joins the rows' own product.
-    """
-
-    pull: Tensor
-    input_sums: Tensor | None
+    rule: str
+    weight: Parameter
+    bias: Parameter
 
 
 def forward(
@@ -118,30 +105,19 @@ def forward(
     if config["PERSISTENT"]:
         programs = min(programs, config["PERSISTENT"] * processors(weight.device))
     if programs:
+        y_row, y_col = (0, 0) if y is None else y.stride()
+        bias_stride = 0 if layer.bias is None else layer.bias.stride(0)
         with device_of(weight):
             forward_kernel[(programs,)](
-                **row_arguments(rows),
+                rows=batch(rows if sum_units else rows._replace(is_positive=None)),
                 input_sumsq=rows.input_sumsq if layer.norm != "none" else None,
-                weight=weight,
-                bias=layer.bias,
+                layer=Linear(weight, weight.stride(0), weight.stride(1), layer.bias, bias_stride, layer.eps),
                 x_tiles=x_tiles if bulk else None,
                 weight_tiles=weight_tiles if bulk else None,
-                product=rows.product,
-                is_positive=mask(rows) if sum_units else None,
-                y=y,
-                kept=z,
-                row_scale=row_scale,
-                partials=partials,
-                unit_sums=units,
-                columns=in_features if rows.product is None else rows.label_field,
+                shared=Shared() if rows.product is None else Shared(rows.product, rows.label_field),
+                written=Forwarded(y, y_row, y_col, z, row_scale, partials, units),
                 in_features=in_features,
                 out_features=out_features,
-                weight_row=weight.stride(0),
-                weight_col=weight.stride(1),
-                bias_stride=layer.bias.stride(0) if layer.bias is not None else 0,
-                y_row=y.stride(0) if y is not None else 0,
-                y_col=y.stride(1) if y is not None else 0,
-                eps=layer.eps,
                 NORM=layer.norm,
                 EPS_MODE=layer.eps_mode,
                 ACTIVATION=layer.activation,
@@ -169,13 +145,11 @@ def pull(
     sums = None if gated else layer.weight.new_empty(splits, in_features)
     with device_of(mean):
         peers_kernel[(1 if gated else 1 + splits * triton.cdiv(in_features, block["BLOCK_IN"]),)](
-            **row_arguments(rows),
+            rows=batch(rows),
+            row_scale=row_scale,
             unit_sums=units,
             row_blocks=units.shape[0],
-            row_scale=row_scale,
-            is_positive=mask(rows),
-            # How many rows a mask marks is known on the device only, and stays there.
-            n_positive=None if rows.is_positive is None else rows.is_positive.sum(),
+            n_positive=operands.count_positive(rows),
             in_features=in_features,
             out_features=out_features,
             mean=mean,
@@ -187,243 +161,175 @@ def pull(
             splits=splits,
             **block,
         )
-    return Pull(made, sums)
-
-
-@dataclass(frozen=True)
-class Coefficients:
-    """What a launch of its own has made of the rows; the update makes the rest on the fly."""
-
-    row_losses: Tensor | None = None
-    index: Tensor | None = None
-    coefficient: Tensor | None = None
-    count: Tensor | None = None
+    return Pull(made, sums, splits)
 
 
 class Source(NamedTuple):
-    """What the update makes `dLoss/dz` of: coefficients, slopes, or an objective on the sums of squares.
+    """What an update makes `dLoss/dz` of: coefficients that are there, slopes, or an objective.
 
     Attributes:
-        made: coefficients that are there, or None.
-        sumsq, loss: what an objective's update writes.
+        constants: the objective's.
+        written: what the update leaves of an objective, where there is one.
     """
 
-    made: Coefficients | None = None
-    slopes: Slopes | None = None
-    terms: Terms = NO_TERMS
-    partials: Tensor | None = None
-    sumsq: Tensor | None = None
-    loss: Tensor | None = None
+    constants: dict[str, Any]
+    made: Coefficients = Coefficients()
+    first: Slope = Slope()
+    second: Slope = Slope()
+    terms: Terms | None = None
+    written: Written | None = None
 
-    def arguments(self) -> dict[str, Any]:
-        made = self.made or Coefficients()
-        return {
-            "index": made.index,
-            "coefficient": made.coefficient,
-            "count": made.count,
-            "row_losses": made.row_losses,
-            "n_row_losses": 0 if made.row_losses is None else made.row_losses.shape[0],
-            **slope_arguments(self.slopes),
-            "partials": self.partials,
-            "n_partials": 0 if self.partials is None else self.partials.shape[0],
-            **self.terms.arguments,
-            "sumsq": self.sumsq,
-        }
+
+# Where there is no objective, no kernel reads them.
+NO_OBJECTIVE = {"GOODNESS": "sum", "LOSS": "logistic", "THRESHOLD_PER_ROW": False, "PARTIALS": 0}
 
 
 def update(
     rows: Rows,
     layer: Layer,
     activities: Activities,
-    terms: Terms,
-    peers: Pull | None,
+    goal: Goal,
+    peers: Pull,
     parameters: Parameters,
-    sumsq: Tensor,
-    loss: Tensor,
+    written: Written,
 ) -> None:
     """Launches the update by an objective: after the coefficients where making them once pays."""
-    partials = activities.partials
-    assert partials is not None
-    form = coefficient_form(
-        total(rows),
-        layer.weight.numel(),
-        partials.shape[0],
-        leave_out=terms.leaves_rows_out and not is_gated(peers),
-    )
-    made = None
+    terms, constants = operands.objective(rows, activities.partials, goal)
+    constants["PARTIALS"] = at_once(terms.n_partials)
+    leave_out = operands.leaves_rows_out(goal) and not is_gated(peers)
+    form = coefficient_form(total(rows), layer.weight.numel(), terms.n_partials, leave_out)
+    made = Coefficients()
     if form != "on the fly":
-        with device_of(layer.weight):
-            made = coefficients(rows, layer, partials, terms, form, sumsq, loss)
-    launch_tiles(rows, layer, activities, Source(made, None, terms, partials, sumsq, loss), peers, parameters)
+        made = coefficients(rows, layer, terms, constants, form, written)
+    kept = operands.kept(activities.kept, activities.row_scale)
+    launch_tiles(rows, layer, kept, Source(constants, made, terms=terms, written=written), peers, parameters)
 
 
 def update_given(
-    rows: Rows, layer: Layer, slopes: Slopes, row_scale: Tensor | None, peers: Pull | None, parameters: Parameters
+    rows: Rows, layer: Layer, slopes: Slopes, row_scale: Tensor | None, peers: Pull, parameters: Parameters
 ) -> None:
     """Launches the update by given slopes."""
-    _, first, second = slopes
-    source = Source(slopes=slopes)
+    activity, first, second = slopes
     if first is None and (second is None or second.shape[1] == 1):
         column = layer.weight.new_zeros(total(rows)) if second is None else second[:, 0]
-        large = coefficient_form(total(rows), layer.weight.numel(), 0, leave_out=not is_gated(peers))
         # What the loss is, nobody here knows: any may have rows at rest.
-        source = Source(listed(column) if large == "listed" else Coefficients(coefficient=2 * column))
-    launch_tiles(rows, layer, Activities(slopes.activity, row_scale), source, peers, parameters)
+        form = coefficient_form(total(rows), layer.weight.numel(), 0, leave_out=not is_gated(peers))
+        source = Source(NO_OBJECTIVE, listed(column) if form == "listed" else Coefficients(2 * column))
+    else:
+        units = activity.shape[1]
+        source = Source(NO_OBJECTIVE, Coefficients(), operands.slope_of(first, units), operands.slope_of(second, units))
+    kept = operands.kept(activity, row_scale)
+    launch_tiles(rows, layer, kept, source, peers, parameters)
 
 
 def launch_tiles(
-    rows: Rows, layer: Layer, activities: Activities, source: Source, peers: Pull | None, parameters: Parameters
+    rows: Rows, layer: Layer, activities: Kept, source: Source, peers: Pull, parameters: Parameters
 ) -> None:
     """Launches the tile products and the rule, split where the tiles are too few."""
-    weight, kept = layer.weight, activities.kept
+    weight, kept, made = layer.weight, activities.kept, source.made
     out_features, in_features = weight.shape
     kind = "float32" if layer.compute_dtype == torch.float32 else kind_of(layer.compute_dtype, rows.x_pos, kept)
     config = configs.choose("update", kind, (total(rows), in_features, out_features), weight.device)
-    if source.slopes is not None:
+    if source.first.slope is not None or source.second.slope is not None:
         config = configs.beside_slopes(config)
-    splits = count_splits(
-        triton.cdiv(out_features, config["BLOCK_OUT"]) * triton.cdiv(in_features, config["BLOCK_IN"]),
-        triton.cdiv(total(rows), config["BLOCK_K"]),
-        processors(weight.device),
-    )
-    loss = source.loss
-    partial_weight = partial_bias = partial_loss = None
-    pulling = {
-        "pull": None if peers is None else peers.pull,
-        "input_sums": None if peers is None else peers.input_sums,
-        "input_splits": 0 if peers is None or peers.input_sums is None else peers.input_sums.shape[0],
-    }
+    blocks_out = triton.cdiv(out_features, config["BLOCK_OUT"])
+    tiles = blocks_out * triton.cdiv(in_features, config["BLOCK_IN"])
+    splits = count_splits(tiles, triton.cdiv(total(rows), config["BLOCK_K"]), processors(weight.device))
+    parts = Parts()
+    if splits > 1:
+        on_the_fly = source.terms is not None and made.coefficient is None
+        parts = Parts(
+            weight.new_empty(splits, out_features, in_features),
+            None if layer.bias is None else weight.new_empty(splits, out_features),
+            weight.new_empty(splits) if on_the_fly else None,
+        )
+    x_tiles = kept_tiles = None
+    if config["TMA"] and made.listed is None and kept.dtype == layer.compute_dtype:
+        x_tiles = descriptor(as_one(rows), [config["BLOCK_K"], config["BLOCK_IN"]])
+        kept_tiles = descriptor(kept, [config["BLOCK_K"], config["BLOCK_OUT"]])
+    bulk = x_tiles is not None and kept_tiles is not None
+    # Without a bias one program more than there are tiles is enough: the one that sums up the loss.
+    row_programs = blocks_out if layer.bias is not None else 1
     with device_of(weight):
-        if splits > 1:
-            partial_weight = weight.new_empty(splits, out_features, in_features)
-            partial_bias = weight.new_empty(splits, out_features) if layer.bias is not None else None
-            if loss is not None and source.made is None:
-                partial_loss = weight.new_empty(splits)
-        x_tiles = kept_tiles = None
-        if config["TMA"] and (source.made is None or source.made.index is None) and kept.dtype == layer.compute_dtype:
-            x_tiles = descriptor(as_one(rows), [config["BLOCK_K"], config["BLOCK_IN"]])
-            kept_tiles = descriptor(kept, [config["BLOCK_K"], config["BLOCK_OUT"]])
-        bulk = x_tiles is not None and kept_tiles is not None
-        blocks_out = triton.cdiv(out_features, config["BLOCK_OUT"])
-        # Without a bias one program more than there are tiles is enough: the one that sums up the loss.
-        row_programs = blocks_out if layer.bias is not None else 1
-        grid = (blocks_out * triton.cdiv(in_features, config["BLOCK_IN"]) + row_programs, splits)
-        update_kernel[grid](
-            **row_arguments(rows),
-            is_positive=mask(rows),
-            kept=kept,
-            row_scale=activities.row_scale,
+        update_kernel[(tiles + row_programs, splits)](
+            rows=batch(rows),
+            activities=activities,
             x_tiles=x_tiles if bulk else None,
             kept_tiles=kept_tiles if bulk else None,
             in_features=in_features,
             out_features=out_features,
-            kept_row=kept.stride(0),
-            kept_col=kept.stride(1),
-            **source.arguments(),
-            loss=loss if partial_loss is None else partial_loss,
-            **pulling,
-            **parameters.arguments,
-            partial_weight=partial_weight,
-            partial_bias=partial_bias,
+            made=made,
+            first=source.first,
+            second=source.second,
+            terms=source.terms if made.coefficient is None else None,
+            written=source.written,
+            peers=peers,
+            weight=parameters.weight,
+            bias=parameters.bias,
+            parts=parts,
             RULE=parameters.rule,
             ACTIVATION=layer.activation,
-            **source.terms.constants,
-            PARTIALS=at_once(0 if source.partials is None else source.partials.shape[0]),
-            PULL_GATED=is_gated(peers),
-            HAS_BIAS=layer.bias is not None,
+            **source.constants,
             SCALE_X=scales_first(layer, rows),
             **arithmetic(layer),
             **{**config, "TMA": int(bulk)},
         )
         if splits > 1:
             block = FINISH_BLOCK[interpreted()]
-            tiles = triton.cdiv(out_features, block["BLOCK_OUT"]) * triton.cdiv(in_features, block["BLOCK_IN"])
-            finish_kernel[(tiles + triton.cdiv(out_features, block["BLOCK_OUT"]),)](
-                partial_weight=partial_weight,
-                partial_bias=partial_bias,
-                partial_loss=partial_loss,
-                loss=loss,
+            blocks_out = triton.cdiv(out_features, block["BLOCK_OUT"])
+            finish_kernel[(blocks_out * triton.cdiv(in_features, block["BLOCK_IN"]) + blocks_out,)](
+                parts=parts,
+                loss=None if source.written is None else source.written.loss,
                 splits=splits,
+                peers=peers,
                 in_features=in_features,
                 out_features=out_features,
-                **pulling,
-                **parameters.arguments,
+                weight=parameters.weight,
+                bias=parameters.bias,
                 RULE=parameters.rule,
-                HAS_BIAS=layer.bias is not None,
                 **block,
             )
 
 
 def coefficients(
-    rows: Rows, layer: Layer, partials: Tensor, terms: Terms, form: str, sumsq: Tensor, loss: Tensor
+    rows: Rows, layer: Layer, terms: Terms, constants: dict[str, Any], form: str, written: Written
 ) -> Coefficients:
     """Launches the coefficient kernel: "listed" by one program, "given" row by row by many."""
-    weight, listed = layer.weight, form == "listed"
-    at_a_time = at_once(partials.shape[0])
-    block = min(COEFFICIENT_BLOCK[form], COEFFICIENT_NUMBERS // max(at_a_time, 1)) if not interpreted() else 16
-    programs = 1 if listed else max(1, triton.cdiv(total(rows), block))
-    made = Coefficients(
-        row_losses=None if listed else weight.new_empty(programs),
-        index=weight.new_empty(total(rows), dtype=torch.int32) if listed else None,
-        coefficient=weight.new_empty(total(rows)),
-        count=weight.new_empty((), dtype=torch.int32) if listed else None,
-    )
-    coefficient_kernel[(programs,)](
-        **terms.arguments,
-        partials=partials,
-        n_partials=partials.shape[0],
-        is_positive=mask(rows),
-        n_pos=rows.x_pos.shape[0],
-        rows=total(rows),
-        width=layer.weight.shape[0],
-        sumsq=sumsq,
-        loss=loss if listed else made.row_losses,
-        index=made.index,
-        coefficient=made.coefficient,
-        count=made.count,
-        **terms.constants,
-        PARTIALS=at_a_time,
-        BLOCK=block,
-        num_warps=8 if listed else 4,
-    )
+    new, is_listed = layer.weight.new_empty, form == "listed"
+    block = COEFFICIENT_BLOCK[form], COEFFICIENT_NUMBERS // max(constants["PARTIALS"], 1)
+    programs = 1 if is_listed else max(1, triton.cdiv(total(rows), min(block) if not interpreted() else 16))
+    made = Coefficients(new(total(rows)), row_losses=None if is_listed else new(programs), n_row_losses=programs)
+    if is_listed:
+        made = made._replace(listed=new(total(rows), dtype=torch.int32), n_listed=new((), dtype=torch.int32))
+    with device_of(layer.weight):
+        coefficient_kernel[(programs,)](
+            rows=batch(rows),
+            terms=terms,
+            width=layer.weight.shape[0],
+            written=written if made.row_losses is None else written._replace(loss=made.row_losses),
+            made=made,
+            **constants,
+            BLOCK=min(block) if not interpreted() else 16,
+            num_warps=8 if is_listed else 4,
+        )
     return made
 
 
 def listed(second: Tensor) -> Coefficients:
     """Launches the list of the rows whose slope `second` `[rows]` is not exactly zero."""
     rows = second.shape[0]
-    made = Coefficients(
-        index=second.new_empty(rows, dtype=torch.int32),
-        coefficient=second.new_empty(rows),
-        count=second.new_empty((), dtype=torch.int32),
-    )
+    new = second.new_empty
+    made = Coefficients(new(rows), new(rows, dtype=torch.int32), new((), dtype=torch.int32))
     with device_of(second):
         list_kernel[(1,)](
             second=second,
             second_row=second.stride(0),
-            rows=rows,
-            index=made.index,
-            coefficient=made.coefficient,
-            count=made.count,
+            total=rows,
+            made=made,
             BLOCK=16 if interpreted() else COEFFICIENT_BLOCK["listed"],
             num_warps=8,
         )
     return made
-
-
-def slope_arguments(slopes: Slopes | None) -> dict[str, Any]:
-    """The slopes as `slopes.by_slopes` takes them: where there is one a row, it is every unit's."""
-    arguments: dict[str, Any] = {}
-    for name in ("first", "second"):
-        slope = None if slopes is None else getattr(slopes, name)
-        groups = None
-        if slopes is not None and slope is not None and slope.shape[1] != slopes.activity.shape[1]:
-            groups = slope.shape[1] if slope.shape[1] > 1 else None
-        row, column = (0, 0) if slope is None else slope.stride()
-        if slope is not None and slope.shape[1] == 1:
-            column = 0
-        arguments |= {name: slope, f"{name}_row": row, f"{name}_col": column, f"{name}_groups": groups}
-    return arguments
 
 
 def row_scale(rows: Rows, layer: Layer) -> Tensor | None:
@@ -435,7 +341,7 @@ def row_scale(rows: Rows, layer: Layer) -> Tensor | None:
     if total(rows):
         with device_of(made):
             scale_kernel[(triton.cdiv(total(rows), block["BLOCK_M"]),)](
-                **row_arguments(rows),
+                rows=batch(rows),
                 input_sumsq=rows.input_sumsq,
                 in_features=layer.weight.shape[1],
                 eps=layer.eps,
@@ -455,12 +361,8 @@ def unit_sums(rows: Rows, layer: Layer, kept: Tensor) -> Tensor:
     made = layer.weight.new_empty(splits, out_features)
     with device_of(made):
         units_kernel[(triton.cdiv(out_features, block["BLOCK_N"]), splits)](
-            kept=kept,
-            kept_row=kept.stride(0),
-            kept_col=kept.stride(1),
-            is_positive=mask(rows),
-            n_pos=rows.x_pos.shape[0],
-            rows=total(rows),
+            rows=batch(rows),
+            activities=operands.kept(kept, None),
             out_features=out_features,
             unit_sums=made,
             ACTIVATION=layer.activation,
@@ -469,9 +371,9 @@ def unit_sums(rows: Rows, layer: Layer, kept: Tensor) -> Tensor:
     return made
 
 
-def is_gated(peers: Pull | None) -> bool:
+def is_gated(peers: Pull) -> bool:
     """Whether the pull joins the rows' own product, at rows at rest as well."""
-    return peers is not None and peers.input_sums is None
+    return peers.pull is not None and peers.input_sums is None
 
 
 def coefficient_form(

@@ -1,15 +1,16 @@
-"""What the kernels are given: rows, layer, objective, parameters, each as arguments and constants of a launch."""
+"""From the records of `spec` to those of the kernels, `records`, and their constants."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from ...spec import Goal, Layer, Rows, Update
+from ...spec import Goal, Layer, Rows, Slot, Update
 from . import rules
+from .records import Batch, Kept, Parameter, Slope, Terms
 from .support import interpreted
 
 NEEDS_Z = ("gelu", "silu")
@@ -42,22 +43,12 @@ def as_one(rows: Rows) -> Tensor | None:
     return a.as_strided((total(rows), a.shape[1]), a.stride()) if a.stride() == b.stride() else None
 
 
-def row_arguments(rows: Rows) -> dict[str, Any]:
-    """Both sides' rows."""
-    return {
-        "x_pos": rows.x_pos,
-        "x_neg": rows.x_neg,
-        "n_pos": rows.x_pos.shape[0],
-        "rows": total(rows),
-        "x_pos_row": rows.x_pos.stride(0),
-        "x_neg_row": rows.x_neg.stride(0),
-        "x_col": rows.x_pos.stride(1),
-    }
-
-
-def mask(rows: Rows) -> Tensor | None:
-    """`[rows]` bytes: which rows are positive; None for the first side."""
-    return None if rows.is_positive is None else rows.is_positive.view(torch.uint8)
+def batch(rows: Rows) -> Batch:
+    """The rows for a launch."""
+    x_pos, x_neg, is_positive = rows[:3]
+    mask = None if is_positive is None else is_positive.view(torch.uint8)
+    strides = (x_pos.stride(0), x_neg.stride(0), x_pos.stride(1))
+    return Batch(x_pos, x_neg, mask, x_pos.shape[0], total(rows), *strides)
 
 
 def keeps_z(layer: Layer) -> bool:
@@ -95,28 +86,8 @@ def kind_of(compute_dtype: torch.dtype, *operands: Tensor) -> str:
     return "half" if all(t.dtype == compute_dtype for t in operands) else "mixed"
 
 
-class Terms(NamedTuple):
-    """What turns sums of squares into coefficients: tensors and numbers for `row_terms`, and its constants."""
-
-    arguments: dict[str, Any]
-    constants: dict[str, Any]
-
-    @property
-    def leaves_rows_out(self) -> bool:
-        """Whether many coefficients may be exactly zero: a mean goodness hardly ever saturates a loss in float32."""
-        return self.constants["GOODNESS"] == "sum" or self.arguments["skip_below"] > 0
-
-
-# Those of a loss that is given as slopes.
-NO_TERMS = Terms(
-    dict.fromkeys(("n_positive", "sample_weight", "threshold"))
-    | dict.fromkeys(("threshold_pos", "threshold_neg", "logit_scale", "share_pos", "share_neg", "skip_below"), 0.0),
-    {"GOODNESS": "sum", "LOSS": "logistic", "THRESHOLD_PER_ROW": False},
-)
-
-
-def terms(rows: Rows, goal: Goal) -> Terms:
-    """The objective as `coefficient.row_terms` takes it."""
+def objective(rows: Rows, partials: Tensor, goal: Goal) -> tuple[Terms, dict[str, Any]]:
+    """A goal as `coefficient.row_terms` takes it, and its constants."""
     paired = goal.loss != "logistic"
     threshold, threshold_pos, threshold_neg = goal.threshold, goal.threshold_pos, goal.threshold_neg
     n_pos, n = rows.x_pos.shape[0], total(rows)
@@ -127,54 +98,69 @@ def terms(rows: Rows, goal: Goal) -> Terms:
         counts = (n, n)
     else:
         counts = (n_pos, n - n_pos)
-        if rows.is_positive is not None:
-            # How many rows a mask marks is known on the device only, and stays there.
-            n_positive = rows.is_positive.sum()
+        n_positive = count_positive(rows)
     if threshold is not None and threshold.device != rows.x_pos.device:
         threshold_pos = threshold_neg = float(threshold)
         threshold = None
-    arguments = {
-        "n_positive": n_positive,
-        "sample_weight": rows.sample_weight,
-        "threshold": packed(threshold),
-        "threshold_pos": threshold_pos,
-        "threshold_neg": threshold_neg,
-        "logit_scale": (goal.alpha if paired else 1.0 / goal.temperature) * (1.0 if goal.maximize else -1.0),
-        "share_pos": 1.0 / max(counts[0], 1),
-        "share_neg": 1.0 / max(counts[1], 1),
-        "skip_below": goal.skip_below,
-    }
-    constants = {
-        "GOODNESS": goal.goodness,
-        "LOSS": goal.loss,
-        "THRESHOLD_PER_ROW": threshold is not None and threshold.dim() == 1,
-    }
-    return Terms(arguments, constants)
+    made = Terms(
+        partials=partials,
+        n_partials=partials.shape[0],
+        n_positive=n_positive,
+        sample_weight=rows.sample_weight,
+        threshold=packed(threshold),
+        threshold_pos=threshold_pos,
+        threshold_neg=threshold_neg,
+        logit_scale=(goal.alpha if paired else 1.0 / goal.temperature) * (1.0 if goal.maximize else -1.0),
+        share_pos=1.0 / max(counts[0], 1),
+        share_neg=1.0 / max(counts[1], 1),
+        skip_below=goal.skip_below,
+    )
+    per_row = threshold is not None and threshold.dim() == 1
+    return made, {"GOODNESS": goal.goodness, "LOSS": goal.loss, "THRESHOLD_PER_ROW": per_row}
 
 
-class Parameters(NamedTuple):
-    """Parameters, their state and the rule's numbers, and the rule's compiled form."""
-
-    arguments: dict[str, Any]
-    rule: str
+def leaves_rows_out(goal: Goal) -> bool:
+    """Whether many coefficients may be exactly zero: a mean goodness hardly ever saturates a loss in float32."""
+    return goal.goodness == "sum" or goal.skip_below > 0
 
 
-def parameters(layer: Layer, update: Update, weight_rounded: Tensor | None = None) -> Parameters:
-    """What a rule is applied to, and with. Counts Adam's step."""
+def count_positive(rows: Rows) -> Tensor | None:
+    """How many rows a mask marks, which is known on the device only, and stays there; None for the first side."""
+    return None if rows.is_positive is None else rows.is_positive.sum()
+
+
+def kept(values: Tensor, row_scale: Tensor | None) -> Kept:
+    """What a forward has kept, for a launch."""
+    return Kept(values, values.stride(0), values.stride(1), row_scale)
+
+
+def slope_of(given: Tensor | None, units: int) -> Slope:
+    """Slopes of one order as `slopes.by_slopes` takes them: where there is one a row, it is every unit's."""
+    if given is None:
+        return Slope()
+    row, column = given.stride()
+    if given.shape[1] == 1:
+        return Slope(given, row, 0, None)
+    return Slope(given, row, column, None if given.shape[1] == units else given.shape[1])
+
+
+def parameters(layer: Layer, update: Update, rounded: Tensor | None = None) -> tuple[Parameter, Parameter]:
+    """Weight and bias with their state and the rule's numbers. Counts Adam's step."""
     weight, bias = layer.weight, layer.bias
-    weight_state, bias_state = update.weight.state, update.bias.state
-    arguments: dict[str, Any] = {"weight": weight, "bias": bias, "weight_rounded": weight_rounded}
-    arguments |= {"weight_row": weight.stride(0), "weight_col": weight.stride(1)}
-    arguments["bias_stride"] = bias.stride(0) if bias is not None else 0
-    for slot in range(2):
-        # Of Adam's state the third tensor is the step count, which `rules.numbers` sees to.
-        state = weight_state[slot] if slot < len(weight_state) else None
-        row, column = state.stride() if state is not None else (0, 0)
-        name = f"weight_state{slot}"
-        arguments |= {name: state, f"{name}_row": row, f"{name}_col": column}
-        state = bias_state[slot] if slot < len(bias_state) else None
-        name = f"bias_state{slot}"
-        arguments |= {name: state, f"{name}_stride": state.stride(0) if state is not None else 0}
-    arguments |= rules.numbers("weight", update.rule, update.weight)
-    arguments |= rules.numbers("bias", update.rule if bias is not None else "grad", update.bias)
-    return Parameters(arguments, rules.compiled(update))
+    of_weight = _parameter(weight, update.rule, update.weight, rounded)
+    return of_weight, Parameter() if bias is None else _parameter(bias, update.rule, update.bias, None)
+
+
+def _parameter(values: Tensor, rule: str, slot: Slot, rounded: Tensor | None) -> Parameter:
+    # Of Adam's state the third tensor is the step count, which `rules.numbers` sees to.
+    first, second = (slot.state[n] if n < len(slot.state) else None for n in range(2))
+    numbers = rules.numbers(rule, slot)
+    return Parameter(
+        numbers, values, *_strides(values), first, *_strides(first), second, *_strides(second), rounded
+    )  # fmt: skip
+
+
+def _strides(t: Tensor | None) -> tuple[int, int]:
+    if t is None:
+        return 0, 0
+    return (t.stride(0), t.stride(1)) if t.dim() == 2 else (t.stride(0), 1)

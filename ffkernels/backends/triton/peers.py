@@ -9,19 +9,17 @@ from .common import joint_rows
 
 @triton.jit
 def peers_kernel(
-    unit_sums, row_blocks,  # [row blocks, out] from the forward
-    x_pos, x_neg, row_scale,  # [n_pos, in], [rows - n_pos, in], [rows] or None
-    is_positive, n_positive,  # [rows], [] how many rows it marks; or None: the first n_pos
-    n_pos, rows, in_features, out_features, x_pos_row, x_neg_row, x_col,
+    rows, row_scale, unit_sums, row_blocks,  # `records.Batch`, [rows] or None, [row blocks, out] from the forward
+    n_positive,  # [] how many rows a mask marks; None: the first n_pos
+    in_features, out_features,
     mean, mean_stride, strength, momentum,  # [out], moved
-    pull, input_sums,  # written: [2, out] a row's pull, and that of all; [splits, in] sums of r x over positive rows
-    splits,
+    pull, input_sums, splits,  # written: [2, out] a row's pull, and that of all; [splits, in] sums of r x
     BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """`peer.moved_mean` and `peer.pull_of` in the first program; in the others, which straight through has (block of
     inputs, split of the rows), what the pull is multiplied by."""
     if tl.program_id(0) == 0:
-        count = tl.cast(n_pos, tl.float32)
+        count = tl.cast(rows.n_pos, tl.float32)
         if n_positive is not None:
             count = tl.load(n_positive).to(tl.float32)
         move_mean(unit_sums, row_blocks, count, out_features, mean, mean_stride, strength, momentum, pull, BLOCK_OUT)
@@ -29,10 +27,10 @@ def peers_kernel(
         block, split = (tl.program_id(0) - 1) // splits, (tl.program_id(0) - 1) % splits
         k = block * BLOCK_IN + tl.arange(0, BLOCK_IN)
         sums = tl.zeros([BLOCK_K, BLOCK_IN], tl.float32)
-        for start in range(split * BLOCK_K, rows, splits * BLOCK_K):
+        for start in range(split * BLOCK_K, rows.total, splits * BLOCK_K):
             i = start + tl.arange(0, BLOCK_K)
-            positive = positive_rows(i, i < rows, is_positive, n_pos)
-            x_at = joint_rows(i, x_pos, x_neg, n_pos, x_pos_row, x_neg_row)[:, None] + k.to(tl.int64)[None, :] * x_col
+            positive = positive_rows(i, i < rows.total, rows)
+            x_at = joint_rows(i, rows)[:, None] + k.to(tl.int64)[None, :] * rows.x_col
             x = tl.load(x_at, mask=positive[:, None] & (k < in_features)[None, :], other=0.0).to(tl.float32)
             if row_scale is not None:
                 x *= tl.load(row_scale + i, mask=positive, other=0.0)[:, None]
@@ -72,10 +70,17 @@ def move_mean(
 
 
 @triton.jit
-def with_pull(gradient, j, k, pull, input_sums, input_splits, in_features, out_features):
+def with_pull(gradient, j, k, peers, in_features, out_features):
     """A tile of the weight's gradient with `pull_j sum_i r_i x_ik` over positive rows on top, straight through."""
     x = tl.zeros(k.shape, tl.float32)
-    for split in range(input_splits):
-        x += tl.load(input_sums + tl.cast(split, tl.int64) * in_features + k, mask=k < in_features, other=0.0)
-    p = tl.load(pull + j, mask=j < out_features, other=0.0)
+    for split in range(peers.input_splits):
+        at = peers.input_sums + tl.cast(split, tl.int64) * in_features + k
+        x += tl.load(at, mask=k < in_features, other=0.0)
+    p = tl.load(peers.pull + j, mask=j < out_features, other=0.0)
     return gradient + p[:, None] * x[None, :]
+
+
+@triton.jit
+def bias_with_pull(gradient, j, peers, out_features):
+    """The same of the bias's gradient."""
+    return gradient + tl.load(peers.pull + out_features + j, mask=j < out_features, other=0.0)

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ...normalisation import row_sumsq
 from ...spec import Goal, Layer, Outputs, PeerPull, Rows, Slopes, Update
-from . import launch, operands
+from . import launch, operands, rules
+from .records import Pull, Written
 
 
 def linear_forward_(rows: Rows, layer: Layer, y: Tensor | None, sumsq: Tensor) -> None:
@@ -30,21 +31,22 @@ def linear_step_(rows: Rows, layer: Layer, goal: Goal, pull: PeerPull, update: U
     row_scale = weight.new_empty(n) if layer.norm != "none" else None
     activity, z = (y, kept) if keeps_z else (kept, None)
     partials, units = launch.forward(rows, layer, activity, z, row_scale, sum_units=pull.mean is not None)
-    peers = None if units is None else launch.pull(rows, layer, units, row_scale, pull)
-    terms = operands.terms(rows, goal)
-    parameters = operands.parameters(layer, update, outputs.rounded)
+    peers = Pull() if units is None else launch.pull(rows, layer, units, row_scale, pull)
+    parameters = launch.Parameters(rules.compiled(update), *operands.parameters(layer, update, outputs.rounded))
     activities = launch.Activities(kept, row_scale, partials)
-    launch.update(rows, layer, activities, terms, peers, parameters, outputs.sumsq, outputs.loss_out)
+    written = Written(outputs.sumsq, outputs.loss_out)
+    launch.update(rows, layer, activities, goal, peers, parameters, written)
 
 
 def linear_update_(rows: Rows, layer: Layer, slopes: Slopes, pull: PeerPull, update: Update) -> None:
     """See `ops.SCHEMAS`."""
     rows = operands.joint(rows)
     row_scale = launch.row_scale(rows, layer)
-    peers = None
+    peers = Pull()
     if pull.mean is not None:
         peers = launch.pull(rows, layer, launch.unit_sums(rows, layer, slopes.activity), row_scale, pull)
-    launch.update_given(rows, layer, slopes, row_scale, peers, operands.parameters(layer, update))
+    parameters = launch.Parameters(rules.compiled(update), *operands.parameters(layer, update))
+    launch.update_given(rows, layer, slopes, row_scale, peers, parameters)
 
 
 def _ready(rows: Rows, layer: Layer) -> Rows:

@@ -18,6 +18,7 @@ from ...spec import Layer, Numbers, Rows, Slot, Update
 from . import configs, launch, operands
 from .configs import Config
 from .device import has_bulk_copies
+from .records import Pull, Written
 
 # Rows, in, out: small batches of wide layers, and batches that fill a GPU.
 SHAPES = [(200, 1000, 1000), (256, 2000, 2000), (8192, 2048, 2048), (100_000, 784, 500)]
@@ -148,12 +149,12 @@ def _scratch(kernel: str, kind: str, shape: tuple[int, int, int], device: torch.
         operand = weight.to(raw)
         return lambda: launch.forward(batch, layer._replace(weight=operand), y, row_scale=scale)
     partials, _ = launch.forward(batch, layer, y, row_scale=scale)
-    terms = operands.terms(batch, DEFAULT_OBJECTIVE.goal())
+    goal = DEFAULT_OBJECTIVE.goal()
     states = [[torch.zeros_like(p), torch.zeros_like(p), torch.zeros(())] for p in (weight, bias)]
     # A rate of zero, and decoupled decay: the weight stays as it is however often the step is timed.
     numbers = Numbers(decay=0.01, decoupled=1.0, beta1=0.9, beta2=0.999, eps=1e-8)
     update = Update("adam", Slot(states[0], numbers), Slot(states[1], numbers))
-    parameters = operands.parameters(layer, update)
-    sumsq, loss = torch.empty(rows, device=device), torch.empty((), device=device)
+    parameters = launch.Parameters("adam", *operands.parameters(layer, update))
+    written = Written(torch.empty(rows, device=device), torch.empty((), device=device))
     activities = launch.Activities(y, scale, partials)
-    return lambda: launch.update(batch, layer, activities, terms, None, parameters, sumsq, loss)
+    return lambda: launch.update(batch, layer, activities, goal, Pull(), parameters, written)

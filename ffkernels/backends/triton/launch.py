@@ -322,8 +322,8 @@ def listed(second: Tensor) -> Coefficients:
     made = Coefficients(new(rows), new(rows, dtype=torch.int32), new((), dtype=torch.int32))
     with device_of(second):
         list_kernel[(1,)](
-            second=second,
-            second_row=second.stride(0),
+            slopes=second,
+            stride=second.stride(0),
             total=rows,
             made=made,
             BLOCK=16 if interpreted() else COEFFICIENT_BLOCK["listed"],

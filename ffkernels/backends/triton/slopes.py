@@ -46,13 +46,13 @@ def activity_of(kept, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def list_kernel(second, second_row, total, made, BLOCK: tl.constexpr):
-    """The coefficients `2 second` `[total]` that are not exactly zero and their rows, in order: one program."""
+def list_kernel(slopes, stride, total, made, BLOCK: tl.constexpr):
+    """The coefficients `2 slopes` `[total]` that are not exactly zero and their rows, in order: one program."""
     kept = 0
     for start in range(0, total, BLOCK):
         i = start + tl.arange(0, BLOCK)
         here = i < total
-        c = 2.0 * tl.load(second + i.to(tl.int64) * second_row, mask=here, other=0.0)
+        c = 2.0 * tl.load(slopes + i.to(tl.int64) * stride, mask=here, other=0.0)
         kept = in_doubt_so_far(i, here, c, kept, made)
     tl.store(made.n_listed, kept)
 

@@ -147,6 +147,8 @@ def test_explain(name):
 class Picky:
     """A backend that runs relu only."""
 
+    LOSSES = ("logistic",)
+
     @staticmethod
     def unsupported(request: select.Request) -> str | None:
         return None if request.activation == "relu" else f"activation {request.activation!r} has no kernel"

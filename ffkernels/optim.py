@@ -60,7 +60,11 @@ class SGDW(SGD):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None and group["decoupled"]:
-                    p.mul_(1 - group["lr"] * group["decoupled"])
+                    lr = group["lr"]
+                    if isinstance(lr, Tensor):
+                        # In the parameter's precision, not in the rate's own.
+                        lr = float(lr) if lr.device.type == "cpu" else lr.to(p.dtype)
+                    p.mul_(1 - lr * group["decoupled"])
         # SGD.step without what torch wraps it in, which has called the step hooks for this very method already.
         inspect.unwrap(SGD.step)(self)
         return loss

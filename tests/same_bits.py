@@ -90,22 +90,13 @@ def print_cases(backend: str, steps: int) -> None:
 
 def digest_of(case, backend: str) -> str:
     """Digests of a case's results, parameters, optimizer state and running mean after its steps; or its error."""
-    import ffkernels as ff
-
-    from .surface import _compute_dtype, make
+    from .surface import make, take_step
 
     made = make(case)
     left: list[Tensor | None] = []
     try:
         for _ in range(case.steps):
-            if "product" in made.options:
-                made.options["product"] = ff.shared_product(
-                    made.x_pos, made.weight, made.options["label_field"], compute_dtype=_compute_dtype(case)
-                )
-            result = ff.linear_step_(
-                made.x_pos, made.x_neg, made.weight, made.bias, made.optimizer, objective=made.objective,
-                compute_dtype=_compute_dtype(case), peer_mean=made.peer_mean, backend=backend, **made.options,
-            )  # fmt: skip
+            result = take_step(case, made, backend)
             left += [result.y, result.sumsq, result.goodness, result.loss]
     except (ValueError, TypeError) as error:
         return f"{type(error).__name__}: {error}".replace("\n", " ")

@@ -323,6 +323,18 @@ def make(case: Case) -> Made:
     return made
 
 
+def take_step(case: Case, made: Made, backend: str) -> ff.StepResult:
+    """One step of a case on `backend`."""
+    if "product" in made.options:
+        made.options["product"] = ff.shared_product(
+            made.x_pos, made.weight, made.options["label_field"], compute_dtype=_compute_dtype(case)
+        )
+    return ff.linear_step_(
+        made.x_pos, made.x_neg, made.weight, made.bias, made.optimizer, objective=made.objective,
+        compute_dtype=_compute_dtype(case), peer_mean=made.peer_mean, backend=backend, **made.options,
+    )  # fmt: skip
+
+
 def check_case(case: Case, backend: str) -> None:
     """Runs the steps of a case on `backend`; raises AssertionError with the first element that is not right."""
     made = make(case)
@@ -331,14 +343,7 @@ def check_case(case: Case, backend: str) -> None:
         expected = Expected(case, made)
         if not expected.in_range():
             return
-        if "product" in made.options:
-            made.options["product"] = ff.shared_product(
-                made.x_pos, made.weight, made.options["label_field"], compute_dtype=_compute_dtype(case)
-            )
-        result = ff.linear_step_(
-            made.x_pos, made.x_neg, made.weight, made.bias, made.optimizer, objective=made.objective,
-            compute_dtype=_compute_dtype(case), peer_mean=made.peer_mean, backend=backend, **made.options,
-        )  # fmt: skip
+        result = take_step(case, made, backend)
         expected.check(result, made, step)
     for name, tensor in _inputs(made).items():
         assert torch.equal(tensor, before[name]), f"{name}, which is only read, was written"

@@ -685,7 +685,9 @@ def _assert_within(name: str, actual: Tensor | None, expected: Bounded) -> None:
     assert actual is not None
     assert actual.shape == expected.value.shape, f"{name} has shape {tuple(actual.shape)}"
     off = (actual.detach().double() - expected.value).abs()
-    wrong = ~(off <= expected.error) & ~expected.error.isinf()
+    # A number comes in steps of the smallest one: none is nearer to the right one than half of that.
+    kind = torch.finfo(actual.dtype)
+    wrong = ~(off <= expected.error + kind.smallest_normal * kind.eps / 2) & ~expected.error.isinf()
     if wrong.any():
         at = tuple(int(i) for i in wrong.nonzero()[0])
         raise AssertionError(

@@ -45,7 +45,7 @@ LOSSES: dict[str, LossFunction] = {
     "symba": LossFunction(softplus, torch.sigmoid, paired=True),
     "swish": LossFunction(F.silu, silu_slope, paired=True),
 }
-GOODNESS = get_args(Goodness)
+GOODNESS = ("mean", "sum", "norm")
 REDUCTIONS = get_args(Reduction)
 
 

@@ -15,8 +15,11 @@ Norm = Literal["l2", "rms", "none"]
 EpsMode = Literal["add", "clamp", "inside"]
 Activation = Literal["relu", "leaky_relu", "gelu", "silu", "identity"]
 OutputsOf = Literal["post", "pre", "none"]
-Goodness = Literal["mean", "sum", "norm"]
-Loss = Literal["logistic", "symba", "swish"]
+# Of a class group also the mean activity.
+Goodness = Literal["mean", "sum", "norm", "activity"]
+SideLoss = Literal["logistic", "symba", "swish"]
+ClassLoss = Literal["cross_entropy", "pvn", "cwc"]
+Loss = Literal["logistic", "symba", "swish", "cross_entropy", "pvn", "cwc"]
 Reduction = Literal["mean", "sum_of_means"]
 # "grad" writes the gradient to the state instead of the parameter.
 Rule = Literal["grad", "sgd", "adam"]
@@ -25,6 +28,7 @@ Rule = Literal["grad", "sgd", "adam"]
 Matrix = Annotated[Tensor, "matrix"]
 Vector = Annotated[Tensor, "vector"]
 Mask = Annotated[Tensor, "mask"]
+Labels = Annotated[Tensor, "labels"]
 WrittenMatrix = Annotated[Tensor, "matrix", "written"]
 WrittenVector = Annotated[Tensor, "vector", "written"]
 
@@ -40,6 +44,7 @@ class Rows(NamedTuple):
         sample_weight: `[rows]` factors of the rows' losses (`[pairs]` for pair losses), or None.
         product: `[n_pos, out]`, `W x` of either side without the label field, where it is known.
         label_field: `x_neg` is `x_pos` outside so many first columns; 0: not known.
+        labels: `[rows]` int64 classes, where the objective has class groups; `x_neg` has no rows then.
     """
 
     x_pos: Matrix
@@ -49,6 +54,7 @@ class Rows(NamedTuple):
     sample_weight: Vector | None = None
     product: Matrix | None = None
     label_field: int = 0
+    labels: Labels | None = None
 
 
 class Layer(NamedTuple):
@@ -76,6 +82,7 @@ class Goal(NamedTuple):
         threshold: 0-dim or `[rows]`; overrides both numbers. None: they count.
         skip_below: rows whose loss has a slope below this fraction of that of a row far on the wrong side are left out
             of the update.
+        classes: how many class groups the units are divided into, for the losses of classes; 0: none.
     """
 
     goodness: Goodness
@@ -88,6 +95,8 @@ class Goal(NamedTuple):
     temperature: float
     alpha: float
     skip_below: float
+    classes: int = 0
+    label_smoothing: float = 0.0
 
 
 class PeerPull(NamedTuple):
@@ -152,9 +161,9 @@ class Outputs(NamedTuple):
         sumsq: `[rows]` their sums of squares.
         loss_out: 0-dim.
         rounded: `[out, in]` the new weight in the compute dtype, or None; never under the rule "grad".
-        goodness_out, y_after, sumsq_after: `[rows]` the goodness, and activities and their sums of squares with the
-            updated parameters, or None; only for backends of `select.HANDS_OUT_ALL`. Where the sums before the update
-            are nobody's, the goodness may lie in their place.
+        goodness_out, y_after, sumsq_after: the goodness, `[rows]` or `[rows, classes]`, and activities with the updated
+            parameters and their sums of squares `[rows]`, or None; only for backends of `select.HANDS_OUT_ALL`. Where
+            the sums before the update are nobody's, the goodness may lie in their place.
     """
 
     y: WrittenMatrix | None
@@ -169,13 +178,15 @@ class Outputs(NamedTuple):
 class Slopes(NamedTuple):
     """What an update takes in place of an objective: `dLoss/dy = first + 2 second y`, for activities `y`.
 
-    Each slope is `[rows, 1]`, `[rows, groups]` (groups are consecutive units, of sizes that differ by one at most) or
-    `[rows, out]`; None is zero.
+    Each slope is `[rows, 1]`, `[rows, groups]` (groups are consecutive units, of sizes that differ by one at most, the
+    larger ones first) or `[rows, out]`; None is zero.
 
     Attributes:
         activity: `[rows, out]` in the weight's dtype: `y`, or `z` where the activation's slope needs it (gelu, silu).
+        basis: `[groups, out]`, or None: the first slopes are then the product of `first` `[rows, groups]` and it.
     """
 
     activity: Matrix
     first: Matrix | None
     second: Matrix | None
+    basis: Matrix | None = None

@@ -5,13 +5,13 @@
 
 namespace ffk {
 
-constexpr int INTERFACE = 260943660;
+constexpr int INTERFACE = 84310558;
 
 enum Norm : int32_t { NORM_L2, NORM_RMS, NORM_NONE };
 enum EpsMode : int32_t { EPS_ADD, EPS_CLAMP, EPS_INSIDE };
 enum Activation : int32_t { RELU, LEAKY_RELU, GELU, SILU, IDENTITY };
-enum Goodness : int32_t { GOODNESS_MEAN, GOODNESS_SUM, GOODNESS_NORM };
-enum Loss : int32_t { LOGISTIC, SYMBA, SWISH };
+enum Goodness : int32_t { GOODNESS_MEAN, GOODNESS_SUM, GOODNESS_NORM, GOODNESS_ACTIVITY };
+enum Loss : int32_t { LOGISTIC, SYMBA, SWISH, CROSS_ENTROPY, PVN, CWC };
 enum Reduction : int32_t { REDUCE_MEAN, REDUCE_SUM_OF_MEANS };
 enum Rule : int32_t { GRAD, SGD, ADAM };
 enum Dtype : int32_t { FLOAT32, BFLOAT16 };
@@ -52,6 +52,7 @@ struct Rows {
     const float* sample_weight;
     Matrix product;
     int64_t label_field;
+    const int64_t* labels;
 };
 
 struct Layer {
@@ -75,6 +76,8 @@ struct Goal {
     double temperature;
     double alpha;
     double skip_below;
+    int64_t classes;
+    double label_smoothing;
 };
 
 struct PeerPull {
@@ -104,6 +107,7 @@ struct Slopes {
     Matrix activity;
     Matrix first;
     Matrix second;
+    Matrix basis;
 };
 
 struct Call {
@@ -139,6 +143,7 @@ constexpr size_t LAYOUT[] = {
     offsetof(Call, rows.product.stride),
     offsetof(Call, rows.product.is_bfloat16),
     offsetof(Call, rows.label_field),
+    offsetof(Call, rows.labels),
     offsetof(Call, layer.weight.at),
     offsetof(Call, layer.weight.rows),
     offsetof(Call, layer.weight.columns),
@@ -160,6 +165,8 @@ constexpr size_t LAYOUT[] = {
     offsetof(Call, goal.temperature),
     offsetof(Call, goal.alpha),
     offsetof(Call, goal.skip_below),
+    offsetof(Call, goal.classes),
+    offsetof(Call, goal.label_smoothing),
     offsetof(Call, pull.mean),
     offsetof(Call, pull.strength),
     offsetof(Call, pull.momentum),
@@ -223,6 +230,11 @@ constexpr size_t LAYOUT[] = {
     offsetof(Call, slopes.second.columns),
     offsetof(Call, slopes.second.stride),
     offsetof(Call, slopes.second.is_bfloat16),
+    offsetof(Call, slopes.basis.at),
+    offsetof(Call, slopes.basis.rows),
+    offsetof(Call, slopes.basis.columns),
+    offsetof(Call, slopes.basis.stride),
+    offsetof(Call, slopes.basis.is_bfloat16),
     offsetof(Call, threads),
 };
 

@@ -87,13 +87,13 @@ def linear_update_(rows: Rows, layer: Layer, slopes: Slopes, pull: PeerPull, upd
     gradient = Gradient(ready, layer.weight, layer.bias, peers)
     block_rows = _total(rows) if pull.gated else _block_rows(_total(rows), ready.width)
     for block in blocks(*_sides(rows), block_rows, _total(rows) > block_rows and _has_copies(rows)):
-        side, known = block.take(is_positive), block.take(slopes.activity)
+        side, known, first = (block.take(t) for t in (is_positive, slopes.activity, slopes.first))
         assert side is not None and known is not None
+        if first is not None and slopes.basis is not None:
+            first = first @ slopes.basis
         z = known if ready.activation.keeps_z else None
         y = known.clone() if z is None else ready.activation.forward(z)
-        gradient.add_given(
-            _operands(ready, rows, block), y, z, block.take(slopes.first), block.take(slopes.second), side
-        )
+        gradient.add_given(_operands(ready, rows, block), y, z, first, block.take(slopes.second), side)
     _write(gradient, peers, update)
 
 

@@ -43,7 +43,7 @@ STATES = 3
 class Member(NamedTuple):
     """A member of a C structure: its type and name, what it is for `struct`, and how its value is made.
 
-    `kind`: "matrix", "vector", "mask", "slot", a dict from values to numbers, or None for a number as it is.
+    `kind`: "matrix", "vector", "mask", "labels", "slot", a dict from values to numbers, or None for a number as it is.
     """
 
     type: str
@@ -69,6 +69,8 @@ def _member(name: str, hint: Any) -> Member:
         return Member("float*" if "written" in marks else "const float*", name, "P", "vector", "written" in marks)
     if "mask" in marks:
         return Member("const uint8_t*", name, "P", "mask")
+    if "labels" in marks:
+        return Member("const int64_t*", name, "P", "labels")
     if kind is spec.Slot:
         return Member("Slot", name, SLOT, "slot")
     if get_origin(kind) is Literal:

@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from ..select import Request
 
 _ACTIVATIONS = ("relu", "leaky_relu", "identity")
-LOSSES = get_args(spec.Loss)
+LOSSES = get_args(spec.SideLoss)
 _RULES = get_args(spec.Rule)
 _PARAMETERS = ("weight", "bias")
+_DTYPES = {"mask": torch.bool, "labels": torch.int64}
 _NO_GOAL, _NO_PULL, _NO_UPDATE = NOTHING[Goal], NOTHING[PeerPull], NOTHING[Update]
 _NO_STATE = (0,) * STATES
 _NO_NUMBERS = (0.0,) * len(spec.Numbers._fields)
@@ -95,6 +96,8 @@ def linear_update_(rows: Rows, layer: Layer, slopes: Slopes, pull: PeerPull, upd
     call.take(pull)
     call.take(update)
     call.values += _NO_OUTPUTS
+    if slopes.basis is not None and slopes.first is not None:
+        slopes = slopes._replace(first=slopes.first @ slopes.basis, basis=None)
     call.take(slopes)
     call.run(rows, layer)
 
@@ -138,7 +141,7 @@ class _Call:
             elif is_written and name not in read:
                 values.append(self._written(value).data_ptr())
             else:
-                values.append(self._read(value, torch.bool if kind == "mask" else torch.float32).data_ptr())
+                values.append(self._read(value, _DTYPES.get(kind, torch.float32)).data_ptr())
 
     def _slot(self, slot: Slot) -> None:
         values = self.values

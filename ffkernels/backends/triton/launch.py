@@ -209,7 +209,9 @@ def update_given(
     rows: Rows, layer: Layer, slopes: Slopes, row_scale: Tensor | None, peers: Pull, parameters: Parameters
 ) -> None:
     """Launches the update by given slopes."""
-    activity, first, second = slopes
+    activity, first, second, basis = slopes
+    if first is not None and basis is not None:
+        first = first @ basis
     if first is None and (second is None or second.shape[1] == 1):
         column = layer.weight.new_zeros(total(rows)) if second is None else second[:, 0]
         # What the loss is, nobody here knows: any may have rows at rest.

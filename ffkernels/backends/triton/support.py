@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, get_args
 
 import torch
 
-from ...spec import Activation, Loss, Rule
+from ...spec import Activation, Rule, SideLoss
 
 if TYPE_CHECKING:
     from ..select import Request
 
 ACTIVATIONS = get_args(Activation)
-LOSSES = get_args(Loss)
+LOSSES = get_args(SideLoss)
 RULES = get_args(Rule)
 OLDEST_CAPABILITY = (8, 0)
 

@@ -122,7 +122,10 @@ int linear_step(const ffk::Call& call) {
                         call.outputs.goodness_out[block.row(g, i)] =
                             objective.goodness(forward.sumsq[block.column(g, i)]);
             loss += coefficients(objective, block, forward.sumsq, coefficient);
-            update.run(block, index, coefficient, forward.scale, y_t, forward.stride);
+            update.run(block, index, coefficient, forward.scale, forward.stride,
+                       [&](int64_t chunk, int) {
+                           return y_t + forward.chunks.first(chunk) * forward.stride;
+                       });
         }
         *call.outputs.loss_out = float(loss);
         if (again.outputs.sumsq != nullptr) after.run();
@@ -134,20 +137,27 @@ int linear_update(const ffk::Call& call) {
     const Field field = label_field(call);
     return with_memory([&](Memory& memory, bool real) {
         const Block largest = largest_block(call, blocks, field);
-        const Given given(call, largest, memory);
         Peers peers(call, largest, memory);
+        const Given given(call, largest, peers.there(), memory);
         Update update(call, peers, largest, blocks, memory);
         if (!real) return;
+        given.start();
         if (peers.there()) peers.start();
         for (int64_t index = 0; index < blocks; index++) {
             const Block block = block_of(call, index, blocks, field);
-            given.read(block);
+            given.weigh(block);
             if (peers.there()) {
+                given.read(block);
                 peers.see(block, given.y_t, given.stride, given.scale);
                 if (index == blocks - 1) peers.finish();
             }
-            given.apply(block);
-            update.run(block, index, given.coefficient, given.scale, given.y_t, given.stride);
+            update.run(block, index, given.coefficient, given.scale, given.stride,
+                       [&](int64_t chunk, int worker) {
+                           float* y = given.y_of(chunk, worker);
+                           if (!peers.there()) given.read(block, chunk, y);
+                           given.apply(block, chunk, worker, y);
+                           return y;
+                       });
         }
     });
 }

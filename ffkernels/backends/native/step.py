@@ -96,8 +96,6 @@ def linear_update_(rows: Rows, layer: Layer, slopes: Slopes, pull: PeerPull, upd
     call.take(pull)
     call.take(update)
     call.values += _NO_OUTPUTS
-    if slopes.basis is not None and slopes.first is not None:
-        slopes = slopes._replace(first=slopes.first @ slopes.basis, basis=None)
     call.take(slopes)
     call.run(rows, layer)
 

@@ -91,12 +91,14 @@ class Plan(NamedTuple):
 
     Attributes:
         record: the update as the operators take it.
+        head: likewise, that of a head's matrix alone, or None.
         held: how many parameters each group of the optimizer holds.
     """
 
     rule: Rule
     parts: tuple[Part, ...]
     record: Update
+    head: Update | None
     held: tuple[int, ...]
 
     @property
@@ -282,17 +284,18 @@ def _unfused(group: dict[str, Any]) -> str:
     return "decay of both kinds" if group.get("decoupled") and group["weight_decay"] else ""
 
 
-def plan(optimizer: Optimizer | None, weight: Tensor, bias: Tensor | None) -> Plan:
-    """Reads what a step on `weight` and `bias` needs from their optimizer (None: fill `.grad`, update nothing).
+def plan(optimizer: Optimizer | None, weight: Tensor, bias: Tensor | None, head: Tensor | None = None) -> Plan:
+    """Reads what a step on `weight`, `bias` and a head's matrix needs from their optimizer (None: fill `.grad` alone).
 
     Raises:
         ValueError: where the optimizer does not hold one of the parameters, cannot step on a gradient alone, or lacks
             a number or state of its own.
     """
-    parameters = (weight,) if bias is None else (weight, bias)
-    rule, _ = fused_rule(optimizer, *parameters)
+    named = {"weight": weight, "bias": bias, "objective.weight": head}
+    parameters = {name: parameter for name, parameter in named.items() if parameter is not None}
+    rule, _ = fused_rule(optimizer, *parameters.values())
     parts: list[Part] = []
-    for name, parameter in zip(("weight", "bias"), parameters, strict=False):
+    for name, parameter in parameters.items():
         place = (0, 0) if optimizer is None else _place_of(optimizer, parameter, name)
         if rule == "grad":
             gradient = torch.empty_like(parameter, memory_format=torch.contiguous_format)
@@ -308,13 +311,14 @@ def plan(optimizer: Optimizer | None, weight: Tensor, bias: Tensor | None) -> Pl
             ) from None
     if optimizer is not None and rule == "grad":
         steps_on_gradients(optimizer)
-    return _plan_of(rule, tuple(parts), optimizer)
+    return _plan_of(rule, tuple(parts), optimizer, head is not None)
 
 
-def _plan_of(rule: Rule, parts: tuple[Part, ...], optimizer: Optimizer | None) -> Plan:
+def _plan_of(rule: Rule, parts: tuple[Part, ...], optimizer: Optimizer | None, has_head: bool) -> Plan:
     slots = [_traced(part.slot) for part in parts]
+    head = Update(rule, slots.pop(), NO_SLOT) if has_head else None
     record = Update(rule, slots[0], slots[1] if len(slots) > 1 else NO_SLOT)
-    return Plan(rule, parts, record, () if optimizer is None else _held(optimizer))
+    return Plan(rule, parts, record, head, () if optimizer is None else _held(optimizer))
 
 
 def _held(optimizer: Optimizer) -> tuple[int, ...]:
@@ -347,7 +351,7 @@ def again(optimizer: Optimizer, plan: Plan) -> Plan | None:
             parts.append(Part(parameter, Slot(slot.state, numbers, lr), part.place, now))
     if all(part is old for part, old in zip(parts, plan.parts, strict=True)):
         return plan
-    return _plan_of(plan.rule, tuple(parts), optimizer)
+    return _plan_of(plan.rule, tuple(parts), optimizer, plan.head is not None)
 
 
 def steps_on_gradients(optimizer: Optimizer) -> None:

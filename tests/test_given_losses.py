@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import ffkernels as ff
 from ffkernels.backends import select
-from ffkernels.objective import LOSSES
+from ffkernels.objectives import LOSSES
 from ffkernels.reference import ACTIVATIONS
 
 from .steps import OPTIMIZERS, Problem, assert_same_state, problem, state_of

@@ -14,8 +14,7 @@ from .. import optim
 from .. import peer as peers
 from .. import validation as check
 from ..backends import select
-from ..given import GivenLoss
-from ..objective import DEFAULT_OBJECTIVE, Objective
+from ..objectives import DEFAULT_OBJECTIVE, AnyObjective, Objective, ProjectionHead
 from ..peer import PeerNormalisation
 from ..spec import Goal, Layer, PeerPull
 
@@ -26,7 +25,7 @@ class Options(NamedTuple):
     `shares`: whether the product of what rows have in common is given.
     """
 
-    objective: Objective | GivenLoss
+    objective: AnyObjective
     norm: Any
     eps: float
     eps_mode: Any
@@ -42,7 +41,7 @@ class Options(NamedTuple):
 class Plan(NamedTuple):
     """How a step will run: the records that do not hang on its rows, and what it will write.
 
-    A given loss has a goal that nobody reads.
+    A given loss and a head have a goal that nobody reads.
 
     Attributes:
         is_whole: whether the backend knows the loss and runs the step in one call.
@@ -109,11 +108,17 @@ def _facts(weight: Tensor, bias: Tensor | None, peer_mean: Tensor | None, option
         None if bias is None else _of(bias),
         None if peer_mean is None else _of(peer_mean),
         _of(threshold) if isinstance(threshold, Tensor) else None,
+        _of_head(options.objective),
         type(options.eps), type(options.skip_below),
         check.autocast_is_on(weight.device) and torch.get_autocast_dtype(weight.device.type),
         torch.is_inference_mode_enabled(),
         select.forced_backend(options.backend),
     )  # fmt: skip
+
+
+def _of_head(objective: AnyObjective) -> tuple[object, ...] | None:
+    weight = objective.weight if isinstance(objective, ProjectionHead) else None
+    return None if weight is None else _of(weight)
 
 
 def _of(t: Tensor) -> tuple[object, ...]:
@@ -128,17 +133,18 @@ def _plan(
     check.layer_options(norm, eps, eps_mode, activation)
     check.one_of("outputs", outputs, check.OUTPUTS)
     check.layer_tensors(weight, bias)
-    for name, parameter in (("weight", weight), ("bias", bias)):
+    head = check.head(objective, weight)
+    for name, parameter in (("weight", weight), ("bias", bias), ("objective.weight", head)):
         check.trainable(name, parameter)
         check.writable(name, parameter)
     compute = check.compute_dtype_of(compute_dtype, weight)
     check.fraction("skip_below", skip_below)
-    check.objective_alone(objective, skip_below)
+    check.objective_alone(objective, skip_below, len(weight))
     check.peer_normalisation(peer, peer_mean, weight)
     check.optimizer_object(optimizer)
     # State that is made in inference mode could not be written outside of it.
     with torch.inference_mode(False) if not compiling and torch.is_inference_mode_enabled() else nullcontext():
-        update = optim.plan(optimizer, weight, bias)
+        update = optim.plan(optimizer, weight, bias, head)
     written = update.written() + ([] if peer_mean is None else [peer_mean])
     request = select.Request(
         weight.device, weight.dtype, compute, activation, update.rule, peers.gradient_of(peer),

@@ -15,13 +15,19 @@ from .. import validation as check
 from ..backends import select
 from ..functional import StepResult
 from ..functional.rows import checked_rows
-from ..given import GivenLoss
-from ..objective import DEFAULT_OBJECTIVE, Objective
+from ..objectives import (
+    DEFAULT_OBJECTIVE,
+    AnyObjective,
+    GivenLoss,
+    ProjectionHead,
+    any_objective,
+    class_goodness,
+)
 from ..peer import FIRST_MEAN, PeerNormalisation
 from ..spec import Activation, EpsMode, Norm, OutputsOf
 
 # Options of a step that say something of its rows, and those that change the activities themselves.
-ROWS_OPTIONS = ("is_positive", "input_sumsq", "sample_weight", "product", "label_field")
+ROWS_OPTIONS = ("is_positive", "labels", "input_sumsq", "sample_weight", "product", "label_field")
 FORWARD_OPTIONS = ("norm", "eps", "eps_mode", "activation", "compute_dtype", "backend")
 
 
@@ -50,7 +56,7 @@ class FFLinear(nn.Linear):
         out_features: int,
         bias: bool = True,
         *,
-        objective: Objective | GivenLoss | Callable[..., Tensor] = DEFAULT_OBJECTIVE,
+        objective: AnyObjective | Callable[..., Tensor] = DEFAULT_OBJECTIVE,
         norm: Norm = "l2",
         eps: float = 1e-4,
         eps_mode: EpsMode = "add",
@@ -74,7 +80,10 @@ class FFLinear(nn.Linear):
         mean = None if peer is None else torch.full_like(self.weight.detach()[:, 0], FIRST_MEAN)
         self.register_buffer("peer_mean", mean)
         # A function of goodness and side is a loss of the caller's own.
-        self.objective = objective if isinstance(objective, Objective) else GivenLoss.of(objective)
+        self.objective = any_objective(objective)
+        if isinstance(self.objective, ProjectionHead):
+            self.objective.fit(self.weight)
+        check.objective_alone(self.objective, 0.0, out_features)
         self.norm = norm
         self.eps = eps
         self.eps_mode = eps_mode
@@ -100,15 +109,25 @@ class FFLinear(nn.Linear):
         return self.activity(input)[0]
 
     def goodness(self, x: Tensor) -> Tensor:
-        """Goodness `[rows]` of rows `x` `[rows, in]`."""
-        return self.objective.goodness_of(self.activity(x, keep=False)[1], self.out_features)
+        """Goodness of rows `x` `[rows, in]`: `[rows]`; `[rows, classes]` where the objective has classes."""
+        return self._goodness_of(*self.activity(x, keep=self.objective.classes is not None))
+
+    def _goodness_of(self, y: Tensor, sumsq: Tensor, objective: AnyObjective | None = None) -> Tensor:
+        """Goodness from activities `y` `[rows, out]`, which are read for classes alone, and their sums of squares."""
+        objective = self.objective if objective is None else objective
+        if isinstance(objective, ProjectionHead):
+            return objective.scores(y.to(sumsq.dtype))
+        if objective.classes is not None:
+            return class_goodness(y.to(sumsq.dtype), objective.classes, objective.goodness)
+        return objective.goodness_of(sumsq, self.out_features)
 
     def step(self, x_pos: Tensor, x_neg: Tensor | None, optimizer: Optimizer | None, **options: Any) -> StepResult:
         """One training step, `ffkernels.linear_step_`; `options` go there and override the layer's own."""
         options = {**self._step_options(), **options}
         weight, bias = self.weight, self.bias
-        half_frozen = bias is not None and weight.requires_grad != bias.requires_grad
-        if half_frozen or called_only(self):
+        head = self.objective.weight if isinstance(self.objective, ProjectionHead) else None
+        learns = {p.requires_grad for p in (weight, bias, head) if p is not None}
+        if len(learns) > 1 or called_only(self):
             return self._step_by_call(x_pos, x_neg, optimizer, **options)
         return functional.linear_step_(x_pos, x_neg, weight, bias, optimizer, **options)
 
@@ -141,7 +160,7 @@ class FFLinear(nn.Linear):
         x_neg: Tensor | None,
         optimizer: Optimizer | None,
         *,
-        objective: Objective | GivenLoss | Callable[..., Tensor],
+        objective: AnyObjective | Callable[..., Tensor],
         outputs: str,
         skip_below: float = 0.0,
         peer: PeerNormalisation | None = None,
@@ -157,17 +176,18 @@ class FFLinear(nn.Linear):
         own = {name: others.pop(name) for name in FORWARD_OPTIONS}
         if unknown := others.keys() - set(ROWS_OPTIONS):
             raise TypeError(f"{', '.join(unknown)}: no option of a step")
-        if not isinstance(objective, Objective):
-            objective = GivenLoss.of(objective)
+        objective = any_objective(objective)
         weight, bias = self.weight.detach(), None if self.bias is None else self.bias.detach()
         check.layer_options(own["norm"], own["eps"], own["eps_mode"], own["activation"])
         check.one_of("outputs", outputs, check.OUTPUTS)
         check.layer_tensors(weight, bias)
         compute = check.compute_dtype_of(own["compute_dtype"], weight)
-        check.objective_alone(objective, skip_below)
+        check.objective_alone(objective, skip_below, len(weight))
+        check.head(objective, weight)
         rows = checked_rows(weight, compute, objective, x_pos, x_neg, **others)
         is_positive, n_pos = rows.is_positive, len(x_pos)
         x = x_pos if x_neg is None else torch.cat([x_pos, x_neg])
+        side = rows.labels
         request = select.Request(weight.device, weight.dtype, compute, own["activation"])
         select.choose(request, own["backend"])
         check.optimizer_object(optimizer)
@@ -187,22 +207,27 @@ class FFLinear(nn.Linear):
             nothing = weight.new_empty(0)
             return StepResult(None, nothing, nothing, nothing, n_pos)
         x = x.detach()
-        side = torch.arange(len(x), device=x.device) < n_pos if is_positive is None else is_positive
+        if side is None:
+            side = torch.arange(len(x), device=x.device) < n_pos if is_positive is None else is_positive
         with self._set(own):
             with torch.set_grad_enabled(bool(parameters)):
                 y, sumsq = self._run(x)
                 if overridden(self, "goodness"):
                     goodness = self.goodness(x).to(weight.dtype)
                 else:
-                    goodness = objective.goodness_of(sumsq, self.out_features)
-                if isinstance(objective, Objective):
-                    loss = functional.goodness_loss(goodness, side, objective, sample_weight=rows.sample_weight)
-                else:
+                    goodness = self._goodness_of(y, sumsq, objective)
+                if isinstance(objective, GivenLoss):
                     loss = objective.value(y.to(weight.dtype), goodness, side, learns=bool(parameters))
+                else:
+                    of_scores = objective.objective if isinstance(objective, ProjectionHead) else objective
+                    sides = {"is_positive": None, "labels": side} if rows.labels is not None else {"is_positive": side}
+                    loss = functional.goodness_loss(
+                        goodness, objective=of_scores, sample_weight=rows.sample_weight, **sides
+                    )
             if parameters:
                 held = interrupts.hold()
                 try:
-                    optim.step_on_loss(optimizer, parameters, loss, alone=isinstance(objective, Objective))
+                    optim.step_on_loss(optimizer, parameters, loss, alone=not isinstance(objective, GivenLoss))
                 finally:
                     interrupts.release(held)
                 if outputs == "post":

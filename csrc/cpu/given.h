@@ -5,14 +5,6 @@
 
 namespace {
 
-// The group of a unit, where `groups` of consecutive units differ in size by one at most, the
-// larger ones first.
-inline int64_t group_of(int64_t unit, int64_t units, int64_t groups) {
-    const int64_t size = units / groups, larger_ones = units % groups;
-    const int64_t end = larger_ones * (size + 1);
-    return unit < end ? unit / (size + 1) : larger_ones + (unit - end) / size;
-}
-
 struct Given {
     const ffk::Call& call;
     Chunks chunks;
@@ -130,9 +122,7 @@ struct Given {
         float* own = scratch + worker * scratch_size + y_scratch;
         const SlopesOfUnits first{*this, call.slopes.first, chunk, own},
             second{*this, call.slopes.second, chunk, own + slope_scratch + chunks.rows};
-        const float other = call.layer.activation == ffk::RELU         ? 0
-                            : call.layer.activation == ffk::LEAKY_RELU ? 0.01f
-                                                                       : 1;
+        const float other = slope_below_zero(call);
         const bool whole = by_row();
         for (int64_t column = 0; column < block.columns(); column += LANES) {
             if (!whole) first.read(block, column), second.read(block, column);
@@ -166,11 +156,11 @@ struct Given {
             const int64_t units = out_of(given.call), first = given.chunks.first(chunk),
                           size = given.chunks.size(chunk);
             has_basis = given.has_basis() && &matrix == &given.call.slopes.first;
-            const int64_t groups = has_basis ? units : matrix.columns;
+            const Groups groups{units, has_basis ? units : matrix.columns};
             place = reinterpret_cast<int32_t*>(own + given.slope_scratch);
-            begin = group_of(first, units, groups);
+            begin = groups.of(first);
             for (int64_t o = 0; o < size; o++)
-                place[o] = int32_t(group_of(first + o, units, groups) - begin) * LANES;
+                place[o] = int32_t(groups.of(first + o) - begin) * LANES;
             count = place[size - 1] / LANES + 1;
         }
 

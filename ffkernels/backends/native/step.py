@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..select import Request
 
 _ACTIVATIONS = ("relu", "leaky_relu", "identity")
-LOSSES = get_args(spec.SideLoss)
+LOSSES = get_args(spec.Loss)
 _RULES = get_args(spec.Rule)
 _PARAMETERS = ("weight", "bias")
 _DTYPES = {"mask": torch.bool, "labels": torch.int64}

@@ -91,14 +91,14 @@ class Plan(NamedTuple):
 
     Attributes:
         record: the update as the operators take it.
-        head: likewise, that of a head's matrix alone, or None.
+        others: likewise, those of the objective's own parameters, one by one.
         held: how many parameters each group of the optimizer holds.
     """
 
     rule: Rule
     parts: tuple[Part, ...]
     record: Update
-    head: Update | None
+    others: tuple[Update, ...]
     held: tuple[int, ...]
 
     @property
@@ -284,14 +284,19 @@ def _unfused(group: dict[str, Any]) -> str:
     return "decay of both kinds" if group.get("decoupled") and group["weight_decay"] else ""
 
 
-def plan(optimizer: Optimizer | None, weight: Tensor, bias: Tensor | None, head: Tensor | None = None) -> Plan:
-    """Reads what a step on `weight`, `bias` and a head's matrix needs from their optimizer (None: fill `.grad` alone).
+def plan(
+    optimizer: Optimizer | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    others: Mapping[str, Tensor] = MappingProxyType({}),
+) -> Plan:
+    """Reads what a step needs from the optimizer of `weight`, `bias` and others by name (None: fill `.grad` alone).
 
     Raises:
         ValueError: where the optimizer does not hold one of the parameters, cannot step on a gradient alone, or lacks
             a number or state of its own.
     """
-    named = {"weight": weight, "bias": bias, "objective.weight": head}
+    named = {"weight": weight, "bias": bias, **others}
     parameters = {name: parameter for name, parameter in named.items() if parameter is not None}
     rule, _ = fused_rule(optimizer, *parameters.values())
     parts: list[Part] = []
@@ -311,14 +316,15 @@ def plan(optimizer: Optimizer | None, weight: Tensor, bias: Tensor | None, head:
             ) from None
     if optimizer is not None and rule == "grad":
         steps_on_gradients(optimizer)
-    return _plan_of(rule, tuple(parts), optimizer, head is not None)
+    return _plan_of(rule, tuple(parts), optimizer, len(others))
 
 
-def _plan_of(rule: Rule, parts: tuple[Part, ...], optimizer: Optimizer | None, has_head: bool) -> Plan:
+def _plan_of(rule: Rule, parts: tuple[Part, ...], optimizer: Optimizer | None, n_others: int) -> Plan:
     slots = [_traced(part.slot) for part in parts]
-    head = Update(rule, slots.pop(), NO_SLOT) if has_head else None
-    record = Update(rule, slots[0], slots[1] if len(slots) > 1 else NO_SLOT)
-    return Plan(rule, parts, record, head, () if optimizer is None else _held(optimizer))
+    own = len(slots) - n_others
+    record = Update(rule, slots[0], slots[1] if own > 1 else NO_SLOT)
+    others = tuple([Update(rule, slot, NO_SLOT) for slot in slots[own:]])
+    return Plan(rule, parts, record, others, () if optimizer is None else _held(optimizer))
 
 
 def _held(optimizer: Optimizer) -> tuple[int, ...]:
@@ -351,7 +357,7 @@ def again(optimizer: Optimizer, plan: Plan) -> Plan | None:
             parts.append(Part(parameter, Slot(slot.state, numbers, lr), part.place, now))
     if all(part is old for part, old in zip(parts, plan.parts, strict=True)):
         return plan
-    return _plan_of(plan.rule, tuple(parts), optimizer, plan.head is not None)
+    return _plan_of(plan.rule, tuple(parts), optimizer, len(plan.others))
 
 
 def steps_on_gradients(optimizer: Optimizer) -> None:

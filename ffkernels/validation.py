@@ -165,6 +165,33 @@ def head(objective: AnyObjective, weight: Tensor) -> Tensor | None:
     return matrix_of_head
 
 
+def batch_norm(norm: object, weight: Tensor, outputs: str, peer: object) -> None:
+    """Checks a batch normalisation behind a layer with this weight, and what does not go with it."""
+    if norm is None:
+        return
+    if not isinstance(norm, nn.BatchNorm1d):
+        raise TypeError(f"batch_norm is a {type(norm).__name__}; accepted: a torch.nn.BatchNorm1d, or None")
+    if norm.num_features != len(weight):
+        raise ValueError(f"batch_norm has {norm.num_features} features; accepted: {len(weight)}, the layer's units")
+    for name, value in (*norm.named_parameters(), *norm.named_buffers()):
+        if value.is_floating_point() and (value.dtype, value.device) != (weight.dtype, weight.device):
+            came, accepted = (f"{t.dtype} on {t.device}" for t in (value, weight))
+            raise ValueError(f"batch_norm.{name} is {came}; accepted: {accepted}, as weight is")
+    if outputs == "post":
+        raise ValueError(
+            "outputs='post' came with batch_norm, whose statistics are those of the step's own pass; accepted: 'pre', "
+            "'none'"
+        )
+    if peer is not None:
+        raise ValueError("peer came with batch_norm, behind which means are fixed already; accepted: one of the two")
+
+
+def enough_for_statistics(norm: nn.BatchNorm1d | None, rows: int) -> None:
+    """Raises ValueError for a single row, which has no variance."""
+    if norm is not None and norm.training and rows == 1:
+        raise ValueError("x_pos has 1 row, which has no variance for batch_norm; accepted: at least 2, or eval()")
+
+
 def goodness_values(goodness: object, classes: int | None = None) -> Tensor:
     """A goodness `[rows]`, or `[rows, classes]`, in float32 if it came narrower."""
     tensor("goodness", goodness)

@@ -123,8 +123,8 @@ def test_a_frozen_head_stays_as_it_is_while_its_layer_learns():
 def test_a_network_learns_and_predicts_by_its_heads(form):
     torch.manual_seed(0)
     net = ff.FFNetwork([
-        ff.FFLinear(8, 12, objective=ff.ProjectionHead(4, form=form, temperature=0.2), outputs="pre"),
-        ff.FFLinear(12, 6, objective=ff.ProjectionHead(4, form=form, temperature=0.2), outputs="pre"),
+        ff.FFLinear(8, 32, objective=ff.ProjectionHead(4, form=form, temperature=0.2), outputs="pre"),
+        ff.FFLinear(32, 24, objective=ff.ProjectionHead(4, form=form, temperature=0.2), outputs="pre"),
     ])  # fmt: skip
     assert [name for name, _ in net.named_parameters()][2] == "layers.0.objective.weight"
     x = torch.randn(64, 8)

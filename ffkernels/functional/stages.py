@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import ops
 from ..autograd import ACTIVATIONS, NEEDS_Z
@@ -16,7 +16,11 @@ from ..objectives import (
     ProjectionHead,
     class_goodness,
     class_terms,
+    dense,
+    move,
     slopes_by_activity,
+    standardise,
+    through,
 )
 from ..spec import Goal, Layer, Outputs, PeerPull, Rows, Slopes, Update
 
@@ -30,13 +34,14 @@ def step_by_stages(
     goal: Goal,
     pull: PeerPull,
     update: Update,
-    of_head: Update | None,
+    others: tuple[Update, ...],
     outputs: Outputs,
     backend: str,
+    batch_norm: nn.BatchNorm1d | None = None,
 ) -> None:
     """What `ops.linear_step_` does, with a loss that no backend has to know. Runs under `no_grad`.
 
-    `of_head`: the update of a head's matrix, which follows that of the layer.
+    `others`: the updates of what a head and a batch normalisation learn, which follow those of the layer.
     """
     total, width = rows.x_pos.shape[0] + rows.x_neg.shape[0], layer.weight.shape[0]
     kept = layer.weight.new_empty(total, width)
@@ -47,23 +52,36 @@ def step_by_stages(
         outputs.sumsq.copy_(row_sumsq(y, y.dtype))
     else:
         ops.linear_forward_(rows, layer, kept, outputs.sumsq, backend)
-    on_head = None
+    standardised = None
+    if batch_norm is not None:
+        standardised = standardise(y, batch_norm)
+        y = standardised.u
+        outputs.sumsq.copy_(row_sumsq(y, y.dtype))
+    gradients: list[tuple[Tensor | None, Tensor]] = []
     if isinstance(objective, ProjectionHead):
-        assert rows.labels is not None and objective.weight is not None and of_head is not None
+        assert rows.labels is not None
         judged, gradient = objective.judge(y, outputs.sumsq, rows.labels, rows.sample_weight, goal.skip_below)
-        on_head = _update_by_gradient(objective.weight, gradient)
+        gradients.append((objective.weight, gradient))
     else:
         judged = _judged(objective, y, rows, goal, outputs.sumsq)
+    slopes = Slopes(kept, judged.first, judged.second, judged.basis)
+    if batch_norm is not None and standardised is not None:
+        dy, by_weight, by_bias = through(standardised, dense(slopes, y))
+        slopes = Slopes(kept, dy, None)
+        if batch_norm.affine:
+            gradients += [(batch_norm.weight, by_weight), (batch_norm.bias, by_bias)]
     outputs.loss_out.copy_(judged.loss)
     if outputs.y is not None:
         outputs.y.copy_(y)
     if outputs.goodness_out is not None:
         assert judged.goodness is not None
         outputs.goodness_out.copy_(judged.goodness)
-    slopes = Slopes(kept, judged.first, judged.second, judged.basis)
     ops.linear_update_(rows, layer, slopes, pull, update, backend)
-    if on_head is not None and of_head is not None:
-        ops.linear_update_(*on_head, NO_PULL, of_head, backend)
+    for (parameter, gradient), own in zip(gradients, others, strict=True):
+        assert parameter is not None
+        _update_by_gradient(parameter, gradient, own, backend)
+    if batch_norm is not None and standardised is not None:
+        move(batch_norm, standardised)
     if outputs.rounded is not None:
         outputs.rounded.copy_(layer.weight)
 
@@ -88,9 +106,14 @@ def _judged(objective: Objective | GivenLoss, y: Tensor, rows: Rows, goal: Goal,
     return Judged(terms.loss, None, None, (terms.coefficient / 2).unsqueeze(1))
 
 
-def _update_by_gradient(parameter: Tensor, gradient: Tensor) -> tuple[Rows, Layer, Slopes]:
+def _update_by_gradient(parameter: Tensor, gradient: Tensor, update: Update, backend: str) -> None:
     """A gradient that is there already, as the operator takes it: `dW = I^T gradient`, the rows of an identity."""
+    if gradient.dim() == 1:
+        parameter, gradient = parameter.view(1, -1), gradient.view(1, -1)
+        state = [t.view(1, -1) if t.dim() else t for t in update.weight.state]
+        update = update._replace(weight=update.weight._replace(state=state))
+    identity = torch.eye(len(gradient), dtype=gradient.dtype, device=gradient.device)
     rows = Rows(gradient, gradient[:0])
     layer = Layer(parameter, None, "none", 0.0, "add", "identity", parameter.dtype)
-    identity = torch.eye(len(gradient), dtype=gradient.dtype, device=gradient.device)
-    return rows, layer, Slopes(torch.zeros_like(identity), identity, None)
+    slopes = Slopes(torch.zeros_like(identity), identity, None)
+    ops.linear_update_(rows, layer, slopes, NO_PULL, update, backend)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import interrupts, ops
@@ -51,6 +51,7 @@ def linear_step_(
     product: Tensor | None = None,
     peer: PeerNormalisation | None = None,
     peer_mean: Tensor | None = None,
+    batch_norm: nn.BatchNorm1d | None = None,
     backend: str | None = None,
     only_checks: bool = False,
 ) -> StepResult:
@@ -94,6 +95,9 @@ def linear_step_(
         product: `shared_product(x_pos, weight, label_field)` where it is there already.
         peer: peer normalisation, a regulariser that keeps the units about equally active.
         peer_mean: `[out]` its running mean activity, which the step moves; with `peer`, and only then.
+        batch_norm: a `torch.nn.BatchNorm1d` behind the activation, of which the objective then reads, and which the
+            result hands on; the optimizer must hold its weight and bias too. In train mode its statistics are those of
+            the batch, both sides together, and the running ones move; "post" and `peer` do not go with it.
         backend: forces a backend; so does the environment variable FFKERNELS_BACKEND.
         only_checks: raises what a step would raise, and takes none; the result is empty.
 
@@ -110,12 +114,12 @@ def linear_step_(
                 x_pos, x_neg, weight, bias, optimizer, objective=objective, norm=norm, eps=eps, eps_mode=eps_mode,
                 activation=activation, outputs=outputs, compute_dtype=compute_dtype, sample_weight=sample_weight,
                 is_positive=is_positive, labels=labels, input_sumsq=input_sumsq, skip_below=skip_below,
-                label_field=label_field, product=product, peer=peer, peer_mean=peer_mean, backend=backend,
-                only_checks=only_checks,
+                label_field=label_field, product=product, peer=peer, peer_mean=peer_mean, batch_norm=batch_norm,
+                backend=backend, only_checks=only_checks,
             )  # fmt: skip
     options = Options(
         objective, norm, eps, eps_mode, activation, outputs, compute_dtype, skip_below, peer, backend,
-        product is not None,
+        product is not None, batch_norm,
     )  # fmt: skip
     plan = plans.plan_for(weight, bias, optimizer, peer_mean, options)
     layer, goal, pull, chosen = plan.layer, plan.goal, plan.pull, plan.chosen
@@ -123,6 +127,7 @@ def linear_step_(
         weight, layer.compute_dtype, objective, x_pos, x_neg, is_positive, input_sumsq, sample_weight, product,
         label_field, labels,
     )  # fmt: skip
+    check.enough_for_statistics(batch_norm, x_pos.shape[0] + rows.x_neg.shape[0])
     n_pos, total = x_pos.shape[0], x_pos.shape[0] + rows.x_neg.shape[0]
     if not compiling:
         if is_transformed(x_pos, rows.x_neg, weight, bias):
@@ -171,7 +176,9 @@ def linear_step_(
             if plan.is_whole:
                 ops.linear_step_(rows, layer, goal, pull, update.record, written, chosen)
             else:
-                step_by_stages(rows, layer, objective, goal, pull, update.record, update.head, written, chosen)
+                step_by_stages(
+                    rows, layer, objective, goal, pull, update.record, update.others, written, chosen, batch_norm
+                )
             torch.autograd.graph.increment_version(plan.written)
             update.finish(optimizer)
             if goodness_out is None and not isinstance(objective, ProjectionHead):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from ..objectives import (
     ProjectionHead,
     any_objective,
     class_goodness,
+    move,
+    standardise,
 )
 from ..peer import FIRST_MEAN, PeerNormalisation
 from ..spec import Activation, EpsMode, Norm, OutputsOf
@@ -36,7 +38,10 @@ class FFLinear(nn.Linear):
 
     Parameters, their initialisation and their names in `state_dict` are those of `torch.nn.Linear`. The options are
     those of `linear_step_`, and plain attributes: they can be changed at any time. With `peer`, the running mean is the
-    buffer `peer_mean` `[out]`, which starts at 0.5.
+    buffer `peer_mean` `[out]`, which starts at 0.5. With `batch_norm="behind"` the module `batch_norm`, a
+    `torch.nn.BatchNorm1d`, stands behind the activation: goodness is of what it makes, which the layer hands on. Only a
+    step moves its running statistics; in train mode a forward pass goes by those of its own rows, so call `eval()` to
+    predict.
 
     Where forward or backward hooks watch it (pruning is one), where a subclass overrides `forward`, `activity` or
     `goodness`, or where one of weight and bias is frozen, a step calls the layer itself, on the joint batch, and lets
@@ -64,6 +69,7 @@ class FFLinear(nn.Linear):
         outputs: OutputsOf = "post",
         compute_dtype: torch.dtype | None = None,
         peer: PeerNormalisation | None = None,
+        batch_norm: Literal["behind"] | None = None,
         backend: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -92,6 +98,11 @@ class FFLinear(nn.Linear):
         self.compute_dtype = compute_dtype
         self.peer = peer
         self.backend = backend
+        if batch_norm not in (None, "behind"):
+            raise ValueError(f"batch_norm={batch_norm!r} is not one of None, 'behind'")
+        made = None if batch_norm is None else nn.BatchNorm1d(out_features, device=device, dtype=dtype)
+        self.batch_norm = made
+        check.batch_norm(made, self.weight, outputs, peer)
 
     def _options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in FORWARD_OPTIONS}
@@ -102,7 +113,11 @@ class FFLinear(nn.Linear):
         `options` go to `ffkernels.linear_forward` and override the layer's own.
         """
         options = {"input_sumsq": input_sumsq, **self._options(), **options}
-        return functional.linear_forward(x, self.weight, self.bias, **options)
+        if self.batch_norm is None:
+            return functional.linear_forward(x, self.weight, self.bias, **options)
+        y, _ = functional.linear_forward(x, self.weight, self.bias, **{**options, "keep": True})
+        u = standardise(y.to(self.weight.dtype), self.batch_norm).u
+        return u.to(y.dtype), u.square().sum(1)
 
     def forward(self, input: Tensor) -> Tensor:
         """Activities `[rows, out]`; their gradient reaches weight and bias, and not `input`."""
@@ -133,7 +148,8 @@ class FFLinear(nn.Linear):
 
     def _step_options(self) -> dict[str, Any]:
         peer = {"peer": self.peer, "peer_mean": None if self.peer is None else self.peer_mean}
-        return {"objective": self.objective, "outputs": self.outputs, **peer, **self._options()}
+        behind = {} if self.batch_norm is None else {"batch_norm": self.batch_norm}
+        return {"objective": self.objective, "outputs": self.outputs, **peer, **behind, **self._options()}
 
     def _hand_on(self, x_pos: Tensor, x_neg: Tensor | None, optimizer: Optimizer | None, **options: Any) -> StepResult:
         """What `step` returns, without one."""
@@ -167,6 +183,7 @@ class FFLinear(nn.Linear):
         peer_mean: Tensor | None = None,
         learns: bool = True,
         only_checks: bool = False,
+        batch_norm: nn.BatchNorm1d | None = None,
         **others: Any,
     ) -> StepResult:
         """`_step_by_call`, or without `learns` its forward.
@@ -186,6 +203,8 @@ class FFLinear(nn.Linear):
         check.head(objective, weight)
         rows = checked_rows(weight, compute, objective, x_pos, x_neg, **others)
         is_positive, n_pos = rows.is_positive, len(x_pos)
+        check.batch_norm(batch_norm, weight, outputs, peer)
+        check.enough_for_statistics(batch_norm, len(x_pos) + len(rows.x_neg))
         x = x_pos if x_neg is None else torch.cat([x_pos, x_neg])
         side = rows.labels
         request = select.Request(weight.device, weight.dtype, compute, own["activation"])
@@ -210,6 +229,10 @@ class FFLinear(nn.Linear):
         if side is None:
             side = torch.arange(len(x), device=x.device) < n_pos if is_positive is None else is_positive
         with self._set(own):
+            if batch_norm is not None and parameters:
+                with torch.no_grad():
+                    weights = (self.weight, self.bias)
+                    before = standardise(functional.linear_forward(x, *weights, **own)[0].to(weight.dtype), batch_norm)
             with torch.set_grad_enabled(bool(parameters)):
                 y, sumsq = self._run(x)
                 if overridden(self, "goodness"):
@@ -228,6 +251,9 @@ class FFLinear(nn.Linear):
                 held = interrupts.hold()
                 try:
                     optim.step_on_loss(optimizer, parameters, loss, alone=not isinstance(objective, GivenLoss))
+                    if batch_norm is not None:
+                        with torch.no_grad():
+                            move(batch_norm, before)
                 finally:
                     interrupts.release(held)
                 if outputs == "post":

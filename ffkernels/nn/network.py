@@ -163,10 +163,10 @@ class FFNetwork(nn.Module):
 
     def _check_labels(self, x: Tensor, options: dict[str, Any]) -> None:
         """Raises for labels that do not fit every layer, each of which looks at them again before it writes."""
-        labels, classes = options.get("labels"), [layer.objective.classes for layer in self]
-        fewest = min((count for count in classes if count is not None), default=None)
-        if labels is not None and fewest is not None and "objective" not in options and _is_matrix(x):
-            check.labels(labels, len(x), fewest, x.device)
+        labels = options.get("labels")
+        classes = [layer.objective.classes for layer in self if layer.objective.classes is not None]
+        if labels is not None and classes and "objective" not in options and _is_matrix(x):
+            check.labels(labels, len(x), min(classes), x.device)
 
     def _check_upper(
         self,

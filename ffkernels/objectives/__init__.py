@@ -1,6 +1,7 @@
 """What a layer learns: from its activities, or sums of their squares, to a loss and its slopes."""
 
-from .classes import CLASS_GOODNESS, CLASS_LOSSES, class_goodness, class_terms, slopes_by_activity
+from .batchnorm import move, standardise, through
+from .classes import CLASS_GOODNESS, CLASS_LOSSES, by_unit, class_goodness, class_terms, dense, slopes_by_activity
 from .given import AnyObjective, GivenLoss, Moments, any_objective
 from .head import ProjectionHead
 from .judged import Judged
@@ -20,9 +21,14 @@ __all__ = [
     "Objective",
     "ProjectionHead",
     "any_objective",
+    "by_unit",
     "class_goodness",
     "class_terms",
+    "dense",
+    "move",
     "short",
     "silu_slope",
     "slopes_by_activity",
+    "standardise",
+    "through",
 ]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..spec import ClassLoss, Goodness
+from ..spec import ClassLoss, Goodness, Slopes
 
 if TYPE_CHECKING:
     from .objective import Objective
@@ -50,6 +50,24 @@ def slopes_by_activity(slope: Tensor, units: int, goodness: Goodness) -> tuple[T
     if goodness != "sum":
         slope = slope / _sizes_like(slope, units)
     return (slope, None) if goodness == "activity" else (None, slope)
+
+
+def dense(slopes: Slopes, y: Tensor) -> Tensor:
+    """dLoss/dy `[rows, units]` of slopes in any form; `y` `[rows, units]` are the activities."""
+    total = torch.zeros_like(y)
+    if slopes.first is not None:
+        total += by_unit(slopes.first, y.shape[1]) if slopes.basis is None else slopes.first @ slopes.basis
+    if slopes.second is not None:
+        total += by_unit(slopes.second, y.shape[1]) * (2 * y)
+    return total
+
+
+def by_unit(slope: Tensor, units: int) -> Tensor:
+    """`[rows, groups]` as `[rows, units]`, or as it is where it is one number a row or a unit."""
+    groups = slope.shape[1]
+    if groups in (1, units):
+        return slope
+    return slope.repeat_interleave(torch.tensor(group_sizes(units, groups), device=slope.device), dim=1)
 
 
 def class_terms(

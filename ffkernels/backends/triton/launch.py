@@ -110,14 +110,14 @@ def forward(
         with device_of(weight):
             forward_kernel[(programs,)](
                 rows=batch(rows if sum_units else rows._replace(is_positive=None)),
+                in_features=in_features,
+                out_features=out_features,
                 input_sumsq=rows.input_sumsq if layer.norm != "none" else None,
-                layer=Linear(weight, weight.stride(0), weight.stride(1), layer.bias, bias_stride, layer.eps),
+                layer=Linear(weight, weight.stride(0), weight.stride(1), layer.eps, layer.bias, bias_stride),
                 x_tiles=x_tiles if bulk else None,
                 weight_tiles=weight_tiles if bulk else None,
                 shared=Shared() if rows.product is None else Shared(rows.product, rows.label_field),
                 written=Forwarded(y, y_row, y_col, z, row_scale, partials, units),
-                in_features=in_features,
-                out_features=out_features,
                 NORM=layer.norm,
                 EPS_MODE=layer.eps_mode,
                 ACTIVATION=layer.activation,

@@ -33,9 +33,9 @@ class Linear(NamedTuple):
     weight: Tensor
     weight_row: int
     weight_col: int
+    eps: float
     bias: Tensor | None
     bias_stride: int
-    eps: float
 
 
 class Shared(NamedTuple):

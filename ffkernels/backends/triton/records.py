@@ -131,6 +131,15 @@ class Slope(NamedTuple):
     groups: int | None = None
 
 
+class Basis(NamedTuple):
+    """`[groups, out]`: the first slopes are the product of `Slope.slope` `[rows, groups]` and it."""
+
+    basis: Tensor | None = None
+    basis_row: int | None = None
+    basis_col: int | None = None
+    groups: int | None = None
+
+
 class Pull(NamedTuple):
     """Peer normalisation: `[2, out]` each row's pull and that of all, `[splits, in]` what it is multiplied by.
 

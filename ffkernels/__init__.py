@@ -2,10 +2,9 @@
 
 from ._version import __version__
 from .functional import StepResult, explain, goodness_loss, linear_forward, linear_step_, shared_product
-from .given import GivenLoss, Moments
 from .negatives import hybrid_images, neutral_label, overlay_label, wrong_label
 from .nn import FFLinear, FFNetwork, GraphedStep
-from .objective import Objective
+from .objectives import GivenLoss, Moments, Objective, ProjectionHead
 from .peer import PeerNormalisation
 
 __all__ = [
@@ -16,6 +15,7 @@ __all__ = [
     "Moments",
     "Objective",
     "PeerNormalisation",
+    "ProjectionHead",
     "StepResult",
     "__version__",
     "explain",

@@ -15,7 +15,7 @@ import sys
 import torch
 from torch import Tensor
 
-from .objective import short
+from .objectives import short
 
 _LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 

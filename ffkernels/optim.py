@@ -91,12 +91,14 @@ class Plan(NamedTuple):
 
     Attributes:
         record: the update as the operators take it.
+        others: likewise, those of the objective's own parameters, one by one.
         held: how many parameters each group of the optimizer holds.
     """
 
     rule: Rule
     parts: tuple[Part, ...]
     record: Update
+    others: tuple[Update, ...]
     held: tuple[int, ...]
 
     @property
@@ -282,17 +284,23 @@ def _unfused(group: dict[str, Any]) -> str:
     return "decay of both kinds" if group.get("decoupled") and group["weight_decay"] else ""
 
 
-def plan(optimizer: Optimizer | None, weight: Tensor, bias: Tensor | None) -> Plan:
-    """Reads what a step on `weight` and `bias` needs from their optimizer (None: fill `.grad`, update nothing).
+def plan(
+    optimizer: Optimizer | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    others: Mapping[str, Tensor] = MappingProxyType({}),
+) -> Plan:
+    """Reads what a step needs from the optimizer of `weight`, `bias` and others by name (None: fill `.grad` alone).
 
     Raises:
         ValueError: where the optimizer does not hold one of the parameters, cannot step on a gradient alone, or lacks
             a number or state of its own.
     """
-    parameters = (weight,) if bias is None else (weight, bias)
-    rule, _ = fused_rule(optimizer, *parameters)
+    named = {"weight": weight, "bias": bias, **others}
+    parameters = {name: parameter for name, parameter in named.items() if parameter is not None}
+    rule, _ = fused_rule(optimizer, *parameters.values())
     parts: list[Part] = []
-    for name, parameter in zip(("weight", "bias"), parameters, strict=False):
+    for name, parameter in parameters.items():
         place = (0, 0) if optimizer is None else _place_of(optimizer, parameter, name)
         if rule == "grad":
             gradient = torch.empty_like(parameter, memory_format=torch.contiguous_format)
@@ -308,13 +316,15 @@ def plan(optimizer: Optimizer | None, weight: Tensor, bias: Tensor | None) -> Pl
             ) from None
     if optimizer is not None and rule == "grad":
         steps_on_gradients(optimizer)
-    return _plan_of(rule, tuple(parts), optimizer)
+    return _plan_of(rule, tuple(parts), optimizer, len(others))
 
 
-def _plan_of(rule: Rule, parts: tuple[Part, ...], optimizer: Optimizer | None) -> Plan:
+def _plan_of(rule: Rule, parts: tuple[Part, ...], optimizer: Optimizer | None, n_others: int) -> Plan:
     slots = [_traced(part.slot) for part in parts]
-    record = Update(rule, slots[0], slots[1] if len(slots) > 1 else NO_SLOT)
-    return Plan(rule, parts, record, () if optimizer is None else _held(optimizer))
+    own = len(slots) - n_others
+    record = Update(rule, slots[0], slots[1] if own > 1 else NO_SLOT)
+    others = tuple([Update(rule, slot, NO_SLOT) for slot in slots[own:]])
+    return Plan(rule, parts, record, others, () if optimizer is None else _held(optimizer))
 
 
 def _held(optimizer: Optimizer) -> tuple[int, ...]:
@@ -347,7 +357,7 @@ def again(optimizer: Optimizer, plan: Plan) -> Plan | None:
             parts.append(Part(parameter, Slot(slot.state, numbers, lr), part.place, now))
     if all(part is old for part, old in zip(parts, plan.parts, strict=True)):
         return plan
-    return _plan_of(plan.rule, tuple(parts), optimizer)
+    return _plan_of(plan.rule, tuple(parts), optimizer, len(plan.others))
 
 
 def steps_on_gradients(optimizer: Optimizer) -> None:

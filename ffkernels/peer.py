@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .objective import short
+from .objectives import short
 from .spec import PeerPull
 
 FORMS = ("hinton", "loewex")

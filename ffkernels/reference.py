@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .functional import StepResult
-from .objective import Objective
+from .objectives import Objective
 from .peer import PeerNormalisation
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -85,6 +85,33 @@ def loss_of(goodness: Tensor, is_positive: Tensor, objective: Objective, sample_
     return _mean(losses_pos) + _mean(losses_neg)
 
 
+def class_goodness_of(y: Tensor, objective: Objective) -> Tensor:
+    """`[rows, classes]` goodness of activities `y` `[rows, out]`, whose units are divided among the classes."""
+    assert objective.classes is not None
+    groups = y.tensor_split(objective.classes, dim=1)
+    if objective.goodness == "activity":
+        return torch.stack([group.mean(1) for group in groups], dim=1)
+    return torch.stack([goodness_of(group, objective.goodness) for group in groups], dim=1)
+
+
+def class_loss_of(goodness: Tensor, labels: Tensor, objective: Objective, sample_weight: Tensor | None) -> Tensor:
+    """The loss of rows with this goodness `[rows, classes]`; differentiable, 0-dim."""
+    logits = (goodness if objective.maximize else -goodness) / objective.temperature
+    if objective.loss == "cross_entropy":
+        losses = F.cross_entropy(logits, labels, label_smoothing=objective.label_smoothing, reduction="none")
+    elif objective.loss == "cwc":
+        power = logits.clamp(-50, 50).exp()
+        losses = -((power.gather(1, labels[:, None])[:, 0] + 1e-9) / (power.sum(1) + 1e-9)).log()
+    else:
+        theta = objective.thresholds()[0] * (1 if objective.maximize else -1) / objective.temperature
+        own = F.one_hot(labels, objective.classes or 0).bool()
+        losses = softplus(theta - logits[own])
+        if objective.classes != 1:
+            losses = losses + softplus(logits[~own].view(len(labels), -1).mean(1) - theta)
+        losses = losses / (2 if objective.reduction == "mean" else 1)
+    return _mean(losses if sample_weight is None else losses * sample_weight)
+
+
 def peer_loss(
     z: Tensor, y: Tensor, is_positive: Tensor, mean: Tensor, peer: PeerNormalisation
 ) -> tuple[Tensor, Tensor]:
@@ -123,6 +150,7 @@ def linear_step_(
     outputs: str = "post",
     sample_weight: Tensor | None = None,
     is_positive: Tensor | None = None,
+    labels: Tensor | None = None,
     peer: PeerNormalisation | None = None,
     peer_mean: Tensor | None = None,
 ) -> StepResult:
@@ -135,8 +163,12 @@ def linear_step_(
         return z, ACTIVATIONS[activation](z)
 
     z, y = forward()
-    goodness = goodness_of(y, objective.goodness)
-    loss = loss_of(goodness, side, objective, sample_weight)
+    if labels is None:
+        goodness = goodness_of(y, objective.goodness)
+        loss = loss_of(goodness, side, objective, sample_weight)
+    else:
+        goodness = class_goodness_of(y, objective)
+        loss = class_loss_of(goodness, labels, objective, sample_weight)
     weight.grad = None
     if bias is not None:
         bias.grad = None

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import spec
-from .given import GivenLoss
-from .objective import Objective, short
+from .objectives import AnyObjective, GivenLoss, Objective, ProjectionHead, short
 from .peer import PeerNormalisation
 
 NORMS = get_args(spec.Norm)
@@ -132,12 +131,74 @@ def vector(
     _same_device(name, value, device, beside)
 
 
-def goodness_values(goodness: object) -> Tensor:
-    """A goodness `[rows]`, in float32 if it came narrower."""
+def labels(values: object, rows: int, classes: int, device: torch.device, beside: str = "weight") -> None:
+    """Checks `[rows]` int64 labels of `classes` classes; on a device not their range, which would wait for it."""
+    if values is None:
+        raise ValueError(f"labels came not, but the objective has {classes} classes; accepted: [rows] int64")
+    vector("labels", values, rows, torch.int64, device, beside)
+    assert isinstance(values, Tensor)
+    if rows and device.type == "cpu" and not torch.compiler.is_compiling() and not in_transform():
+        least, largest = (int(v) for v in values.aminmax())
+        if least < 0 or largest >= classes:
+            wrong = least if least < 0 else largest
+            raise ValueError(f"labels hold {wrong}; accepted: 0..{classes - 1}, the {classes} classes of the objective")
+
+
+def in_transform() -> bool:
+    """Whether a transform of `torch.func` is going on, in which no value is known."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def head(objective: AnyObjective, weight: Tensor) -> Tensor | None:
+    """The matrix of a head, which must fit its layer's weight `[out, in]`; None for other objectives."""
+    if not isinstance(objective, ProjectionHead):
+        return None
+    matrix_of_head = objective.weight
+    if matrix_of_head is None:
+        raise ValueError(
+            "objective is a ProjectionHead without a matrix; accepted: one made with units, or that of an FFLinear"
+        )
+    objective.fit(weight)
+    if (matrix_of_head.dtype, matrix_of_head.device) != (weight.dtype, weight.device):
+        came, accepted = (f"{t.dtype} on {t.device}" for t in (matrix_of_head, weight))
+        raise ValueError(f"objective.weight is {came}; accepted: {accepted}, as weight is")
+    return matrix_of_head
+
+
+def batch_norm(norm: object, weight: Tensor, outputs: str, peer: object) -> None:
+    """Checks a batch normalisation behind a layer with this weight, and what does not go with it."""
+    if norm is None:
+        return
+    if not isinstance(norm, nn.BatchNorm1d):
+        raise TypeError(f"batch_norm is a {type(norm).__name__}; accepted: a torch.nn.BatchNorm1d, or None")
+    if norm.num_features != len(weight):
+        raise ValueError(f"batch_norm has {norm.num_features} features; accepted: {len(weight)}, the layer's units")
+    for name, value in (*norm.named_parameters(), *norm.named_buffers()):
+        if value.is_floating_point() and (value.dtype, value.device) != (weight.dtype, weight.device):
+            came, accepted = (f"{t.dtype} on {t.device}" for t in (value, weight))
+            raise ValueError(f"batch_norm.{name} is {came}; accepted: {accepted}, as weight is")
+    if outputs == "post":
+        raise ValueError(
+            "outputs='post' came with batch_norm, whose statistics are those of the step's own pass; accepted: 'pre', "
+            "'none'"
+        )
+    if peer is not None:
+        raise ValueError("peer came with batch_norm, behind which means are fixed already; accepted: one of the two")
+
+
+def enough_for_statistics(norm: nn.BatchNorm1d | None, rows: int) -> None:
+    """Raises ValueError for a single row, which has no variance."""
+    if norm is not None and norm.training and rows == 1:
+        raise ValueError("x_pos has 1 row, which has no variance for batch_norm; accepted: at least 2, or eval()")
+
+
+def goodness_values(goodness: object, classes: int | None = None) -> Tensor:
+    """A goodness `[rows]`, or `[rows, classes]`, in float32 if it came narrower."""
     tensor("goodness", goodness)
     assert isinstance(goodness, Tensor)
-    if goodness.dim() != 1:
-        raise ValueError(f"goodness has shape {tuple(goodness.shape)}; accepted: one value for each row")
+    if goodness.dim() != (1 if classes is None else 2) or (classes is not None and goodness.shape[1] != classes):
+        accepted = "one value for each row" if classes is None else f"[rows, {classes}], one for each row and class"
+        raise ValueError(f"goodness has shape {tuple(goodness.shape)}; accepted: {accepted}")
     if not goodness.is_floating_point():
         raise TypeError(f"goodness is {goodness.dtype}; accepted: a floating-point tensor")
     values = goodness.detach()
@@ -357,17 +418,17 @@ def objective_object(objective: object) -> None:
         raise TypeError(f"objective={objective!r} is not an ffkernels.Objective")
 
 
-def objective_alone(objective: Objective | GivenLoss, skip_below: float) -> None:
-    """Checks of an objective what does not hang on rows."""
+def objective_alone(objective: AnyObjective, skip_below: float, units: int | None = None) -> None:
+    """Checks of an objective what does not hang on rows; `units`: the layer's width."""
+    if units is not None and not isinstance(objective, ProjectionHead) and (objective.classes or 0) > units:
+        raise ValueError(f"classes={objective.classes} came to a layer of {units} units; accepted: 1..{units}")
     if isinstance(objective.threshold, Tensor):
         constant("threshold", objective.threshold)
-    if skip_below and not isinstance(objective, Objective):
+    if skip_below and isinstance(objective, GivenLoss):
         raise ValueError(f"skip_below={skip_below!r} came with a loss of your own; accepted: 0, or an Objective")
 
 
-def objective_for(
-    objective: Objective | GivenLoss, rows: int, n_pos: int | None, like: Tensor, beside: str = "weight"
-) -> None:
+def objective_for(objective: AnyObjective, rows: int, n_pos: int | None, like: Tensor, beside: str = "weight") -> None:
     """Checks that an objective fits a batch of `rows` rows; `n_pos` is None where only a mask knows it."""
     threshold = objective.threshold
     if isinstance(threshold, Tensor):
@@ -384,9 +445,9 @@ def objective_for(
         )
 
 
-def sample_weight(weights: Tensor, objective: Objective | GivenLoss, rows: int, like: Tensor) -> None:
+def sample_weight(weights: Tensor, objective: AnyObjective, rows: int, like: Tensor) -> None:
     """Checks `[rows]` factors of the rows' losses, `[pairs]` for pair losses."""
-    if not isinstance(objective, Objective):
+    if isinstance(objective, GivenLoss):
         raise ValueError("sample_weight came with a loss of your own; accepted: None, and the weights in the loss")
     vector("sample_weight", weights, rows // 2 if objective.paired else rows, like.dtype, like.device)
     constant("sample_weight", weights)

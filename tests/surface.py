@@ -24,7 +24,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 import ffkernels as ff
 from ffkernels import validation as check
-from ffkernels.objective import GOODNESS, REDUCTIONS
+from ffkernels.objectives import GOODNESS, REDUCTIONS
 from ffkernels.optim import SGDW
 from ffkernels.peer import FORMS
 from ffkernels.reference import ACTIVATIONS, softplus

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import ffkernels as ff
 from ffkernels import reference
 from ffkernels import validation as check
-from ffkernels.objective import GOODNESS, LOSSES, REDUCTIONS
+from ffkernels.objectives import GOODNESS, LOSSES, REDUCTIONS
 
 from .steps import error, problem
 

@@ -8,7 +8,7 @@ import torch
 import ffkernels as ff
 from ffkernels import negatives
 from ffkernels.backends import select
-from ffkernels.objective import GOODNESS, LOSSES
+from ffkernels.objectives import GOODNESS, LOSSES
 
 from .steps import problem, state_of
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import ffkernels as ff
 from ffkernels.backends import select
-from ffkernels.objective import LOSSES
+from ffkernels.objectives import LOSSES
 from ffkernels.reference import ACTIVATIONS
 
 from .steps import OPTIMIZERS, Problem, assert_same_state, problem, state_of
@@ -272,7 +272,7 @@ def test_a_wrong_loss_changes_nothing(function, kind, said, backend):
 @pytest.mark.parametrize(
     ("options", "kind", "said"),
     [
-        ({"objective": 3}, TypeError, "objective=3 is not an ffkernels.Objective, a GivenLoss or a function"),
+        ({"objective": 3}, TypeError, "objective=3 is not an ffkernels.Objective, a ProjectionHead, a GivenLoss or a"),
         ({"objective": logistic, "skip_below": 0.1}, ValueError, "skip_below=0.1 came with a loss of your own"),
         ({"objective": logistic, "sample_weight": torch.ones(12)}, ValueError, "sample_weight came with a loss of"),
     ],

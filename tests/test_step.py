@@ -13,7 +13,7 @@ import ffkernels as ff
 from ffkernels import reference
 from ffkernels import validation as check
 from ffkernels.backends.eager import step as eager_step
-from ffkernels.objective import GOODNESS, LOSSES, REDUCTIONS
+from ffkernels.objectives import GOODNESS, LOSSES, REDUCTIONS
 from ffkernels.peer import FORMS
 
 from .steps import OPTIMIZERS, Problem, assert_same_state, error, problem

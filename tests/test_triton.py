@@ -18,7 +18,7 @@ from ffkernels import validation as check
 from ffkernels.backends import select
 from ffkernels.backends.triton import configs, support
 from ffkernels.nn import graphs
-from ffkernels.objective import DEFAULT_OBJECTIVE, LOSSES
+from ffkernels.objectives import DEFAULT_OBJECTIVE, LOSSES
 
 from .steps import Problem, problem
 

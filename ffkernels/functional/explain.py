@@ -12,8 +12,7 @@ from .. import optim
 from .. import peer as peers
 from .. import validation as check
 from ..backends import select
-from ..given import GivenLoss
-from ..objective import DEFAULT_OBJECTIVE, Objective
+from ..objectives import DEFAULT_OBJECTIVE, AnyObjective, Objective, any_objective
 from ..peer import PeerNormalisation
 
 
@@ -21,7 +20,7 @@ def explain(
     weight: Tensor,
     optimizer: Optimizer | None = None,
     *,
-    objective: Objective | GivenLoss | Callable[..., Tensor] = DEFAULT_OBJECTIVE,
+    objective: AnyObjective | Callable[..., Tensor] = DEFAULT_OBJECTIVE,
     activation: str = "relu",
     compute_dtype: torch.dtype | None = None,
     peer: PeerNormalisation | None = None,
@@ -36,9 +35,8 @@ def explain(
     """
     check.layer_tensors(weight, None)
     check.optimizer_object(optimizer)
-    if not isinstance(objective, Objective):
-        objective = GivenLoss.of(objective)
-    check.objective_alone(objective, skip_below)
+    objective = any_objective(objective)
+    check.objective_alone(objective, skip_below, len(weight))
     check.one_of("activation", activation, check.ACTIVATIONS)
     check.peer_object(peer)
     compute = check.compute_dtype_of(compute_dtype, weight)

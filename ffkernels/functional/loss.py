@@ -9,14 +9,15 @@ from torch import Tensor
 
 from .. import validation as check
 from ..autograd import GivenSlope, is_transformed
-from ..objective import DEFAULT_OBJECTIVE, Objective
+from ..objectives import DEFAULT_OBJECTIVE, Objective, class_terms
 
 
 def goodness_loss(
     goodness: Tensor,
-    is_positive: Tensor,
+    is_positive: Tensor | None,
     objective: Objective = DEFAULT_OBJECTIVE,
     *,
+    labels: Tensor | None = None,
     sample_weight: Tensor | None = None,
 ) -> Tensor:
     """The objective's loss of rows of any layer, ours or not, from their goodness; autograd-compatible.
@@ -27,10 +28,12 @@ def goodness_loss(
     multiplication.
 
     Args:
-        goodness: `[rows]`, floating point; computed on in float32 if it is narrower.
+        goodness: `[rows]`, floating point; computed on in float32 if it is narrower. `[rows, classes]` with an
+            objective of classes.
         is_positive: `[rows]` bool, on the same device. A pair loss compares the i-th positive with the i-th negative
-            row, and finding them waits for the device.
+            row, and finding them waits for the device. None with an objective of classes.
         objective: threshold, loss, reduction. A threshold per row is in the rows' order.
+        labels: `[rows]` int64, with an objective of classes alone.
         sample_weight: `[rows]` factors of the rows' losses (`[pairs]` for pair losses), in the loss's dtype.
 
     Returns:
@@ -40,10 +43,15 @@ def goodness_loss(
         ValueError, TypeError: for an argument that does not fit.
         RuntimeError: in a backward with `create_graph=True`.
     """
-    values = check.goodness_values(goodness)
-    rows = len(values)
-    check.vector("is_positive", is_positive, rows, torch.bool, values.device, "goodness")
     check.objective_object(objective)
+    values = check.goodness_values(goodness, objective.classes)
+    rows = len(values)
+    if objective.classes is not None:
+        return _loss_of_classes(goodness, values, is_positive, objective, labels, sample_weight)
+    if labels is not None:
+        raise ValueError("labels came with an objective without classes; accepted: None, or Objective(classes=...)")
+    check.vector("is_positive", is_positive, rows, torch.bool, values.device, "goodness")
+    assert is_positive is not None
     check.objective_for(objective, rows, None, values, "goodness")
     if sample_weight is not None:
         entries = rows // 2 if objective.paired else rows
@@ -70,6 +78,30 @@ def goodness_loss(
             return loss
         if order is not None:
             slope = slope[order.argsort()]
+    return GivenSlope.apply(goodness, slope, loss)
+
+
+def _loss_of_classes(
+    goodness: Tensor,
+    values: Tensor,
+    is_positive: Tensor | None,
+    objective: Objective,
+    labels: Tensor | None,
+    sample_weight: Tensor | None,
+) -> Tensor:
+    """`values`: the goodness without its gradient, not narrower than float32."""
+    if is_positive is not None:
+        raise ValueError("is_positive came with an objective of classes, which knows positive rows alone: None")
+    assert objective.classes is not None
+    check.labels(labels, len(values), objective.classes, values.device, "goodness")
+    assert labels is not None
+    if sample_weight is not None:
+        check.vector("sample_weight", sample_weight, len(values), values.dtype, values.device, "goodness")
+        check.constant("sample_weight", sample_weight)
+    if not torch.compiler.is_compiling() and is_transformed(goodness, labels, sample_weight):
+        return class_terms(objective, goodness.to(values.dtype), labels, sample_weight)[1]
+    with torch.no_grad():
+        slope, loss = class_terms(objective, values, labels, sample_weight)
     return GivenSlope.apply(goodness, slope, loss)
 
 

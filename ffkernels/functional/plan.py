@@ -7,15 +7,14 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import optim
 from .. import peer as peers
 from .. import validation as check
 from ..backends import select
-from ..given import GivenLoss
-from ..objective import DEFAULT_OBJECTIVE, Objective
+from ..objectives import DEFAULT_OBJECTIVE, AnyObjective, Objective, ProjectionHead
 from ..peer import PeerNormalisation
 from ..spec import Goal, Layer, PeerPull
 
@@ -26,7 +25,7 @@ class Options(NamedTuple):
     `shares`: whether the product of what rows have in common is given.
     """
 
-    objective: Objective | GivenLoss
+    objective: AnyObjective
     norm: Any
     eps: float
     eps_mode: Any
@@ -37,12 +36,13 @@ class Options(NamedTuple):
     peer: PeerNormalisation | None
     backend: str | None
     shares: bool
+    batch_norm: nn.BatchNorm1d | None = None
 
 
 class Plan(NamedTuple):
     """How a step will run: the records that do not hang on its rows, and what it will write.
 
-    A given loss has a goal that nobody reads.
+    A given loss and a head have a goal that nobody reads.
 
     Attributes:
         is_whole: whether the backend knows the loss and runs the step in one call.
@@ -109,11 +109,20 @@ def _facts(weight: Tensor, bias: Tensor | None, peer_mean: Tensor | None, option
         None if bias is None else _of(bias),
         None if peer_mean is None else _of(peer_mean),
         _of(threshold) if isinstance(threshold, Tensor) else None,
+        [(name, _of(p)) for name, p in others_of(options.objective, options.batch_norm).items()],
         type(options.eps), type(options.skip_below),
         check.autocast_is_on(weight.device) and torch.get_autocast_dtype(weight.device.type),
         torch.is_inference_mode_enabled(),
         select.forced_backend(options.backend),
     )  # fmt: skip
+
+
+def others_of(objective: AnyObjective, batch_norm: nn.BatchNorm1d | None) -> dict[str, Tensor]:
+    """What learns besides weight and bias, by name."""
+    others = {"objective.weight": objective.weight if isinstance(objective, ProjectionHead) else None}
+    if batch_norm is not None:
+        others |= {"batch_norm.weight": batch_norm.weight, "batch_norm.bias": batch_norm.bias}
+    return {name: p for name, p in others.items() if p is not None}
 
 
 def _of(t: Tensor) -> tuple[object, ...]:
@@ -123,22 +132,25 @@ def _of(t: Tensor) -> tuple[object, ...]:
 def _plan(
     weight: Tensor, bias: Tensor | None, optimizer: Optimizer | None, peer_mean: Tensor | None, options: Options
 ) -> Plan:
-    objective, norm, eps, eps_mode, activation, outputs, compute_dtype, skip_below, peer, backend, shares = options
+    objective, norm, eps, eps_mode, activation, outputs, compute_dtype, skip_below, peer, backend, shares, _ = options
     compiling = torch.compiler.is_compiling()
     check.layer_options(norm, eps, eps_mode, activation)
     check.one_of("outputs", outputs, check.OUTPUTS)
     check.layer_tensors(weight, bias)
-    for name, parameter in (("weight", weight), ("bias", bias)):
+    check.head(objective, weight)
+    check.batch_norm(options.batch_norm, weight, outputs, peer)
+    others = others_of(objective, options.batch_norm)
+    for name, parameter in (("weight", weight), ("bias", bias), *others.items()):
         check.trainable(name, parameter)
         check.writable(name, parameter)
     compute = check.compute_dtype_of(compute_dtype, weight)
     check.fraction("skip_below", skip_below)
-    check.objective_alone(objective, skip_below)
+    check.objective_alone(objective, skip_below, len(weight))
     check.peer_normalisation(peer, peer_mean, weight)
     check.optimizer_object(optimizer)
     # State that is made in inference mode could not be written outside of it.
     with torch.inference_mode(False) if not compiling and torch.is_inference_mode_enabled() else nullcontext():
-        update = optim.plan(optimizer, weight, bias)
+        update = optim.plan(optimizer, weight, bias, others)
     written = update.written() + ([] if peer_mean is None else [peer_mean])
     request = select.Request(
         weight.device, weight.dtype, compute, activation, update.rule, peers.gradient_of(peer),
@@ -150,6 +162,7 @@ def _plan(
     layer = Layer(weight, bias, norm, float(eps), eps_mode, activation, compute)
     goal = (objective if isinstance(objective, Objective) else DEFAULT_OBJECTIVE).goal(skip_below)
     is_whole = isinstance(objective, Objective) and select.has_loss(chosen, objective.loss)
+    is_whole = is_whole and options.batch_norm is None
     return Plan(layer, goal, peers.pull(peer, peer_mean, weight.shape[0]), chosen, is_whole, update, written)
 
 

@@ -18,7 +18,7 @@ class StepResult:
             before the update ("pre"), or None ("none"). In the compute dtype.
         sumsq: `[rows]` sums of squares of `y`'s rows (of the activities before the update where `y` is None);
             the next layer's `input_sumsq`.
-        goodness: `[rows]` goodness before the update.
+        goodness: `[rows]` goodness before the update; with an objective of classes `[rows, classes]`.
         loss: 0-dim, before the update.
         n_pos: how many rows are positive; None where `is_positive` says it.
         is_positive: `[rows]` as it came, or None: then the first `n_pos` rows are positive.

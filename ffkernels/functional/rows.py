@@ -6,15 +6,14 @@ import torch
 from torch import Tensor
 
 from .. import validation as check
-from ..given import GivenLoss
-from ..objective import Objective
+from ..objectives import AnyObjective
 from ..spec import Rows
 
 
 def checked_rows(
     weight: Tensor,
     compute: torch.dtype,
-    objective: Objective | GivenLoss,
+    objective: AnyObjective,
     x_pos: Tensor,
     x_neg: Tensor | None,
     is_positive: Tensor | None = None,
@@ -22,6 +21,7 @@ def checked_rows(
     sample_weight: Tensor | None = None,
     product: Tensor | None = None,
     label_field: int | None = None,
+    labels: Tensor | None = None,
 ) -> Rows:
     """The rows of a step on a layer with this weight: arguments of `linear_step_`.
 
@@ -29,7 +29,15 @@ def checked_rows(
         ValueError, TypeError: for an argument that does not fit.
     """
     check.rows_of("x_pos", x_pos, weight, compute)
-    if (x_neg is None) != (is_positive is not None):
+    if objective.classes is not None:
+        for excess, value in (("x_neg", x_neg), ("is_positive", is_positive), ("label_field", label_field)):
+            if value is not None:
+                raise ValueError(f"{excess} came with an objective of classes, whose rows are positive; accepted: None")
+        check.labels(labels, x_pos.shape[0], objective.classes, weight.device)
+        x_neg = x_pos[:0]
+    elif labels is not None:
+        raise ValueError("labels came with an objective without classes; accepted: None, or Objective(classes=...)")
+    elif (x_neg is None) != (is_positive is not None):
         came = "neither" if x_neg is None else "both"
         raise ValueError(f"of x_neg and is_positive came {came}; accepted: one of the two")
     if x_neg is None:
@@ -49,4 +57,4 @@ def checked_rows(
         check.sample_weight(sample_weight, objective, total, weight)
     if input_sumsq is not None:
         check.vector("input_sumsq", input_sumsq, total, weight.dtype, weight.device)
-    return Rows(x_pos, x_neg, is_positive, input_sumsq, sample_weight, product, field)
+    return Rows(x_pos, x_neg, is_positive, input_sumsq, sample_weight, product, field, labels)

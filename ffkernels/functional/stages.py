@@ -3,27 +3,46 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import ops
 from ..autograd import ACTIVATIONS, NEEDS_Z
-from ..given import GivenLoss
 from ..normalisation import row_sumsq
-from ..objective import Objective
+from ..objectives import (
+    AnyObjective,
+    GivenLoss,
+    Judged,
+    Objective,
+    ProjectionHead,
+    class_goodness,
+    class_terms,
+    dense,
+    move,
+    slopes_by_activity,
+    standardise,
+    through,
+)
 from ..spec import Goal, Layer, Outputs, PeerPull, Rows, Slopes, Update
+
+NO_PULL = PeerPull(None, 0.0, 0.0, False)
 
 
 def step_by_stages(
     rows: Rows,
     layer: Layer,
-    objective: Objective | GivenLoss,
+    objective: AnyObjective,
     goal: Goal,
     pull: PeerPull,
     update: Update,
+    others: tuple[Update, ...],
     outputs: Outputs,
     backend: str,
+    batch_norm: nn.BatchNorm1d | None = None,
 ) -> None:
-    """What `ops.linear_step_` does, with a loss that no backend has to know. Runs under `no_grad`."""
+    """What `ops.linear_step_` does, with a loss that no backend has to know. Runs under `no_grad`.
+
+    `others`: the updates of what a head and a batch normalisation learn, which follow those of the layer.
+    """
     total, width = rows.x_pos.shape[0] + rows.x_neg.shape[0], layer.weight.shape[0]
     kept = layer.weight.new_empty(total, width)
     y = kept
@@ -33,26 +52,68 @@ def step_by_stages(
         outputs.sumsq.copy_(row_sumsq(y, y.dtype))
     else:
         ops.linear_forward_(rows, layer, kept, outputs.sumsq, backend)
-    is_positive = rows.is_positive
-    if is_positive is None:
-        is_positive = torch.arange(total, device=y.device) < rows.x_pos.shape[0]
-    first: Tensor | None = None
-    second: Tensor | None
-    if isinstance(objective, GivenLoss):
-        loss, first, second = objective.slopes(y, outputs.sumsq, is_positive)
+    standardised = None
+    if batch_norm is not None:
+        standardised = standardise(y, batch_norm)
+        y = standardised.u
+        outputs.sumsq.copy_(row_sumsq(y, y.dtype))
+    gradients: list[tuple[Tensor | None, Tensor]] = []
+    if isinstance(objective, ProjectionHead):
+        assert rows.labels is not None
+        judged, gradient = objective.judge(y, outputs.sumsq, rows.labels, rows.sample_weight, goal.skip_below)
+        gradients.append((objective.weight, gradient))
     else:
-        counts: tuple[int | Tensor, int | Tensor] = (rows.x_pos.shape[0], rows.x_neg.shape[0])
-        if rows.is_positive is not None:
-            counts = (is_positive.sum(), (~is_positive).sum())
-        threshold = None if goal.threshold is None else goal.threshold.to(y.dtype)
-        terms = objective.terms(
-            outputs.sumsq, width, is_positive, counts, rows.sample_weight, threshold, goal.skip_below
-        )
-        # The coefficient of a row is twice its slope: dy = 2 s2 y.
-        loss, second = terms.loss, (terms.coefficient / 2).unsqueeze(1)
-    outputs.loss_out.copy_(loss)
+        judged = _judged(objective, y, rows, goal, outputs.sumsq)
+    slopes = Slopes(kept, judged.first, judged.second, judged.basis)
+    if batch_norm is not None and standardised is not None:
+        dy, by_weight, by_bias = through(standardised, dense(slopes, y))
+        slopes = Slopes(kept, dy, None)
+        if batch_norm.affine:
+            gradients += [(batch_norm.weight, by_weight), (batch_norm.bias, by_bias)]
+    outputs.loss_out.copy_(judged.loss)
     if outputs.y is not None:
         outputs.y.copy_(y)
-    ops.linear_update_(rows, layer, Slopes(kept, first, second), pull, update, backend)
+    if outputs.goodness_out is not None:
+        assert judged.goodness is not None
+        outputs.goodness_out.copy_(judged.goodness)
+    ops.linear_update_(rows, layer, slopes, pull, update, backend)
+    for (parameter, gradient), own in zip(gradients, others, strict=True):
+        assert parameter is not None
+        _update_by_gradient(parameter, gradient, own, backend)
+    if batch_norm is not None and standardised is not None:
+        move(batch_norm, standardised)
     if outputs.rounded is not None:
         outputs.rounded.copy_(layer.weight)
+
+
+def _judged(objective: Objective | GivenLoss, y: Tensor, rows: Rows, goal: Goal, sumsq: Tensor) -> Judged:
+    """The second stage: activities `y` `[rows, units]` and their sums of squares to loss, goodness and slopes."""
+    units, side = y.shape[1], rows.is_positive if rows.labels is None else rows.labels
+    if side is None:
+        side = torch.arange(len(y), device=y.device) < rows.x_pos.shape[0]
+    if isinstance(objective, GivenLoss):
+        return objective.judge(y, sumsq, side)
+    if objective.classes is not None:
+        goodness = class_goodness(y, objective.classes, objective.goodness)
+        slope, loss = class_terms(objective, goodness, side, rows.sample_weight, goal.skip_below)
+        return Judged(loss, goodness, *slopes_by_activity(slope, units, objective.goodness))
+    counts: tuple[int | Tensor, int | Tensor] = (rows.x_pos.shape[0], rows.x_neg.shape[0])
+    if rows.is_positive is not None:
+        counts = (side.sum(), (~side).sum())
+    threshold = None if goal.threshold is None else goal.threshold.to(y.dtype)
+    terms = objective.terms(sumsq, units, side, counts, rows.sample_weight, threshold, goal.skip_below)
+    # The coefficient of a row is twice its slope: dy = 2 s2 y.
+    return Judged(terms.loss, None, None, (terms.coefficient / 2).unsqueeze(1))
+
+
+def _update_by_gradient(parameter: Tensor, gradient: Tensor, update: Update, backend: str) -> None:
+    """A gradient that is there already, as the operator takes it: `dW = I^T gradient`, the rows of an identity."""
+    if gradient.dim() == 1:
+        parameter, gradient = parameter.view(1, -1), gradient.view(1, -1)
+        state = [t.view(1, -1) if t.dim() else t for t in update.weight.state]
+        update = update._replace(weight=update.weight._replace(state=state))
+    identity = torch.eye(len(gradient), dtype=gradient.dtype, device=gradient.device)
+    rows = Rows(gradient, gradient[:0])
+    layer = Layer(parameter, None, "none", 0.0, "add", "identity", parameter.dtype)
+    slopes = Slopes(torch.zeros_like(identity), identity, None)
+    ops.linear_update_(rows, layer, slopes, NO_PULL, update, backend)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import interrupts, ops
@@ -14,8 +14,7 @@ from .. import validation as check
 from ..autograd import is_transformed, without_autocast
 from ..backends import select
 from ..compiling import never_compiled
-from ..given import GivenLoss
-from ..objective import DEFAULT_OBJECTIVE, Objective
+from ..objectives import DEFAULT_OBJECTIVE, AnyObjective, GivenLoss, ProjectionHead, any_objective
 from ..peer import PeerNormalisation
 from ..spec import Activation, EpsMode, Layer, Norm, Outputs, OutputsOf, Rows
 from . import plan as plans
@@ -36,7 +35,7 @@ def linear_step_(
     bias: Tensor | None,
     optimizer: Optimizer | None,
     *,
-    objective: Objective | GivenLoss | Callable[..., Tensor] = DEFAULT_OBJECTIVE,
+    objective: AnyObjective | Callable[..., Tensor] = DEFAULT_OBJECTIVE,
     norm: Norm = "l2",
     eps: float = 1e-4,
     eps_mode: EpsMode = "add",
@@ -45,12 +44,14 @@ def linear_step_(
     compute_dtype: torch.dtype | None = None,
     sample_weight: Tensor | None = None,
     is_positive: Tensor | None = None,
+    labels: Tensor | None = None,
     input_sumsq: Tensor | None = None,
     skip_below: float = 0.0,
     label_field: int | None = None,
     product: Tensor | None = None,
     peer: PeerNormalisation | None = None,
     peer_mean: Tensor | None = None,
+    batch_norm: nn.BatchNorm1d | None = None,
     backend: str | None = None,
     only_checks: bool = False,
 ) -> StepResult:
@@ -64,14 +65,14 @@ def linear_step_(
 
     Args:
         x_pos: `[n_pos, in]` un-normalised positive rows, in the weight's dtype or the compute dtype.
-        x_neg: `[n_neg, in]` negative rows; None with `is_positive`.
+        x_neg: `[n_neg, in]` negative rows; None with `is_positive`, and with an objective of classes.
         weight: `[out, in]` float32 or float64 parameter.
         bias: `[out]` parameter, or None.
         optimizer: the `torch.optim` object that holds both. SGD, SGDW, Adam and AdamW run fused on its own state; any
             other whose `step()` runs on `.grad` alone gets that filled and is called. None: only `.grad` is filled,
             with the gradient of this batch alone; what it held is replaced, not added to as in `backward()`.
-        objective: goodness, threshold and loss; or a loss of your own, `GivenLoss`, or a function of goodness and
-            side as it takes it.
+        objective: goodness, threshold and loss; a `ProjectionHead`, whose matrix the optimizer must hold too; or a
+            loss of your own, `GivenLoss`, or a function of goodness and side as it takes it.
         norm: "l2" (`norm(x)`), "rms" (`sqrt(mean x^2)`) or "none".
         eps: >= 0; `eps_mode` says where it goes: "add" `x / (norm + eps)`, "clamp" `x / max(norm, eps)`,
             "inside" `x / sqrt(norm^2 + eps)`. A row of zeros stays zero.
@@ -81,6 +82,8 @@ def linear_step_(
             float32. None: autocast's dtype where autocast is on, else the weight's.
         sample_weight: `[rows]` factors of the rows' losses, positives first (`[pairs]` for pair losses).
         is_positive: `[rows]` bool; `x_pos` is then the joint batch in any order.
+        labels: `[rows]` int64 classes of the rows of `x_pos`, with an objective of classes, and only then. On a device
+            their range is not checked: a label outside of it takes no part, and makes the loss NaN.
         input_sumsq: `[rows]` sums of squares of the input rows where they are known: `StepResult.sumsq` of the layer
             below.
         skip_below: leaves rows out of the update whose loss has a slope below this fraction of that of a row far on
@@ -92,6 +95,9 @@ def linear_step_(
         product: `shared_product(x_pos, weight, label_field)` where it is there already.
         peer: peer normalisation, a regulariser that keeps the units about equally active.
         peer_mean: `[out]` its running mean activity, which the step moves; with `peer`, and only then.
+        batch_norm: a `torch.nn.BatchNorm1d` behind the activation, of which the objective then reads, and which the
+            result hands on; the optimizer must hold its weight and bias too. In train mode its statistics are those of
+            the batch, both sides together, and the running ones move; "post" and `peer` do not go with it.
         backend: forces a backend; so does the environment variable FFKERNELS_BACKEND.
         only_checks: raises what a step would raise, and takes none; the result is empty.
 
@@ -102,25 +108,26 @@ def linear_step_(
         ValueError, TypeError: for an argument that does not fit, before anything is written.
     """
     compiling = torch.compiler.is_compiling()
-    if not isinstance(objective, Objective):
-        objective = GivenLoss.of(objective)
-        if compiling:
-            return _step_never_compiled(
+    objective = any_objective(objective)
+    if compiling and isinstance(objective, GivenLoss):
+        return _step_never_compiled(
                 x_pos, x_neg, weight, bias, optimizer, objective=objective, norm=norm, eps=eps, eps_mode=eps_mode,
                 activation=activation, outputs=outputs, compute_dtype=compute_dtype, sample_weight=sample_weight,
-                is_positive=is_positive, input_sumsq=input_sumsq, skip_below=skip_below, label_field=label_field,
-                product=product, peer=peer, peer_mean=peer_mean, backend=backend, only_checks=only_checks,
+                is_positive=is_positive, labels=labels, input_sumsq=input_sumsq, skip_below=skip_below,
+                label_field=label_field, product=product, peer=peer, peer_mean=peer_mean, batch_norm=batch_norm,
+                backend=backend, only_checks=only_checks,
             )  # fmt: skip
     options = Options(
         objective, norm, eps, eps_mode, activation, outputs, compute_dtype, skip_below, peer, backend,
-        product is not None,
+        product is not None, batch_norm,
     )  # fmt: skip
     plan = plans.plan_for(weight, bias, optimizer, peer_mean, options)
     layer, goal, pull, chosen = plan.layer, plan.goal, plan.pull, plan.chosen
     rows = checked_rows(
         weight, layer.compute_dtype, objective, x_pos, x_neg, is_positive, input_sumsq, sample_weight, product,
-        label_field,
+        label_field, labels,
     )  # fmt: skip
+    check.enough_for_statistics(batch_norm, x_pos.shape[0] + rows.x_neg.shape[0])
     n_pos, total = x_pos.shape[0], x_pos.shape[0] + rows.x_neg.shape[0]
     if not compiling:
         if is_transformed(x_pos, rows.x_neg, weight, bias):
@@ -145,17 +152,21 @@ def linear_step_(
     at_once = plan.is_whole and chosen in select.HANDS_OUT_ALL and update.rule != "grad"
     y = weight.new_empty(total, width, dtype=layer.compute_dtype) if outputs != "none" else None
     sumsq, loss = weight.new_empty(total), weight.new_empty(())
-    # The sums before the update are nobody's where those after it are handed out.
-    goodness = sumsq if objective.goodness == "sum" or outputs == "post" else weight.new_empty(total)
+    of_classes = objective.classes is not None
+    if objective.classes is not None:
+        goodness = weight.new_empty(total, objective.classes)
+    else:
+        # The sums before the update are nobody's where those after it are handed out.
+        goodness = sumsq if objective.goodness == "sum" or outputs == "post" else weight.new_empty(total)
     after = weight.new_empty(total) if outputs == "post" else sumsq
     # Roots are PyTorch's, as everywhere, and may differ from a correctly rounded one in the last bit.
-    goodness_out = goodness if at_once and objective.goodness != "norm" else None
+    goodness_out = goodness if of_classes or (at_once and objective.goodness != "norm") else None
     if outputs != "post":
         written = Outputs(y, sumsq, loss, None, goodness_out)
     elif at_once:
         written = Outputs(None, sumsq, loss, None, goodness_out, y, after)
     else:
-        written = Outputs(None, sumsq, loss, plans.rounded(plan))
+        written = Outputs(None, sumsq, loss, plans.rounded(plan), goodness_out)
     outcome = (after, goodness) if y is None else (after, goodness, y)
     in_order = [] if back is None else [torch.empty_like(t) for t in outcome]
     # Autograd's and autocast's modes are given back before an interrupt is let through.
@@ -165,10 +176,12 @@ def linear_step_(
             if plan.is_whole:
                 ops.linear_step_(rows, layer, goal, pull, update.record, written, chosen)
             else:
-                step_by_stages(rows, layer, objective, goal, pull, update.record, written, chosen)
+                step_by_stages(
+                    rows, layer, objective, goal, pull, update.record, update.others, written, chosen, batch_norm
+                )
             torch.autograd.graph.increment_version(plan.written)
             update.finish(optimizer)
-            if goodness_out is None:
+            if goodness_out is None and not isinstance(objective, ProjectionHead):
                 objective.goodness_of(sumsq, width, out=goodness)
             if y is not None and outputs == "post" and not at_once:
                 now = layer if written.rounded is None else layer._replace(weight=written.rounded)

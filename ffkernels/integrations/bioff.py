@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
-from ..objective import Objective
+from ..objectives import Objective
 from . import common
 
 common.require_version("bioff", "1.1.0")

@@ -26,7 +26,7 @@ from torch.optim import Adam, Optimizer
 
 from .. import functional
 from ..normalisation import row_scale
-from ..objective import Objective
+from ..objectives import Objective
 from ..peer import FIRST_MEAN, PeerNormalisation
 from . import common
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
-from ..objective import Objective
+from ..objectives import Objective
 from ..spec import OutputsOf
 from . import common
 

@@ -12,8 +12,7 @@ from torch.optim import Optimizer
 from .. import optim
 from .. import validation as check
 from ..functional import StepResult
-from ..given import GivenLoss
-from ..objective import DEFAULT_OBJECTIVE, Objective
+from ..objectives import any_objective
 from .layer import called_only
 from .network import FFNetwork
 
@@ -50,8 +49,8 @@ class GraphedStep:
         check.matrix("x_pos", x_pos)
         if x_neg is not None:
             check.matrix("x_neg", x_neg)
-        if not isinstance(options.get("objective", DEFAULT_OBJECTIVE), Objective):
-            options["objective"] = GivenLoss.of(options["objective"])
+        if "objective" in options:
+            options["objective"] = any_objective(options["objective"])
         self.net = net
         self.options = options
         self._check(x_pos)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,21 @@ from .. import validation as check
 from ..backends import select
 from ..functional import StepResult
 from ..functional.rows import checked_rows
-from ..given import GivenLoss
-from ..objective import DEFAULT_OBJECTIVE, Objective
+from ..objectives import (
+    DEFAULT_OBJECTIVE,
+    AnyObjective,
+    GivenLoss,
+    ProjectionHead,
+    any_objective,
+    class_goodness,
+    move,
+    standardise,
+)
 from ..peer import FIRST_MEAN, PeerNormalisation
 from ..spec import Activation, EpsMode, Norm, OutputsOf
 
 # Options of a step that say something of its rows, and those that change the activities themselves.
-ROWS_OPTIONS = ("is_positive", "input_sumsq", "sample_weight", "product", "label_field")
+ROWS_OPTIONS = ("is_positive", "labels", "input_sumsq", "sample_weight", "product", "label_field")
 FORWARD_OPTIONS = ("norm", "eps", "eps_mode", "activation", "compute_dtype", "backend")
 
 
@@ -30,7 +38,10 @@ class FFLinear(nn.Linear):
 
     Parameters, their initialisation and their names in `state_dict` are those of `torch.nn.Linear`. The options are
     those of `linear_step_`, and plain attributes: they can be changed at any time. With `peer`, the running mean is the
-    buffer `peer_mean` `[out]`, which starts at 0.5.
+    buffer `peer_mean` `[out]`, which starts at 0.5. With `batch_norm="behind"` the module `batch_norm`, a
+    `torch.nn.BatchNorm1d`, stands behind the activation: goodness is of what it makes, which the layer hands on. Only a
+    step moves its running statistics; in train mode a forward pass goes by those of its own rows, so call `eval()` to
+    predict.
 
     Where forward or backward hooks watch it (pruning is one), where a subclass overrides `forward`, `activity` or
     `goodness`, or where one of weight and bias is frozen, a step calls the layer itself, on the joint batch, and lets
@@ -50,7 +61,7 @@ class FFLinear(nn.Linear):
         out_features: int,
         bias: bool = True,
         *,
-        objective: Objective | GivenLoss | Callable[..., Tensor] = DEFAULT_OBJECTIVE,
+        objective: AnyObjective | Callable[..., Tensor] = DEFAULT_OBJECTIVE,
         norm: Norm = "l2",
         eps: float = 1e-4,
         eps_mode: EpsMode = "add",
@@ -58,6 +69,7 @@ class FFLinear(nn.Linear):
         outputs: OutputsOf = "post",
         compute_dtype: torch.dtype | None = None,
         peer: PeerNormalisation | None = None,
+        batch_norm: Literal["behind"] | None = None,
         backend: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -74,7 +86,10 @@ class FFLinear(nn.Linear):
         mean = None if peer is None else torch.full_like(self.weight.detach()[:, 0], FIRST_MEAN)
         self.register_buffer("peer_mean", mean)
         # A function of goodness and side is a loss of the caller's own.
-        self.objective = objective if isinstance(objective, Objective) else GivenLoss.of(objective)
+        self.objective = any_objective(objective)
+        if isinstance(self.objective, ProjectionHead):
+            self.objective.fit(self.weight)
+        check.objective_alone(self.objective, 0.0, out_features)
         self.norm = norm
         self.eps = eps
         self.eps_mode = eps_mode
@@ -83,6 +98,11 @@ class FFLinear(nn.Linear):
         self.compute_dtype = compute_dtype
         self.peer = peer
         self.backend = backend
+        if batch_norm not in (None, "behind"):
+            raise ValueError(f"batch_norm={batch_norm!r} is not one of None, 'behind'")
+        made = None if batch_norm is None else nn.BatchNorm1d(out_features, device=device, dtype=dtype)
+        self.batch_norm = made
+        check.batch_norm(made, self.weight, outputs, peer)
 
     def _options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in FORWARD_OPTIONS}
@@ -93,28 +113,43 @@ class FFLinear(nn.Linear):
         `options` go to `ffkernels.linear_forward` and override the layer's own.
         """
         options = {"input_sumsq": input_sumsq, **self._options(), **options}
-        return functional.linear_forward(x, self.weight, self.bias, **options)
+        if self.batch_norm is None:
+            return functional.linear_forward(x, self.weight, self.bias, **options)
+        y, _ = functional.linear_forward(x, self.weight, self.bias, **{**options, "keep": True})
+        u = standardise(y.to(self.weight.dtype), self.batch_norm).u
+        return u.to(y.dtype), u.square().sum(1)
 
     def forward(self, input: Tensor) -> Tensor:
         """Activities `[rows, out]`; their gradient reaches weight and bias, and not `input`."""
         return self.activity(input)[0]
 
     def goodness(self, x: Tensor) -> Tensor:
-        """Goodness `[rows]` of rows `x` `[rows, in]`."""
-        return self.objective.goodness_of(self.activity(x, keep=False)[1], self.out_features)
+        """Goodness of rows `x` `[rows, in]`: `[rows]`; `[rows, classes]` where the objective has classes."""
+        return self._goodness_of(*self.activity(x, keep=self.objective.classes is not None))
+
+    def _goodness_of(self, y: Tensor, sumsq: Tensor, objective: AnyObjective | None = None) -> Tensor:
+        """Goodness from activities `y` `[rows, out]`, which are read for classes alone, and their sums of squares."""
+        objective = self.objective if objective is None else objective
+        if isinstance(objective, ProjectionHead):
+            return objective.scores(y.to(sumsq.dtype))
+        if objective.classes is not None:
+            return class_goodness(y.to(sumsq.dtype), objective.classes, objective.goodness)
+        return objective.goodness_of(sumsq, self.out_features)
 
     def step(self, x_pos: Tensor, x_neg: Tensor | None, optimizer: Optimizer | None, **options: Any) -> StepResult:
         """One training step, `ffkernels.linear_step_`; `options` go there and override the layer's own."""
         options = {**self._step_options(), **options}
         weight, bias = self.weight, self.bias
-        half_frozen = bias is not None and weight.requires_grad != bias.requires_grad
-        if half_frozen or called_only(self):
+        head = self.objective.weight if isinstance(self.objective, ProjectionHead) else None
+        learns = {p.requires_grad for p in (weight, bias, head) if p is not None}
+        if len(learns) > 1 or called_only(self):
             return self._step_by_call(x_pos, x_neg, optimizer, **options)
         return functional.linear_step_(x_pos, x_neg, weight, bias, optimizer, **options)
 
     def _step_options(self) -> dict[str, Any]:
         peer = {"peer": self.peer, "peer_mean": None if self.peer is None else self.peer_mean}
-        return {"objective": self.objective, "outputs": self.outputs, **peer, **self._options()}
+        behind = {} if self.batch_norm is None else {"batch_norm": self.batch_norm}
+        return {"objective": self.objective, "outputs": self.outputs, **peer, **behind, **self._options()}
 
     def _hand_on(self, x_pos: Tensor, x_neg: Tensor | None, optimizer: Optimizer | None, **options: Any) -> StepResult:
         """What `step` returns, without one."""
@@ -141,13 +176,14 @@ class FFLinear(nn.Linear):
         x_neg: Tensor | None,
         optimizer: Optimizer | None,
         *,
-        objective: Objective | GivenLoss | Callable[..., Tensor],
+        objective: AnyObjective | Callable[..., Tensor],
         outputs: str,
         skip_below: float = 0.0,
         peer: PeerNormalisation | None = None,
         peer_mean: Tensor | None = None,
         learns: bool = True,
         only_checks: bool = False,
+        batch_norm: nn.BatchNorm1d | None = None,
         **others: Any,
     ) -> StepResult:
         """`_step_by_call`, or without `learns` its forward.
@@ -157,17 +193,20 @@ class FFLinear(nn.Linear):
         own = {name: others.pop(name) for name in FORWARD_OPTIONS}
         if unknown := others.keys() - set(ROWS_OPTIONS):
             raise TypeError(f"{', '.join(unknown)}: no option of a step")
-        if not isinstance(objective, Objective):
-            objective = GivenLoss.of(objective)
+        objective = any_objective(objective)
         weight, bias = self.weight.detach(), None if self.bias is None else self.bias.detach()
         check.layer_options(own["norm"], own["eps"], own["eps_mode"], own["activation"])
         check.one_of("outputs", outputs, check.OUTPUTS)
         check.layer_tensors(weight, bias)
         compute = check.compute_dtype_of(own["compute_dtype"], weight)
-        check.objective_alone(objective, skip_below)
+        check.objective_alone(objective, skip_below, len(weight))
+        check.head(objective, weight)
         rows = checked_rows(weight, compute, objective, x_pos, x_neg, **others)
         is_positive, n_pos = rows.is_positive, len(x_pos)
+        check.batch_norm(batch_norm, weight, outputs, peer)
+        check.enough_for_statistics(batch_norm, len(x_pos) + len(rows.x_neg))
         x = x_pos if x_neg is None else torch.cat([x_pos, x_neg])
+        side = rows.labels
         request = select.Request(weight.device, weight.dtype, compute, own["activation"])
         select.choose(request, own["backend"])
         check.optimizer_object(optimizer)
@@ -187,22 +226,34 @@ class FFLinear(nn.Linear):
             nothing = weight.new_empty(0)
             return StepResult(None, nothing, nothing, nothing, n_pos)
         x = x.detach()
-        side = torch.arange(len(x), device=x.device) < n_pos if is_positive is None else is_positive
+        if side is None:
+            side = torch.arange(len(x), device=x.device) < n_pos if is_positive is None else is_positive
         with self._set(own):
+            if batch_norm is not None and parameters:
+                with torch.no_grad():
+                    weights = (self.weight, self.bias)
+                    before = standardise(functional.linear_forward(x, *weights, **own)[0].to(weight.dtype), batch_norm)
             with torch.set_grad_enabled(bool(parameters)):
                 y, sumsq = self._run(x)
                 if overridden(self, "goodness"):
                     goodness = self.goodness(x).to(weight.dtype)
                 else:
-                    goodness = objective.goodness_of(sumsq, self.out_features)
-                if isinstance(objective, Objective):
-                    loss = functional.goodness_loss(goodness, side, objective, sample_weight=rows.sample_weight)
-                else:
+                    goodness = self._goodness_of(y, sumsq, objective)
+                if isinstance(objective, GivenLoss):
                     loss = objective.value(y.to(weight.dtype), goodness, side, learns=bool(parameters))
+                else:
+                    of_scores = objective.objective if isinstance(objective, ProjectionHead) else objective
+                    sides = {"is_positive": None, "labels": side} if rows.labels is not None else {"is_positive": side}
+                    loss = functional.goodness_loss(
+                        goodness, objective=of_scores, sample_weight=rows.sample_weight, **sides
+                    )
             if parameters:
                 held = interrupts.hold()
                 try:
-                    optim.step_on_loss(optimizer, parameters, loss, alone=isinstance(objective, Objective))
+                    optim.step_on_loss(optimizer, parameters, loss, alone=not isinstance(objective, GivenLoss))
+                    if batch_norm is not None:
+                        with torch.no_grad():
+                            move(batch_norm, before)
                 finally:
                     interrupts.release(held)
                 if outputs == "post":

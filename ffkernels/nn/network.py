@@ -15,7 +15,7 @@ from .. import validation as check
 from ..backends import select
 from ..functional import StepResult
 from ..normalisation import row_scale
-from ..objective import Objective
+from ..objectives import Objective
 from .layer import FFLinear, called_only, overridden
 
 # Rows times labels that a prediction works on at once.
@@ -46,6 +46,8 @@ def _facts(
     """What the checks of a network's layers read: where it is as it was, they would find what they found."""
 
     def of(value: object) -> object:
+        if isinstance(value, Tensor) and value.dtype == torch.int64:  # labels, another tensor at every step
+            return value.shape, value.device
         if isinstance(value, Tensor):
             return id(value), value.shape, value.stride(), value.dtype, value.device, value.requires_grad
         return value if isinstance(value, str | float | int | None) else id(value)
@@ -125,7 +127,8 @@ class FFNetwork(nn.Module):
             optimizers: one for all layers, or a sequence with one for each.
             label_field, product: arguments of `linear_step_` for the first layer.
             keep: whether the results keep `y`, every layer's, the last one's too: `features_of` reads them.
-            options: further arguments of `linear_step_` for every layer (`sample_weight`, `is_positive`, `skip_below`).
+            options: further arguments of `linear_step_` for every layer (`labels`, `sample_weight`, `is_positive`,
+                `skip_below`).
 
         Returns:
             One result per layer, its `y` None unless `keep`: activities live only until the next layer has seen them,
@@ -141,10 +144,11 @@ class FFNetwork(nn.Module):
             i = outputs.index("none")
             raise ValueError(f"layers[{i}].outputs='none' but a layer comes after it; accepted: 'post' or 'pre'")
         self._check_upper(x_pos, x_neg, per_layer, outputs, options)
+        self._check_labels(x_pos, options)
         shared = {"label_field": label_field, "product": product}
         results = []
         sumsq = None
-        is_positive = options.get("is_positive")
+        one_side = x_neg is None
         for i, (layer, optimizer) in enumerate(zip(self, per_layer, strict=True)):
             result = _step_of(layer)(
                 x_pos, x_neg, optimizer, outputs=outputs[i], input_sumsq=sumsq, **shared, **options
@@ -154,8 +158,15 @@ class FFNetwork(nn.Module):
             if i < last:
                 sumsq = result.sumsq
                 assert result.y is not None
-                x_pos, x_neg = (result.y, None) if is_positive is not None else result.sides(result.y)
+                x_pos, x_neg = (result.y, None) if one_side else result.sides(result.y)
         return results
+
+    def _check_labels(self, x: Tensor, options: dict[str, Any]) -> None:
+        """Raises for labels that do not fit every layer, each of which looks at them again before it writes."""
+        labels = options.get("labels")
+        classes = [layer.objective.classes for layer in self if layer.objective.classes is not None]
+        if labels is not None and classes and "objective" not in options and _is_matrix(x):
+            check.labels(labels, len(x), min(classes), x.device)
 
     def _check_upper(
         self,
@@ -335,14 +346,27 @@ class FFNetwork(nn.Module):
     def goodness(self, x: Tensor, **shared: Any) -> Tensor:
         """Goodness `[rows, layers]` of every layer; the gradient of a column reaches its own layer only.
 
+        `[rows, layers, classes]` where the layers' objectives have classes, all of them the same number.
+
         `shared`: `product` and `label_field` of `linear_forward`, for the first layer.
         """
+        classes = self._classes(range(len(self.layers)))
         per_layer = []
-        for layer, y, sumsq in self._pass(x, keep=False, **shared):
+        for layer, y, sumsq in self._pass(x, keep=classes is not None, **shared):
             own = overridden(layer, "goodness")
-            per_layer.append(layer.goodness(x) if own else layer.objective.goodness_of(sumsq, layer.out_features))
+            per_layer.append(layer.goodness(x) if own else layer._goodness_of(y, sumsq))
             x = y
         return torch.stack(per_layer, dim=1)
+
+    def _classes(self, layers: Iterable[int]) -> int | None:
+        """How many classes the objectives of these layers have, which must be the same number, or none."""
+        counts = {cast("FFLinear", self.layers[i]).objective.classes for i in layers}
+        if len(counts) > 1:
+            raise ValueError(
+                f"the layers' objectives have {', '.join(map(str, counts))} classes; accepted: the same for all, or "
+                "layers that agree, or layer.goodness"
+            )
+        return counts.pop()
 
     @torch.no_grad()
     def predict(
@@ -352,17 +376,21 @@ class FFNetwork(nn.Module):
 
         Each label in turn is overlaid on the first `num_classes` columns; the goodness of `layers` is summed (Hinton
         2022, section 3.3, leaves out the first). Layers that minimise positives count with the opposite sign. The
-        first layer multiplies what the labels have in common once.
+        first layer multiplies what the labels have in common once. Layers whose objective has classes need no label:
+        one pass over the rows as they are, and the class of the largest sum.
 
         Args:
             x: `[rows, in]`; what its label field holds does not matter.
-            num_classes: K, labels and columns of the label field.
+            num_classes: K, labels and columns of the label field; not read where the objectives have classes.
             layers: indices of the layers that count; None for all.
             label_value: the value that marks a label.
         """
+        chosen = self._chosen(layers, default=range(len(self.layers)))
+        classes = self._classes(chosen)
+        if classes is not None:
+            return self._predict_classes(x, chosen)
         negatives.check_rows(x, num_classes)
         negatives.check_value(label_value)
-        chosen = self._chosen(layers, default=range(len(self.layers)))
         signs = [1.0 if layer.objective.maximize else -1.0 for layer in self]
         sign = next(self.parameters()).new_tensor([signs[i] for i in chosen], device=x.device)
         best = [x.new_empty(0, dtype=torch.int64)]
@@ -372,6 +400,21 @@ class FFNetwork(nn.Module):
             field.zero_().diagonal(dim1=0, dim2=2).fill_(label_value)
             totals = (self.goodness(under_all, **self._sharing(rows, num_classes))[:, chosen] * sign).sum(1)
             best.append(totals.view(num_classes, len(rows)).argmax(0))
+        return torch.cat(best)
+
+    def _predict_classes(self, x: Tensor, chosen: Sequence[int]) -> Tensor:
+        check.matrix("x", x)
+        best = [x.new_empty(0, dtype=torch.int64)]
+        for rows in x.split(PREDICTION_ROWS):
+            total: Tensor | float = 0.0
+            for i, (layer, y, sumsq) in enumerate(self._pass(rows)):
+                if i in chosen:
+                    goodness = layer._goodness_of(y, sumsq)
+                    total = total + (goodness if layer.objective.maximize else -goodness)
+                if i == max(chosen):
+                    break
+            assert isinstance(total, Tensor)
+            best.append(total.argmax(1))
         return torch.cat(best)
 
     def _sharing(self, x: Tensor, num_classes: int) -> dict[str, Any]:
@@ -387,7 +430,11 @@ class FFNetwork(nn.Module):
 
     @torch.no_grad()
     def features(
-        self, x: Tensor, layers: Sequence[int] | None = None, num_classes: int = 10, product: Tensor | None = None
+        self,
+        x: Tensor,
+        layers: Sequence[int] | None = None,
+        num_classes: int | None = None,
+        product: Tensor | None = None,
     ) -> Tensor:
         """Normalised activities of `layers` under the neutral label, side by side, for a linear classifier.
 
@@ -396,12 +443,15 @@ class FFNetwork(nn.Module):
         Args:
             x: `[rows, in]`.
             layers: indices; None for all but the first (Hinton 2022, section 3.3), or the only one.
-            num_classes: columns of the label field; 0 for rows without one.
+            num_classes: columns of the label field; 0 for rows without one. None: 10, or 0 where the objectives have
+                classes, whose rows bear no label.
             product: `shared_product(x, num_classes)` where it is there already.
 
         Returns:
             `[rows, sum of widths]` in the weights' dtype.
         """
+        if num_classes is None:
+            num_classes = 10 if next(iter(self)).objective.classes is None else 0
         shared: dict[str, Any] = {} if product is None else {"product": product, "label_field": num_classes}
         passed = self._pass(negatives.neutral_label(x, num_classes) if num_classes else x, **shared)
         return self._side_by_side([(y, sumsq) for _, y, sumsq in passed], layers)

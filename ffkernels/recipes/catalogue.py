@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ..objective import Objective
+from ..objectives import Objective
 from ..peer import PeerNormalisation
 from ..spec import Activation, EpsMode, Goodness, Loss, Norm, OutputsOf
 

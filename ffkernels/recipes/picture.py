@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..objective import Objective
+from ..objectives import Objective
 from .checkpoint import write_atomically
 from .train import Row, Trainer, summary
 

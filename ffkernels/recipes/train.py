@@ -24,7 +24,7 @@ from torch.optim import SGD, Adam, Optimizer
 
 from .. import FFLinear, FFNetwork, StepResult, hybrid_images, wrong_label
 from .. import validation as check
-from ..objective import Objective
+from ..objectives import Objective
 from ..optim import SGDW
 from . import checkpoint
 from .batches import as_input, hard_label, labelled_sides, shifted

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import ffkernels as ff
 from ffkernels import reference, spec
 from ffkernels import validation as check
-from ffkernels.objective import GOODNESS, LOSSES, REDUCTIONS
+from ffkernels.objectives import GOODNESS, LOSSES, REDUCTIONS
 
 from .. import test_ops, test_precision
 from ..steps import OPTIMIZERS, Problem, error, problem, state_of

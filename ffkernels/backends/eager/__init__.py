@@ -4,7 +4,7 @@ It works through the rows in blocks that stay in cache, so that the activities o
 once, and through the weight gradient in panels that the optimizer consumes while they are warm.
 """
 
-from ...objective import LOSSES
+from ...objectives import LOSSES
 from .step import linear_forward_, linear_step_, linear_update_, unsupported
 
 __all__ = ["LOSSES", "linear_forward_", "linear_step_", "linear_update_", "unsupported"]

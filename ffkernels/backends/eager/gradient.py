@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...objectives import by_unit
 from ...spec import Numbers, Slot, Update
 from . import rules
 from .layer import LabelField, Operands, ReadyLayer
@@ -61,7 +62,7 @@ class Gradient:
         dz, takes_part = torch.zeros_like(y), torch.zeros(len(y), dtype=torch.bool, device=y.device)
         for slope, times in ((second, 2 * y), (first, 1)):
             if slope is not None:
-                dz.add_(_by_unit(slope, y.shape[1]) * times)
+                dz.add_(by_unit(slope, y.shape[1]) * times)
                 takes_part |= (slope != 0).any(1)
         dz.mul_(self.layer.activation.slope(y, z))
         self.add(rows, y, z, takes_part.to(y.dtype), is_positive, dz)
@@ -191,16 +192,6 @@ class Gradient:
             return products.into(out, dz.t(), x, accumulate)
         product = torch.ldexp(products.into(torch.empty_like(out), dz.t(), x), exponent)
         return out.copy_(product.add_(out) if accumulate else product)
-
-
-def _by_unit(slope: Tensor, units: int) -> Tensor:
-    """`[rows, groups]` as `[rows, units]`, or as it is where it is one number a row or a unit."""
-    groups = slope.shape[1]
-    if groups in (1, units):
-        return slope
-    size, larger = divmod(units, groups)
-    sizes = torch.tensor([size + (g < larger) for g in range(groups)], device=slope.device)
-    return slope.repeat_interleave(sizes, dim=1)
 
 
 def _rate(slot: Slot, dtype: torch.dtype) -> float | Tensor:

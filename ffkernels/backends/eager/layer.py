@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ... import spec
 from ...normalisation import row_scale, row_sumsq
-from ...objective import silu_slope
+from ...objectives import silu_slope
 from .batch import joined, label_field, sumsq_of_copies
 from .products import Products
 

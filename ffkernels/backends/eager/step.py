@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ...objective import Objective
+from ...objectives import Objective
 from ...spec import Goal, Layer, Outputs, PeerPull, Rows, Slopes, Update
 from .batch import Block, blocks, input_parts, may_share
 from .gradient import Gradient

@@ -13,7 +13,7 @@ import torch
 import triton
 from triton.testing import do_bench
 
-from ...objective import DEFAULT_OBJECTIVE
+from ...objectives import DEFAULT_OBJECTIVE
 from ...spec import Layer, Numbers, Rows, Slot, Update
 from . import configs, launch, operands
 from .configs import Config

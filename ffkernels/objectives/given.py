@@ -9,8 +9,11 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from .objective import GOODNESS, goodness_of
-from .spec import Goodness
+from ..spec import Goodness
+from .classes import CLASS_GOODNESS, class_goodness, slopes_by_activity
+from .head import ProjectionHead
+from .judged import Judged
+from .objective import GOODNESS, Objective, check_classes, goodness_of
 
 Reads = Literal["goodness", "moments", "activities"]
 
@@ -29,15 +32,16 @@ class GivenLoss:
     Its slopes come from autograd on what it reads alone; the layer's product, update and optimizer run as under an
     `Objective`. Parameters that the function closes over learn as well: their gradients are added to their `.grad`, as
     by `backward()`, before the layer is written. `is_positive` is `[rows]` bool, positives first where the sides came
-    apart.
+    apart. With `classes`, the function takes `(read, labels)` instead, and there are no negative rows.
 
     Args:
         function: called once a step, with gradients on. What a random number in it is drawn from is the caller's.
-        reads: what comes first: "goodness" `[rows]`; "moments", a `Moments` of `[rows, units]`; or "activities"
-            `[rows, units]`, of which anything that autograd can differentiate is a loss. All in the weight's dtype. The
-            last two take a further pass over the activities.
-        goodness: "mean", "sum" or "norm": how sums of squares become a goodness.
+        reads: what comes first: "goodness" `[rows]`, or `[rows, classes]`; "moments", a `Moments` of `[rows, units]`;
+            or "activities" `[rows, units]`, of which anything that autograd can differentiate is a loss. All in the
+            weight's dtype. The last two take a further pass over the activities.
+        goodness: "mean", "sum" or "norm": how sums of squares become a goodness; with classes as in `Objective`.
         maximize: whether a high goodness is that of a positive row, which predictions go by.
+        classes: into how many groups the units are divided, as in `Objective`; None: into none.
 
     Raises:
         ValueError, TypeError: for a value outside these; in a step, for a loss that is no tensor, not 0-dim, not
@@ -48,24 +52,22 @@ class GivenLoss:
     reads: Reads = "goodness"
     goodness: Goodness = "mean"
     maximize: bool = True
+    classes: int | None = None
 
     def __post_init__(self) -> None:
         if not callable(self.function):
             raise TypeError(
-                f"objective={self.function!r} is not an ffkernels.Objective, a GivenLoss or a function of goodness and "
-                "is_positive"
+                f"objective={self.function!r} is not an ffkernels.Objective, a ProjectionHead, a GivenLoss or a "
+                "function of goodness and is_positive"
             )
-        for name, accepted in (("reads", get_args(Reads)), ("goodness", GOODNESS)):
+        check_classes(self.classes)
+        accepted_goodness = GOODNESS if self.classes is None else CLASS_GOODNESS
+        for name, accepted in (("reads", get_args(Reads)), ("goodness", accepted_goodness)):
             value = getattr(self, name)
             if not isinstance(value, str) or value not in accepted:
                 raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, accepted))}")
         if not isinstance(self.maximize, bool):
             raise TypeError(f"maximize={self.maximize!r} is not a bool")
-
-    @classmethod
-    def of(cls, objective: object) -> GivenLoss:
-        """A function as a loss of the goodness; a `GivenLoss` as it is."""
-        return objective if isinstance(objective, cls) else cls(objective)  # type: ignore[arg-type]
 
     # What a step asks any objective.
     paired = False
@@ -76,27 +78,31 @@ class GivenLoss:
         """Goodness of rows with sums of squares `sumsq` in a layer of `width` units; same shape and dtype."""
         return goodness_of(self.goodness, sumsq, width, out=out)
 
-    def value(self, y: Tensor, goodness: Tensor, is_positive: Tensor, learns: bool = True) -> Tensor:
-        """The loss of activities `y` `[rows, units]` of goodness `[rows]`; autograd-compatible.
+    def value(self, y: Tensor, goodness: Tensor, side: Tensor, learns: bool = True) -> Tensor:
+        """The loss of activities `y` `[rows, units]` of this goodness; autograd-compatible.
 
-        `learns`: whether it must hang on what it is given.
+        `side`: `is_positive`, or the labels. `learns`: whether it must hang on what it is given.
         """
         read = {"goodness": goodness, "activities": y, "moments": Moments(y, y.square())}[self.reads]
-        return self._checked(self.function(read, is_positive), y, learns)
+        return self._checked(self.function(read, side), y, learns)
 
-    def slopes(self, y: Tensor, sumsq: Tensor, is_positive: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The loss of rows with sums of squares `sumsq` `[rows]`, and the slopes that `spec.Slopes` describes."""
+    def judge(self, y: Tensor, sumsq: Tensor, side: Tensor) -> Judged:
+        """Loss and slopes of activities `y` `[rows, units]` with sums of squares `sumsq` `[rows]`."""
+        units, goodness = y.shape[1], None
+        if self.classes is not None:
+            goodness = class_goodness(y, self.classes, self.goodness)
         with torch.enable_grad():
             if self.reads == "goodness":
-                given = [sumsq.detach().requires_grad_()]
-                read: Tensor | Moments = self.goodness_of(given[0], y.shape[1])
+                leaf = (sumsq if goodness is None else goodness).detach().requires_grad_()
+                given = [leaf]
+                read: Tensor | Moments = leaf if goodness is not None else self.goodness_of(leaf, units)
             else:
                 given = [y.detach().requires_grad_()]
                 read = given[0]
                 if self.reads == "moments":
                     given.append(y.square().requires_grad_())
                     read = Moments(*given)
-            loss = self._checked(self.function(read, is_positive), y)
+            loss = self._checked(self.function(read, side), y)
             loss.backward()
         found = [t.grad for t in given]
         if all(t is None for t in found):
@@ -104,11 +110,13 @@ class GivenLoss:
         if y.device.type == "cpu" and not all(t is None or bool(t.isfinite().all()) for t in found):
             raise ValueError(f"the loss has a slope by the {self.reads} that is not finite; accepted: finite ones")
         found = [None if t is None else t.to(y.dtype) for t in found]
-        if self.reads == "goodness":
-            (by_sumsq,) = found
-            assert by_sumsq is not None
-            return loss.detach(), None, by_sumsq.unsqueeze(1)
-        return loss.detach(), found[0], found[1] if self.reads == "moments" else None
+        loss, first = loss.detach(), found[0]
+        if self.reads != "goodness":
+            return Judged(loss, goodness, first, found[1] if self.reads == "moments" else None)
+        assert first is not None
+        if goodness is not None:
+            return Judged(loss, goodness, *slopes_by_activity(first, units, self.goodness))
+        return Judged(loss, None, None, first.unsqueeze(1))
 
     def _checked(self, loss: object, y: Tensor, learns: bool = True) -> Tensor:
         if not isinstance(loss, Tensor):
@@ -122,3 +130,13 @@ class GivenLoss:
         if loss.device.type == "cpu" and not bool(loss.isfinite()):
             raise ValueError(f"the loss is {loss.item()}; accepted: a finite one")
         return loss
+
+
+AnyObjective = Objective | GivenLoss | ProjectionHead
+
+
+def any_objective(objective: object) -> AnyObjective:
+    """An objective as it is; a function as a loss of the goodness."""
+    if isinstance(objective, Objective | GivenLoss | ProjectionHead):
+        return objective
+    return GivenLoss(objective)  # type: ignore[arg-type]

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .spec import Goal, Goodness, Loss, Reduction
+from ..spec import Goal, Goodness, Loss, Reduction
+from .classes import CLASS_GOODNESS, CLASS_LOSSES
 
 Threshold = float | tuple[float, float] | Tensor
 
@@ -59,7 +60,8 @@ class RowTerms(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Objective:
-    """What a layer learns: goodness above the threshold for positive rows and below it for negative ones.
+    """What a layer learns: goodness above the threshold for positive rows and below it for negative ones; or, with
+    `classes`, the goodness of a row's own class above that of the others, without negative rows.
 
     With `q` the sum of squared activities of a row (Hinton, "The Forward-Forward Algorithm", 2022, section 2):
 
@@ -71,15 +73,30 @@ class Objective:
     * reduction: the mean over all rows ("mean"), or the mean over positives plus that over negatives ("sum_of_means");
       pair losses take the mean over pairs under either name.
 
+    With `classes=K`, the units are divided into K groups of consecutive units, whose sizes differ by one at most, the
+    larger ones first. Each has a goodness `g_k`: the "mean" or "sum" of the squares in it, or its mean "activity" (Sun
+    et al., "DeeperForward", 2025). With `t = g / temperature` (`-g` where `maximize=False`) and `c` a row's class:
+
+    * "cross_entropy": `-sum_k q_k log softmax(t)_k`, `q` the label, smoothed by `label_smoothing`;
+    * "cwc": `-log((e^t_c + 1e-9) / (sum_k e^t_k + 1e-9))`, `t` clamped to +-50 (Papachristodoulou et al.,
+      "Convolutional Channel-wise Competitive Learning for the Forward-Forward Algorithm", 2024);
+    * "pvn" (ibid.): `softplus((threshold - g_c) / temperature)` and `softplus((mean of the others - threshold) /
+      temperature)`; their mean ("mean") or sum ("sum_of_means").
+
+    All take the mean over rows.
+
     Args:
-        goodness: "mean", "sum" or "norm".
+        goodness: "mean", "sum" or "norm"; with classes "mean", "sum" or "activity".
         threshold: a number, a (positive, negative) pair of numbers, or a tensor: 0-dim, or one value for each row of
-            the joint batch. A tensor is read at every step, so it can be changed in place between steps.
-        loss: "logistic", "symba" or "swish".
+            the joint batch. A tensor is read at every step, so it can be changed in place between steps. With
+            classes a number alone, which only "pvn" reads.
+        loss: "logistic", "symba" or "swish"; with classes "cross_entropy", "cwc" or "pvn".
         maximize: whether positive rows get a high goodness (True) or a low one.
         reduction: "mean" or "sum_of_means".
         temperature: divides the logit of row losses; > 0.
         alpha: scale of the pair losses; > 0.
+        classes: into how many groups the units are divided; None: into none.
+        label_smoothing: what share of a label "cross_entropy" spreads over all classes; 0 to 1.
 
     Raises:
         ValueError, TypeError: for a value outside these, and for a threshold that is not finite.
@@ -92,9 +109,15 @@ class Objective:
     reduction: Reduction = "mean"
     temperature: float = 1.0
     alpha: float = 4.0
+    classes: int | None = None
+    label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, accepted in (("goodness", GOODNESS), ("loss", tuple(LOSSES)), ("reduction", REDUCTIONS)):
+        check_classes(self.classes)
+        if self.classes is None and isinstance(self.loss, str) and self.loss in CLASS_LOSSES:
+            raise ValueError(f"loss={self.loss!r} came without classes; accepted: classes=K, how many there are")
+        goodness, losses = (GOODNESS, tuple(LOSSES)) if self.classes is None else (CLASS_GOODNESS, CLASS_LOSSES)
+        for name, accepted in (("goodness", goodness), ("loss", losses), ("reduction", REDUCTIONS)):
             value = getattr(self, name)
             if not isinstance(value, str) or value not in accepted:
                 raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, accepted))}")
@@ -109,9 +132,19 @@ class Objective:
         if self.paired and self.temperature != 1:
             raise ValueError(f"temperature={self.temperature!r} has no meaning for loss={self.loss!r}: use alpha")
         self._check_threshold()
+        self._check_smoothing()
+
+    def _check_smoothing(self) -> None:
+        smoothing = self.label_smoothing
+        if not _is_number(smoothing) or not 0 <= smoothing <= 1:
+            raise ValueError(f"label_smoothing={short(smoothing)} is not a number in 0..1")
+        if smoothing and self.loss != "cross_entropy":
+            raise ValueError(f"label_smoothing={smoothing!r} has no meaning for loss={self.loss!r}; accepted: 0")
 
     def _check_threshold(self) -> None:
         threshold = self.threshold
+        if self.classes is not None and not _is_number(threshold):
+            raise TypeError(f"threshold={short(threshold)} is not a number, as classes take it")
         if isinstance(threshold, Tensor):
             if threshold.is_nested or threshold.layout != torch.strided:
                 raise TypeError(f"threshold has layout {threshold.layout}; accepted: a dense tensor")
@@ -133,7 +166,7 @@ class Objective:
     @property
     def paired(self) -> bool:
         """Whether the loss compares the i-th positive with the i-th negative row."""
-        return LOSSES[self.loss].paired
+        return self.classes is None and LOSSES[self.loss].paired
 
     def goodness_of(self, sumsq: Tensor, width: int, *, out: Tensor | None = None) -> Tensor:
         """Goodness of rows with sums of squares `sumsq` in a layer of `width` units; same shape and dtype.
@@ -153,7 +186,8 @@ class Objective:
         tensor = self.threshold if isinstance(self.threshold, Tensor) else None
         pos, neg = (float(v) for v in self.thresholds())
         numbers = (float(self.temperature), float(self.alpha), float(skip_below))
-        return Goal(self.goodness, pos, neg, tensor, self.loss, self.maximize, self.reduction, *numbers)
+        of_classes = (self.classes or 0, float(self.label_smoothing))
+        return Goal(self.goodness, pos, neg, tensor, self.loss, self.maximize, self.reduction, *numbers, *of_classes)
 
     @classmethod
     def of(cls, goal: Goal) -> Objective:
@@ -255,6 +289,12 @@ def goodness_of(goodness: Goodness, sumsq: Tensor, width: int, *, out: Tensor | 
         zero = sumsq == 0
         return sumsq.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
     return sumsq
+
+
+def check_classes(classes: object) -> None:
+    """Raises ValueError unless it is a number of class groups, or None."""
+    if classes is not None and (isinstance(classes, bool) or not isinstance(classes, int) or classes < 1):
+        raise ValueError(f"classes={short(classes)} is not None or an integer >= 1")
 
 
 def short(value: object) -> str:

@@ -1,0 +1,34 @@
+"""What a layer learns: from its activities, or sums of their squares, to a loss and its slopes."""
+
+from .batchnorm import move, standardise, through
+from .classes import CLASS_GOODNESS, CLASS_LOSSES, by_unit, class_goodness, class_terms, dense, slopes_by_activity
+from .given import AnyObjective, GivenLoss, Moments, any_objective
+from .head import ProjectionHead
+from .judged import Judged
+from .objective import DEFAULT_OBJECTIVE, GOODNESS, LOSSES, REDUCTIONS, Objective, short, silu_slope
+
+__all__ = [
+    "CLASS_GOODNESS",
+    "CLASS_LOSSES",
+    "DEFAULT_OBJECTIVE",
+    "GOODNESS",
+    "LOSSES",
+    "REDUCTIONS",
+    "AnyObjective",
+    "GivenLoss",
+    "Judged",
+    "Moments",
+    "Objective",
+    "ProjectionHead",
+    "any_objective",
+    "by_unit",
+    "class_goodness",
+    "class_terms",
+    "dense",
+    "move",
+    "short",
+    "silu_slope",
+    "slopes_by_activity",
+    "standardise",
+    "through",
+]

@@ -107,7 +107,7 @@ class Case:
     optimizer: str
     settings: dict[str, Any]
     lr_tensor: bool
-    twins: bool
+    copies: bool
     label_at: float
     label_size: float
     told: bool
@@ -183,9 +183,9 @@ def cases(draw: Any, backend: str) -> Case:
         objective |= {"loss": draw(st.sampled_from(["symba", "swish"])), "alpha": draw(st.sampled_from([0.3, 4.0]))}
     else:
         objective |= {"temperature": draw(st.sampled_from([0.2, 1.0, 5.0]))}
-    twins = draw(st.booleans())
+    copies = draw(st.booleans())
     n_pos = draw(st.integers(0, 40) | st.integers(0, 5))
-    n_neg = n_pos if twins or paired else draw(st.integers(0, 40))
+    n_neg = n_pos if copies or paired else draw(st.integers(0, 40))
     activation = draw(st.sampled_from(activations))
     peer = None
     if draw(st.integers(0, 3)) == 0 and not (backend == "native" and activation == "leaky_relu"):
@@ -197,7 +197,7 @@ def cases(draw: Any, backend: str) -> Case:
             "gated": gated,
         }
     optimizer = draw(st.sampled_from(list(OPTIMIZERS)))
-    mixed = draw(st.booleans()) and not twins
+    mixed = draw(st.booleans()) and not copies
     label_sizes = [1.0, 30.0] if compute == "float16" else [1.0, 1e2, 1e4, 1e8]
     return Case(
         seed=draw(st.integers(0, 2**20)),
@@ -221,7 +221,7 @@ def cases(draw: Any, backend: str) -> Case:
         optimizer=optimizer,
         settings=draw(_settings[optimizer]),
         lr_tensor=draw(st.booleans()) and draw(st.booleans()),
-        twins=twins,
+        copies=copies,
         label_at=draw(st.sampled_from([0.0, 0.0, 0.5, 1.0])),
         label_size=draw(st.sampled_from(label_sizes)),
         told=draw(st.booleans()),
@@ -273,7 +273,7 @@ def make(case: Case) -> Made:
     x[n // 2 : n // 2 + 1] = 0
     width = max(1, case.in_features // 10)
     first = 0 if case.told else round(case.label_at * (case.in_features - width))
-    if case.twins:
+    if case.copies:
         x[case.n_pos :] = x[: case.n_pos]
         labels = normal(n, width)
         x[:, first : first + width] = labels * case.row_scale
@@ -314,7 +314,7 @@ def make(case: Case) -> Made:
         order = torch.randperm(n, generator=g)
         made.x_pos, made.x_neg = _rows_in(case.layouts["x_pos"], x[order]), None
         options["is_positive"] = (torch.arange(n) < case.n_pos)[order]
-    elif case.twins and case.told:
+    elif case.copies and case.told:
         options["label_field"] = width
         if case.product:
             made.options["product"] = None  # made anew for each step's weight
@@ -355,10 +355,9 @@ def check_forward(case: Case, backend: str) -> None:
     if case.layouts["rows"] == "read-only":
         made.weight, made.bias = _read_only(made.weight.detach()), None if made.bias is None else made.bias.detach()
     options = {key: case.options[key] for key in ("norm", "eps", "eps_mode", "activation")}
-    copies = 2 if case.twins else 1
     y, sumsq = ff.linear_forward(
-        made.x, made.weight, made.bias, compute_dtype=_compute_dtype(case), copies=copies, backend=backend,
-        input_sumsq=made.options.get("input_sumsq"), **options,
+        made.x, made.weight, made.bias, compute_dtype=_compute_dtype(case), copies=2 if case.copies else 1,
+        backend=backend, input_sumsq=made.options.get("input_sumsq"), **options,
     )  # fmt: skip
     forward = Forward(case, made, made.weight.detach().double())
     if not forward.in_range():

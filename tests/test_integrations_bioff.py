@@ -118,12 +118,12 @@ def test_copies_train_on(copied):
     a, b = pair()
     x_pos, x_neg, weights = rows(), rows(), torch.rand(10, dtype=torch.float64)
     a.train(x_pos, x_neg, weights)
-    twin = copied(a)
-    for net in (a, twin, b, b):
+    a_copy = copied(a)
+    for net in (a, a_copy, b, b):
         net.train(x_pos, x_neg, weights)
-    assert type(twin.layers[0]) is ours.Layer
+    assert type(a_copy.layers[0]) is ours.Layer
     assert_same(a, b)
-    assert_same(twin, b)
+    assert_same(a_copy, b)
 
 
 def tanh(layer: Any) -> None:

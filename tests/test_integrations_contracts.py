@@ -86,10 +86,10 @@ def test_greedy_layers_attributes_may_change_and_are_saved():
     layer.opt = SGD(layer.parameters(), lr=0.1, momentum=0.9)
     theirs = TheirLayer(layer, F.relu)
     theirs.opt = SGD(theirs.parameters(), lr=0.1, momentum=0.9)
-    twin, other = copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))
+    copied, pickled = copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))
     x_pos, x_neg = rows(6, 12, torch.float32), rows(5, 12, torch.float32)
     theirs.learn(x_pos, x_neg)
-    for each in (layer, twin, other):
+    for each in (layer, copied, pickled):
         each.train(x_pos, x_neg)
         assert_same(each, theirs, torch.float32)
     with pytest.raises(TypeError, match="x_neg is a NoneType"):

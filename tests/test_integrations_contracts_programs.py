@@ -609,11 +609,11 @@ def test_signed_layer_has_what_nebulys_program_reads():
     assert layer.requires_training is True and type(layer.optimizer) is Adam
     assert list(layer.state_dict()) == ["layer.linear.weight", "layer.linear.bias"]
     assert [name for name, _ in layer.named_modules()] == ["", "layer", "layer.linear", "layer.relu"]
-    twin = pickle.loads(pickle.dumps(copy.deepcopy(layer)))
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(layer)))
     x, signs = rows(8).float(), torch.tensor([1.0, -1.0] * 4)
-    for each in (layer, twin):
+    for each in (layer, copied):
         each.ff_train(x, signs, 1.0)
-    assert_same(layer, twin, 0.0)
+    assert_same(layer, copied, 0.0)
 
 
 class Residual(LinearReLU):

@@ -19,18 +19,11 @@ pytest.importorskip("bioff")
 from bioff import core
 
 from ffkernels.integrations import bioff as ours
-from ffkernels.integrations import common
 
 EXACT = 1e-10
 
 
-@pytest.fixture(autouse=True)
-def fresh_warnings():
-    common.warn_once.cache_clear()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        yield
-    common.warn_once.cache_clear()
+pytestmark = pytest.mark.usefixtures("fresh_warnings")
 
 
 def pair(epochs: int = 8, dtype: torch.dtype = torch.float64, sizes: tuple[int, ...] = (9, 8, 7)) -> tuple[Any, Any]:

@@ -17,7 +17,9 @@ from bench.originals import HintonSGD
 from ffkernels import cli
 from ffkernels.recipes import batches, picture
 from ffkernels.recipes.catalogue import FFLIB, HINTON_MATLAB, HINTON_UNSUPERVISED, LOEWEX, MOHAMMADPZ, RECIPES, Recipe
-from ffkernels.recipes.train import Totals, Trainer, describe, train
+from ffkernels.recipes.metrics import describe
+from ffkernels.recipes.run import train
+from ffkernels.recipes.train import Totals, Trainer
 from paper import ablation, backprop, results
 from paper import page as made_page
 

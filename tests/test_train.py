@@ -17,7 +17,8 @@ from ffkernels.recipes import checkpoint, picture
 from ffkernels.recipes.batches import hard_label
 from ffkernels.recipes.catalogue import LOEWEX, QUICK, RECIPES, Recipe, Rule
 from ffkernels.recipes.lock import LOCK, locked
-from ffkernels.recipes.train import CHECKPOINT, METRICS, Trainer, resume, train
+from ffkernels.recipes.run import CHECKPOINT, METRICS, resume, train
+from ffkernels.recipes.train import Trainer
 
 from .toy_data import toy_data
 

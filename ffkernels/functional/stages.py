@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..autograd import ACTIVATIONS, NEEDS_Z
+from ..backends import select
 from ..normalisation import row_sumsq
 from ..objectives import (
     AnyObjective,
@@ -17,6 +18,7 @@ from ..objectives import (
     class_goodness,
     class_terms,
     dense,
+    goodness_of_sums,
     move,
     slopes_by_activity,
     standardise,
@@ -45,13 +47,15 @@ def step_by_stages(
     """
     total, width = rows.x_pos.shape[0] + rows.x_neg.shape[0], layer.weight.shape[0]
     kept = layer.weight.new_empty(total, width)
-    y = kept
+    y, sums = kept, None
     if layer.activation in NEEDS_Z:
         ops.linear_forward_(rows, layer._replace(activation="identity"), kept, outputs.sumsq, backend)
         y = ACTIVATIONS[layer.activation](kept)
         outputs.sumsq.copy_(row_sumsq(y, y.dtype))
     else:
-        ops.linear_forward_(rows, layer, kept, outputs.sumsq, backend)
+        sums = _class_sums(objective, layer.weight, total, backend) if batch_norm is None else None
+        squares = objective.goodness != "activity"
+        ops.linear_forward_(rows, layer, kept, outputs.sumsq, backend, sums, squares)
     standardised = None
     if batch_norm is not None:
         standardised = standardise(y, batch_norm)
@@ -63,7 +67,7 @@ def step_by_stages(
         judged, gradient = objective.judge(y, outputs.sumsq, rows.labels, rows.sample_weight, goal.skip_below)
         gradients.append((objective.weight, gradient))
     else:
-        judged = _judged(objective, y, rows, goal, outputs.sumsq)
+        judged = _judged(objective, y, rows, goal, outputs.sumsq, sums)
     slopes = Slopes(kept, judged.first, judged.second, judged.basis)
     if batch_norm is not None and standardised is not None:
         dy, by_weight, by_bias = through(standardised, dense(slopes, y))
@@ -86,15 +90,28 @@ def step_by_stages(
         outputs.rounded.copy_(layer.weight)
 
 
-def _judged(objective: Objective | GivenLoss, y: Tensor, rows: Rows, goal: Goal, sumsq: Tensor) -> Judged:
-    """The second stage: activities `y` `[rows, units]` and their sums of squares to loss, goodness and slopes."""
+def _class_sums(objective: AnyObjective, weight: Tensor, rows: int, backend: str) -> Tensor | None:
+    """`[rows, classes]` for the forward to fill in where it can, and the objective reads no more than that."""
+    fewest = select.SUMS_CLASSES.get(backend)
+    if fewest is None or not isinstance(objective, Objective) or objective.classes is None:
+        return None
+    return weight.new_empty(rows, objective.classes) if len(weight) // objective.classes >= fewest else None
+
+
+def _judged(
+    objective: Objective | GivenLoss, y: Tensor, rows: Rows, goal: Goal, sumsq: Tensor, class_sums: Tensor | None
+) -> Judged:
+    """The second stage: activities `y` `[rows, units]` and their sums to loss, goodness and slopes."""
     units, side = y.shape[1], rows.is_positive if rows.labels is None else rows.labels
     if side is None:
         side = torch.arange(len(y), device=y.device) < rows.x_pos.shape[0]
     if isinstance(objective, GivenLoss):
         return objective.judge(y, sumsq, side)
     if objective.classes is not None:
-        goodness = class_goodness(y, objective.classes, objective.goodness)
+        if class_sums is None:
+            goodness = class_goodness(y, objective.classes, objective.goodness)
+        else:
+            goodness = goodness_of_sums(class_sums, units, objective.goodness)
         slope, loss = class_terms(objective, goodness, side, rows.sample_weight, goal.skip_below)
         return Judged(loss, goodness, *slopes_by_activity(slope, units, objective.goodness))
     counts: tuple[int | Tensor, int | Tensor] = (rows.x_pos.shape[0], rows.x_neg.shape[0])

@@ -1,7 +1,16 @@
 """What a layer learns: from its activities, or sums of their squares, to a loss and its slopes."""
 
 from .batchnorm import move, standardise, through
-from .classes import CLASS_GOODNESS, CLASS_LOSSES, by_unit, class_goodness, class_terms, dense, slopes_by_activity
+from .classes import (
+    CLASS_GOODNESS,
+    CLASS_LOSSES,
+    by_unit,
+    class_goodness,
+    class_terms,
+    dense,
+    goodness_of_sums,
+    slopes_by_activity,
+)
 from .given import AnyObjective, GivenLoss, Moments, any_objective
 from .head import ProjectionHead
 from .judged import Judged
@@ -25,6 +34,7 @@ __all__ = [
     "class_goodness",
     "class_terms",
     "dense",
+    "goodness_of_sums",
     "move",
     "short",
     "silu_slope",

@@ -42,7 +42,12 @@ def group_sums(values: Tensor, classes: int) -> Tensor:
 def class_goodness(y: Tensor, classes: int, goodness: Goodness) -> Tensor:
     """`[rows, classes]` goodness of activities `y` `[rows, units]`: "sum", "mean" of squares, or mean "activity"."""
     sums = group_sums(y if goodness == "activity" else y.square(), classes)
-    return sums if goodness == "sum" else sums / _sizes_like(sums, y.shape[1])
+    return goodness_of_sums(sums, y.shape[1], goodness)
+
+
+def goodness_of_sums(sums: Tensor, units: int, goodness: Goodness) -> Tensor:
+    """`class_goodness` from sums over the groups `[rows, classes]`: of activities for "activity", else of squares."""
+    return sums if goodness == "sum" else sums / _sizes_like(sums, units)
 
 
 def slopes_by_activity(slope: Tensor, units: int, goodness: Goodness) -> tuple[Tensor | None, Tensor | None]:

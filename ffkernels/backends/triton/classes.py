@@ -1,6 +1,5 @@
 """Sums over class groups, as the forward leaves them for each of its tiles, and the kernel that adds them up."""
 
-# mypy: allow-untyped-defs
 import triton
 import triton.language as tl
 

@@ -54,7 +54,7 @@ def step_by_stages(
         outputs.sumsq.copy_(row_sumsq(y, y.dtype))
     else:
         sums = _class_sums(objective, layer.weight, total, backend) if batch_norm is None else None
-        squares = objective.goodness != "activity"
+        squares = isinstance(objective, Objective) and objective.goodness != "activity"
         ops.linear_forward_(rows, layer, kept, outputs.sumsq, backend, sums, squares)
     standardised = None
     if batch_norm is not None:

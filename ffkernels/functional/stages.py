@@ -15,11 +15,11 @@ from ..objectives import (
     Judged,
     Objective,
     ProjectionHead,
+    Standardised,
     class_goodness,
     class_terms,
     dense,
     goodness_of_sums,
-    move,
     slopes_by_activity,
     standardise,
     through,
@@ -40,10 +40,13 @@ def step_by_stages(
     outputs: Outputs,
     backend: str,
     batch_norm: nn.BatchNorm1d | None = None,
-) -> None:
+) -> Standardised | None:
     """What `ops.linear_step_` does, with a loss that no backend has to know. Runs under `no_grad`.
 
     `others`: the updates of what a head and a batch normalisation learn, which follow those of the layer.
+
+    Returns:
+        What a batch normalisation has made, by which its running statistics are to be moved.
     """
     total, width = rows.x_pos.shape[0] + rows.x_neg.shape[0], layer.weight.shape[0]
     kept = layer.weight.new_empty(total, width)
@@ -72,8 +75,10 @@ def step_by_stages(
     if batch_norm is not None and standardised is not None:
         dy, by_weight, by_bias = through(standardised, dense(slopes, y))
         slopes = Slopes(kept, dy, None)
-        if batch_norm.affine:
-            gradients += [(batch_norm.weight, by_weight), (batch_norm.bias, by_bias)]
+        learned = ((batch_norm.weight, by_weight), (batch_norm.bias, by_bias))
+        gradients += [(parameter, gradient) for parameter, gradient in learned if parameter is not None]
+    # All have their memory before anything is written.
+    further = [_by_gradient(p, g, own) for (p, g), own in zip(gradients, others, strict=True)]
     outputs.loss_out.copy_(judged.loss)
     if outputs.y is not None:
         outputs.y.copy_(y)
@@ -81,13 +86,11 @@ def step_by_stages(
         assert judged.goodness is not None
         outputs.goodness_out.copy_(judged.goodness)
     ops.linear_update_(rows, layer, slopes, pull, update, backend)
-    for (parameter, gradient), own in zip(gradients, others, strict=True):
-        assert parameter is not None
-        _update_by_gradient(parameter, gradient, own, backend)
-    if batch_norm is not None and standardised is not None:
-        move(batch_norm, standardised)
+    for records in further:
+        ops.linear_update_(*records, backend)
     if outputs.rounded is not None:
         outputs.rounded.copy_(layer.weight)
+    return standardised
 
 
 def _class_sums(objective: AnyObjective, weight: Tensor, rows: int, backend: str) -> Tensor | None:
@@ -123,14 +126,16 @@ def _judged(
     return Judged(terms.loss, None, None, (terms.coefficient / 2).unsqueeze(1))
 
 
-def _update_by_gradient(parameter: Tensor, gradient: Tensor, update: Update, backend: str) -> None:
-    """A gradient that is there already, as the operator takes it: `dW = I^T gradient`, the rows of an identity."""
-    if gradient.dim() == 1:
-        parameter, gradient = parameter.view(1, -1), gradient.view(1, -1)
-        state = [t.view(1, -1) if t.dim() else t for t in update.weight.state]
-        update = update._replace(weight=update.weight._replace(state=state))
-    identity = torch.eye(len(gradient), dtype=gradient.dtype, device=gradient.device)
-    rows = Rows(gradient, gradient[:0])
-    layer = Layer(parameter, None, "none", 0.0, "add", "identity", parameter.dtype)
-    slopes = Slopes(torch.zeros_like(identity), identity, None)
-    ops.linear_update_(rows, layer, slopes, NO_PULL, update, backend)
+def _by_gradient(
+    parameter: Tensor | None, gradient: Tensor, update: Update
+) -> tuple[Rows, Layer, Slopes, PeerPull, Update]:
+    """A gradient that is there already, as the operator takes it: that of one unit whose input is a row of it."""
+    assert parameter is not None
+    # In compiled code the last one holds the rule's numbers.
+    count = len(update.weight.state) - (update.rule != "grad" and not update.weight.numbers)
+    state = [t.view(1, -1) if t.dim() and i < count else t for i, t in enumerate(update.weight.state)]
+    update = update._replace(weight=update.weight._replace(state=state))
+    x = gradient.reshape(1, -1)
+    layer = Layer(parameter.view(1, -1), None, "none", 0.0, "add", "identity", parameter.dtype)
+    one = x.new_ones(1, 1)
+    return Rows(x, x[:0]), layer, Slopes(one, one, None), NO_PULL, update

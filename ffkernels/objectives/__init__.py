@@ -1,6 +1,6 @@
 """What a layer learns: from its activities, or sums of their squares, to a loss and its slopes."""
 
-from .batchnorm import move, standardise, through
+from .batchnorm import Standardised, move, standardise, through
 from .classes import (
     CLASS_GOODNESS,
     CLASS_LOSSES,
@@ -29,6 +29,7 @@ __all__ = [
     "Moments",
     "Objective",
     "ProjectionHead",
+    "Standardised",
     "any_objective",
     "by_unit",
     "class_goodness",

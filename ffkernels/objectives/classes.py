@@ -118,7 +118,9 @@ def _cross_entropy(objective: Objective, goodness: Tensor, own: Tensor) -> tuple
     if smoothing:
         share = smoothing / goodness.shape[1]
         losses = (1 - smoothing) * losses - smoothing * log_p.mean(1)
-        slope = slope + (own.to(slope.dtype) * smoothing - share)
+        # Of the two ways to write the own class's slope, the one that cancels less.
+        direct = p - (1 - smoothing) - share
+        slope = torch.where(own & (p < 0.5), direct, slope + (own.to(slope.dtype) * smoothing - share))
     return slope, losses
 
 

@@ -68,7 +68,7 @@ def compare(
 ) -> list[Line]:
     """Measures every case with this checkout and with the commit `ref`; `setup` is a command that builds its tree.
 
-    Every case is measured by several pairs of processes, since one may be slower than its twin for as long as it lives
+    Every case is measured by several pairs of processes, since one may be slower than the next for as long as it lives
     (where its memory happens to lie): what only one pair shows widens the interval.
 
     Raises:

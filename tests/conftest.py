@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from ffkernels.backends.triton import support
+from ffkernels.integrations import common
 
 INTERPRETER = "test_kernels_in_the_interpreter"
 
@@ -65,3 +67,14 @@ def seeded():
 @pytest.fixture(autouse=True)
 def no_forced_backend(monkeypatch):
     monkeypatch.delenv("FFKERNELS_BACKEND", raising=False)
+
+
+@pytest.fixture
+def fresh_warnings():
+    """Each of the integrations' warnings comes anew, and one that no test expects is an error."""
+    common.warn_once.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("default", category=DeprecationWarning, module=r"torch\.")  # torch's about torch
+        yield
+    common.warn_once.cache_clear()

@@ -14,7 +14,8 @@ import torch
 
 from ffkernels.backends.native import library
 
-from .surface import cases, check_case, check_forward
+from .bounds import check_case, check_forward
+from .surface import cases
 
 EXAMPLES = 200
 

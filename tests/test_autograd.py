@@ -215,22 +215,22 @@ def test_one_backward_and_one_optimizer_is_a_step_of_every_layer(goodness):
     """The sum of all layers' losses through autograd trains as `FFNetwork.step` does, zero rows included."""
     torch.manual_seed(2)
     objective = ff.Objective(goodness=goodness, threshold=0.7)
-    net, twin = (two_layers(torch.float64, objective, "relu") for _ in range(2))
-    twin.load_state_dict(net.state_dict())
-    for layer in twin:
+    net, other = (two_layers(torch.float64, objective, "relu") for _ in range(2))
+    other.load_state_dict(net.state_dict())
+    for layer in other:
         layer.outputs = "pre"
-    ours, theirs = (torch.optim.SGD(n.parameters(), lr=0.5, momentum=0.9) for n in (net, twin))
+    ours, theirs = (torch.optim.SGD(n.parameters(), lr=0.5, momentum=0.9) for n in (net, other))
     x, side = torch.rand(14, 20, dtype=torch.float64), torch.arange(14) < 7
     x[0] = 0
     with torch.no_grad():
-        for n in (net, twin):
+        for n in (net, other):
             n.layers[0].bias.fill_(-0.1)
     for _ in range(4):
         ours.zero_grad()
         sum(ff.goodness_loss(g, side, objective) for g in net.goodness(x).unbind(1)).backward()
         ours.step()
-        twin.step(x[:7], x[7:], theirs)
-    for name, value in twin.state_dict().items():
+        other.step(x[:7], x[7:], theirs)
+    for name, value in other.state_dict().items():
         assert error(net.state_dict()[name], value) <= EXACT, name
 
 

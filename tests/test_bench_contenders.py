@@ -186,11 +186,11 @@ def test_an_epoch_trains_the_networks_on_the_same_minibatches(monkeypatch: pytes
 
     monkeypatch.setattr(epoch, "HostClock", Clock)
     nets = epoch.networks(case, bfloat16=True)
-    twin = copy.deepcopy(nets[epoch.ORIGINAL])
+    other = copy.deepcopy(nets[epoch.ORIGINAL])
     rows = epoch.train(case, nets, Batches(), steps=7, block=3)
     for index in range(7):
-        twin.run_train_combined(*batches[index % len(batches)])
-    weights = [net.layers[1].weight for net in (*nets.values(), twin)]
+        other.run_train_combined(*batches[index % len(batches)])
+    weights = [net.layers[1].weight for net in (*nets.values(), other)]
     assert torch.equal(weights[0], weights[3]) and not torch.equal(weights[0], weights[2])
     assert torch.allclose(weights[1], weights[0], rtol=1e-4, atol=1e-6)
     assert torch.allclose(weights[2], weights[0], rtol=0.1, atol=0.02)

@@ -120,7 +120,7 @@ def integer_step(backend: str, dtype: torch.dtype, how: str, case: str, largest:
 @ways
 @pytest.mark.parametrize("how", ["argument", "autocast"])
 @pytest.mark.parametrize(
-    ("case", "largest"), [("rows", 3), ("rows", 20), ("twins", 3), ("product", 3)], ids=lambda value: str(value)
+    ("case", "largest"), [("rows", 3), ("rows", 20), ("copies", 3), ("product", 3)], ids=lambda value: str(value)
 )
 def test_a_step_on_integers_is_exact(backend, dtype, how, case, largest):
     if case == "product" and backend == "native":
@@ -133,7 +133,7 @@ def test_sums_over_blocks_of_rows_are_exact(dtype, monkeypatch):
     monkeypatch.setattr(eager_step, "SINGLE_BLOCK_ELEMENTS", 64)
     monkeypatch.setattr(eager_step, "BLOCK_ELEMENTS", 48)
     monkeypatch.setattr(eager_step, "MIN_BLOCK_ROWS", 3)
-    for case in ("rows", "twins", "product"):
+    for case in ("rows", "copies", "product"):
         integer_step("eager", dtype, "argument", case, 3)
 
 

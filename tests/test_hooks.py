@@ -107,7 +107,7 @@ def test_gradient_hooks_change_the_gradient(how, optimizer):
 
 def test_gradient_hooks_without_an_optimizer():
     """`.grad` holds what the hooks made of it, and an optimizer in the backward pass is one of them."""
-    net, twin = network(), network()
+    net, other = network(), network()
     x = sides()
     net.step(*x, None)
     unhooked = net.layers[0].weight.grad.clone()
@@ -127,7 +127,7 @@ def test_gradient_hooks_without_an_optimizer():
     net.step(*x, None)
     assert error(net.layers[0].weight, before - 0.1 * 2 * unhooked) < 1e-12
     assert net.layers[0].weight.grad is None
-    assert not torch.equal(net.layers[1].weight, twin.layers[1].weight)
+    assert not torch.equal(net.layers[1].weight, other.layers[1].weight)
 
 
 def test_a_hook_that_was_removed_leaves_the_step_fused():
@@ -252,19 +252,19 @@ def test_an_overridden_step_or_goodness_is_what_runs():
         def goodness(self, x):
             return 2 * super().goodness(x)
 
-    net, twin, x = network(Twice), network(), sides()
+    net, other, x = network(Twice), network(), sides()
     net.step(*x, SGD(net.parameters(), lr=0.1))
-    optimizer = SGD(twin.parameters(), lr=0.1)
-    twin.layers[0].step(*x, optimizer)
-    twin.layers[0].step(*x, optimizer)
-    assert torch.equal(net.layers[0].weight, twin.layers[0].weight)
+    optimizer = SGD(other.parameters(), lr=0.1)
+    other.layers[0].step(*x, optimizer)
+    other.layers[0].step(*x, optimizer)
+    assert torch.equal(net.layers[0].weight, other.layers[0].weight)
 
-    net, twin = network(Doubled), network(objective=ff.Objective(goodness="mean", threshold=1.0, temperature=0.5))
-    assert error(net.goodness(x[0]), 2 * twin.goodness(x[0])) < 1e-12
+    net, other = network(Doubled), network(objective=ff.Objective(goodness="mean", threshold=1.0, temperature=0.5))
+    assert error(net.goodness(x[0]), 2 * other.goodness(x[0])) < 1e-12
     # softplus(2 g - 2) is softplus((g - 1) / 0.5).
-    for n in (net, twin):
+    for n in (net, other):
         n.step(*x, SGD(n.parameters(), lr=0.1))
-    for name, value in twin.state_dict().items():
+    for name, value in other.state_dict().items():
         assert error(net.state_dict()[name], value) < 1e-12
 
 

@@ -19,18 +19,11 @@ pytest.importorskip("bioff")
 from bioff import core
 
 from ffkernels.integrations import bioff as ours
-from ffkernels.integrations import common
 
 EXACT = 1e-10
 
 
-@pytest.fixture(autouse=True)
-def fresh_warnings():
-    common.warn_once.cache_clear()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        yield
-    common.warn_once.cache_clear()
+pytestmark = pytest.mark.usefixtures("fresh_warnings")
 
 
 def pair(epochs: int = 8, dtype: torch.dtype = torch.float64, sizes: tuple[int, ...] = (9, 8, 7)) -> tuple[Any, Any]:
@@ -118,12 +111,12 @@ def test_copies_train_on(copied):
     a, b = pair()
     x_pos, x_neg, weights = rows(), rows(), torch.rand(10, dtype=torch.float64)
     a.train(x_pos, x_neg, weights)
-    twin = copied(a)
-    for net in (a, twin, b, b):
+    a_copy = copied(a)
+    for net in (a, a_copy, b, b):
         net.train(x_pos, x_neg, weights)
-    assert type(twin.layers[0]) is ours.Layer
+    assert type(a_copy.layers[0]) is ours.Layer
     assert_same(a, b)
-    assert_same(twin, b)
+    assert_same(a_copy, b)
 
 
 def tanh(layer: Any) -> None:

@@ -7,7 +7,6 @@ import io
 import pickle
 import subprocess
 import sys
-import warnings
 from typing import Any
 
 import pytest
@@ -29,15 +28,7 @@ from ffkernels.integrations import fflib as ours
 
 from .fflib_nets import EXACT, assert_same, layers, pair, rows
 
-
-@pytest.fixture(autouse=True)
-def fresh_warnings():
-    common.warn_once.cache_clear()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
-    common.warn_once.cache_clear()
-
+pytestmark = pytest.mark.usefixtures("fresh_warnings")
 
 ACTIVATIONS = [nn.ReLU(), nn.GELU(), nn.SiLU(), nn.LeakyReLU(), torch.relu]
 

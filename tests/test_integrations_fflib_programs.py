@@ -17,19 +17,11 @@ pytest.importorskip("fflib")
 
 from fflib.nn import ff_linear, ff_net
 
-from ffkernels.integrations import common
 from ffkernels.integrations import fflib as ours
 
 from .fflib_nets import EXACT, assert_same, layers, pair, rows
 
-
-@pytest.fixture(autouse=True)
-def fresh_warnings():
-    common.warn_once.cache_clear()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        yield
-    common.warn_once.cache_clear()
+pytestmark = pytest.mark.usefixtures("fresh_warnings")
 
 
 def begun(net: Any) -> None:

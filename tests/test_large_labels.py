@@ -264,7 +264,7 @@ def test_what_is_not_finite_stays_in_its_copy(backend, at):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("field", FIELDS, ids=str)
 def test_a_saturated_row_moves_nothing_whatever_its_label_holds(backend, dtype, field):
-    """Positive rows of infinite goodness are content: the update is that of the negative ones, their twins, alone."""
+    """Positive rows of infinite goodness are saturated: the update is that of their negative copies alone."""
     x_pos, x_neg = rows_under_labels(2, field, [float("inf"), 1.0]).bfloat16().float()
     weight, bias = layer(dtype)
     weight.data.copy_(weight.data.bfloat16())

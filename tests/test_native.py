@@ -224,7 +224,7 @@ def test_layouts(layout, dtype):
     assert_same_state(ours, theirs, 0)
 
 
-@pytest.mark.parametrize("case", ["sides", "twins", "mask", "pairs by mask", "saturated", "no positives"])
+@pytest.mark.parametrize("case", ["sides", "copies", "mask", "pairs by mask", "saturated", "no positives"])
 @pytest.mark.parametrize("shape", [(30, 30, 120, 40), (4300, 4300, 37, 530)])
 @pytest.mark.parametrize("activation", ["relu", "identity"])
 def test_peer_normalisation(case, shape, activation, instruction_set):
@@ -234,7 +234,7 @@ def test_peer_normalisation(case, shape, activation, instruction_set):
     rows = shape[0]
     goodness = {"goodness": "sum", "threshold": 1.0, "temperature": 1e-3} if case == "saturated" else {"threshold": 0.5}
     options: dict = {"objective": ff.Objective(**goodness), "activation": activation, "outputs": "none"}
-    if case == "twins":
+    if case == "copies":
         made.x_neg.copy_(made.x_pos)
         made.x_neg[:, 5:9] = torch.randn(rows, 4)
     if "mask" in case:
@@ -283,10 +283,10 @@ def test_rows_below_a_fraction_are_left_out(loss, instruction_set):
 
 
 SHAPES = [(1, 1, 1, 1), (7, 5, 33, 17), (60, 60, 129, 50), *LARGE]
-TWINS = [(shape, columns) for shape in SHAPES[2:] if shape[0] == shape[1] for columns in (slice(0, 4), slice(3, 4))]
+COPIES = [(shape, columns) for shape in SHAPES[2:] if shape[0] == shape[1] for columns in (slice(0, 4), slice(3, 4))]
 
 
-@pytest.mark.parametrize(("shape", "columns"), [*((shape, None) for shape in SHAPES), *TWINS])
+@pytest.mark.parametrize(("shape", "columns"), [*((shape, None) for shape in SHAPES), *COPIES])
 @pytest.mark.parametrize("rows_in", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("saturated", [False, True])
 def test_bfloat16_products(shape, columns, rows_in, saturated, instruction_set):

@@ -34,8 +34,8 @@ def sides(rows: int = 10) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("mixed", [False, True])
 def test_a_network_step_is_the_definition_layer_by_layer(outputs, mixed):
     net = network(outputs)
-    twin = copy.deepcopy(net)
-    ours, theirs = Adam(net.parameters(), eps=1e-3), Adam(twin.parameters(), eps=1e-3)
+    other = copy.deepcopy(net)
+    ours, theirs = Adam(net.parameters(), eps=1e-3), Adam(other.parameters(), eps=1e-3)
     for _ in range(3):
         x_pos, x_neg = sides()
         options = {}
@@ -43,7 +43,7 @@ def test_a_network_step_is_the_definition_layer_by_layer(outputs, mixed):
             options = {"is_positive": torch.arange(20) % 3 != 0}
             x_pos, x_neg = torch.cat([x_pos, x_neg]), None
         results = net.step(x_pos, x_neg, ours, **options)
-        for i, layer in enumerate(twin):
+        for i, layer in enumerate(other):
             theirs.zero_grad()
             expected = reference.linear_step_(
                 x_pos, x_neg, layer.weight, layer.bias, theirs, objective=layer.objective, norm="rms",
@@ -54,16 +54,16 @@ def test_a_network_step_is_the_definition_layer_by_layer(outputs, mixed):
             assert error(results[i].goodness_pos, expected.goodness_pos) < 1e-10
             x_pos, x_neg = (expected.y, None) if mixed else (expected.pos, expected.neg)
         assert all(result.y is None for result in results)
-    for name, value in twin.state_dict().items():
+    for name, value in other.state_dict().items():
         assert error(net.state_dict()[name], value) < 1e-10, name
 
 
 def test_layerwise_training_is_each_layer_alone():
     net, x = network(), sides()
-    twin = copy.deepcopy(net)
+    other = copy.deepcopy(net)
     losses = net.train_layerwise(*x, [SGD(layer.parameters(), lr=0.5) for layer in net], steps=6)
     pos, neg = x
-    for i, layer in enumerate(twin):
+    for i, layer in enumerate(other):
         optimizer = SGD(layer.parameters(), lr=0.5)
         for k in range(6):
             expected = reference.linear_step_(
@@ -123,23 +123,23 @@ def test_no_rows_have_no_labels_activities_or_features():
 
 def test_layerwise_training_takes_rows_in_any_order():
     net, (x_pos, x_neg) = network(), sides()
-    twin = copy.deepcopy(net)
+    other = copy.deepcopy(net)
     side = torch.arange(20) < 10
     ours = net.train_layerwise(torch.cat([x_pos, x_neg]), None, SGD(net.parameters(), lr=0.1), 2, is_positive=side)
-    theirs = twin.train_layerwise(x_pos, x_neg, SGD(twin.parameters(), lr=0.1), 2)
+    theirs = other.train_layerwise(x_pos, x_neg, SGD(other.parameters(), lr=0.1), 2)
     assert error(torch.cat(ours), torch.cat(theirs)) < 1e-10
-    assert error(net.goodness(x_pos), twin.goodness(x_pos)) < 1e-10
+    assert error(net.goodness(x_pos), other.goodness(x_pos)) < 1e-10
 
 
 def test_layers_that_share_their_parameters_step_as_often():
     layer = ff.FFLinear(12, 12, dtype=torch.float64)
-    net, twin = ff.FFNetwork([layer, layer]), ff.FFNetwork([copy.deepcopy(layer)])
+    net, other = ff.FFNetwork([layer, layer]), ff.FFNetwork([copy.deepcopy(layer)])
     x_pos, x_neg = sides()
-    optimizers = [Adam(n.parameters(), lr=0.1) for n in (net, twin)]
+    optimizers = [Adam(n.parameters(), lr=0.1) for n in (net, other)]
     net.step(x_pos, x_neg, optimizers[0])
-    first = twin.layers[0].step(x_pos, x_neg, optimizers[1])
-    twin.layers[0].step(first.pos, first.neg, optimizers[1])
-    assert error(layer.weight, twin.layers[0].weight) < 1e-12
+    first = other.layers[0].step(x_pos, x_neg, optimizers[1])
+    other.layers[0].step(first.pos, first.neg, optimizers[1])
+    assert error(layer.weight, other.layers[0].weight) < 1e-12
     assert optimizers[0].state[layer.weight]["step"] == 2
 
 

@@ -206,12 +206,12 @@ def test_a_step_that_is_interrupted_gives_back_the_gradients_that_wait():
 def test_threads_share_an_optimizer_each_with_a_layer_of_its_own(name):
     kind = RMSprop if name == "rmsprop" else Adam
     layers = [ff.FFLinear(12, 8) for _ in range(4)]
-    twins = copy.deepcopy(layers)
+    others = copy.deepcopy(layers)
     rows = torch.rand(4, 2, 6, 12)
     shared = kind([p for layer in layers for p in layer.parameters()], lr=0.01)
-    alone = [kind(layer.parameters(), lr=0.01) for layer in twins]
+    alone = [kind(layer.parameters(), lr=0.01) for layer in others]
     if name.startswith("hooked"):
-        for layer in (*layers, *twins):
+        for layer in (*layers, *others):
             layer.weight.register_hook(lambda g: g * 2)
     failed = []
 
@@ -228,10 +228,10 @@ def test_threads_share_an_optimizer_each_with_a_layer_of_its_own(name):
     for thread in threads:
         thread.join()
     assert not failed
-    for twin, x, optimizer, layer in zip(twins, rows, alone, layers, strict=True):
+    for other, x, optimizer, layer in zip(others, rows, alone, layers, strict=True):
         for _ in range(60):
-            twin.step(x[0], x[1], optimizer)
-        assert torch.equal(layer.weight, twin.weight) and torch.equal(layer.bias, twin.bias)
+            other.step(x[0], x[1], optimizer)
+        assert torch.equal(layer.weight, other.weight) and torch.equal(layer.bias, other.bias)
 
 
 def test_steps_that_others_wait_for_run_by_name():

@@ -115,7 +115,7 @@ def test_a_unit_that_is_off_is_pulled_back_unless_gated():
 
 
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("case", ["twins", "twins in blocks", "mask", "pairs by mask", "blocks", "saturated"])
+@pytest.mark.parametrize("case", ["copies", "copies in blocks", "mask", "pairs by mask", "blocks", "saturated"])
 def test_special_batches(case, gated, monkeypatch):
     """Shared products, rows in any order, several blocks and rows left out change nothing."""
     if "blocks" in case:
@@ -124,7 +124,7 @@ def test_special_batches(case, gated, monkeypatch):
         monkeypatch.setattr(eager_step, "BLOCK_ELEMENTS", 8)
     made = problem(20, 20, 40, WIDTH, optimizer="adam")
     options: dict[str, Any] = {"peer": ff.PeerNormalisation(strength=0.5, gated=gated), "objective": ff.Objective()}
-    if "twins" in case:
+    if "copies" in case:
         made.x_neg.copy_(made.x_pos)
         made.x_neg[:, :4] = torch.randn(20, 4, dtype=torch.float64)
     if "mask" in case:
@@ -151,13 +151,13 @@ def test_special_batches(case, gated, monkeypatch):
     assert error(ours.weight, theirs.weight) <= EXACT and error(ours.bias, theirs.bias) <= EXACT
 
 
-@pytest.mark.parametrize("twins", [False, True])
+@pytest.mark.parametrize("copies", [False, True])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("form", ["hinton", "loewex"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_errors_within_those_of_plain_pytorch(form, dtype, gated, twins):
+def test_errors_within_those_of_plain_pytorch(form, dtype, gated, copies):
     made = problem(64, 64, 48, 32, dtype=torch.float32)
-    if twins:
+    if copies:
         made.x_neg.copy_(made.x_pos)
         made.x_neg[:, :5] = torch.randn(64, 5)
     # A strong pull: most of the gradient.
@@ -224,11 +224,11 @@ def test_layers_keep_the_mean_in_their_state():
         "layers.0.weight", "layers.0.bias", "layers.0.peer_mean", "layers.1.weight", "layers.1.bias"
     ]  # fmt: skip
     assert (net.layers[0].peer_mean == 0.5).all()
-    twin = copy.deepcopy(net)
+    other = copy.deepcopy(net)
     optimizer = Adam(net.parameters())
     x_pos, x_neg = torch.rand(2, 8, 6, dtype=torch.float64)
     net.step(x_pos, x_neg, optimizer)
-    layer, mean = twin.layers[0], twin.layers[0].peer_mean.clone()
+    layer, mean = other.layers[0], other.layers[0].peer_mean.clone()
     reference.linear_step_(
         x_pos, x_neg, layer.weight, layer.bias, Adam(layer.parameters()), objective=layer.objective,
         peer=peer, peer_mean=mean,
@@ -237,8 +237,8 @@ def test_layers_keep_the_mean_in_their_state():
     buffer = io.BytesIO()
     torch.save(net.state_dict(), buffer)
     buffer.seek(0)
-    twin.load_state_dict(torch.load(buffer, weights_only=True))
-    assert torch.equal(twin.layers[0].peer_mean, net.layers[0].peer_mean)
+    other.load_state_dict(torch.load(buffer, weights_only=True))
+    assert torch.equal(other.layers[0].peer_mean, net.layers[0].peer_mean)
     assert net.to(torch.float32).layers[0].peer_mean.dtype == torch.float32
     # An option like the others: it can be taken away, and needs its mean where it is set later.
     net.layers[0].peer = None

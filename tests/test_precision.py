@@ -180,7 +180,7 @@ def test_tiny_coefficients_survive_float16():
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("rounded", [False, True], ids=["float32 input", "rounded input"])
-def test_twins_in_low_precision(dtype, rounded):
+def test_copies_in_low_precision(dtype, rounded):
     """Sides that differ in a label field only, as they come and already in the compute dtype."""
     made = problem(40, 40, 64, 24, dtype=torch.float32)
     made.x_pos.copy_(made.x_pos.to(dtype))

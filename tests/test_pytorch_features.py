@@ -188,8 +188,8 @@ def test_what_is_called_is_called_from_compiled_code_too(how, fresh_compiler):
 @pytest.mark.parametrize("fullgraph", [False, True])
 def test_gradient_hooks_keep_a_step_out_of_compiled_code(fullgraph, fresh_compiler):
     """torch.compile would not see them: an error, until the step is kept out by name."""
-    (net, o), (twin, twins) = network(), network()
-    for n in (net, twin):
+    (net, o), (other, other_o) = network(), network()
+    for n in (net, other):
         n.layers[1].weight.register_hook(lambda g: g * 0.5)
     x = torch.rand(2, 8, 20)
     before = copy.deepcopy(net.state_dict())
@@ -200,9 +200,9 @@ def test_gradient_hooks_keep_a_step_out_of_compiled_code(fullgraph, fresh_compil
     if not fullgraph:
         step = torch.compiler.disable(net.step)
         assert torch.compile(lambda *x: step(*x, o)[1].loss, backend="aot_eager")(x[0], x[1]) == (
-            twin.step(x[0], x[1], twins)[1].loss
+            other.step(x[0], x[1], other_o)[1].loss
         )
-        assert_same(net, twin)
+        assert_same(net, other)
 
 
 def test_compiled_code_meets_the_same_errors(fresh_compiler):
@@ -393,9 +393,9 @@ def test_other_devices_run_on_the_eager_backend():
 def test_a_network_made_without_memory_gets_it_later():
     net, _ = network(device="meta", peer=ff.PeerNormalisation())
     assert all(value.is_meta for value in net.state_dict().values())
-    twin, o = network("adam", peer=ff.PeerNormalisation())
-    net.load_state_dict(copy.deepcopy(twin.state_dict()), assign=True)
+    other, o = network("adam", peer=ff.PeerNormalisation())
+    net.load_state_dict(copy.deepcopy(other.state_dict()), assign=True)
     x_pos, x_neg = torch.rand(2, 8, 20)
     net.step(x_pos, x_neg, Adam(net.parameters(), lr=0.05))
-    twin.step(x_pos, x_neg, o)
-    assert_same(net, twin)
+    other.step(x_pos, x_neg, o)
+    assert_same(net, other)

@@ -221,7 +221,7 @@ def test_minibatches_are_those_that_an_epoch_trains_on(name: str, data) -> None:
     """One `step` after the other ends where `run_epoch` does; looking at them alone changes nothing."""
     recipe = SMALL.get(name) or replace(RECIPES[name], hidden=(60, 40), batch_size=50)
     recipe = replace(recipe, layerwise_steps=min(recipe.layerwise_steps, 3))
-    trainer, twin = (Trainer(recipe, data, epochs=2, seed=7) for _ in range(2))
+    trainer, other = (Trainer(recipe, data, epochs=2, seed=7) for _ in range(2))
     looked = [list(trainer.minibatches(epoch)) for epoch in (1, 1, 2)]
     for one, again, later in zip(*looked, strict=True):
         assert torch.equal(one.x_pos, again.x_pos) and torch.equal(one.x_neg, again.x_neg)
@@ -229,11 +229,11 @@ def test_minibatches_are_those_that_an_epoch_trains_on(name: str, data) -> None:
     for batch in trainer.minibatches(1):
         results, logits = trainer.step(batch)
         assert len(results) == len(trainer.net) and (logits is None) == (recipe.classifier is None)
-    twin.run_epoch(lambda describe: False)
-    for mine, theirs in zip(trainer.net.parameters(), twin.net.parameters(), strict=True):
+    other.run_epoch(lambda describe: False)
+    for mine, theirs in zip(trainer.net.parameters(), other.net.parameters(), strict=True):
         assert torch.equal(mine, theirs)
     if trainer.classifier is not None:
-        assert torch.equal(trainer.classifier.weight, twin.classifier.weight)
+        assert torch.equal(trainer.classifier.weight, other.classifier.weight)
 
 
 @pytest.mark.parametrize("name", SMALL)

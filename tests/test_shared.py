@@ -22,7 +22,7 @@ K = 3
 needs_library = pytest.mark.skipif(library.load().library is None, reason="the compiled library was not built")
 
 
-def twins(rows: int, width: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+def copies(rows: int, width: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     x_pos = torch.rand(rows, width, dtype=dtype)
     x_neg = x_pos.clone()
     x_neg[:, :K] = torch.rand(rows, K, dtype=dtype)
@@ -38,7 +38,7 @@ def test_a_step_on_shared_rows_is_the_step(norm, blocks, given, outputs, monkeyp
         monkeypatch.setattr(eager_step, "SINGLE_BLOCK_ELEMENTS", 64)
         monkeypatch.setattr(eager_step, "BLOCK_ELEMENTS", 42)
         monkeypatch.setattr(eager_step, "MIN_BLOCK_ROWS", 3)
-    p = problem(12, 12, 9, 7)._replace(**dict(zip(("x_pos", "x_neg"), twins(12, 9), strict=True)))
+    p = problem(12, 12, 9, 7)._replace(**dict(zip(("x_pos", "x_neg"), copies(12, 9), strict=True)))
     theirs = p.copy()
     for _ in range(3):
         product = ff.shared_product(p.x_pos, p.weight, K) if given else None
@@ -57,7 +57,7 @@ def test_a_step_on_shared_rows_is_the_step(norm, blocks, given, outputs, monkeyp
 
 def test_a_stale_product_is_used_as_it_came():
     """Were it not used, the step would not notice."""
-    p = problem(4, 4, 9, 7)._replace(**dict(zip(("x_pos", "x_neg"), twins(4, 9), strict=True)))
+    p = problem(4, 4, 9, 7)._replace(**dict(zip(("x_pos", "x_neg"), copies(4, 9), strict=True)))
     product = torch.zeros(4, 7, dtype=torch.float64)
     result = ff.linear_step_(
         p.x_pos, p.x_neg, p.weight, None, None, norm="none", outputs="pre", label_field=K, product=product
@@ -149,7 +149,7 @@ def test_step_and_features_in_one_pass_are_those_in_two(objective, options):
     torch.manual_seed(3)
     peer = ff.PeerNormalisation("loewex")
     made = {"objective": objective, "peer": peer, "norm": "rms", "outputs": "pre", **options}
-    net, (x_pos, x_neg) = network(torch.float32, **made), twins(8, 12, torch.float32)
+    net, (x_pos, x_neg) = network(torch.float32, **made), copies(8, 12, torch.float32)
     other = copy.deepcopy(net)
     tolerance = 1e-5 if "compute_dtype" not in options else 2e-2
     optimizers = [SGD(n.parameters(), lr=0.1, momentum=0.9) for n in (net, other)]
@@ -174,7 +174,7 @@ def test_float16_rows_are_scaled_first_and_share_no_product():
 
 @pytest.mark.parametrize("outputs", ["pre", "post"])
 def test_features_of_a_step_are_those_of_its_positive_rows(outputs):
-    net, (x_pos, x_neg) = network(outputs=outputs), twins(5, 12)
+    net, (x_pos, x_neg) = network(outputs=outputs), copies(5, 12)
     before = net.features(x_pos, num_classes=0)
     results = net.step(x_pos, x_neg, SGD(net.parameters(), lr=0.1), keep=True)
     expected = before if outputs == "pre" else net.features(x_pos, num_classes=0)
@@ -184,7 +184,7 @@ def test_features_of_a_step_are_those_of_its_positive_rows(outputs):
 
 
 def test_a_network_shares_its_first_layer_alone():
-    net, (x_pos, x_neg) = network(), twins(5, 12)
+    net, (x_pos, x_neg) = network(), copies(5, 12)
     other = copy.deepcopy(net)
     product = net.shared_product(x_pos, K)
     net.step(x_pos, x_neg, SGD(net.parameters(), lr=0.1), label_field=K, product=product)
@@ -196,7 +196,7 @@ def test_a_network_shares_its_first_layer_alone():
 @pytest.mark.parametrize("form", ["hinton", "loewex"])
 def test_sharing_and_peer_normalisation_together(form):
     peer = ff.PeerNormalisation(form)
-    net, (x_pos, x_neg) = network(peer=peer, outputs="pre"), twins(5, 12)
+    net, (x_pos, x_neg) = network(peer=peer, outputs="pre"), copies(5, 12)
     other = copy.deepcopy(net)
     for _ in range(3):
         product = net.shared_product(x_pos, K)
@@ -211,7 +211,7 @@ def test_sharing_and_peer_normalisation_together(form):
 def test_rows_below_the_fraction_are_left_out(loss, shared):
     """The same update as when the reference gives those rows no weight."""
     skip, rows = 0.3, 12
-    x_pos, x_neg = twins(rows, 9)
+    x_pos, x_neg = copies(rows, 9)
     p = problem(rows, rows, 9, 7, optimizer="sgd")._replace(
         x_pos=x_pos, x_neg=x_neg if shared else torch.rand_like(x_neg)
     )
@@ -251,7 +251,7 @@ def test_nothing_is_left_out_at_0_and_everything_below_1():
 
 @needs_library
 def test_what_the_compiled_library_does_not_take_runs_elsewhere():
-    p = problem(dtype=torch.float32)._replace(**dict(zip(("x_pos", "x_neg"), twins(6, 5, torch.float32), strict=True)))
+    p = problem(dtype=torch.float32)._replace(**dict(zip(("x_pos", "x_neg"), copies(6, 5, torch.float32), strict=True)))
     product = ff.shared_product(p.x_pos, p.weight, K)
     options = {"product": product, "label_field": K}
     ff.linear_step_(p.x_pos, p.x_neg, p.weight, p.bias, p.optimizer, **options)

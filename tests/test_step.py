@@ -198,7 +198,7 @@ def test_neighbouring_sides_are_not_copied():
 @pytest.mark.parametrize("blocked", [False, True])
 @pytest.mark.parametrize("saturated", [False, True])
 def test_sides_that_differ_in_a_label_field(rows, columns, activation, blocked, saturated, monkeypatch):
-    """Twins share their products where they differ in few columns; the numbers are those of the definition."""
+    """Copies share their products where they differ in few columns; the numbers are those of the definition."""
     if blocked:
         monkeypatch.setattr(eager_step, "SINGLE_BLOCK_ELEMENTS", 8)
         monkeypatch.setattr(eager_step, "MIN_BLOCK_ROWS", 7)
@@ -215,7 +215,7 @@ def test_sides_that_differ_in_a_label_field(rows, columns, activation, blocked, 
         compare(ours, ours.copy(), objective=objective, activation=activation, outputs=outputs)
 
 
-def test_twins_are_told_from_strangers():
+def test_copies_are_told_from_strangers():
     from ffkernels.backends.eager.batch import label_field
 
     x = torch.rand(30, 64)

@@ -23,7 +23,7 @@ def network(outputs: str = "pre", dtype: torch.dtype = torch.float32, **options:
     return ff.FFNetwork([ff.FFLinear(a, b, outputs=outputs, dtype=dtype, **options) for a, b in pairwise([12, 9, 7])])
 
 
-def twins(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+def copies(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
     x, labels = torch.rand(ROWS, 12, dtype=dtype), torch.arange(ROWS) % K
     return ff.overlay_label(x, labels, K), ff.overlay_label(x, ff.wrong_label(labels, K), K)
 
@@ -71,11 +71,11 @@ LAYERS = {
 }
 
 
-def both(net: ff.FFNetwork, twin: ff.FFNetwork, x: tuple[torch.Tensor, torch.Tensor], options: dict, kind=SGD) -> None:
-    optimizers = [kind([p for p in n.parameters() if p.requires_grad], lr=0.1) for n in (net, twin)]
+def both(net: ff.FFNetwork, other: ff.FFNetwork, x: tuple[torch.Tensor, torch.Tensor], options: dict, kind=SGD) -> None:
+    optimizers = [kind([p for p in n.parameters() if p.requires_grad], lr=0.1) for n in (net, other)]
     results, features = net.step_and_features(*x, optimizers[0], K, **options)
-    expected = twin.features(x[0], num_classes=K)
-    theirs = twin.step(*x, optimizers[1], **{"label_field": K, **options})
+    expected = other.features(x[0], num_classes=K)
+    theirs = other.step(*x, optimizers[1], **{"label_field": K, **options})
     double = x[0].dtype == torch.float64
     low = torch.bfloat16 in (options.get("compute_dtype"), net.layers[0].compute_dtype)
     tolerance = 2e-2 if low else 1e-12 if double else 1e-5
@@ -84,7 +84,7 @@ def both(net: ff.FFNetwork, twin: ff.FFNetwork, x: tuple[torch.Tensor, torch.Ten
         for name in ("loss", "goodness", "sumsq", "y", "goodness_pos"):
             assert error(getattr(ours, name), getattr(theirs_, name)) <= tolerance, name
         assert ours.n_pos == theirs_.n_pos
-    for name, value in twin.state_dict().items():
+    for name, value in other.state_dict().items():
         assert error(net.state_dict()[name], value) <= tolerance, name
 
 
@@ -101,19 +101,19 @@ CASES = [
 
 @pytest.mark.parametrize(("option", "layers", "dtype"), CASES)
 def test_it_is_features_and_then_step(option, layers, dtype):
-    x = twins(dtype)
+    x = copies(dtype)
     net = network(dtype=dtype, **LAYERS[layers])
     both(net, copy.deepcopy(net), x, on_its_own_rows(x[0])[option])
 
 
 def test_a_product_that_is_there_already():
-    net, x = network(), twins()
+    net, x = network(), copies()
     both(net, copy.deepcopy(net), x, {"product": net.shared_product(x[0], K), "backend": "eager"})
 
 
 @pytest.mark.parametrize("how", ["hook", "frozen", "half frozen", "gradient hook", "reference optimizer"])
 def test_it_is_so_for_layers_that_are_watched_or_frozen(how):
-    nets, x = [network(), network()], twins()
+    nets, x = [network(), network()], copies()
     for net in nets:
         if how == "hook":
             net.layers[0].register_forward_hook(lambda m, args, y: y * 0.5)
@@ -126,8 +126,8 @@ def test_it_is_so_for_layers_that_are_watched_or_frozen(how):
     both(*nets, x, {}, Adam if how != "reference optimizer" else torch.optim.RMSprop)
 
 
-def test_rows_that_are_no_twins_meet_the_errors_of_a_step():
-    net, (x_pos, x_neg) = network(), twins()
+def test_rows_that_are_no_copies_meet_the_errors_of_a_step():
+    net, (x_pos, x_neg) = network(), copies()
     before = copy.deepcopy(net.state_dict())
     optimizer = SGD(net.parameters(), lr=0.1)
     for wrong in ((x_pos, x_neg[1:], K), (x_pos[1:], x_neg, K), (x_pos, x_neg, 13), (x_pos, x_neg, 1)):

@@ -11,8 +11,9 @@ import ffkernels as ff
 from ffkernels.backends.eager import step as eager_step
 from ffkernels.backends.native import library
 
+from .bounds import check_case, check_forward
 from .steps import problem
-from .surface import cases, check_case, check_forward
+from .surface import cases
 
 BACKENDS = [
     "eager",

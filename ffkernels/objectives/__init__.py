@@ -3,7 +3,7 @@
 from .batchnorm import move, standardise, through
 from .classes import CLASS_GOODNESS, CLASS_LOSSES, by_unit, class_goodness, class_terms, dense, slopes_by_activity
 from .given import AnyObjective, GivenLoss, Moments, any_objective
-from .head import ProjectionHead
+from .head import Form, ProjectionHead
 from .judged import Judged
 from .objective import DEFAULT_OBJECTIVE, GOODNESS, LOSSES, REDUCTIONS, Objective, short, silu_slope
 
@@ -15,6 +15,7 @@ __all__ = [
     "LOSSES",
     "REDUCTIONS",
     "AnyObjective",
+    "Form",
     "GivenLoss",
     "Judged",
     "Moments",

@@ -53,7 +53,7 @@ class Case:
     optimizer_name: str | None = None  # instead of the original's
     package: str | None = None  # the original as a package, a contender besides the plain writing of its step
     one_optimizer: bool = False  # for all layers, as against one for each
-    label: str = "overlaid"  # on the first pixels, "concatenated", or "none": the rows are noise
+    label: str = "overlaid"  # on the first pixels, "concatenated", "apart", or "none": the rows are noise
     compiled: bool = False  # with torch.compile's contenders, which take half a minute to build
     proof_steps: int = 3  # after which the weights of all contenders must agree
     warm_steps: int = 5  # taken by every contender before its steps are timed
@@ -72,6 +72,11 @@ class Case:
         return list(zip(self.sizes[:-1], self.sizes[1:], strict=True))
 
     @property
+    def sides(self) -> int:
+        """2: a step takes positive and negative rows; 1: rows and their labels."""
+        return self.original.sides
+
+    @property
     def low_precision(self) -> torch.dtype | None:
         """The dtype of the products' operands where it is not the weights'."""
         return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(self.dtype)
@@ -88,7 +93,7 @@ class Case:
 
     def __str__(self) -> str:
         """Network, rows and optimizer in a few words."""
-        rows = f"{self.rows:,}" if self.task == "predict" else f"2x{self.rows:,}"
+        rows = f"{self.rows:,}" if self.task == "predict" or self.sides == 1 else f"2x{self.rows:,}"
         doing = "10 labels" if self.task == "predict" else type(self.optimizer([torch.zeros(1)])).__name__
         return f"{'-'.join(map(str, self.sizes))}, {rows} rows, {doing}"
 
@@ -113,7 +118,7 @@ class Case:
             for layer in layers:
                 if self.task == "predict" or self.label == "none":
                     # z of a row of length 1 is normal with this deviation, and a ReLU keeps half of its square.
-                    nn.init.normal_(layer.weight, std=(2 * self.original.objective["threshold"]) ** 0.5)
+                    nn.init.normal_(layer.weight, std=(2 * self.original.objective.get("threshold", 2.0)) ** 0.5)
                     nn.init.zeros_(layer.bias)
                 elif self.original.init is not None:
                     self.original.init(layer.weight)
@@ -151,6 +156,10 @@ def _networks() -> list[Case]:
         "bioff-float32", "bioff", (794, 256, 128), 500,
         package="bioff", label="concatenated", compiled=True, seconds=10,
     )  # fmt: skip
+    grouped = Case(
+        "grouped", "grouped", (784, 1000, 1000), 128,
+        one_optimizer=True, label="apart", compiled=True, warm_steps=10, seconds=12,
+    )  # fmt: skip
     others = {
         "hinton": ((784, 1000, 1000, 1000), 100),
         "ffpytorch": ((784, 500, 500), 5000),
@@ -167,6 +176,7 @@ def _networks() -> list[Case]:
         *_in_dtypes(loewex, float32="quick", bfloat16="default", float64="all", float16="all"),
         *_in_dtypes(full_batch, float32="default", bfloat16="all"),
         bioff,
+        *_in_dtypes(grouped, float32="default", bfloat16="default"),
         *(
             Case(f"{name}-float32", name, *shape, optimizer_name=eased.get(name), proof_steps=2, tier="all")
             for name, shape in others.items()
@@ -214,7 +224,8 @@ def _predictions() -> list[Case]:
         "predict-mohammadpz", "mohammadpz", (784, 500, 500), 1000, task="predict", seconds=8, tier="quick"
     )
     low = replace(fflib, name="predict-fflib-bfloat16", dtype="bfloat16", tier="all")
-    return [fflib, low, mohammadpz]
+    grouped = Case("predict-grouped", "grouped", (784, 1000, 1000), 128, task="predict", label="apart", seconds=8)
+    return [fflib, low, mohammadpz, grouped]
 
 
 CASES = {case.name: case for case in (*_networks(), *_predictions(), *_layers())}

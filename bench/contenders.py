@@ -48,7 +48,7 @@ class FFKernels(Contender):
     """This package, on the backend it chooses or on a given one."""
 
     def __init__(self, case: Case, initial: Layers, backend: str | None = None) -> None:
-        self.net = our_network(case, initial, backend)
+        self.net, self.by_labels = our_network(case, initial, backend), case.sides == 1
         self.layers = [(layer.weight, layer.bias) for layer in self.net]
         self.sample_weight = case.original.weights_for(case.rows, case.rows, case.master_dtype)
         if self.sample_weight is not None:
@@ -58,8 +58,10 @@ class FFKernels(Contender):
         self.handed_over = self.optimizers[0] if case.one_optimizer else self.optimizers
 
     def step(self, *batch: Tensor) -> object:
-        x_pos, x_neg = batch
-        return self.net.step(x_pos, x_neg, self.handed_over, sample_weight=self.sample_weight)
+        x_pos, other = batch
+        if self.by_labels:
+            return self.net.step(x_pos, None, self.handed_over, labels=other)
+        return self.net.step(x_pos, other, self.handed_over, sample_weight=self.sample_weight)
 
     def state(self) -> list[Tensor]:
         """Parameters and optimizer state: all that steps change."""
@@ -232,6 +234,9 @@ class Backprop(Contender):
         self.activation = ACTIVATIONS[case.original.layer["activation"]]
         self.precision = partial(precision, case, autocast)
         self.labels = torch.arange(case.rows, device=case.device) % NUM_CLASSES
+        self.by_labels = case.sides == 1
+        if self.by_labels:
+            self.another = "backpropagation: cross-entropy over a linear head"
         self.optimizers = [case.optimizer(self.parameters())]
         self.loss = compiler(case)(self._loss) if compiled else self._loss
         self.begin = step_beginner(case, compiled)
@@ -242,13 +247,13 @@ class Backprop(Contender):
             x = self.activation(F.linear(x, weight, bias))
         return F.linear(x, *self.layers[-1])
 
-    def _loss(self, x: Tensor) -> Tensor:
-        return F.cross_entropy(self.outputs(x), self.labels)
+    def _loss(self, x: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(self.outputs(x), labels)
 
     def step(self, *batch: Tensor) -> object:
         self.begin()
         with self.precision():
-            loss = self.loss(batch[0])
+            loss = self.loss(batch[0], batch[1] if self.by_labels else self.labels)
         self.optimizers[0].zero_grad()
         loss.backward()
         self.optimizers[0].step()
@@ -268,7 +273,7 @@ class Floor(Contender):
     another = "products and state only"
 
     def __init__(self, case: Case, initial: Layers) -> None:
-        rows, device = 2 * case.rows, case.device
+        rows, device = case.sides * case.rows, case.device
         copies = 1 + case.states_per_parameter()
         self.work: list[Callable[[], object]] = []
         for i, (inputs, outputs) in enumerate(case.shapes):

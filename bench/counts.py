@@ -19,13 +19,13 @@ def flops(case: Case) -> int:
     A training step multiplies three times per layer: forward, update, and forward again where the next layer sees the
     updated weights. All rows count: leaving out saturated ones, or sharing what copies have in common, falls below it.
     A prediction multiplies all rows once in the first layer, which changes little from label to label, and once for
-    each label in the others.
+    each label in the others; where labels stand apart, once in each.
     """
     per_row = [2 * inputs * outputs for inputs, outputs in case.shapes]
     if case.task == "predict":
-        return case.rows * (per_row[0] + NUM_CLASSES * sum(per_row[1:]))
+        return case.rows * (per_row[0] + (1 if case.sides == 1 else NUM_CLASSES) * sum(per_row[1:]))
     again = sum(per_row[:-1]) if case.original.outputs == "post" else 0
-    return 2 * case.rows * (2 * sum(per_row) + again)
+    return case.sides * case.rows * (2 * sum(per_row) + again)
 
 
 def least_bytes(case: Case) -> int:
@@ -39,7 +39,7 @@ def least_bytes(case: Case) -> int:
     if case.task == "predict":
         return case.rows * (case.sizes[0] * master + torch.int64.itemsize) + parameters * master
     handed_on = 2 * sum(case.sizes[1:-1]) * operand
-    return 2 * case.rows * (case.sizes[0] * master + handed_on) + 2 * parameters * master * (
+    return case.sides * case.rows * (case.sizes[0] * master + handed_on) + 2 * parameters * master * (
         1 + case.states_per_parameter()
     )
 

@@ -44,12 +44,14 @@ class Data:
         self.order = (-1, self.labels)
 
     def batch(self, case: Case, index: int) -> Batch:
-        """The `index`-th batch of an endless run: `(x_pos, x_neg)`, each `[case.rows, in]`, or `(x,)` to label.
+        """The `index`-th batch of an endless run: `(x_pos, x_neg)`, each `[case.rows, in]`, or `(x,)` to label; where
+        labels stand apart, `(x, labels)`.
 
         Images come in shuffled epochs; negative rows are the same images under a wrong label, drawn anew in each
         batch. Noise is what a layer sees inside a network: nothing in common, half of it zeros. On the case's device.
         """
-        return tuple(x.to(case.device, case.master_dtype) for x in self._rows(case, index))
+        rows = self._rows(case, index)
+        return tuple(x.to(case.device, case.master_dtype if x.is_floating_point() else x.dtype) for x in rows)
 
     def _rows(self, case: Case, index: int) -> Batch:
         if case.label == "none":
@@ -66,6 +68,8 @@ class Data:
         images, labels = self.images[rows], self.labels[rows]
         if case.task == "predict":
             return (F.pad(images, (NUM_CLASSES, 0)) if case.label == "concatenated" else images,)
+        if case.label == "apart":
+            return images, labels
         wrong = ff.wrong_label(labels, NUM_CLASSES, generator)
         return _labelled(images, labels, case.label), _labelled(images, wrong, case.label)
 

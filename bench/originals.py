@@ -101,6 +101,7 @@ def _direction_forward(
 _hinton_forward = partial(_relu_forward, norm=lambda x: x / (x.square().mean(1, keepdim=True).sqrt() + math.exp(-100)))
 _normalize_forward = partial(_relu_forward, norm=partial(F.normalize, dim=1))
 _plain_forward = partial(_relu_forward, norm=lambda x: x)
+_rms_forward = partial(_relu_forward, norm=lambda x: x / (x.square().mean(-1, keepdim=True).sqrt() + 1e-8))
 _recurrentff_forward = partial(_relu_forward, norm=lambda x: x / torch.sqrt(x.square().mean(-1, keepdim=True) + 1e-8))
 
 
@@ -169,6 +170,13 @@ def _pair_loss(layer: Layer, x_pos: Tensor, x_neg: Tensor, softplus: Softplus, a
     return (F.silu(t) if swish else softplus(t)).mean(), y_pos, y_neg
 
 
+def _group_loss(layer: Layer, x: Tensor, labels: Tensor, softplus: Softplus) -> Outcome:
+    """Class groups (CwC, Papachristodoulou et al., 2024) in a linear layer: the labels stand where negatives would."""
+    y = layer(x)
+    goodness = y.pow(2).view(len(y), 10, -1).mean(2)
+    return F.cross_entropy(goodness, labels), y, labels
+
+
 def _barbano_loss(layer: Layer, x_pos: Tensor, x_neg: Tensor, softplus: Softplus) -> Outcome:
     y_pos, y_neg = layer(x_pos), layer(x_neg)
     loss_pos = softplus(10.0 - y_pos.norm(dim=-1)).mean()
@@ -200,8 +208,15 @@ class Original:
         layer = partial(self.forward, weight=weight, bias=bias)
         return self.loss(layer, x_pos, x_neg, softplus or self.softplus)
 
+    @property
+    def sides(self) -> int:
+        """2: positive and negative rows; 1: rows and their labels."""
+        return 1 if "classes" in self.objective else 2
+
     def objective_for(self, width: int) -> ff.Objective:
         """The objective for a layer of `width` units."""
+        if self.sides == 1:
+            return ff.Objective(**self.objective)
         return ff.Objective(**({"threshold": float(width)} | self.objective))
 
     def weights_for(self, n_pos: int, n_neg: int, dtype: torch.dtype) -> Tensor | None:
@@ -282,6 +297,10 @@ _ALL = [
         "recurrentff", _recurrentff_forward, partial(_joint_mean_loss, threshold=1.5, maximize=False),
         partial(RMSprop, lr=5e-6), _RMS | {"eps_mode": "inside"}, {"threshold": 1.5, "maximize": False}, "pre",
         softplus=F.softplus,
+    ),
+    Original(
+        "grouped", _rms_forward, _group_loss, partial(Adam, lr=1e-3), _RMS, {"loss": "cross_entropy", "classes": 10},
+        "pre",
     ),
 ]
 # fmt: on

@@ -9,6 +9,8 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
+import ffkernels as ff
+
 from .cases import NUM_CLASSES, Case, Layers
 from .contenders import OURS, Backprop, Contender, FFKernels, FFLib, Floor, Maker, backends_of, compiler, installed
 from .contenders import precision as precision_of
@@ -27,8 +29,19 @@ class OurPrediction(FFKernels):
         return self.net.predict(batch[0], NUM_CLASSES)
 
 
+class OverlaidPrediction(OurPrediction):
+    """This package, the same network with labels overlaid: goodness under each label."""
+
+    another = "overlays each label on the rows"
+
+    def __init__(self, case: Case, initial: Layers) -> None:
+        super().__init__(case, initial)
+        for layer in self.net:
+            layer.objective = ff.Objective()
+
+
 class PlainPrediction(Contender):
-    """One pass through the network for each label, as mohammadpz writes it."""
+    """One pass through the network for each label, as mohammadpz writes it; one alone where labels stand apart."""
 
     def __init__(
         self,
@@ -44,6 +57,11 @@ class PlainPrediction(Contender):
 
     def _totals(self, x: Tensor) -> Tensor:
         original, totals = self.case.original, []
+        if self.case.sides == 1:
+            for weight, bias in self.layers:
+                x = original.forward(x, weight=weight, bias=bias)
+                totals.append(x.square().view(len(x), NUM_CLASSES, -1).mean(2))
+            return torch.stack(totals).sum(0)
         goodness = GOODNESS[original.objective.get("goodness", "mean")]
         for label in range(NUM_CLASSES):
             h = x.clone()
@@ -102,7 +120,7 @@ class PredictionFloor(Floor):
             product = fastest(
                 case.device, partial(torch.mm, x, weight.t(), out=y), partial(torch.mm, weight, x.t(), out=y_t)
             )
-            self.work += [product] * (NUM_CLASSES if i else 1)
+            self.work += [product] * (NUM_CLASSES if i and case.sides == 2 else 1)
 
 
 def predictors_of(case: Case, compiled: bool) -> dict[str, Maker]:
@@ -113,6 +131,8 @@ def predictors_of(case: Case, compiled: bool) -> dict[str, Maker]:
     if package:
         makers[package] = FFLibPrediction
     makers["plain"] = PlainPrediction
+    if case.sides == 1:
+        makers[f"{OURS}, labels overlaid"] = OverlaidPrediction
     if case.low_precision is not None:
         makers["plain, autocast"] = partial(PlainPrediction, autocast=True)
     if compiled:

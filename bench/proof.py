@@ -42,7 +42,7 @@ class Exact:
         self.batches = batches
         exact = Autograd(case, initial, dtype=torch.float64, softplus=stable_softplus)
         for batch in batches:
-            exact.step(*(x.double() for x in batch))
+            exact.step(*(x.double() if x.is_floating_point() else x for x in batch))
         self.change = [p.detach() - start for p, start in zip(exact.parameters(), self.start, strict=True)]
         for softplus in (None, stable_softplus):
             yardstick = Autograd(case, initial, autocast=case.low_precision is not None, softplus=softplus)

@@ -153,7 +153,9 @@ def _rounded(value: float, digits: int = 4) -> float:
 
 def saturated_rows(case: Case, contender: Contender, batch: Batch) -> Row:
     """Per layer, the share of rows whose loss has no slope left in float32: the update leaves them out."""
-    if case.task == "predict" or not isinstance(contender, FFKernels) or case.original.objective_for(1).paired:
+    if case.task == "predict" or case.sides == 1 or not isinstance(contender, FFKernels):
+        return {}
+    if case.original.objective_for(1).paired:
         return {}
     sign = torch.tensor([-1.0, 1.0], device=case.device).repeat_interleave(case.rows).unsqueeze(1)
     thresholds = [case.original.objective_for(width).thresholds()[0] for width in case.sizes[1:]]

@@ -1,4 +1,4 @@
-"""The pages of docs/integrations: their Python runs, their diffs name what is there, their links lead somewhere."""
+"""The pages of docs with Python in them: it runs, their diffs name what is there, their links lead somewhere."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import ffkernels as ff
 
-PAGES = sorted((Path(__file__).parents[1] / "docs" / "integrations").glob("*.md"))
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = [DOCS / "classes.md", *sorted((DOCS / "integrations").glob("*.md"))]
 NEEDS = {"fflib": "fflib", "bioff": "bioff", "lightning": "lightning"}
 
 

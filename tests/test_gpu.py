@@ -86,6 +86,50 @@ def test_repeats_bit_by_bit(shape, dtype):
         assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
 
 
+@pytest.mark.parametrize("goodness", ["mean", "sum", "activity"])
+@pytest.mark.parametrize("loss", ["cross_entropy", "pvn", "cwc"])
+def test_class_groups(loss, goodness):
+    made = problem(60, 0, 50, 73, optimizer="adam", dtype=torch.float32)
+    objective = ff.Objective(loss=loss, classes=10, goodness=goodness)
+    labels = torch.arange(60, device="cuda") % 10
+    ours, exact = on_device(made), on_device(made, torch.float64)
+    for _ in range(3):
+        for p, step, options in ((ours, ff.linear_step_, {"backend": "triton"}), (exact, reference.linear_step_, {})):
+            step(p.x_pos, None, p.weight, p.bias, p.optimizer, objective=objective, labels=labels, **options)
+    expected = state_of(exact)
+    for name, value in state_of(ours).items():
+        assert error(value.cpu(), expected[name].cpu(), 0.1) <= 1e-3, name
+
+
+def test_a_label_out_of_range_makes_the_loss_nan_and_touches_nothing_else():
+    made = problem(60, 0, 50, 73, dtype=torch.float32)
+    labels = torch.arange(60, device="cuda") % 10
+    labels[7] = 1 << 40
+    p = on_device(made)
+    objective = ff.Objective(loss="cross_entropy", classes=10)
+    result = ff.linear_step_(
+        p.x_pos, None, p.weight, p.bias, p.optimizer, objective=objective, labels=labels, backend="triton"
+    )
+    assert bool(result.loss.isnan())
+    assert bool(p.weight.isfinite().all())
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_norm": "behind"}], ids=str)
+@pytest.mark.parametrize("form", ["projection", "prototypes"])
+def test_heads_learn_as_on_the_cpu(form, options):
+    found = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        layer = ff.FFLinear(50, 73, objective=ff.ProjectionHead(10, form=form), outputs="pre", **options).to(device)
+        x, labels = torch.randn(60, 50).to(device), (torch.arange(60) % 10).to(device)
+        optimizer = torch.optim.Adam(layer.parameters(), lr=0.01, eps=1e-3)
+        for _ in range(3):
+            layer.step(x, None, optimizer, labels=labels)
+        found.append([p.detach().cpu() for p in layer.parameters()])
+    for cpu, cuda in zip(*found, strict=True):
+        torch.testing.assert_close(cuda, cpu, rtol=1e-3, atol=1e-4)
+
+
 def test_saturated_rows_change_nothing():
     made = problem(300, 300, 64, 96, dtype=torch.float32)
     threshold = torch.cat([torch.full((300,), -1e6), torch.full((300,), 60.0)])

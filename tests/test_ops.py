@@ -12,12 +12,13 @@ import ffkernels as ff
 from ffkernels import ops, optim
 from ffkernels import peer as peers
 from ffkernels.backends import select
-from ffkernels.spec import Layer, Outputs, Rows
+from ffkernels.spec import Layer, Outputs, Rows, Slopes
 
 from .steps import OPTIMIZERS, problem
 
-FORWARD, FORWARD_, STEP = (
-    getattr(torch.ops.ffkernels, name).default for name in ("linear_forward", "linear_forward_", "linear_step_")
+FORWARD, FORWARD_, STEP, UPDATE = (
+    getattr(torch.ops.ffkernels, name).default
+    for name in ("linear_forward", "linear_forward_", "linear_step_", "linear_update_")
 )
 
 
@@ -107,6 +108,20 @@ def test_opcheck_step_variants(compute_dtype, objective):
 def test_opcheck_step_with_peer_normalisation(optimizer, gated):
     peer = ff.PeerNormalisation(gated=gated)
     torch.library.opcheck(STEP, step_arguments(optimizer, True, torch.float32, ff.Objective(), peer))
+
+
+@pytest.mark.parametrize("backend", ["eager", "native"])
+@pytest.mark.parametrize("basis", [None, torch.randn(3, 7)])
+def test_opcheck_update(basis, backend):
+    if backend == "native" and select.load("native").library.load().library is None:
+        pytest.skip("the compiled library was not built")
+    p = problem(12, 0, dtype=torch.float32, optimizer="adam")
+    rows = Rows(p.x_pos, p.x_neg, labels=torch.zeros(12, dtype=torch.int64))
+    layer = Layer(p.weight.detach(), p.bias.detach(), "l2", 1e-4, "add", "relu", torch.float32)
+    slopes = Slopes(torch.rand(12, 7), torch.randn(12, 3), torch.randn(12, 1), basis)
+    update = optim.plan(p.optimizer, p.weight, p.bias).record
+    records = (rows, layer, slopes, peers.pull(None, None, 7), (update.rule,), update.weight, update.bias)
+    torch.library.opcheck(UPDATE, (*ops.flatten(*records), backend))
 
 
 @pytest.mark.parametrize("backend", ["eager", "native"])

@@ -106,6 +106,16 @@ def test_variants_of_the_update(name, target):
     assert_fits(aot.report(kernel, target), target)
 
 
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_slopes_of_low_rank_beside_others(target, activation):
+    """What takes the most registers: the basis, slopes of second order by group, and float32 products."""
+    case = aot.Case(target, "update", "float32", "large", "float32", "ieee", "by basis")
+    changes = {"second": True, "ACTIVATION": activation}
+    kernel = aot.update(target, case.config, "float32", "float32", form=case.form, **changes)
+    assert_fits(aot.report(kernel, target), target)
+
+
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_variants_of_the_forward(target):
     config = aot.Case(target, "forward", "mixed", "small", "float16", "ieee", "").config

@@ -41,8 +41,9 @@ LANGUAGE = {"float32": tl.float32, "bfloat16": tl.bfloat16, "float16": tl.float1
 # The kernels' arguments that are records, and the one that is a record of its own within another.
 RECORDS = {
     "rows": records.Batch, "layer": records.Linear, "shared": records.Shared, "activities": records.Kept,
-    "made": records.Coefficients, "first": records.Slope, "second": records.Slope, "terms": records.Terms,
-    "peers": records.Pull, "weight": records.Parameter, "bias": records.Parameter, "parts": records.Parts,
+    "made": records.Coefficients, "first": records.Slope, "second": records.Slope, "basis": records.Basis,
+    "terms": records.Terms, "peers": records.Pull, "weight": records.Parameter, "bias": records.Parameter,
+    "parts": records.Parts,
 }  # fmt: skip
 WRITTEN = {"forward_kernel": records.Forwarded}
 NUMBERS = {"sgd": records.Sgd, "grad": None}
@@ -69,11 +70,12 @@ INTEGERS = re.compile(
 
 # What the update is not given, by how it comes by its coefficients, `launch.coefficient_form`, or by slopes instead.
 FORMS = {
-    "on the fly": ("made", "first", "second"),
-    "given": ("made.listed", "made.n_listed", "first", "second", "terms"),
-    "listed": ("made.row_losses", "first", "second", "terms"),
-    "by group": ("made", "terms", "written"),
-    "by unit": ("made", "terms", "written", "first.groups", "second.groups"),
+    "on the fly": ("made", "first", "second", "basis"),
+    "given": ("made.listed", "made.n_listed", "first", "second", "basis", "terms"),
+    "listed": ("made.row_losses", "first", "second", "basis", "terms"),
+    "by group": ("made", "terms", "written", "basis"),
+    "by unit": ("made", "terms", "written", "basis", "first.groups", "second.groups"),
+    "by basis": ("made", "terms", "written", "first.groups", "second"),
 }
 
 

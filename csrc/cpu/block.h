@@ -26,6 +26,27 @@ struct Chunks {
     int64_t size(int64_t chunk) const { return smaller(rows, out - first(chunk)); }
 };
 
+// Groups of consecutive units, of sizes that differ by one at most, the larger ones first.
+struct Groups {
+    int64_t units, count;
+
+    int64_t first(int64_t group) const {
+        return group * (units / count) + smaller(group, units % count);
+    }
+    int64_t size(int64_t group) const { return first(group + 1) - first(group); }
+    int64_t of(int64_t unit) const {
+        const int64_t size = units / count, larger_ones = units % count,
+                      end = larger_ones * (size + 1);
+        return unit < end ? unit / (size + 1) : larger_ones + (unit - end) / size;
+    }
+};
+
+// act'(z) where z is not positive; elsewhere it is one.
+inline float slope_below_zero(const ffk::Call& call) {
+    if (call.layer.activation == ffk::LEAKY_RELU) return 0.01f;
+    return call.layer.activation == ffk::RELU ? 0 : 1;
+}
+
 // Where rows differ from the positive rows whose copies they are; `copies` 0 where they are none.
 struct Field {
     int64_t first = 0, count = 0, copies = 0;

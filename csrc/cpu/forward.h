@@ -51,6 +51,12 @@ struct Forward {
     }
 
     void run(const Block& block, float* kept_y_t) const {
+        run(block, kept_y_t, [](int64_t, const float*) {});
+    }
+
+    // `see(chunk, y_t)` is called with each chunk's activities [units, stride] while they are warm.
+    template <class F>
+    void run(const Block& block, float* kept_y_t, F see) const {
         const int workers = workers_for(call, block.operands() * in_of(call) * out_of(call));
         pack(block, workers);
         parallel(chunks.count(), workers, [&](int64_t chunk, int worker) {
@@ -63,6 +69,7 @@ struct Forward {
                 multiply<decltype(in_pairs)::value>(block, chunk, weights(chunk, own), y_t);
             });
             if (call.outputs.y.at != nullptr) write_rows(block, chunk, y_t);
+            see(chunk, y_t);
             if (kept_y_t != nullptr && call.layer.activation == ffk::LEAKY_RELU)
                 gate(block, chunk, y_t);
         });

@@ -1,9 +1,9 @@
 // The two operators, compiled once for each instruction set (FFK_SET names it).
 #include "kernels.h"
 
+#include "classes.h"
 #include "forward.h"
 #include "given.h"
-#include "objective.h"
 #include "update.h"
 
 namespace {
@@ -64,11 +64,16 @@ int64_t blocks_of_step(const ffk::Call& call) {
     return larger(1, pieces(rows, rows_at_once));
 }
 
-// Coefficients per column; returns the block's part of the loss.
+// Coefficients per column, and goodness where it is asked for; returns the block's part of the
+// loss.
 double coefficients(const Objective& objective, const Block& block, const float* sumsq,
                     float* coefficient) {
     double loss = 0;
     std::memset(coefficient, 0, size_t(block.columns()) * 4);
+    float* goodness = objective.call.outputs.goodness_out;
+    for (int64_t g = 0; goodness != nullptr && g < block.groups; g++)
+        for (int64_t i = 0; i < block.count(g); i++)
+            goodness[block.row(g, i)] = objective.goodness(sumsq[block.column(g, i)]);
     if (objective.paired()) {
         for (int64_t i = 0; i < block.rows[0]; i++) {
             const int64_t other = block.column(1, i);
@@ -102,6 +107,7 @@ int linear_step(const ffk::Call& call) {
         const Block largest = largest_block(call, blocks, field);
         const Forward forward(call, largest, true, memory);
         Peers peers(call, largest, memory);
+        const Classes classes(call, largest, memory);
         Update update(call, peers, largest, blocks, memory);
         float* y_t = memory.take(up_to(out_of(call), TILE_ROWS) * forward.stride);
         float* coefficient = memory.take(largest.columns());
@@ -111,18 +117,23 @@ int linear_step(const ffk::Call& call) {
         if (peers.there()) peers.start();
         for (int64_t index = 0; index < blocks; index++) {
             const Block block = block_of(call, index, blocks, field);
-            forward.run(block, y_t);
+            forward.run(block, y_t, [&](int64_t chunk, const float* y) {
+                if (classes.there()) classes.see(block, chunk, y, forward.stride);
+            });
             if (peers.there()) {
                 peers.see(block, y_t, forward.stride, forward.scale);
                 if (index == blocks - 1) peers.finish();
             }
-            if (call.outputs.goodness_out != nullptr)
-                for (int64_t g = 0; g < block.groups; g++)
-                    for (int64_t i = 0; i < block.count(g); i++)
-                        call.outputs.goodness_out[block.row(g, i)] =
-                            objective.goodness(forward.sumsq[block.column(g, i)]);
-            loss += coefficients(objective, block, forward.sumsq, coefficient);
-            update.run(block, index, coefficient, forward.scale, y_t, forward.stride);
+            if (classes.there())
+                loss += classes.solve(block, coefficient);
+            else
+                loss += coefficients(objective, block, forward.sumsq, coefficient);
+            update.run(block, index, coefficient, forward.scale, forward.stride,
+                       [&](int64_t chunk, int) {
+                           float* y = y_t + forward.chunks.first(chunk) * forward.stride;
+                           if (classes.there()) classes.apply(block, chunk, y, forward.stride);
+                           return y;
+                       });
         }
         *call.outputs.loss_out = float(loss);
         if (again.outputs.sumsq != nullptr) after.run();
@@ -134,20 +145,27 @@ int linear_update(const ffk::Call& call) {
     const Field field = label_field(call);
     return with_memory([&](Memory& memory, bool real) {
         const Block largest = largest_block(call, blocks, field);
-        const Given given(call, largest, memory);
         Peers peers(call, largest, memory);
+        const Given given(call, largest, peers.there(), memory);
         Update update(call, peers, largest, blocks, memory);
         if (!real) return;
+        given.start();
         if (peers.there()) peers.start();
         for (int64_t index = 0; index < blocks; index++) {
             const Block block = block_of(call, index, blocks, field);
-            given.read(block);
+            given.weigh(block);
             if (peers.there()) {
+                given.read(block);
                 peers.see(block, given.y_t, given.stride, given.scale);
                 if (index == blocks - 1) peers.finish();
             }
-            given.apply(block);
-            update.run(block, index, given.coefficient, given.scale, given.y_t, given.stride);
+            update.run(block, index, given.coefficient, given.scale, given.stride,
+                       [&](int64_t chunk, int worker) {
+                           float* y = given.y_of(chunk, worker);
+                           if (!peers.there()) given.read(block, chunk, y);
+                           given.apply(block, chunk, worker, y);
+                           return y;
+                       });
         }
     });
 }

@@ -1,5 +1,5 @@
-// From sums of squares to row coefficients and the loss: ffkernels/objective.py, Objective.terms,
-// row by row.
+// From sums of squares to row coefficients and the loss: ffkernels/objectives/objective.py,
+// Objective.terms, row by row.
 #pragma once
 #include "rows.h"
 

@@ -67,9 +67,11 @@ struct Update {
         scratch = memory.take(scratch_size * call.threads);
     }
 
-    // `coefficient`, `scale`: per column of `y_t` [out, stride], whose entries are y act'(z).
+    // `coefficient`, `scale`: per column. `y_of(chunk, worker)`: y act'(z) of a chunk's units,
+    // [units, stride], whose columns these are.
+    template <class F>
     void run(const Block& block, int64_t index, const float* coefficient, const float* scale,
-             const float* y_t, int64_t stride) {
+             int64_t stride, F y_of) {
         const int64_t depth = choose(block, coefficient, scale);
         const int workers = workers_for(call, larger(1, depth) * in_of(call) * out_of(call));
         // Panels are as deep as rows are kept: one that is left out is neither packed nor
@@ -78,7 +80,7 @@ struct Update {
         pack(block, depth, panels, workers);
         parallel(chunks.count(), workers, [&](int64_t chunk, int worker) {
             float* left = scratch + worker * scratch_size;
-            form(block, index, chunk, depth, y_t, stride, left);
+            form(block, index, chunk, depth, y_of(chunk, worker), stride, left);
             with_rule([&](auto kind) {
                 constexpr int KIND = decltype(kind)::value;
                 if (call.layer.bias != nullptr && index == blocks - 1) update_bias<KIND>(chunk);
@@ -214,7 +216,7 @@ struct Update {
                 // Where the group's own lies: place 0 is the sum's.
                 float* operand = left + (1 + g) * size + o * depth_stride;
                 float* own = !copies ? to : pairs ? unpaired + up_to(depth, 16) : operand;
-                gather(y_t + unit * stride + g * block.stride, bias_weight_of + g * rows, depth,
+                gather(y_t + o * stride + g * block.stride, bias_weight_of + g * rows, depth,
                        depth == block.operands(), own);
                 // Before the row scale goes in: the bias sees c y act'(z) alone.
                 bias += dot(own, bias_weight_of + g * rows, depth);

@@ -63,7 +63,10 @@ def positives(p: Problem, options: Options) -> Tensor:
 def by_autograd(p: Problem, slopes: list[Tensor | None], options: Options) -> dict[str, Tensor]:
     """A step of the optimizer itself, and the running mean that it leaves."""
     z, y = activities(p, options)
-    first, second = (by_unit(slope, len(p.weight)).double() for slope in slopes)
+    given = [None if slope is None else slope.double() for slope in slopes]
+    if len(given) == 3:
+        given = [given[0] @ given[2], given[1]]
+    first, second = (by_unit(slope, len(p.weight)).double() for slope in given)
     loss = (first * y + second * y.square()).sum()
     found = {}
     if options.peer is not None:
@@ -198,9 +201,58 @@ def test_slopes_with_gaps():
     compare(made, [None, torch.randn(23, 2)[:, 1:]], Options())
 
 
+def of_low_rank(n: int, rank: int, second: int | None, units: int = UNITS) -> list[Tensor | None]:
+    """First slopes, second ones, and the basis of the first."""
+    return [*drawn(n, rank, second), torch.randn(rank, units)]
+
+
+@pytest.mark.parametrize("second", [None, 1, 5, UNITS])
+@pytest.mark.parametrize("rank", [1, 5, 16, 19])
+def test_slopes_of_low_rank(rank, second, monkeypatch):
+    """Up to 16 groups are multiplied out tile by tile, in the kernel; more of them before it."""
+    seen = []
+    launch_tiles = launch.launch_tiles
+    monkeypatch.setattr(launch, "launch_tiles", lambda *a: seen.append(a[3].basis.groups) or launch_tiles(*a))
+    activation = check.ACTIVATIONS[rank % len(check.ACTIVATIONS)]
+    made = problem(14, 9, 18, UNITS, optimizer="adam", bias=rank != 5, dtype=torch.float32)
+    compare(made, of_low_rank(23, rank, second), Options(activation=activation))
+    assert seen == [rank if rank <= 16 else None]
+
+
+@pytest.mark.parametrize("compute", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rounded", [False, True])
+def test_slopes_of_low_rank_with_narrow_operands(rounded, compute):
+    made = problem(14, 9, 18, UNITS, optimizer="sgd-momentum", dtype=torch.float32)
+    if rounded:
+        made = made._replace(x_pos=made.x_pos.to(compute), x_neg=made.x_neg.to(compute))
+    slopes = of_low_rank(23, 10, 1)
+    for size in (1.0, 1e-9):
+        compare(made, [size * slope for slope in slopes[:2]] + slopes[2:], Options(activation="silu"), compute)
+
+
+@pytest.mark.parametrize("way", ["pointers", "bulk copies"])
+def test_slopes_of_low_rank_split(way, monkeypatch):
+    use("split", monkeypatch)
+    go(way, monkeypatch)
+    compare(problem(70, 0, 24, 40, optimizer="adam", dtype=torch.float32), of_low_rank(70, 5, 5, 40), Options())
+
+
+def test_slopes_of_low_rank_with_gaps():
+    made = problem(14, 9, 18, UNITS, dtype=torch.float32)
+    compare(made, [torch.randn(5, 23).t(), None, torch.randn(UNITS, 5).t()], Options())
+    compare(made, [torch.randn(23, 10)[:, ::2], None, torch.randn(UNITS).expand(5, UNITS)], Options())
+
+
+def test_slopes_of_low_rank_beside_a_pull():
+    made = problem(14, 9, 18, UNITS, dtype=torch.float32)
+    for peer in PULLS:
+        compare(made.copy(), of_low_rank(23, 5, None), Options(peer=peer))
+
+
 @pytest.mark.parametrize("shape", [(None, 1), (5, UNITS)], ids=str)
 def test_no_rows(shape):
     compare(problem(0, 0, 18, UNITS, optimizer="adam", dtype=torch.float32), drawn(0, *shape), Options())
+    compare(problem(0, 0, 18, UNITS, optimizer="adam", dtype=torch.float32), of_low_rank(0, 5, None), Options())
 
 
 def test_rows_without_a_slope_are_left_out(monkeypatch):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..select import Request
 
 _ACTIVATIONS = ("relu", "leaky_relu", "identity")
-LOSSES = get_args(spec.SideLoss)
+LOSSES = get_args(spec.Loss)
 _RULES = get_args(spec.Rule)
 _PARAMETERS = ("weight", "bias")
 _DTYPES = {"mask": torch.bool, "labels": torch.int64}
@@ -96,8 +96,6 @@ def linear_update_(rows: Rows, layer: Layer, slopes: Slopes, pull: PeerPull, upd
     call.take(pull)
     call.take(update)
     call.values += _NO_OUTPUTS
-    if slopes.basis is not None and slopes.first is not None:
-        slopes = slopes._replace(first=slopes.first @ slopes.basis, basis=None)
     call.take(slopes)
     call.run(rows, layer)
 

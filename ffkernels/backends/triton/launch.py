@@ -16,8 +16,8 @@ from .finish import finish_kernel
 from .forward import forward_kernel
 from .operands import arithmetic, as_one, batch, kind_of, scales_first, total
 from .peers import peers_kernel
-from .records import Coefficients, Forwarded, Kept, Linear, Parameter, Parts, Pull, Shared, Slope, Terms, Written
-from .slopes import list_kernel, scale_kernel, units_kernel
+from .records import Basis, Coefficients, Forwarded, Kept, Linear, Parameter, Parts, Pull, Shared, Slope, Terms, Written
+from .slopes import RANK, list_kernel, scale_kernel, units_kernel
 from .support import interpreted
 from .update import update_kernel
 
@@ -110,14 +110,14 @@ def forward(
         with device_of(weight):
             forward_kernel[(programs,)](
                 rows=batch(rows if sum_units else rows._replace(is_positive=None)),
+                in_features=in_features,
+                out_features=out_features,
                 input_sumsq=rows.input_sumsq if layer.norm != "none" else None,
-                layer=Linear(weight, weight.stride(0), weight.stride(1), layer.bias, bias_stride, layer.eps),
+                layer=Linear(weight, weight.stride(0), weight.stride(1), layer.eps, layer.bias, bias_stride),
                 x_tiles=x_tiles if bulk else None,
                 weight_tiles=weight_tiles if bulk else None,
                 shared=Shared() if rows.product is None else Shared(rows.product, rows.label_field),
                 written=Forwarded(y, y_row, y_col, z, row_scale, partials, units),
-                in_features=in_features,
-                out_features=out_features,
                 NORM=layer.norm,
                 EPS_MODE=layer.eps_mode,
                 ACTIVATION=layer.activation,
@@ -176,6 +176,7 @@ class Source(NamedTuple):
     made: Coefficients = Coefficients()
     first: Slope = Slope()
     second: Slope = Slope()
+    basis: Basis = Basis()
     terms: Terms | None = None
     written: Written | None = None
 
@@ -210,8 +211,8 @@ def update_given(
 ) -> None:
     """Launches the update by given slopes."""
     activity, first, second, basis = slopes
-    if first is not None and basis is not None:
-        first = first @ basis
+    if first is not None and basis is not None and basis.shape[0] > RANK.value:
+        first, basis = first @ basis, None
     if first is None and (second is None or second.shape[1] == 1):
         column = layer.weight.new_zeros(total(rows)) if second is None else second[:, 0]
         # What the loss is, nobody here knows: any may have rows at rest.
@@ -219,7 +220,11 @@ def update_given(
         source = Source(NO_OBJECTIVE, listed(column) if form == "listed" else Coefficients(2 * column))
     else:
         units = activity.shape[1]
-        source = Source(NO_OBJECTIVE, Coefficients(), operands.slope_of(first, units), operands.slope_of(second, units))
+        by_first, by_second = operands.slope_of(first, units), operands.slope_of(second, units)
+        source = Source(NO_OBJECTIVE, Coefficients(), by_first, by_second)
+        if first is not None and basis is not None:
+            given = Slope(first, *first.stride())
+            source = source._replace(first=given, basis=Basis(basis, *basis.stride(), basis.shape[0]))
     kept = operands.kept(activity, row_scale)
     launch_tiles(rows, layer, kept, source, peers, parameters)
 
@@ -263,6 +268,7 @@ def launch_tiles(
             made=made,
             first=source.first,
             second=source.second,
+            basis=source.basis,
             terms=source.terms if made.coefficient is None else None,
             written=source.written,
             peers=peers,

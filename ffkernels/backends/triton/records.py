@@ -33,9 +33,9 @@ class Linear(NamedTuple):
     weight: Tensor
     weight_row: int
     weight_col: int
+    eps: float
     bias: Tensor | None
     bias_stride: int
-    eps: float
 
 
 class Shared(NamedTuple):
@@ -128,6 +128,15 @@ class Slope(NamedTuple):
     slope: Tensor | None = None
     slope_row: int | None = None
     slope_col: int | None = None
+    groups: int | None = None
+
+
+class Basis(NamedTuple):
+    """`[groups, out]`: the first slopes are the product of `Slope.slope` `[rows, groups]` and it."""
+
+    basis: Tensor | None = None
+    basis_row: int | None = None
+    basis_col: int | None = None
     groups: int | None = None
 
 

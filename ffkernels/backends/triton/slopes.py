@@ -6,6 +6,10 @@ import triton.language as tl
 from .coefficient import in_doubt_so_far, positive_rows
 from .common import activate, joint_rows, rows_of, scale_of_rows, slope_of
 
+# How many groups of a basis a tile multiplies out: the fewest that `tl.dot` takes. With twice as many, and slopes of
+# second order beside them, some configurations have no registers left and spill in the loop.
+RANK = tl.constexpr(16)
+
 
 @triton.jit
 def columns_of(j, units, slope):
@@ -23,15 +27,38 @@ def columns_of(j, units, slope):
 
 
 @triton.jit
-def by_slopes(values, i, inside, first, first_at, second, second_at, ACTIVATION: tl.constexpr):
-    """`(first + 2 second y) act'(z)` in float32 of rows `i`, from what the forward has kept; either may be none."""
+def basis_of(j, units, basis):
+    """`[RANK, len(j)]` of a `records.Basis`, zero beyond its groups and units; an empty scalar where there is none."""
+    tile = 0.0
+    if basis.basis is not None:
+        g = tl.arange(0, RANK)
+        at = basis.basis + g.to(tl.int64)[:, None] * basis.basis_row + j.to(tl.int64)[None, :] * basis.basis_col
+        tile = tl.load(at, mask=(g < basis.groups)[:, None] & (j < units)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def by_slopes(
+    values, i, here, j, units, first, first_at, second, second_at, basis, basis_tile,
+    ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """`(first + 2 second y) act'(z)` in float32 of rows `i`, from what the forward has kept; either may be none.
+
+    With a basis, `first` is the product of its rows and `basis_tile`, which is made here.
+    """
     kept = values.to(tl.float32)
     row = i.to(tl.int64)[:, None]
+    inside = here[:, None] & (j < units)[None, :]
     by_y = tl.zeros(kept.shape, tl.float32)
     if second.slope is not None:
         at = second.slope + row * second.slope_row + second_at[None, :]
         by_y += 2.0 * tl.load(at, mask=inside, other=0.0) * activity_of(kept, ACTIVATION)
-    if first.slope is not None:
+    if basis.basis is not None:
+        g = tl.arange(0, RANK)
+        at = first.slope + row * first.slope_row + g.to(tl.int64)[None, :] * first.slope_col
+        by_group = tl.load(at, mask=here[:, None] & (g < basis.groups)[None, :], other=0.0)
+        by_y += tl.dot(by_group, basis_tile, input_precision="ieee")
+    elif first.slope is not None:
         by_y += tl.load(first.slope + row * first.slope_row + first_at[None, :], mask=inside, other=0.0)
     return by_y * slope_of(kept, ACTIVATION)
 

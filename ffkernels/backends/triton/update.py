@@ -7,7 +7,7 @@ from .coefficient import positive_rows, row_terms
 from .common import gated, grouped, joint_rows, operand, power_of_two_below, rows_of, slope_of
 from .peers import bias_with_pull, with_pull
 from .rules import apply_rule
-from .slopes import by_slopes, columns_of
+from .slopes import basis_of, by_slopes, columns_of
 
 
 @triton.jit
@@ -16,7 +16,7 @@ def update_kernel(
     x_tiles, kept_tiles,  # rows and activities again as tensor descriptors, under TMA
     in_features, out_features,
     made,  # `Coefficients` of the rows in doubt or of every row; where there are none, either
-    first, second,  # `Slope`,
+    first, second, basis,  # `Slope`, `Slope`, `Basis`,
     terms,  # or `Terms`, by which coefficients are made on the fly
     written,  # `Written`, of an objective
     peers, weight, bias,  # `Pull`, `Parameter`, `Parameter`
@@ -49,6 +49,7 @@ def update_kernel(
         k = tile_in * BLOCK_IN + tl.arange(0, BLOCK_IN)
         first_at = columns_of(j, out_features, first)
         second_at = columns_of(j, out_features, second)
+        basis_tile = basis_of(j, out_features, basis)
         acc = tl.zeros([BLOCK_OUT, BLOCK_IN], tl.float32)
         for start in range(begin, last, BLOCK_K):
             place = start + tl.arange(0, BLOCK_K)
@@ -79,8 +80,10 @@ def update_kernel(
                     r = tl.full([BLOCK_K], 1.0, tl.float32)
                 c *= r
             if has_slopes:
-                inside = here[:, None] & (j < out_features)[None, :]
-                dz = by_slopes(values, i, inside, first, first_at, second, second_at, ACTIVATION)
+                dz = by_slopes(
+                    values, i, here, j, out_features, first, first_at, second, second_at, basis, basis_tile,
+                    ACTIVATION,
+                )  # fmt: skip
                 dz *= c[:, None]
             else:
                 dz = times_coefficient(values, c, ACTIVATION, COMPUTE)
@@ -104,6 +107,7 @@ def update_kernel(
         j = block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
         first_at = columns_of(j, out_features, first)
         second_at = columns_of(j, out_features, second)
+        basis_tile = basis_of(j, out_features, basis)
         bias_sum = tl.zeros([BLOCK_K, BLOCK_OUT], tl.float32)
         loss_sum = tl.zeros([BLOCK_K], tl.float32)
         for start in range(begin, last, BLOCK_K):
@@ -124,8 +128,10 @@ def update_kernel(
             if bias.parameter is not None:
                 values = rows_of(activities, i, here, j, out_features)
                 if has_slopes:
-                    inside = here[:, None] & (j < out_features)[None, :]
-                    bias_sum += by_slopes(values, i, inside, first, first_at, second, second_at, ACTIVATION)
+                    bias_sum += by_slopes(
+                        values, i, here, j, out_features, first, first_at, second, second_at, basis, basis_tile,
+                        ACTIVATION,
+                    )  # fmt: skip
                 else:
                     bias_sum += times_coefficient(values, c, ACTIVATION, COMPUTE)
                 if is_gated:

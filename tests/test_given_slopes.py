@@ -1,0 +1,123 @@
+"""Updates by given slopes of every shape that the border has, low rank too: the compiled library against float64."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ffkernels.backends.native import step
+from ffkernels.reference import ACTIVATIONS
+from ffkernels.spec import Layer, Numbers, PeerPull, Rows, Slopes, Slot, Update
+
+from .steps import error
+from .test_native import BEST, LOADED, SETS, needs_library
+
+pytestmark = needs_library
+
+
+def by_unit(slope: Tensor, units: int) -> Tensor:
+    """`[rows, groups]` as `[rows, units]`: each unit has its group's number."""
+    return torch.cat([g.expand(-1, len(u)) for g, u in zip(slope.split(1, 1), torch.arange(units).tensor_split(
+        slope.shape[1]), strict=True)], 1)  # fmt: skip
+
+
+def expected(x: Tensor, slopes: Slopes, activation: str, product: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The gradients by weight and bias, in the dtype of `x`, of operands rounded to `product`."""
+    z = slopes.activity.detach().clone().requires_grad_()
+    slope = torch.zeros_like(x[:, :1])
+    if slopes.first is not None:
+        slope = slope + (slopes.first @ slopes.basis if slopes.basis is not None else by_unit(slopes.first, z.shape[1]))
+    if slopes.second is not None:
+        slope = slope + 2 * by_unit(slopes.second, z.shape[1]) * z.detach()
+    (dz,) = torch.autograd.grad(ACTIVATIONS[activation](z), z, slope.expand_as(z))
+    scale = 1 / (x.square().sum(1, keepdim=True).sqrt() + 1e-4)
+    return (dz * scale).to(product).to(x.dtype).t() @ x.to(product).to(x.dtype), dz.sum(0)
+
+
+def spread(values: Tensor, how: str) -> Tensor:
+    """The same numbers with other strides."""
+    if how == "columns":
+        return values.t().contiguous().t()
+    wide = torch.full((2 * len(values), values.shape[1] + 3), torch.nan)
+    wide[::2, : values.shape[1]] = values
+    return wide[::2, : values.shape[1]] if how == "gaps" else values
+
+
+def update_of(x_pos: Tensor, x_neg: Tensor, slopes: Slopes, activation: str, product: torch.dtype, mean: Tensor | None):
+    """The gradients that the library hands out."""
+    units = slopes.activity.shape[1]
+    weight, bias = torch.full((units, x_pos.shape[1]), torch.nan), torch.full((units,), torch.nan)
+    layer = Layer(torch.zeros_like(weight), torch.zeros_like(bias), "l2", 1e-4, "add", activation, product)
+    update = Update("grad", Slot([weight], Numbers()), Slot([bias], Numbers()))
+    # A pull of no strength: the activities are seen, and nothing else changes.
+    pull = PeerPull(mean, 0.0, 0.9, False)
+    step.linear_update_(Rows(x_pos, x_neg), layer, slopes, pull, update)
+    return weight, bias
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    rows=st.tuples(*[st.integers(0, 40)] * 2).filter(any),
+    units=st.one_of(st.integers(1, 80), st.just(700)),
+    columns=st.integers(1, 70),
+    first=st.sampled_from(["none", "row", "groups", "units", "basis"]),
+    second=st.sampled_from(["none", "row", "groups", "units"]),
+    rank=st.one_of(st.integers(1, 12), st.just(90)),
+    activation=st.sampled_from(["relu", "leaky_relu", "identity"]),
+    product=st.sampled_from([torch.float32, torch.bfloat16]),
+    how=st.sampled_from(["whole", "columns", "gaps"]),
+    copies=st.booleans(),
+    peers=st.booleans(),
+    instruction_set=st.sampled_from(SETS),
+    threads=st.sampled_from([1, 3]),
+    seed=st.integers(0, 2**20),
+)
+def test_given_slopes(
+    rows, units, columns, first, second, rank, activation, product, how, copies, peers, instruction_set, threads, seed
+):
+    if first == second == "none":
+        second = "groups"
+    torch.manual_seed(seed)
+    total = sum(rows)
+    x = torch.randn(total, columns)
+    if copies and rows[0] and columns > 8:
+        rows = (rows[0], rows[0] * 2)
+        total = sum(rows)
+        x = torch.randn(rows[0], columns).repeat(3, 1)
+        x[:, 0] = torch.randn(total)
+    y = ACTIVATIONS[activation](torch.randn(total, units))
+    wide = {"row": 1, "groups": min(rank, units), "units": units, "basis": rank}
+    found = [None if kind == "none" else torch.randn(total, wide[kind]) / 8 for kind in (first, second)]
+    left_out = torch.rand(total) < 0.3
+    for slope in found:
+        if slope is not None:
+            slope[left_out] = 0
+    basis = torch.randn(rank, units) / rank**0.5 if first == "basis" else None
+    slopes = Slopes(*(None if t is None else spread(t, how) for t in (y, *found, basis)))
+    mean = torch.rand(units) if peers and activation != "leaky_relu" else None
+    before = torch.get_num_threads()
+    LOADED.library.ffk_limit(instruction_set.encode())
+    torch.set_num_threads(threads)
+    try:
+        ours = update_of(spread(x[: rows[0]], how), spread(x[rows[0] :], how), slopes, activation, product, mean)
+    finally:
+        torch.set_num_threads(before)
+        LOADED.library.ffk_limit(BEST)
+    plain = Slopes(y, *found, basis)
+    exact = expected(x.double(), Slopes(*(None if t is None else t.double() for t in plain)), activation, torch.float64)
+    for a, b, torchs in zip(ours, exact, expected(x, plain, activation, product), strict=True):
+        assert error(a, b, 0.1) <= 2 * error(torchs, b, 0.1) + (1e-6 if product == torch.float32 else 2e-3)
+
+
+def test_rows_left_out_may_hold_anything():
+    x, y = torch.rand(20, 9), torch.rand(20, 30)
+    slopes, basis = torch.randn(20, 4), torch.randn(4, 30)
+    slopes[5] = 0
+    whole = update_of(x, x[:0], Slopes(y, slopes, None, basis), "relu", torch.float32, None)
+    y[5] = torch.nan
+    for a, b in zip(
+        whole, update_of(x, x[:0], Slopes(y, slopes, None, basis), "relu", torch.float32, None), strict=True
+    ):
+        assert torch.equal(a, b)

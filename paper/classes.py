@@ -73,10 +73,10 @@ def backprop(of: Trainer, rate: float) -> Row:
     return {"errors": errors, "seconds": seconds}
 
 
-def save(data: Dataset, say: Say, path: Path = FILE) -> None:
+def save(data: Dataset, say: Say, path: Path = FILE, names: Sequence[str] = NAMES) -> None:
     """Measures, and writes it as data."""
     about = machine.describe("cpu")
-    found = {"machine": about, "data": data.name, "rows": measure(data, say)}
+    found = {"machine": about, "data": data.name, "rows": measure(data, say, names)}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda file: file.write((json.dumps(found, indent=1) + "\n").encode()))
 

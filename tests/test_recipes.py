@@ -24,11 +24,12 @@ from ffkernels.recipes.catalogue import (
     LOEWEX,
     MOHAMMADPZ,
     MONO_FORWARD,
+    PROJECTED,
     RECIPES,
     Recipe,
 )
 from ffkernels.recipes.train import Totals, Trainer, describe, train
-from paper import ablation, backprop, results
+from paper import ablation, backprop, classes, results
 from paper import page as made_page
 
 from .toy_data import toy_data, write_idx
@@ -568,6 +569,33 @@ def test_steps_against_backprop_are_rows_and_a_table(data, tmp_path, monkeypatch
     text = backprop.tables(path)
     assert "{:.2f} [{:.2f}, {:.2f}]".format(*steps[0]["over_compiled"]) in text
     assert text.count("not in 1 epochs") + text.count(" s, 1 epochs") == 2 * (2 + 2 + 1)
+
+
+def test_backprop_trains_on_what_a_recipe_of_classes_does(data, tmp_path, monkeypatch) -> None:
+    small = {"projected": replace(PROJECTED, hidden=(40, 30), batch_size=50, epochs=3)}
+    monkeypatch.setattr(classes, "RECIPES", small)
+    path, rows = tmp_path / "classes.json", tmp_path / "rows"
+    assert classes.table(path) == classes.NOT_YET
+    classes.save(data, lambda text: None, path, ["projected"])
+    measured = json.loads(path.read_text())["rows"]
+    assert [(row["recipe"], row["lr"]) for row in measured] == [("projected", rate) for rate in classes.RATES]
+    assert all(len(row["errors"]) == 3 and row["seconds"] == sorted(row["seconds"]) for row in measured)
+    assert min(row["errors"][-1] for row in measured) < 0.5
+    rows.mkdir()
+    ours = {**ROW, "recipe": "projected", "compute_dtype": "bfloat16", "error_goodness": 1.0}
+    (rows / "row.json").write_text(json.dumps(ours))
+    lines = classes.table(path, rows).splitlines()
+    assert lines[2] == "| projected | 100.00% | 2 (A, 1 thread) |  |"
+    first = measured[0]
+    assert lines[3] == (
+        f"| backprop of its network, rate 0.0003 | {first['errors'][-1]:.2%} | {first['seconds'][-1]:.0f} | "
+        f"{first['seconds'][0]:.0f} s |"
+    )
+    (rows / "row.json").write_text(json.dumps({**ours, "error_goodness": 0.0}))
+    assert all(
+        line.endswith("| never |") == (0 not in row["errors"])
+        for line, row in zip(classes.table(path, rows).splitlines()[3:6], measured, strict=True)
+    )
 
 
 def test_reproduce_on_the_command_line(tmp_path, monkeypatch, capsys) -> None:

@@ -289,7 +289,7 @@ class FFNetwork(nn.Module):
     def train_layerwise(
         self,
         x_pos: Tensor,
-        x_neg: Tensor,
+        x_neg: Tensor | None,
         optimizers: Optimizer | Sequence[Optimizer | None] | None,
         steps: int,
         **options: Any,

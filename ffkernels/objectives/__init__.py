@@ -12,7 +12,7 @@ from .classes import (
     slopes_by_activity,
 )
 from .given import AnyObjective, GivenLoss, Moments, any_objective
-from .head import ProjectionHead
+from .head import Form, ProjectionHead
 from .judged import Judged
 from .objective import DEFAULT_OBJECTIVE, GOODNESS, LOSSES, REDUCTIONS, Objective, short, silu_slope
 
@@ -24,6 +24,7 @@ __all__ = [
     "LOSSES",
     "REDUCTIONS",
     "AnyObjective",
+    "Form",
     "GivenLoss",
     "Judged",
     "Moments",

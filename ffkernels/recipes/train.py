@@ -18,14 +18,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from .. import FFLinear, FFNetwork, StepResult, hybrid_images, wrong_label
 from .. import validation as check
-from ..objectives import Objective
+from ..objectives import Objective, ProjectionHead, class_terms
 from ..optim import SGDW
 from . import checkpoint
-from .batches import as_input, hard_label, labelled_sides, shifted
+from .batches import as_input, dropped, hard_label, labelled_sides, shifted
 from .catalogue import Recipe, Rule
 from .data import Dataset
 from .metrics import Row, check_rows, describe
@@ -39,13 +39,14 @@ class Minibatch:
     """What a recipe trains on at once, on the trainer's device.
 
     Attributes:
-        x_pos, x_neg: positive and negative rows `[rows, inputs]`; labels stand in them as the recipe says.
+        x_pos, x_neg: positive and negative rows `[rows, inputs]`; labels stand in them as the recipe says. A loss of
+            classes has no negative rows: None.
         labels: the right ones, `[rows]`.
         features, logits: of the classifier, where the negatives are drawn from its softmax.
     """
 
     x_pos: Tensor
-    x_neg: Tensor
+    x_neg: Tensor | None
     labels: Tensor
     features: Tensor | None = None
     logits: Tensor | None = None
@@ -89,7 +90,7 @@ class Trainer:
         if self.epochs > MOST_EPOCHS:
             raise ValueError(f"epochs={epochs} is not at most {MOST_EPOCHS}")
         check.fraction("skip_below", skip_below)
-        self.fewest_rows = 2 if recipe.label == "none" else 1
+        self.fewest_rows = 2 if recipe.negatives == "hybrid" else 1
         if len(data.train_labels[: recipe.train_images]) < self.fewest_rows or not len(data.test_labels):
             raise ValueError(
                 f"{data.source}: {len(data.train_labels)} training and {len(data.test_labels)} test images; "
@@ -104,7 +105,7 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             width = data.train_images.shape[1] + (data.num_classes if recipe.label == "columns" else 0)
-            self.net = _network(recipe, width, compute_dtype).to(device)
+            self.net = _network(recipe, width, data.num_classes, compute_dtype).to(device)
         self.label_field = 0 if recipe.label == "none" else data.num_classes
         self.net_optimizer = _optimizer(recipe.layers, self.net)
         self.rules = [(recipe.layers, self.net_optimizer)]
@@ -207,7 +208,8 @@ class Trainer:
         trained = time.monotonic()
         if not all(map(math.isfinite, averages["loss"])):
             raise FloatingPointError(f"epoch {epoch}: the training has diverged, its losses are {averages['loss']}")
-        by_goodness = self.label_field and (epoch % self.recipe.goodness_every == 0 or epoch == self.epochs)
+        labelled = self.label_field or self.recipe.of_classes
+        by_goodness = labelled and (epoch % self.recipe.goodness_every == 0 or epoch == self.epochs)
         row = {
             "epoch": epoch,
             "lr": self.recipe.layers.lr * factor,
@@ -234,7 +236,7 @@ class Trainer:
         totals = Totals(self.net, self.skip_below)
         for batch in self.minibatches(epoch):
             results, logits = self.step(batch)
-            totals.add(results, None if logits is None else logits.argmax(1) != batch.labels)
+            totals.add(results, batch.labels, None if logits is None else logits.argmax(1) != batch.labels)
             if after_step(totals.describe) and totals.rows < len(self.train_labels):
                 return None
         return totals
@@ -257,8 +259,10 @@ class Trainer:
         for rows in order.split(self._split(len(order), recipe.batch_size)):
             images, labels = self.train_images[rows], self.train_labels[rows]
             x = self._as_input(shifted(images, recipe.jitter, generator) if recipe.jitter else images)
-            if recipe.label == "none":
-                yield Minibatch(x, hybrid_images(x, generator), labels)
+            if recipe.dropout:
+                x = dropped(x, recipe.dropout, generator)
+            if recipe.of_classes or recipe.negatives == "hybrid":
+                yield Minibatch(x, None if recipe.of_classes else hybrid_images(x, generator), labels)
                 continue
             features = logits = None
             if recipe.negatives == "classifier":
@@ -277,17 +281,21 @@ class Trainer:
             without a classifier.
         """
         x_pos, x_neg, features = batch.x_pos, batch.x_neg, batch.features
+        options: dict[str, Any] = {"skip_below": self.skip_below}
+        if self.recipe.of_classes:
+            options["labels"] = batch.labels
         if self.classifier is None:
-            return self._step(x_pos, x_neg), None
+            return self._step(x_pos, x_neg, options), None
         if features is not None and batch.logits is not None:
             self._step_classifier(features, batch.labels, batch.logits)
-            return self._step(x_pos, x_neg), batch.logits
+            return self._step(x_pos, x_neg, options), batch.logits
         if self.label_field:
+            assert x_neg is not None
             results, features = self.net.step_and_features(
-                x_pos, x_neg, self.net_optimizer, self.label_field, skip_below=self.skip_below
+                x_pos, x_neg, self.net_optimizer, self.label_field, **options
             )
         else:
-            results = self.net.step(x_pos, x_neg, self.net_optimizer, keep=True, skip_below=self.skip_below)
+            results = self.net.step(x_pos, x_neg, self.net_optimizer, keep=True, **options)
             features = self.net.features_of(results)
         logits = self._logits(features)
         self._step_classifier(features, batch.labels, logits)
@@ -298,13 +306,12 @@ class Trainer:
             return labels[torch.randperm(len(labels), generator=generator, device=self.device)]
         return wrong_label(labels, self.data.num_classes, generator)
 
-    def _step(self, x_pos: Tensor, x_neg: Tensor) -> list[StepResult]:
-        options: dict[str, Any] = {"skip_below": self.skip_below}
+    def _step(self, x_pos: Tensor, x_neg: Tensor | None, options: dict[str, Any]) -> list[StepResult]:
         if not self.recipe.layerwise_steps:
             return self.net.step(x_pos, x_neg, self.net_optimizer, label_field=self.label_field or None, **options)
         self.net.train_layerwise(x_pos, x_neg, self.net_optimizer, self.recipe.layerwise_steps, **options)
         # Without an optimizer a step changes nothing and says where the layers have come to.
-        results = self.net.step(x_pos, x_neg, None)
+        results = self.net.step(x_pos, x_neg, None, **options)
         self.net.zero_grad()
         return results
 
@@ -354,13 +361,22 @@ class Trainer:
 
     @torch.no_grad()
     def test_goodness(self) -> tuple[Tensor, Tensor]:
-        """Goodness `[N, layers]` of the test images as positive rows, and as negative ones (uniformly drawn labels)."""
+        """Goodness `[N, layers]` of the test images as positive rows, and as negative ones (uniformly drawn labels).
+
+        Of classes, that of the right one and the highest of the others.
+        """
         classes = self.data.num_classes
         generator = torch.Generator(self.device).manual_seed(self.seed)
         goodness: tuple[list[Tensor], list[Tensor]] = ([], [])
         for images, labels in self._test_batches():
             x = self._as_input(images)
-            if self.recipe.label == "none":
+            if self.recipe.of_classes:
+                of_all = self.net.goodness(x)
+                right = (labels[:, None] == torch.arange(classes, device=x.device))[:, None]
+                goodness[0].append(of_all.masked_fill(~right, 0).sum(2))
+                goodness[1].append(of_all.masked_fill(right, -math.inf).amax(2))
+                continue
+            if self.recipe.negatives == "hybrid":
                 sides = x, hybrid_images(x, generator)
             else:
                 wrong = wrong_label(labels, classes, generator)
@@ -377,18 +393,23 @@ class Totals:
         self._objectives = [layer.objective for layer in net]
         self._skip_below = skip_below
         self._results: list[list[StepResult]] = []
+        self._labels: list[Tensor] = []
         self._wrong: list[Tensor] = []
         self.rows = 0
 
-    def add(self, results: list[StepResult], wrong: Tensor | None) -> None:
+    def add(self, results: list[StepResult], labels: Tensor, wrong: Tensor | None) -> None:
         """Adds a minibatch: the layers' step results, and `[rows]` which guesses of the classifier were wrong."""
+        self._labels.append(labels)
         self._results.append([replace(result, y=None) for result in results])
         if wrong is not None:
             self._wrong.append(wrong)
         self.rows += len(results[0].goodness_pos)
 
     def averages(self) -> Row:
-        """Per layer over the rows, as numbers; `kept` is the share of rows that took part in the updates."""
+        """Per layer over the rows, as numbers; `kept` is the share of rows that took part in the updates.
+
+        Of classes, `goodness_neg` is the mean over those that are not a row's own.
+        """
         row: Row = {"loss": [], "goodness_pos": [], "goodness_neg": [], "kept": []}
         for objective, results in zip(self._objectives, zip(*self._results, strict=True), strict=True):
             rows = torch.tensor([len(result.goodness_pos) for result in results], dtype=torch.float64)
@@ -396,9 +417,16 @@ class Totals:
             pos, neg = (
                 torch.cat(side) for side in zip(*[(r.goodness_pos, r.goodness_neg) for r in results], strict=True)
             )
-            is_positive = torch.arange(len(pos) + len(neg), device=pos.device) < len(pos)
+            objective = objective.objective if isinstance(objective, ProjectionHead) else objective
             assert isinstance(objective, Objective)
-            kept = objective.in_doubt(torch.cat([pos, neg]), is_positive, self._skip_below)
+            if objective.classes is None:
+                is_positive = torch.arange(len(pos) + len(neg), device=pos.device) < len(pos)
+                kept = objective.in_doubt(torch.cat([pos, neg]), is_positive, self._skip_below)
+            else:
+                labels = torch.cat(self._labels)
+                kept = class_terms(objective, pos, labels, skip_below=self._skip_below)[0].any(1)
+                own = pos.gather(1, labels[:, None])
+                pos, neg = own, (pos.sum(1, keepdim=True) - own) / max(objective.classes - 1, 1)
             row["loss"].append(((losses * rows).sum() / rows.sum()).item())
             for name, values in (("goodness_pos", pos), ("goodness_neg", neg), ("kept", kept.float())):
                 row[name].append(values.mean().item())
@@ -414,13 +442,13 @@ def _whole_number(name: str, value: object) -> None:
         raise TypeError(f"{name}={value!r} is not a whole number")
 
 
-def _network(recipe: Recipe, pixels: int, compute_dtype: torch.dtype | None) -> FFNetwork:
+def _network(recipe: Recipe, pixels: int, num_classes: int, compute_dtype: torch.dtype | None) -> FFNetwork:
     layers = []
     for fan_in, width in zip((pixels, *recipe.hidden), recipe.hidden, strict=False):
         layer = FFLinear(
             fan_in,
             width,
-            objective=recipe.objective(width),
+            objective=recipe.objective(width, num_classes),
             norm=recipe.norm,
             eps=recipe.eps,
             eps_mode=recipe.eps_mode,
@@ -438,7 +466,8 @@ def _network(recipe: Recipe, pixels: int, compute_dtype: torch.dtype | None) -> 
 
 def _optimizer(rule: Rule, module: nn.Module) -> Optimizer:
     if rule.optimizer == "adam":
-        return Adam(module.parameters(), lr=rule.lr, weight_decay=rule.weight_decay)
+        adam = AdamW if rule.decoupled else Adam
+        return adam(module.parameters(), lr=rule.lr, weight_decay=rule.weight_decay)
     parameters = list(module.parameters())
     options: dict[str, Any] = {
         "lr": rule.lr,

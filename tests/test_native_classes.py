@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from contextlib import contextmanager
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,7 +20,6 @@ from .test_native import BEST, LOADED, SETS, needs_library
 
 pytestmark = needs_library
 
-# What a single number may lose: where there are few, torch's own error is luck.
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: torch.finfo(torch.bfloat16).eps}
 FLOOR = 0.05  # the least norm that counts
 
@@ -35,6 +37,19 @@ def objectives(draw):
         temperature=draw(st.sampled_from([1.0, 0.5, 3.0])),
         label_smoothing=draw(st.sampled_from([0.0, 0.1, 1.0])) if loss == "cross_entropy" else 0.0,
     )
+
+
+@contextmanager
+def running_on(instruction_set: str, threads: int = 1):
+    """The library on one instruction set, torch on so many threads."""
+    before = torch.get_num_threads()
+    LOADED.library.ffk_limit(instruction_set.encode())
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        LOADED.library.ffk_limit(BEST)
 
 
 def stepped(step, p, objective, labels, compute_dtype, options):
@@ -63,7 +78,6 @@ def stepped(step, p, objective, labels, compute_dtype, options):
     wider=st.one_of(st.just(0), st.integers(0, 60), st.just(500)),
     columns=st.integers(1, 40),
     optimizer=st.sampled_from(list(OPTIMIZERS)),
-    compute_dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     activation=st.sampled_from(["relu", "leaky_relu", "identity"]),
     norm=st.sampled_from(["l2", "rms", "none"]),
     outputs=st.sampled_from(["post", "pre"]),
@@ -75,7 +89,7 @@ def stepped(step, p, objective, labels, compute_dtype, options):
     seed=st.integers(0, 2**20),
 )
 def test_agrees_with_autograd(
-    objective, rows, wider, columns, optimizer, compute_dtype, activation, norm, outputs, bias, weighted, pulled,
+    objective, rows, wider, columns, optimizer, activation, norm, outputs, bias, weighted, pulled,
     instruction_set, threads, seed,
 ):  # fmt: skip
     torch.manual_seed(seed)
@@ -90,19 +104,45 @@ def test_agrees_with_autograd(
     peer = ff.PeerNormalisation(strength=0.3) if pulled and activation != "leaky_relu" else None
     options = {"activation": activation, "norm": norm, "outputs": outputs, "sample_weight": weights, "peer": peer}
     exact, plain = ours.copy(torch.float64), ours.copy()
-    before = torch.get_num_threads()
-    LOADED.library.ffk_limit(instruction_set.encode())
-    torch.set_num_threads(threads)
-    try:
-        a = stepped(ff.linear_step_, ours, objective, labels, compute_dtype, options)
-    finally:
-        torch.set_num_threads(before)
-        LOADED.library.ffk_limit(BEST)
-    b = stepped(reference.linear_step_, exact, objective, labels, compute_dtype, options)
-    c = stepped(reference.linear_step_, plain, objective, labels, compute_dtype, options)
+    with running_on(instruction_set, threads):
+        a = stepped(ff.linear_step_, ours, objective, labels, torch.float32, options)
+    b = stepped(reference.linear_step_, exact, objective, labels, torch.float32, options)
+    c = stepped(reference.linear_step_, plain, objective, labels, torch.float32, options)
     for name, value in b.items():
-        budget = 2 * error(c[name], value, FLOOR) + ROUNDING[compute_dtype]
+        budget = 2 * error(c[name], value, FLOOR) + ROUNDING[torch.float32]
         assert error(a[name], value, FLOOR) <= budget, (name, error(a[name], value, FLOOR), budget)
+
+
+@pytest.mark.parametrize("instruction_set", SETS)
+@pytest.mark.parametrize("norm", ["l2", "rms", "none"])
+@pytest.mark.parametrize("goodness", CLASS_GOODNESS)
+@pytest.mark.parametrize("loss", CLASS_LOSSES)
+def test_bfloat16_products(loss, goodness, norm, instruction_set):
+    """The error of a single number is luck, torch's too: the mean square over many small layers stands for it."""
+    squares: dict[str, list[float]] = {}
+    draw = random.Random(0)
+    for seed in range(60):
+        torch.manual_seed(seed)
+        classes = draw.choice([1, 2, 5, 10])
+        objective = ff.Objective(loss=loss, classes=classes, goodness=goodness, threshold=0.5)
+        rows, columns, units = draw.randint(1, 40), draw.randint(1, 40), classes + draw.choice([0, 7, 60])
+        ours = problem(rows, 0, columns, units, optimizer=draw.choice(["sgd", "adam"]), dtype=torch.float32)
+        ours.weight.data /= columns**0.5
+        labels = torch.randint(classes, (rows,))
+        options = {
+            "activation": draw.choice(["relu", "leaky_relu", "identity"]), "norm": norm,
+            "outputs": draw.choice(["post", "pre"]), "sample_weight": None, "peer": None,
+        }  # fmt: skip
+        exact, plain = ours.copy(torch.float64), ours.copy()
+        with running_on(instruction_set):
+            a = stepped(ff.linear_step_, ours, objective, labels, torch.bfloat16, options)
+        b = stepped(reference.linear_step_, exact, objective, labels, torch.bfloat16, options)
+        c = stepped(reference.linear_step_, plain, objective, labels, torch.bfloat16, options)
+        for name, value in b.items():
+            own, torchs = squares.setdefault(name, [0.0, 0.0])
+            squares[name] = [own + error(a[name], value, FLOOR) ** 2, torchs + error(c[name], value, FLOOR) ** 2]
+    for name, (own, torchs) in squares.items():
+        assert (own / 60) ** 0.5 <= 2 * (torchs / 60) ** 0.5 + ROUNDING[torch.bfloat16] / 4, name
 
 
 @pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -124,18 +164,15 @@ def test_blocks_of_a_large_batch(loss, goodness, compute_dtype):
 
 @pytest.mark.parametrize("loss", CLASS_LOSSES)
 def test_threads_move_no_bit(loss):
-    objective, found, before = ff.Objective(loss=loss, classes=10), [], torch.get_num_threads()
+    objective, found = ff.Objective(loss=loss, classes=10), []
     for threads in (1, 2, 3):
         torch.manual_seed(0)
         p = problem(200, 0, 70, 333, optimizer="adam", dtype=torch.float32)
-        torch.set_num_threads(threads)
-        try:
+        with running_on("", threads):
             result = ff.linear_step_(
                 p.x_pos, None, p.weight, p.bias, p.optimizer,
                 objective=objective, labels=torch.randint(10, (200,)), backend="native",
             )  # fmt: skip
-        finally:
-            torch.set_num_threads(before)
         found.append((p.weight, p.bias, result.y, result.goodness, result.loss))
     for others in found[1:]:
         assert all(map(torch.equal, found[0], others))

@@ -162,8 +162,8 @@ class Outputs(NamedTuple):
         loss_out: 0-dim.
         rounded: `[out, in]` the new weight in the compute dtype, or None; never under the rule "grad".
         goodness_out, y_after, sumsq_after: the goodness, `[rows]` or `[rows, classes]`, and activities with the updated
-            parameters and their sums of squares `[rows]`, or None; only for backends of `select.HANDS_OUT_ALL`. Where
-            the sums before the update are nobody's, the goodness may lie in their place.
+            parameters and their sums of squares `[rows]`, or None; those of rows only for backends of
+            `select.HANDS_OUT_ALL`, which may lie in the place of sums that are nobody's.
     """
 
     y: WrittenMatrix | None

@@ -213,7 +213,7 @@ def batch_norm(norm: object, weight: Tensor, outputs: str, peer: object) -> None
 
 def enough_for_statistics(norm: nn.BatchNorm1d | None, rows: int) -> None:
     """Raises ValueError for a single row, which has no variance."""
-    if norm is not None and norm.training and rows == 1:
+    if norm is not None and rows == 1 and (norm.training or norm.running_mean is None):
         raise ValueError("x_pos has 1 row, which has no variance for batch_norm; accepted: at least 2, or eval()")
 
 

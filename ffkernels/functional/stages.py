@@ -129,9 +129,9 @@ def _judged(
 def _by_gradient(
     parameter: Tensor | None, gradient: Tensor, update: Update
 ) -> tuple[Rows, Layer, Slopes, PeerPull, Update]:
-    """A gradient that is there already, as the operator takes it: that of one unit whose input is a row of it."""
+    """Wraps a finished gradient so that `linear_update_` applies the rule: one unit, one row, which is the gradient."""
     assert parameter is not None
-    # In compiled code the last one holds the rule's numbers.
+    # In compiled code the last tensor of the state holds the rule's numbers.
     count = len(update.weight.state) - (update.rule != "grad" and not update.weight.numbers)
     state = [t.view(1, -1) if t.dim() and i < count else t for i, t in enumerate(update.weight.state)]
     update = update._replace(weight=update.weight._replace(state=state))

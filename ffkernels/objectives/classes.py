@@ -84,19 +84,22 @@ def class_terms(
 ) -> tuple[Tensor, Tensor]:
     """`[rows, classes]` slopes dLoss/dgoodness, and the loss, the mean over rows.
 
-    A label outside of the classes, which nobody has seen on a device, takes no part and makes the loss NaN.
+    Where labels are not looked at, as on a device, a row whose label is outside of the classes gets no slope and makes
+    the loss NaN.
 
     Args:
         goodness: `[rows, classes]`.
         labels: `[rows]` int64.
         sample_weight: `[rows]` factors of the rows' losses.
-        skip_below: rows none of whose slopes reaches this get none.
+        skip_below: rows none of whose slopes by `g / temperature` reaches this get none (those of "pvn" are at most
+            1/2 under "mean", and the others' share that).
     """
     rows, classes = goodness.shape
     own = labels.unsqueeze(1) == torch.arange(classes, device=labels.device)
     sign = 1.0 if objective.maximize else -1.0
     slope, losses = _LOSSES[objective.loss](objective, sign * goodness, own)
-    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+    seen = labels.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not seen or torch._C._functorch.peek_interpreter_stack() is not None:
         known = own.any(1)
         slope, losses = slope.masked_fill(~known.unsqueeze(1), 0), losses.masked_fill(~known, torch.nan)
     if skip_below:

@@ -28,7 +28,9 @@ from ffkernels.recipes.catalogue import (
     RECIPES,
     Recipe,
 )
-from ffkernels.recipes.train import Totals, Trainer, describe, train
+from ffkernels.recipes.metrics import describe
+from ffkernels.recipes.run import train
+from ffkernels.recipes.train import Totals, Trainer
 from paper import ablation, backprop, classes, results
 from paper import page as made_page
 
@@ -122,7 +124,7 @@ def test_hintons_steps_are_his(data, monkeypatch) -> None:
             pos, neg = above
         return step(x_pos, x_neg, *rest, **options)
 
-    trainer.net.step = follow  # type: ignore[method-assign]
+    trainer.net.step = follow
     for _ in range(2):
         trainer.run_epoch(lambda describe: False)
     assert len(seen) == 6
@@ -204,7 +206,7 @@ def test_rows_kept_are_counted(skip: float, data) -> None:
     trainer = Trainer(still, data, epochs=1, skip_below=skip)
     seen = []
     step = trainer.net.step_and_features
-    trainer.net.step_and_features = lambda *a, **o: seen.append(step(*a, **o)) or seen[-1]  # type: ignore
+    trainer.net.step_and_features = lambda *a, **o: seen.append(step(*a, **o)) or seen[-1]
     row = trainer.run_epoch(lambda describe: False)
     for layer, result, share in zip(trainer.net, seen[0][0], row["kept"], strict=True):
         logit = torch.cat([layer.out_features - result.goodness_pos, result.goodness_neg - layer.out_features])

@@ -14,7 +14,7 @@ from .. import validation as check
 from ..autograd import is_transformed, without_autocast
 from ..backends import select
 from ..compiling import never_compiled
-from ..objectives import DEFAULT_OBJECTIVE, AnyObjective, GivenLoss, ProjectionHead, any_objective
+from ..objectives import DEFAULT_OBJECTIVE, AnyObjective, GivenLoss, ProjectionHead, any_objective, move
 from ..peer import PeerNormalisation
 from ..spec import Activation, EpsMode, Layer, Norm, Outputs, OutputsOf, Rows
 from . import plan as plans
@@ -135,7 +135,7 @@ def linear_step_(
                 "linear_step_ was called on tensors of a torch.func transform or with a forward-mode tangent, which a "
                 "step in place cannot follow; accepted: plain tensors, or linear_forward and goodness_loss"
             )
-        check.apart(weight, bias, peer_mean, x_pos, rows.x_neg, product)
+        check.apart(weight, bias, peer_mean, x_pos, rows.x_neg, product, plans.others_of(objective, batch_norm))
     update = plan.update
     back = None
     if is_positive is not None and objective.paired:
@@ -173,14 +173,17 @@ def linear_step_(
     held = None if compiling else interrupts.hold()
     try:
         with torch.no_grad(), without_autocast(weight.device):
+            standardised = None
             if plan.is_whole:
                 ops.linear_step_(rows, layer, goal, pull, update.record, written, chosen)
             else:
-                step_by_stages(
+                standardised = step_by_stages(
                     rows, layer, objective, goal, pull, update.record, update.others, written, chosen, batch_norm
                 )
             torch.autograd.graph.increment_version(plan.written)
             update.finish(optimizer)
+            if batch_norm is not None and standardised is not None:
+                move(batch_norm, standardised)
             if goodness_out is None and not isinstance(objective, ProjectionHead):
                 objective.goodness_of(sumsq, width, out=goodness)
             if y is not None and outputs == "post" and not at_once:

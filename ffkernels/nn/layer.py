@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from .. import functional, interrupts, optim
 from .. import validation as check
+from ..autograd import without_autocast
 from ..backends import select
 from ..functional import StepResult
 from ..functional.rows import checked_rows
@@ -104,6 +105,12 @@ class FFLinear(nn.Linear):
         self.batch_norm = made
         check.batch_norm(made, self.weight, outputs, peer)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As any module, but that an objective that is one, a head, may make place for one that is none."""
+        if name == "objective" and not isinstance(value, nn.Module):
+            self._modules.pop(name, None)
+        super().__setattr__(name, value)
+
     def _options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in FORWARD_OPTIONS}
 
@@ -131,7 +138,10 @@ class FFLinear(nn.Linear):
         """Goodness from activities `y` `[rows, out]`, which are read for classes alone, and their sums of squares."""
         objective = self.objective if objective is None else objective
         if isinstance(objective, ProjectionHead):
-            return objective.scores(y.to(sumsq.dtype))
+            check.head(objective, self.weight)
+            with without_autocast(self.weight.device):
+                return objective.scores(y.to(sumsq.dtype))
+        check.objective_alone(objective, 0.0, self.out_features)
         if objective.classes is not None:
             return class_goodness(y.to(sumsq.dtype), objective.classes, objective.goodness)
         return objective.goodness_of(sumsq, self.out_features)
@@ -140,8 +150,9 @@ class FFLinear(nn.Linear):
         """One training step, `ffkernels.linear_step_`; `options` go there and override the layer's own."""
         options = {**self._step_options(), **options}
         weight, bias = self.weight, self.bias
-        head = self.objective.weight if isinstance(self.objective, ProjectionHead) else None
-        learns = {p.requires_grad for p in (weight, bias, head) if p is not None}
+        learns = {p.requires_grad for p in self.parameters()} if self._modules else {weight.requires_grad}
+        if bias is not None:
+            learns.add(bias.requires_grad)
         if len(learns) > 1 or called_only(self):
             return self._step_by_call(x_pos, x_neg, optimizer, **options)
         return functional.linear_step_(x_pos, x_neg, weight, bias, optimizer, **options)
@@ -210,7 +221,15 @@ class FFLinear(nn.Linear):
         request = select.Request(weight.device, weight.dtype, compute, own["activation"])
         select.choose(request, own["backend"])
         check.optimizer_object(optimizer)
-        parameters = [p for p in self.parameters() if p.requires_grad] if learns else []
+        if batch_norm is not self.batch_norm:
+            raise ValueError(
+                "batch_norm came to a layer that hooks watch, a subclass overrides or that is frozen in part; "
+                "accepted: its own"
+            )
+        its_own = [*self.named_parameters()]
+        if isinstance(objective, ProjectionHead) and objective is not self.objective:
+            its_own += [(f"objective.{name}", p) for name, p in objective.named_parameters()]
+        parameters = [p for _, p in its_own if p.requires_grad] if learns else []
         if learns and not parameters:
             raise ValueError("no parameter of the layer has requires_grad=True; accepted: one that can be trained")
         if learns and (peer is not None or skip_below):
@@ -220,7 +239,7 @@ class FFLinear(nn.Linear):
                 f"is autograd's; accepted: no {name}, or a layer without these"
             )
         if optimizer is not None and parameters:
-            named = {name: p for name, p in self.named_parameters() if p.requires_grad}
+            named = {name: p for name, p in its_own if p.requires_grad}
             optim.check_parameters(optimizer, named)
         if only_checks:
             nothing = weight.new_empty(0)

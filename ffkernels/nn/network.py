@@ -59,7 +59,13 @@ def _facts(
         facts += [id(layer), id(optimizer), called_only(layer), id(layer.objective), of(layer.objective.threshold)]
         facts += [of(value) for value in layer._options().values()]
         facts += [id(layer.peer), of(layer.peer_mean)]
-        for p in (layer.weight, layer.bias):
+        parameters: Iterable[Tensor | None] = (layer.weight, layer.bias)
+        if layer._modules:
+            norm = layer.batch_norm
+            facts += [layer.training, norm and (id(norm), norm.training, norm.momentum, *map(of, norm.buffers()))]
+            facts += [check.is_watched(module) for module in layer.children()]
+            parameters = layer.parameters()
+        for p in parameters:
             facts += [of(p), None if p is None else p.data_ptr()]
             if optimizer is not None and p is not None:
                 state = optimizer.state.get(p)
@@ -96,6 +102,9 @@ class FFNetwork(nn.Module):
                 )
         if not layers:
             raise ValueError("layers is empty; accepted: at least one FFLinear")
+        heads = [layer.objective for layer in layers if isinstance(layer.objective, nn.Module)]
+        if len(set(heads)) < len(heads):
+            raise ValueError("two layers have the same ProjectionHead; accepted: one for each layer")
         self.layers = nn.ModuleList(layers)
         # The facts under which the last check of all layers found nothing.
         self._checked: object = None
@@ -216,6 +225,8 @@ class FFNetwork(nn.Module):
         They weigh nothing in the loss, and their coefficients are exactly zero. `options` are those of `step`.
         """
         keep = options.get("keep", False)
+        if "labels" in options or any(layer.objective.classes is not None for layer in self):
+            raise ValueError("step_and_features overlays labels, which classes do without; accepted: step")
         if not self._runs_together(x_pos, x_neg, num_classes, options):
             features = self.features(x_pos, num_classes=num_classes)
             options = {"label_field": num_classes or None, **options}
@@ -292,12 +303,17 @@ class FFNetwork(nn.Module):
             raise ValueError(f"steps={steps!r} is not an integer >= 1")
         per_layer = self._optimizers(optimizers)
         self._check_upper(x_pos, x_neg, per_layer, ["none"] * len(self.layers), options)
+        self._check_labels(x_pos, options)
         losses = []
         for layer, optimizer in zip(self, per_layer, strict=True):
             step = _step_of(layer)
             results = [step(x_pos, x_neg, optimizer, outputs="none", **options) for _ in range(steps)]
             losses.append(torch.stack([result.loss for result in results]))
-            x_pos, x_neg = layer(x_pos), None if x_neg is None else layer(x_neg)
+            if x_neg is not None and layer.batch_norm is not None:
+                # The statistics are those of both sides together, as in the steps.
+                x_pos, x_neg = layer(torch.cat([x_pos, x_neg])).split([len(x_pos), len(x_neg)])
+            else:
+                x_pos, x_neg = layer(x_pos), None if x_neg is None else layer(x_neg)
         return losses
 
     def _optimizers(self, optimizers: Optimizer | Sequence[Optimizer | None] | None) -> Sequence[Optimizer | None]:
@@ -407,12 +423,15 @@ class FFNetwork(nn.Module):
         best = [x.new_empty(0, dtype=torch.int64)]
         for rows in x.split(PREDICTION_ROWS):
             total: Tensor | float = 0.0
+            below = rows
             for i, (layer, y, sumsq) in enumerate(self._pass(rows)):
                 if i in chosen:
-                    goodness = layer._goodness_of(y, sumsq)
+                    own = overridden(layer, "goodness")
+                    goodness = layer.goodness(below) if own else layer._goodness_of(y, sumsq)
                     total = total + (goodness if layer.objective.maximize else -goodness)
                 if i == max(chosen):
                     break
+                below = y
             assert isinstance(total, Tensor)
             best.append(total.argmax(1))
         return torch.cat(best)

@@ -1,7 +1,16 @@
 """What a layer learns: from its activities, or sums of their squares, to a loss and its slopes."""
 
-from .batchnorm import move, standardise, through
-from .classes import CLASS_GOODNESS, CLASS_LOSSES, by_unit, class_goodness, class_terms, dense, slopes_by_activity
+from .batchnorm import Standardised, move, standardise, through
+from .classes import (
+    CLASS_GOODNESS,
+    CLASS_LOSSES,
+    by_unit,
+    class_goodness,
+    class_terms,
+    dense,
+    goodness_of_sums,
+    slopes_by_activity,
+)
 from .given import AnyObjective, GivenLoss, Moments, any_objective
 from .head import Form, ProjectionHead
 from .judged import Judged
@@ -21,11 +30,13 @@ __all__ = [
     "Moments",
     "Objective",
     "ProjectionHead",
+    "Standardised",
     "any_objective",
     "by_unit",
     "class_goodness",
     "class_terms",
     "dense",
+    "goodness_of_sums",
     "move",
     "short",
     "silu_slope",

@@ -28,13 +28,16 @@ def standardise(y: Tensor, norm: nn.BatchNorm1d) -> Standardised:
     mean, variance = norm.running_mean, norm.running_var
     is_of_batch = norm.training or mean is None or variance is None
     if is_of_batch:
-        variance, mean = torch.var_mean(y, 0, correction=0)
+        # Of no rows there are no statistics, and nothing to standardise.
+        variance, mean = torch.var_mean(y, 0, correction=0) if len(y) else y.new_zeros(2, y.shape[1])
     assert mean is not None and variance is not None
     deviation = (variance + norm.eps).sqrt()
     x = (y - mean) / deviation
     u, scale = x, deviation.reciprocal()
-    if norm.affine:
-        u, scale = torch.addcmul(norm.bias, x, norm.weight), scale * norm.weight
+    if norm.weight is not None:
+        u, scale = x * norm.weight, scale * norm.weight
+    if norm.bias is not None:
+        u = u + norm.bias
     return Standardised(u, x, scale, *((mean, variance) if is_of_batch else (None, None)))
 
 
@@ -51,11 +54,16 @@ def through(of: Standardised, du: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def move(norm: nn.BatchNorm1d, of: Standardised) -> None:
     """Moves the running statistics towards those of the batch, as `norm` does in a forward pass."""
     mean, variance = norm.running_mean, norm.running_var
-    if of.mean is None or of.variance is None or mean is None or variance is None:
+    if of.mean is None or of.variance is None or mean is None or variance is None or not norm.track_running_stats:
         return
-    assert norm.num_batches_tracked is not None
-    norm.num_batches_tracked.add_(1)
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
     rows = len(of.x)
-    momentum = norm.momentum if norm.momentum is not None else 1 / float(norm.num_batches_tracked)
+    if rows < 2:
+        return
+    momentum = norm.momentum
+    if momentum is None:
+        assert norm.num_batches_tracked is not None
+        momentum = 1 / float(norm.num_batches_tracked)
     mean.lerp_(of.mean, momentum)
     variance.lerp_(of.variance * (rows / (rows - 1)), momentum)

@@ -42,7 +42,12 @@ def group_sums(values: Tensor, classes: int) -> Tensor:
 def class_goodness(y: Tensor, classes: int, goodness: Goodness) -> Tensor:
     """`[rows, classes]` goodness of activities `y` `[rows, units]`: "sum", "mean" of squares, or mean "activity"."""
     sums = group_sums(y if goodness == "activity" else y.square(), classes)
-    return sums if goodness == "sum" else sums / _sizes_like(sums, y.shape[1])
+    return goodness_of_sums(sums, y.shape[1], goodness)
+
+
+def goodness_of_sums(sums: Tensor, units: int, goodness: Goodness) -> Tensor:
+    """`class_goodness` from sums over the groups `[rows, classes]`: of activities for "activity", else of squares."""
+    return sums if goodness == "sum" else sums / _sizes_like(sums, units)
 
 
 def slopes_by_activity(slope: Tensor, units: int, goodness: Goodness) -> tuple[Tensor | None, Tensor | None]:
@@ -113,7 +118,9 @@ def _cross_entropy(objective: Objective, goodness: Tensor, own: Tensor) -> tuple
     if smoothing:
         share = smoothing / goodness.shape[1]
         losses = (1 - smoothing) * losses - smoothing * log_p.mean(1)
-        slope = slope + (own.to(slope.dtype) * smoothing - share)
+        # Of the two ways to write the own class's slope, the one that cancels less.
+        direct = p - (1 - smoothing) - share
+        slope = torch.where(own & (p < 0.5), direct, slope + (own.to(slope.dtype) * smoothing - share))
     return slope, losses
 
 

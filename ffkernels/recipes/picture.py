@@ -12,7 +12,9 @@ from torch import Tensor
 
 from ..objectives import AnyObjective, Objective
 from .checkpoint import write_atomically
-from .train import Row, Trainer, summary
+from .metrics import Row
+from .run import summary
+from .train import Trainer
 
 PICTURE = "picture.png"
 MISSING = "matplotlib is not installed, so there will be no picture: pip install 'ffkernels[train]'"

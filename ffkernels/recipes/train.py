@@ -1,4 +1,4 @@
-"""The training loop: layers by Forward-Forward on labelled images, a linear classifier alongside.
+"""A network under training: layers by Forward-Forward on labelled images, a linear classifier alongside.
 
 The images stay on the device as uint8; minibatches, labels and negatives are made there (`batches.py`), and nothing in
 a step waits for the device. Where negatives do not wait for it, the classifier's pass under the neutral label is one
@@ -9,13 +9,11 @@ the numbers of one that was never stopped.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,14 +28,10 @@ from . import checkpoint
 from .batches import as_input, dropped, hard_label, labelled_sides, shifted
 from .catalogue import Recipe, Rule
 from .data import Dataset
-from .progress import Progress
-
-Row = dict[str, Any]
+from .metrics import Row, check_rows, describe
 
 EVALUATION_ROWS = 1000
 MOST_EPOCHS = 2**31 - 1
-CHECKPOINT = "checkpoint.pt"
-METRICS = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -171,7 +165,7 @@ class Trainer:
         if not isinstance(state, dict) or set(state) != set(wanted):
             found = list(state) if isinstance(state, dict) else type(state).__name__
             raise ValueError(f"state: {found}, not a dict of {wanted}")
-        self._check_rows(state["rows"])
+        check_rows(state["rows"], self.epochs, len(self.net), self.classifier is not None)
         steps = len(state["rows"]) * self.steps_per_epoch
         steps_of = {"net_optimizer": steps * max(1, self.recipe.layerwise_steps)}
         checked: dict[str, dict[str, Any]] = {
@@ -183,36 +177,6 @@ class Trainer:
         for name, part in parts.items():
             part.load_state_dict(checked[name])
         self.rows = list(state["rows"])
-
-    def _check_rows(self, rows: object) -> None:
-        if not isinstance(rows, list) or len(rows) > self.epochs:
-            found = f"{len(rows)} epochs" if isinstance(rows, list) else type(rows).__name__
-            raise ValueError(f"rows: {found}, not a list of at most {self.epochs} epochs")
-        layers = len(self.net)
-
-        def per_layer(value: object) -> bool:
-            return isinstance(value, list) and len(value) == layers and all(map(is_number, value))
-
-        def share(value: Any) -> bool:
-            return is_number(value) and 0 <= value <= 1
-
-        def unknown(value: object) -> bool:
-            return value is None
-
-        of_classifier = unknown if self.classifier is None else share
-        right: dict[str, Callable[[Any], bool]] = {
-            "lr": is_number,
-            **dict.fromkeys(("loss", "goodness_pos", "goodness_neg", "kept"), per_layer),
-            **dict.fromkeys(("train_error_classifier", "test_error_classifier"), of_classifier),
-            "test_error_goodness": lambda value: unknown(value) or share(value),
-            **dict.fromkeys(("train_seconds", "seconds"), lambda value: is_number(value) and value >= 0),
-        }
-        for i, row in enumerate(rows):
-            if not isinstance(row, dict) or type(row.get("epoch")) is not int or row["epoch"] != i + 1:
-                raise ValueError(f"rows[{i}]: {str(row)[:80]!r} is not the row of epoch {i + 1}")
-            for name, is_right in right.items():
-                if not is_right(row.get(name)):
-                    raise ValueError(f"rows[{i}][{name!r}]: {str(row.get(name))[:80]!r} is no {name}")
 
     def _parts(self) -> dict[str, nn.Module | Optimizer]:
         names: tuple[str, ...] = ("net", "net_optimizer")
@@ -473,106 +437,9 @@ class Totals:
         return describe(self.averages())
 
 
-def describe(row: Row) -> str:
-    """One line on an epoch's training: the classifier's error, goodness of both sides and rows kept, by layer."""
-    sides = ("/".join(f"{g:.3g}" for g in row[side]) for side in ("goodness_pos", "goodness_neg"))
-    text = "goodness pos {} neg {}, rows kept {}".format(*sides, "/".join(f"{share:.0%}" for share in row["kept"]))
-    error = row["train_error_classifier"]
-    return text if error is None else f"train error {error:.2%}, {text}"
-
-
-def describe_test(row: Row) -> str:
-    """The test errors of an epoch."""
-    errors = {"classifier": row["test_error_classifier"], "goodness": row["test_error_goodness"]}
-    known = [f"{error:.2%} by {reader}" for reader, error in errors.items() if error is not None]
-    return f"test error {', '.join(known)}" if known else "not tested"
-
-
-def summary(trainer: Trainer) -> str:
-    """What a finished run has come to."""
-    seconds = sum(row["seconds"] for row in trainer.rows)
-    widths = "-".join(str(width) for width in (next(iter(trainer.net)).in_features, *trainer.recipe.hidden))
-    dtype = str(trainer.compute_dtype or torch.float32).removeprefix("torch.")
-    return (
-        f"{trainer.recipe.name} ({widths}) on {trainer.data.name}: {describe_test(trainer.rows[-1])}; "
-        f"{len(trainer.rows)} epochs in {seconds:.0f} s on {trainer.device.type}, {dtype} products"
-    )
-
-
-def train(trainer: Trainer, output: Path, should_stop: Callable[[], bool] = lambda: False) -> bool:
-    """Trains the epochs that are still to do; after each writes metrics and checkpoint into the folder `output`.
-
-    Args:
-        trainer: fresh, or brought to where a checkpoint was.
-        output: is made where it does not exist.
-        should_stop: asked after every step; True ends the run, whose checkpoint then is of the last whole epoch.
-
-    Returns:
-        Whether the run is finished.
-
-    Raises:
-        OSError: naming the file that cannot be written, before the first epoch where that can be known.
-    """
-    files = [output / name for name in (CHECKPOINT, METRICS)]
-    for file in files:
-        checkpoint.try_writing(file)
-    settings = trainer.settings()
-    if not trainer.rows:
-        # A later --resume must not find the run that this one replaces.
-        (output / CHECKPOINT).unlink(missing_ok=True)
-    write_metrics(output, trainer.rows)
-    done = len(trainer.rows) * trainer.steps_per_epoch
-    with Progress(trainer.epochs * trainer.steps_per_epoch, done) as progress:
-
-        def after_step(describe: Callable[[], str]) -> bool:
-            progress.step(describe)
-            return should_stop()
-
-        while not trainer.finished:
-            row = trainer.run_epoch(after_step)
-            if row is None:
-                return False
-            checkpoint.save(output / CHECKPOINT, settings, trainer.state())
-            write_metrics(output, trainer.rows)
-            numbers = f"epoch {row['epoch']}/{trainer.epochs}: {describe_test(row)}; {describe(row)}"
-            progress.line(f"{numbers} ({row['seconds']:.1f} s)")
-            if should_stop():
-                break
-    return trainer.finished
-
-
-def resume(trainer: Trainer, output: Path) -> bool:
-    """Brings a fresh trainer to where the checkpoint in `output` was; False where there is none.
-
-    Raises:
-        ValueError: for a checkpoint that is damaged or of other settings; the trainer is as it was.
-        OSError: for one that cannot be read.
-    """
-    path = output / CHECKPOINT
-    if not path.exists():
-        return False
-    state = checkpoint.load(path, trainer.settings())
-    try:
-        trainer.load_state(state)
-    except ValueError as error:
-        raise checkpoint.damaged(path, str(error)) from error
-    return True
-
-
 def _whole_number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}={value!r} is not a whole number")
-
-
-def is_number(value: Any) -> bool:
-    """Whether it is a float, or an int that one can hold."""
-    return type(value) is float or (type(value) is int and abs(value) <= 2**53)
-
-
-def write_metrics(output: Path, rows: list[Row]) -> None:
-    """One JSON object a line, one line an epoch: errors as fractions, goodness and loss per layer."""
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    checkpoint.write_atomically(output / METRICS, lambda file: file.write(lines.encode()))
 
 
 def _network(recipe: Recipe, pixels: int, num_classes: int, compute_dtype: torch.dtype | None) -> FFNetwork:

@@ -315,8 +315,8 @@ MONO_FORWARD = replace(
 PROJECTED = replace(
     GROUPED_MNIST,
     name="projected",
-    source="Made for this package: heads as in mono-forward, on layers with rms norm; what keeps them from learning the "
-    "training images by heart: three tenths of the pixels dropped, smoothed labels. Batches of 256, Adam at 3e-3.",
+    source="Made for this package: heads as in mono-forward, on layers with rms norm; what keeps them from learning "
+    "the training images by heart: three tenths of the pixels dropped, smoothed labels. Batches of 256, Adam at 3e-3.",
     assumed="",
     hidden=(500, 500),
     epochs=20,

@@ -1,6 +1,6 @@
 """What a layer learns: from its activities, or sums of their squares, to a loss and its slopes."""
 
-from .batchnorm import move, standardise, through
+from .batchnorm import StandardisedMoments, move, standardise, standardise_moments, through, through_moments
 from .classes import (
     CLASS_GOODNESS,
     CLASS_LOSSES,
@@ -9,6 +9,7 @@ from .classes import (
     class_terms,
     dense,
     goodness_of_sums,
+    moments_goodness,
     slopes_by_activity,
 )
 from .given import AnyObjective, GivenLoss, Moments, any_objective
@@ -29,16 +30,20 @@ __all__ = [
     "Moments",
     "Objective",
     "ProjectionHead",
+    "StandardisedMoments",
     "any_objective",
     "by_unit",
     "class_goodness",
     "class_terms",
     "dense",
     "goodness_of_sums",
+    "moments_goodness",
     "move",
     "short",
     "silu_slope",
     "slopes_by_activity",
     "standardise",
+    "standardise_moments",
     "through",
+    "through_moments",
 ]

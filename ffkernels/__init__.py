@@ -12,11 +12,12 @@ from .functional import (
     shared_product,
 )
 from .negatives import hybrid_images, neutral_label, overlay_label, wrong_label
-from .nn import FFLinear, FFNetwork, GraphedStep
+from .nn import FFConv2d, FFLinear, FFNetwork, GraphedStep
 from .objectives import GivenLoss, Moments, Objective, ProjectionHead
 from .peer import PeerNormalisation
 
 __all__ = [
+    "FFConv2d",
     "FFLinear",
     "FFNetwork",
     "GivenLoss",

@@ -272,7 +272,8 @@ def _read(p: Tensor, dtype: torch.dtype, batch_norm: nn.BatchNorm2d | None) -> t
         first, second = conv.moments(p, dtype)
         return p, Read(first, second, second.sum(1), places, None)
     behind, apart = standardise_moments(p, p.sum((2, 3), dtype=dtype), batch_norm)
-    y = apart.mul_((behind.weight / behind.deviation)[:, None, None]).add_(behind.bias[:, None, None])
+    scale = behind.weight / behind.deviation
+    y = apart.mul_(scale[:, None, None]).add_((behind.bias - behind.rest * scale)[:, None, None])
     return y, Read(behind.first, behind.second, behind.second.sum(1), places, behind)
 
 

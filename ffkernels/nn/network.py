@@ -60,6 +60,7 @@ def _facts(
     for layer, optimizer in zip(layers, optimizers, strict=True):
         facts += [id(layer), id(optimizer), called_only(layer), id(layer.objective), of(layer.objective.threshold)]
         facts += [of(value) for value in layer._options().values()]
+        facts += [id(layer.batch_norm), layer.training]
         if isinstance(layer, FFLinear):
             facts += [id(layer.peer), of(layer.peer_mean)]
         for p in (layer.weight, layer.bias):
@@ -176,7 +177,7 @@ class FFNetwork(nn.Module):
         """Raises for labels that do not fit every layer, each of which looks at them again before it writes."""
         labels = options.get("labels")
         classes = [layer.objective.classes for layer in self if layer.objective.classes is not None]
-        if labels is not None and classes and "objective" not in options and _is_matrix(x):
+        if labels is not None and classes and "objective" not in options and isinstance(x, Tensor) and x.dim():
             check.labels(labels, len(x), min(classes), x.device)
 
     def _check_upper(

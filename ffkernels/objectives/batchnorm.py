@@ -29,13 +29,14 @@ class Standardised(NamedTuple):
 
 
 class StandardisedMoments(NamedTuple):
-    """`u = weight x + bias` of maps `p` `[rows, channels, h, w]`, with `x = (p - centre) / deviation`, by its moments.
+    """`u = weight x + bias` of maps `p` `[rows, channels, h, w]`, `x = (p - centre - rest) / deviation`: its moments.
 
     Attributes:
         first, second: `[rows, channels]` sums over places of `u`, and of `u^2`.
         x_first, x_second: likewise of `x`.
         places: how many a row has.
-        centre, deviation, weight, bias: `[channels]`.
+        centre, rest: `[channels]`; what rounding has left of the mean in `p - centre` is the rest.
+        deviation, weight, bias: `[channels]`.
         mean, variance: as in `Standardised`.
     """
 
@@ -45,6 +46,7 @@ class StandardisedMoments(NamedTuple):
     x_second: Tensor
     places: int
     centre: Tensor
+    rest: Tensor
     deviation: Tensor
     weight: Tensor
     bias: Tensor
@@ -85,10 +87,13 @@ def standardise_moments(p: Tensor, first: Tensor, norm: nn.BatchNorm2d) -> tuple
         mean = first.sum(0) / count
     assert mean is not None
     apart = p - mean[:, None, None]
-    second = apart.square().sum((2, 3))
-    first = first - places * mean
+    first, second = apart.sum((2, 3)), apart.square().sum((2, 3))
+    rest = torch.zeros_like(mean)
     if is_of_batch:
-        variance = second.sum(0) / count
+        rest = first.sum(0) / count
+        second = second - 2 * rest * first + places * rest.square()
+        first = first - places * rest
+        variance = second.sum(0).clamp_min(0) / count
     assert variance is not None
     deviation = (variance + norm.eps).sqrt()
     x_first, x_second = first / deviation, second / deviation.square()
@@ -97,7 +102,7 @@ def standardise_moments(p: Tensor, first: Tensor, norm: nn.BatchNorm2d) -> tuple
     u_second = weight.square() * x_second + 2 * weight * bias * x_first + places * bias.square()
     of_batch = (mean, variance) if is_of_batch else (None, None)
     moments = (u_first, u_second, x_first, x_second)
-    return StandardisedMoments(*moments, places, mean, deviation, weight, bias, *of_batch), apart
+    return StandardisedMoments(*moments, places, mean, rest, deviation, weight, bias, *of_batch), apart
 
 
 def through_moments(
@@ -118,7 +123,8 @@ def through_moments(
         count = max(of.samples, 1)
         by_one, by_x = by_one - by_bias / count, by_x - by_weight / count
     scale = of.weight / of.deviation
-    return by_one * scale, by_x * (scale / of.deviation), by_weight, by_bias
+    gain = by_x * (scale / of.deviation)
+    return by_one * scale - gain * of.rest, gain, by_weight, by_bias
 
 
 def through(of: Standardised, du: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -44,7 +44,8 @@ class Maps(NamedTuple):
 def forward(x: Tensor, layer: Layer, geometry: Geometry, input_sumsq: Tensor | None = None) -> Maps:
     """`p = pool(act(r conv(x) + b))` of maps `x` `[rows, in, H, W]`; autograd-compatible by weight and bias.
 
-    The row scale `r` commutes with the convolution, padding included, so the normalised input is never there.
+    The row scale `r` commutes with the convolution, padding included: but where it is rounded, the normalised input is
+    never there.
     `input_sumsq`: `[rows]` sums of squares of `x` where they are known.
     """
     weight, compute = layer.weight, layer.compute_dtype
@@ -52,6 +53,9 @@ def forward(x: Tensor, layer: Layer, geometry: Geometry, input_sumsq: Tensor | N
     if layer.norm != "none":
         sumsq = row_sumsq(x, weight.dtype) if input_sumsq is None else input_sumsq
         scale = row_scale(sumsq, x.shape[1:].numel(), layer.norm, layer.eps, layer.eps_mode)
+        if compute != weight.dtype:
+            # A sum that is rounded before its bias is added loses what the two leave of each other.
+            x, scale = x * scale[:, None, None, None], None
     x = x.to(compute).contiguous(memory_format=torch.channels_last)
     if geometry.padding_mode == "reflect":
         (down, across) = geometry.padding
@@ -61,7 +65,6 @@ def forward(x: Tensor, layer: Layer, geometry: Geometry, input_sumsq: Tensor | N
     z = F.conv2d(x, kernel, bias, geometry.stride, _padding(geometry), 1, geometry.groups)
     z = z.contiguous(memory_format=torch.channels_last)
     if scale is not None:
-        # In the scale's own dtype: rounded, it would shift the whole row.
         z.mul_(scale[:, None, None, None])
         if layer.bias is not None:
             z.add_(layer.bias[:, None, None])

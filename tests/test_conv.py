@@ -264,6 +264,15 @@ def test_parameters_are_those_of_torch():
     assert isinstance(ours, nn.Conv2d)
 
 
+def test_autograd_hears_of_a_step():
+    """What was computed with the weight before cannot be differentiated after."""
+    case = made("mean", optimizer="adam")
+    y, _ = case.layer.activity(case.x)
+    case.ours()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
 def test_hooks_on_a_gradient_are_called():
     ours = made("mean", optimizer="sgd")
     before = ours.layer.weight.detach().clone()

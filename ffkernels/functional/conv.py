@@ -235,6 +235,7 @@ def conv2d_pass(
                     gradients["objective.weight"] = by_head
                 for name, part in zip(learning, update.parts, strict=True):
                     rules.step(update.rule, part.parameter, gradients[name], part.slot)
+                torch.autograd.graph.increment_version(update.written())
                 if batch_norm is not None and read.behind is not None:
                     move(batch_norm, read.behind)
                 update.finish(optimizer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,7 @@ class FFLinear(nn.Linear):
 
     peer_mean: Tensor | None
     objective: AnyObjective
+    _plain: ClassVar[type[nn.Module]]
 
     def __init__(
         self,
@@ -285,6 +286,10 @@ class FFLinear(nn.Linear):
         known = n_pos if is_positive is None else None
         return StepResult(y_out, sumsq.detach(), goodness.detach(), loss.detach(), known, is_positive)
 
+    def _shape_after(self, shape: torch.Size) -> tuple[int, ...]:
+        """The shape of a row's activities."""
+        return (self.out_features,)
+
     def _run(self, x: Tensor, input_sumsq: Tensor | None = None, **shared: Any) -> tuple[Tensor, Tensor]:
         """`activity`, by a call where one is waited for, to which what is known of the rows says nothing."""
         if not called_only(self):
@@ -315,15 +320,16 @@ def watched(module: nn.Module) -> bool:
     )  # fmt: skip
 
 
-def overridden(layer: FFLinear, *names: str) -> bool:
+# What a layer is where nobody has overridden anything.
+FFLinear._plain = FFLinear
+
+
+def overridden(layer: Any, *names: str) -> bool:
     """Whether a subclass or the object itself replaces one of these methods."""
-    kind, own = type(layer), vars(layer)
-    for name in names:
-        if name in own or (kind is not FFLinear and getattr(kind, name) is not getattr(FFLinear, name)):
-            return True
-    return False
+    kind, plain, own = type(layer), layer._plain, vars(layer)
+    return any(name in own or getattr(kind, name) is not getattr(plain, name) for name in names)
 
 
-def called_only(layer: FFLinear) -> bool:
+def called_only(layer: Any) -> bool:
     """Whether a layer computes something else, or something more, than its closed form."""
     return watched(layer) or overridden(layer, "forward", "activity", "goodness", "__call__")

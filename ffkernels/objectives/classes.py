@@ -45,15 +45,28 @@ def class_goodness(y: Tensor, classes: int, goodness: Goodness) -> Tensor:
     return goodness_of_sums(sums, y.shape[1], goodness)
 
 
-def goodness_of_sums(sums: Tensor, units: int, goodness: Goodness) -> Tensor:
-    """`class_goodness` from sums over the groups `[rows, classes]`: of activities for "activity", else of squares."""
-    return sums if goodness == "sum" else sums / _sizes_like(sums, units)
+def goodness_of_sums(sums: Tensor, units: int, goodness: Goodness, places: int = 1) -> Tensor:
+    """`class_goodness` from sums over the groups `[rows, classes]`: of activities for "activity", else of squares.
+
+    `places`: how many numbers of each unit the sums hold, in a layer that has several.
+    """
+    return sums if goodness == "sum" else sums / (_sizes_like(sums, units) * places)
 
 
-def slopes_by_activity(slope: Tensor, units: int, goodness: Goodness) -> tuple[Tensor | None, Tensor | None]:
+def moments_goodness(first: Tensor, second: Tensor | None, classes: int, goodness: Goodness, places: int = 1) -> Tensor:
+    """`class_goodness` from `[rows, units]` sums over places of activities, and of squares (None: `first^2`)."""
+    if second is None:
+        return class_goodness(first, classes, goodness)
+    sums = group_sums(first if goodness == "activity" else second, classes)
+    return goodness_of_sums(sums, first.shape[1], goodness, places)
+
+
+def slopes_by_activity(
+    slope: Tensor, units: int, goodness: Goodness, places: int = 1
+) -> tuple[Tensor | None, Tensor | None]:
     """`spec.Slopes` first and second, from slopes by the goodness of each class `[rows, classes]`."""
     if goodness != "sum":
-        slope = slope / _sizes_like(slope, units)
+        slope = slope / (_sizes_like(slope, units) * places)
     return (slope, None) if goodness == "activity" else (None, slope)
 
 

@@ -18,10 +18,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import cast
 
 import torch
 
-from . import Objective, __version__, explain
+from . import FFLinear, Objective, __version__, explain
 from .backends.native import library
 from .backends.select import Request
 from .backends.triton import support as triton_support
@@ -267,7 +268,7 @@ def _prepare(arguments: argparse.Namespace) -> Trainer:
             compute_dtype=COMPUTE_DTYPES[arguments.compute_dtype],
             skip_below=arguments.skip_below,
         )
-        first = next(iter(trainer.net))
+        first = cast("FFLinear", trainer.net.layers[0])
         explanation = explain(
             first.weight,
             trainer.net_optimizer,

@@ -184,13 +184,19 @@ def _plain_module(name: str, module: nn.Module, kind: type[nn.Module]) -> None:
         raise ValueError(f"{name} has hooks, which a step does not call; accepted: one without, or hooks on the layer")
 
 
-def batch_norm(norm: object, weight: Tensor, outputs: str, peer: object) -> None:
+def batch_norm(
+    norm: object,
+    weight: Tensor,
+    outputs: str,
+    peer: object,
+    kind: type[nn.BatchNorm1d] | type[nn.BatchNorm2d] = nn.BatchNorm1d,
+) -> None:
     """Checks a batch normalisation behind a layer with this weight, and what does not go with it."""
     if norm is None:
         return
-    if not isinstance(norm, nn.BatchNorm1d):
-        raise TypeError(f"batch_norm is a {type(norm).__name__}; accepted: a torch.nn.BatchNorm1d, or None")
-    _plain_module("batch_norm", norm, nn.BatchNorm1d)
+    if not isinstance(norm, kind):
+        raise TypeError(f"batch_norm is a {type(norm).__name__}; accepted: a torch.nn.{kind.__name__}, or None")
+    _plain_module("batch_norm", norm, kind)
     if norm.num_features != len(weight):
         raise ValueError(f"batch_norm has {norm.num_features} features; accepted: {len(weight)}, the layer's units")
     for name, value in (*norm.named_parameters(), *norm.named_buffers()):
@@ -211,9 +217,9 @@ def batch_norm(norm: object, weight: Tensor, outputs: str, peer: object) -> None
         raise ValueError("peer came with batch_norm, behind which means are fixed already; accepted: one of the two")
 
 
-def enough_for_statistics(norm: nn.BatchNorm1d | None, rows: int) -> None:
-    """Raises ValueError for a single row, which has no variance."""
-    if norm is not None and norm.training and rows == 1:
+def enough_for_statistics(norm: nn.BatchNorm1d | nn.BatchNorm2d | None, rows: int, places: int = 1) -> None:
+    """Raises ValueError for a single row of one place, which has no variance."""
+    if norm is not None and rows * places == 1 and (norm.training or norm.running_mean is None):
         raise ValueError("x_pos has 1 row, which has no variance for batch_norm; accepted: at least 2, or eval()")
 
 
@@ -358,11 +364,23 @@ def writable(name: str, value: Tensor | None) -> None:
 
 
 def _overlaps_itself(shape: torch.Size, strides: tuple[int, ...]) -> bool:
-    """Whether two elements of a vector or matrix lie in one place."""
+    """Whether two elements lie in one place."""
     if 0 in shape:
         return False
     if len(shape) == 1:
         return strides[0] == 0 and shape[0] > 1
+    if len(shape) > 2:
+        extent = 0
+        for stride, size in sorted(zip(strides, shape, strict=True)):
+            if size > 1 and stride <= extent:
+                break
+            extent += (size - 1) * stride
+        else:
+            return False
+        places = torch.zeros((), dtype=torch.int64)
+        for size, stride in zip(shape, strides, strict=True):
+            places = places.unsqueeze(-1) + torch.arange(size) * stride
+        return len(places.unique()) < places.numel()
     (rows, columns), (down, across) = shape, strides
     common = math.gcd(down, across)
     # down i = across j, where i rows and j columns apart are the fewest that can coincide.

@@ -23,7 +23,7 @@ BACKENDS = {
     "eager": "ffkernels.backends.eager",
 }
 VARIABLE = "FFKERNELS_BACKEND"
-# Whose forward takes the weight as a step has left it in `weight_rounded`; the others read the weight itself.
+# Whose forward takes the weight as a step has left it in `Outputs.rounded`; the others read the weight itself.
 TAKES_ROUNDED = ("triton",)
 # Which find out by themselves that the second side's rows are copies of the first side's under other labels, any number
 # of times over, and share their products.

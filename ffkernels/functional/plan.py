@@ -119,7 +119,7 @@ def _facts(weight: Tensor, bias: Tensor | None, peer_mean: Tensor | None, option
     )  # fmt: skip
 
 
-def others_of(objective: AnyObjective, batch_norm: nn.BatchNorm1d | None) -> dict[str, Tensor]:
+def others_of(objective: AnyObjective, batch_norm: nn.BatchNorm1d | nn.BatchNorm2d | None) -> dict[str, Tensor]:
     """What learns besides weight and bias, by name."""
     others = {"objective.weight": objective.weight if isinstance(objective, ProjectionHead) else None}
     if batch_norm is not None:

@@ -16,10 +16,10 @@ from ..objectives import (
     Objective,
     ProjectionHead,
     Standardised,
-    class_goodness,
     class_terms,
     dense,
     goodness_of_sums,
+    moments_goodness,
     slopes_by_activity,
     standardise,
     through,
@@ -70,7 +70,7 @@ def step_by_stages(
         judged, gradient = objective.judge(y, outputs.sumsq, rows.labels, rows.sample_weight, goal.skip_below)
         gradients.append((objective.weight, gradient))
     else:
-        judged = _judged(objective, y, rows, goal, outputs.sumsq, sums)
+        judged = judged_of(objective, y, rows, goal, outputs.sumsq, sums)
     slopes = Slopes(kept, judged.first, judged.second, judged.basis)
     if batch_norm is not None and standardised is not None:
         dy, by_weight, by_bias = through(standardised, dense(slopes, y))
@@ -101,27 +101,37 @@ def _class_sums(objective: AnyObjective, weight: Tensor, rows: int, backend: str
     return weight.new_empty(rows, objective.classes) if len(weight) // objective.classes >= fewest else None
 
 
-def _judged(
-    objective: Objective | GivenLoss, y: Tensor, rows: Rows, goal: Goal, sumsq: Tensor, class_sums: Tensor | None
+def judged_of(
+    objective: Objective | GivenLoss,
+    y: Tensor,
+    rows: Rows,
+    goal: Goal,
+    sumsq: Tensor,
+    class_sums: Tensor | None = None,
+    second: Tensor | None = None,
+    places: int = 1,
 ) -> Judged:
-    """The second stage: activities `y` `[rows, units]` and their sums to loss, goodness and slopes."""
+    """The second stage: activities `y` `[rows, units]` and their sums to loss, goodness and slopes.
+
+    `second`, `places`: as in `GivenLoss.judge`; the slopes are then those by the moments `y` and `second`.
+    """
     units, side = y.shape[1], rows.is_positive if rows.labels is None else rows.labels
     if side is None:
         side = torch.arange(len(y), device=y.device) < rows.x_pos.shape[0]
     if isinstance(objective, GivenLoss):
-        return objective.judge(y, sumsq, side)
+        return objective.judge(y, sumsq, side, second, places)
     if objective.classes is not None:
         if class_sums is None:
-            goodness = class_goodness(y, objective.classes, objective.goodness)
+            goodness = moments_goodness(y, second, objective.classes, objective.goodness, places)
         else:
             goodness = goodness_of_sums(class_sums, units, objective.goodness)
         slope, loss = class_terms(objective, goodness, side, rows.sample_weight, goal.skip_below)
-        return Judged(loss, goodness, *slopes_by_activity(slope, units, objective.goodness))
+        return Judged(loss, goodness, *slopes_by_activity(slope, units, objective.goodness, places))
     counts: tuple[int | Tensor, int | Tensor] = (rows.x_pos.shape[0], rows.x_neg.shape[0])
     if rows.is_positive is not None:
         counts = (side.sum(), (~side).sum())
     threshold = None if goal.threshold is None else goal.threshold.to(y.dtype)
-    terms = objective.terms(sumsq, units, side, counts, rows.sample_weight, threshold, goal.skip_below)
+    terms = objective.terms(sumsq, units * places, side, counts, rows.sample_weight, threshold, goal.skip_below)
     # The coefficient of a row is twice its slope: dy = 2 s2 y.
     return Judged(terms.loss, None, None, (terms.coefficient / 2).unsqueeze(1))
 
@@ -129,9 +139,9 @@ def _judged(
 def _by_gradient(
     parameter: Tensor | None, gradient: Tensor, update: Update
 ) -> tuple[Rows, Layer, Slopes, PeerPull, Update]:
-    """A gradient that is there already, as the operator takes it: that of one unit whose input is a row of it."""
+    """Wraps a finished gradient so that `linear_update_` applies the rule: one unit, one row, which is the gradient."""
     assert parameter is not None
-    # In compiled code the last one holds the rule's numbers.
+    # In compiled code the last tensor of the state holds the rule's numbers.
     count = len(update.weight.state) - (update.rule != "grad" and not update.weight.numbers)
     state = [t.view(1, -1) if t.dim() and i < count else t for i, t in enumerate(update.weight.state)]
     update = update._replace(weight=update.weight._replace(state=state))

@@ -60,8 +60,9 @@ def linear_step_(
     With `r_i` the scale that normalises row `x_i`: `z_i = r_i W x_i + b`, `y_i = act(z_i)`, `q_i = sum_j y_ij^2`; the
     objective makes the row coefficient `c_i = 2 dLoss/dq_i` from `q`, and then
     `dW = sum_i c_i r_i (y_i act'(z_i)) x_i^T`, `db = sum_i c_i (y_i act'(z_i))` go into the optimizer's rule
-    (Hinton, "The Forward-Forward Algorithm", 2022). Rows with `c_i` exactly zero, which are most rows once a sum
-    goodness saturates, are left out of the update's product; that changes nothing but the time.
+    (Hinton, "The Forward-Forward Algorithm", 2022); with classes there is a `c_ik` for each group, with a head
+    `dy = e W`. Rows with `c_i` exactly zero, which are most rows once a sum goodness saturates, are left out of the
+    update's product; that changes nothing but the time.
 
     Args:
         x_pos: `[n_pos, in]` un-normalised positive rows, in the weight's dtype or the compute dtype.
@@ -77,7 +78,7 @@ def linear_step_(
         eps: >= 0; `eps_mode` says where it goes: "add" `x / (norm + eps)`, "clamp" `x / max(norm, eps)`,
             "inside" `x / sqrt(norm^2 + eps)`. A row of zeros stays zero.
         activation: "relu", "leaky_relu" (0.01), "gelu" (exact), "silu" or "identity".
-        outputs: "post", "pre" or "none": which activities the result carries.
+        outputs: which activities the result carries: "post", those after the update, "pre", those before it, or "none".
         compute_dtype: torch.bfloat16 or torch.float16: the products' operands are rounded to it, sums and masters stay
             float32. None: autocast's dtype where autocast is on, else the weight's.
         sample_weight: `[rows]` factors of the rows' losses, positives first (`[pairs]` for pair losses).

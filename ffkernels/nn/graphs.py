@@ -91,6 +91,10 @@ class GraphedStep:
             if not _has_graphs(device):
                 raise ValueError(f"{name} is on {device}; accepted: a CUDA or ROCm device, which alone has graphs")
         for i, (layer, optimizer) in enumerate(zip(self.net, self._per_layer, strict=True)):
+            if not isinstance(layer, FFLinear):
+                raise ValueError(
+                    f"layers[{i}] is a {type(layer).__name__}, whose step the host leads; accepted: an FFLinear"
+                )
             if called_only(layer):
                 raise ValueError(
                     f"layers[{i}] is watched by hooks or overridden, which a replay does not call; "
@@ -141,7 +145,9 @@ class GraphedStep:
             for group in optimizer.param_groups
         ]
         layers = [
-            (layer.objective, layer.outputs, layer.peer, layer._options(), *_of_modules(layer)) for layer in self.net
+            (layer.objective, layer.outputs, layer.peer, layer._options(), *_of_modules(layer))
+            for layer in self.net
+            if isinstance(layer, FFLinear)
         ]
         return [groups, layers, [_key(tensor) for _, tensor in self._tensors()]]
 

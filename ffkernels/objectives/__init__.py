@@ -1,6 +1,14 @@
 """What a layer learns: from its activities, or sums of their squares, to a loss and its slopes."""
 
-from .batchnorm import Standardised, move, standardise, through
+from .batchnorm import (
+    Standardised,
+    StandardisedMoments,
+    move,
+    standardise,
+    standardise_moments,
+    through,
+    through_moments,
+)
 from .classes import (
     CLASS_GOODNESS,
     CLASS_LOSSES,
@@ -9,6 +17,7 @@ from .classes import (
     class_terms,
     dense,
     goodness_of_sums,
+    moments_goodness,
     slopes_by_activity,
 )
 from .given import AnyObjective, GivenLoss, Moments, any_objective
@@ -31,16 +40,20 @@ __all__ = [
     "Objective",
     "ProjectionHead",
     "Standardised",
+    "StandardisedMoments",
     "any_objective",
     "by_unit",
     "class_goodness",
     "class_terms",
     "dense",
     "goodness_of_sums",
+    "moments_goodness",
     "move",
     "short",
     "silu_slope",
     "slopes_by_activity",
     "standardise",
+    "standardise_moments",
     "through",
+    "through_moments",
 ]

@@ -470,10 +470,16 @@ def objective_object(objective: object) -> None:
         raise TypeError(f"objective={objective!r} is not an ffkernels.Objective")
 
 
+def class_groups(objective: AnyObjective, units: int) -> None:
+    """Raises ValueError unless a layer of so many units has one for each class."""
+    if not isinstance(objective, ProjectionHead) and (objective.classes or 0) > units:
+        raise ValueError(f"classes={objective.classes} came to a layer of {units} units; accepted: 1..{units}")
+
+
 def objective_alone(objective: AnyObjective, skip_below: float, units: int | None = None) -> None:
     """Checks of an objective what does not hang on rows; `units`: the layer's width."""
-    if units is not None and not isinstance(objective, ProjectionHead) and (objective.classes or 0) > units:
-        raise ValueError(f"classes={objective.classes} came to a layer of {units} units; accepted: 1..{units}")
+    if units is not None:
+        class_groups(objective, units)
     if isinstance(objective.threshold, Tensor):
         constant("threshold", objective.threshold)
     if skip_below and isinstance(objective, GivenLoss):

@@ -83,7 +83,7 @@ class FFConv2d(nn.Conv2d):
         self.objective = any_objective(objective)
         if isinstance(self.objective, ProjectionHead):
             self.objective.fit(self.weight)
-        check.objective_alone(self.objective, 0.0, out_channels)
+        check.class_groups(self.objective, out_channels)
         self.pool = pool
         self.norm = norm
         self.eps = eps

@@ -89,7 +89,7 @@ class FFLinear(nn.Linear):
         mean = None if peer is None else torch.full_like(self.weight.detach()[:, 0], FIRST_MEAN)
         self.register_buffer("peer_mean", mean)
         self.objective = any_objective(objective)
-        check.objective_alone(self.objective, 0.0, out_features)
+        check.class_groups(self.objective, out_features)
         self.norm = norm
         self.eps = eps
         self.eps_mode = eps_mode
@@ -145,7 +145,7 @@ class FFLinear(nn.Linear):
             check.head(objective, self.weight)
             with without_autocast(self.weight.device):
                 return objective.scores(y.to(sumsq.dtype))
-        check.objective_alone(objective, 0.0, self.out_features)
+        check.class_groups(objective, self.out_features)
         if objective.classes is not None:
             return class_goodness(y.to(sumsq.dtype), objective.classes, objective.goodness)
         return objective.goodness_of(sumsq, self.out_features)

@@ -292,7 +292,7 @@ class Trainer:
         order = torch.randperm(len(self.train_labels), generator=generator, device=self.device)
         for rows in order.split(self._split(len(order), recipe.batch_size)):
             images, labels = self.train_images[rows], self.train_labels[rows]
-            x = self._as_input(shifted(images, recipe.jitter, generator) if recipe.jitter else images)
+            x = self._as_input(shifted(images, recipe.jitter, generator, self.data.shape) if recipe.jitter else images)
             if recipe.label == "none":
                 yield Minibatch(x, hybrid_images(x, generator), labels)
                 continue

@@ -71,7 +71,7 @@ class Trainer:
 
     Raises:
         TypeError: for a seed, epochs or `skip_below` that is no number.
-        ValueError: for one outside its range, and for data too few for the recipe.
+        ValueError: for one outside its range, for data too few for the recipe, and for colours where it mixes images.
     """
 
     def __init__(
@@ -101,6 +101,8 @@ class Trainer:
                 f"{data.source}: {len(data.train_labels)} training and {len(data.test_labels)} test images; "
                 f"{recipe.name} needs at least {self.fewest_rows} and 1"
             )
+        if recipe.label == "none" and data.shape[0] != 1:
+            raise ValueError(f"{data.source}: images of {data.shape[0]} channels; {recipe.name} mixes grey ones alone")
         self.recipe, self.data, self.seed, self.skip_below = recipe, data, seed, skip_below
         self.device, self.compute_dtype = torch.device(device), compute_dtype
         used = slice(None, recipe.train_images)
@@ -294,7 +296,7 @@ class Trainer:
             images, labels = self.train_images[rows], self.train_labels[rows]
             x = self._as_input(shifted(images, recipe.jitter, generator, self.data.shape) if recipe.jitter else images)
             if recipe.label == "none":
-                yield Minibatch(x, hybrid_images(x, generator), labels)
+                yield Minibatch(x, self._hybrid_images(x, generator), labels)
                 continue
             features = logits = None
             if recipe.negatives == "classifier":
@@ -328,6 +330,10 @@ class Trainer:
         logits = self._logits(features)
         self._step_classifier(features, batch.labels, logits)
         return results, logits
+
+    def _hybrid_images(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        _, height, width = self.data.shape
+        return hybrid_images(x, generator, height=height, width=width)
 
     def _wrong_label(self, labels: Tensor, generator: torch.Generator) -> Tensor:
         if self.recipe.negatives == "shuffled":
@@ -397,7 +403,7 @@ class Trainer:
         for images, labels in self._test_batches():
             x = self._as_input(images)
             if self.recipe.label == "none":
-                sides = x, hybrid_images(x, generator)
+                sides = x, self._hybrid_images(x, generator)
             else:
                 wrong = wrong_label(labels, classes, generator)
                 sides = labelled_sides(x, labels, wrong, classes, self.recipe.label_value)

@@ -12,7 +12,7 @@ VENV := .venv
 LIBRARY := ffkernels/backends/native/libffkernels_cpu.so
 PIP := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: mnist test lint records sanitize fuzz campaign configurations nightly bench gpu clean
+.PHONY: mnist test lint records sanitize fuzz campaign configurations compilers nightly bench gpu clean
 
 mnist: $(VENV)/train
 	$(VENV)/bin/python -m ffkernels train --preset quick --data mnist --resume
@@ -42,9 +42,9 @@ sanitize: $(VENV)/test
 	  $(VENV)/bin/python -m pytest -p no:faulthandler tests/test_native.py tests/test_large_labels.py tests/test_csrc_parts.py \
 	  -k "not 4200 and not 4300"
 
-# Minutes each: random calls against float64, trainings that are killed and interrupted, and every shipped configuration
-# of the Triton kernels compiled for every device.
-nightly: fuzz campaign configurations
+# Minutes each: random calls against float64, trainings that are killed and interrupted, every shipped configuration
+# of the Triton kernels compiled for every device, and compiled training loops through each of torch's compilers.
+nightly: fuzz campaign configurations compilers
 
 fuzz: $(VENV)/test
 	$(VENV)/bin/python -m tests.fuzz
@@ -54,6 +54,9 @@ campaign: $(VENV)/test
 
 configurations: $(VENV)/test
 	FFKERNELS_AOT=all $(VENV)/bin/python -m pytest tests/test_triton_compiled.py
+
+compilers: $(VENV)/test
+	FFKERNELS_COMPILERS=all $(VENV)/bin/python -m pytest tests/test_pytorch_features.py -k compiled_code
 
 bench: $(VENV)/test $(VENV)/contenders
 	$(VENV)/bin/python -m ffkernels bench

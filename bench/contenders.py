@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stderr, redirect_stdout
 from functools import partial
 from importlib import import_module, metadata
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +49,7 @@ class FFKernels(Contender):
 
     def __init__(self, case: Case, initial: Layers, backend: str | None = None) -> None:
         self.net, self.by_labels = our_network(case, initial, backend), case.sides == 1
-        self.layers = [(layer.weight, layer.bias) for layer in self.net]
+        self.layers = [(layer.weight, layer.bias) for layer in cast("Iterable[ff.FFLinear]", self.net)]
         self.sample_weight = case.original.weights_for(case.rows, case.rows, case.master_dtype)
         if self.sample_weight is not None:
             self.sample_weight = self.sample_weight.to(case.device)

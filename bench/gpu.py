@@ -60,7 +60,8 @@ def main() -> int:
         print("make gpu needs a CUDA or ROCm device; torch finds none", file=sys.stderr)
         return 2
     output.mkdir(parents=True, exist_ok=True)
-    summary: dict[str, object] = {"machine": describe("cuda"), "parts": {}}
+    ran: dict[str, dict[str, int | str | float]] = {}
+    summary = {"machine": describe("cuda"), "parts": ran}
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     failed = False
     for name, command, seconds in parts(output):
@@ -81,9 +82,8 @@ def main() -> int:
             except OSError as error:
                 code = f"did not start: {error}"
         failed |= code != 0
-        ran = {"result": code, "seconds": round(time.monotonic() - start, 1)}
-        summary["parts"][name] = ran  # type: ignore[index]
-        print(f"{name}: {'passed' if code == 0 else f'result {code}'} ({ran['seconds']} s)", flush=True)
+        ran[name] = {"result": code, "seconds": round(time.monotonic() - start, 1)}
+        print(f"{name}: {'passed' if code == 0 else f'result {code}'} ({ran[name]['seconds']} s)", flush=True)
         (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     return int(failed)
 

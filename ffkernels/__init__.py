@@ -1,13 +1,23 @@
 """ffkernels: fast, exact kernels for the Forward-Forward algorithm."""
 
 from ._version import __version__
-from .functional import StepResult, explain, goodness_loss, linear_forward, linear_step_, shared_product
+from .functional import (
+    StepResult,
+    conv2d_forward,
+    conv2d_step_,
+    explain,
+    goodness_loss,
+    linear_forward,
+    linear_step_,
+    shared_product,
+)
 from .negatives import hybrid_images, neutral_label, overlay_label, wrong_label
-from .nn import FFLinear, FFNetwork, GraphedStep
+from .nn import FFConv2d, FFLinear, FFNetwork, GraphedStep
 from .objectives import GivenLoss, Moments, Objective, ProjectionHead
 from .peer import PeerNormalisation
 
 __all__ = [
+    "FFConv2d",
     "FFLinear",
     "FFNetwork",
     "GivenLoss",
@@ -18,6 +28,8 @@ __all__ = [
     "ProjectionHead",
     "StepResult",
     "__version__",
+    "conv2d_forward",
+    "conv2d_step_",
     "explain",
     "goodness_loss",
     "hybrid_images",

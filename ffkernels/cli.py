@@ -18,15 +18,17 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import cast
 
 import torch
 
-from . import Objective, __version__, explain
+from . import FFLinear, Objective, __version__, explain
 from .backends.native import library
 from .backends.select import Request
 from .backends.triton import support as triton_support
-from .recipes import catalogue, checkpoint, data, picture, train
+from .recipes import catalogue, checkpoint, data, picture, run
 from .recipes.lock import locked
+from .recipes.train import Trainer
 
 PROGRAM = "python -m ffkernels"
 COMPUTE_DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -200,14 +202,14 @@ class Record:
 
 
 def train_recipe(
-    arguments: argparse.Namespace, argv: list[str], record: Callable[[train.Trainer], Record] | None = None
+    arguments: argparse.Namespace, argv: list[str], record: Callable[[Trainer], Record] | None = None
 ) -> int:
     """Trains `arguments.recipe` with what `add_run_options` adds, and says where everything is."""
     trainer = _prepare(arguments)
     kept = None if record is None else record(trainer)
     name = f"{arguments.recipe}-{trainer.data.name}" if kept is None else kept.name
     output = arguments.output or Path("runs", name)
-    files = {"metrics": output / train.METRICS, "checkpoint": output / train.CHECKPOINT}
+    files = {"metrics": output / run.METRICS, "checkpoint": output / run.CHECKPOINT}
     picture_file = output / picture.PICTURE
     checkpoint.try_writing(files["checkpoint"])
     with locked(output):
@@ -237,27 +239,27 @@ def train_recipe(
                 files = {"picture": picture_file, **files}
             except Exception as error:  # whatever a drawing library raises, the run is worth more
                 say(f"no picture: {type(error).__name__}: {_text_of(error)}")
-    print(train.summary(trainer))
+    print(run.summary(trainer))
     for kind, path in files.items():
         print(f"{kind + ':':<12}{path}")
     return 0
 
 
-def _until_stopped(trainer: train.Trainer, output: Path, stop: Callable[[], bool]) -> bool:
+def _until_stopped(trainer: Trainer, output: Path, stop: Callable[[], bool]) -> bool:
     try:
-        return train.train(trainer, output, stop)
+        return run.train(trainer, output, stop)
     except BrokenPipeError:
         raise
     except OSError as error:
-        kept = "--resume goes on from the checkpoint" if (output / train.CHECKPOINT).exists() else "no epoch is saved"
+        kept = "--resume goes on from the checkpoint" if (output / run.CHECKPOINT).exists() else "no epoch is saved"
         raise UserError(f"{_text_of(error)}; {kept}") from error
 
 
-def _prepare(arguments: argparse.Namespace) -> train.Trainer:
+def _prepare(arguments: argparse.Namespace) -> Trainer:
     """The trainer, before anything is written: what can be wrong with the data and numbers asked for shows here."""
     try:
         device = _device(arguments.device)
-        trainer = train.Trainer(
+        trainer = Trainer(
             catalogue.RECIPES[arguments.recipe],
             data.load(arguments.data),
             seed=arguments.seed,
@@ -266,7 +268,7 @@ def _prepare(arguments: argparse.Namespace) -> train.Trainer:
             compute_dtype=COMPUTE_DTYPES[arguments.compute_dtype],
             skip_below=arguments.skip_below,
         )
-        first = next(iter(trainer.net))
+        first = cast("FFLinear", trainer.net.layers[0])
         explanation = explain(
             first.weight,
             trainer.net_optimizer,
@@ -282,16 +284,16 @@ def _prepare(arguments: argparse.Namespace) -> train.Trainer:
     return trainer
 
 
-def _take_up(arguments: argparse.Namespace, trainer: train.Trainer, output: Path) -> None:
+def _take_up(arguments: argparse.Namespace, trainer: Trainer, output: Path) -> None:
     """Goes on with the run in the output folder, starts anew, or says why neither is done."""
     if arguments.resume:
         try:
-            resumed = train.resume(trainer, output)
+            resumed = run.resume(trainer, output)
         except ValueError as error:
             raise UserError(f"{error}; --overwrite starts anew") from error
         done = f"{output}: {len(trainer.rows)} of {trainer.epochs} epochs are done"
         say(done if resumed else f"{output}: no checkpoint, starting anew")
-    elif (output / train.CHECKPOINT).exists() and not arguments.overwrite:
+    elif (output / run.CHECKPOINT).exists() and not arguments.overwrite:
         raise UserError(
             f"{output} holds a run already: --resume goes on with it, --overwrite starts anew, "
             "--output names another folder"
@@ -333,11 +335,11 @@ class _StopOnInterrupt:
                 os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
 
 
-def _say_stopped(trainer: train.Trainer, output: Path, argv: list[str]) -> None:
+def _say_stopped(trainer: Trainer, output: Path, argv: list[str]) -> None:
     # argparse takes their beginnings too.
     kept_options = [a for a in argv if len(a) < 3 or not ("--resume".startswith(a) or "--overwrite".startswith(a))]
     again = shlex.join([*PROGRAM.split(), *kept_options, "--resume"])
-    kept = f"{len(trainer.rows)} of {trainer.epochs} epochs are kept in {output / train.CHECKPOINT}"
+    kept = f"{len(trainer.rows)} of {trainer.epochs} epochs are kept in {output / run.CHECKPOINT}"
     say(f"stopped; {kept if trainer.rows else 'no epoch was finished'}. To go on:\n  {again}")
 
 

@@ -7,8 +7,8 @@ from torch import Tensor
 
 
 def row_sumsq(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`[rows]` sums of squares of the rows of `x`, summed in `dtype`."""
-    return torch.linalg.vector_norm(x, dim=1, dtype=dtype).square_()
+    """`[rows]` sums of squares of the rows of `x` `[rows, ...]`, summed in `dtype`."""
+    return torch.linalg.vector_norm(x, dim=tuple(range(1, x.dim())), dtype=dtype).square_()
 
 
 def row_scale(sumsq: Tensor, width: int, norm: str, eps: float, eps_mode: str) -> Tensor:

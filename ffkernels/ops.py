@@ -64,10 +64,16 @@ def schema(name: str, *given: Argument, returns: str = "()") -> str:
 
 
 _READ_LAYER = tuple(arguments(Layer, reads=("weight", "bias")))
-_WRITTEN = (Argument("y", "Tensor?", True), Argument("sumsq", "Tensor", True))
+_WRITTEN = (
+    Argument("y", "Tensor?", True),
+    Argument("sumsq", "Tensor", True),
+    Argument("class_sums", "Tensor?", True),
+    Argument("squares", "bool"),
+)
 # Each operator's records, and how a backend's function of that name takes them.
 SCHEMAS = {
-    # Written: where given `y` [rows, out] in the compute dtype, or in the weight's; and its sums of squares [rows].
+    # Written: where given `y` [rows, out] in the compute dtype, or in the weight's; its sums of squares [rows]; and, by
+    # backends of `select.SUMS_CLASSES`, sums over class groups [rows, classes]: of `squares`, or of the activities.
     "linear_forward_": (*arguments(Rows), *_READ_LAYER, *_WRITTEN),
     # One whole layer step on the joint batch. Written: weight and bias (or, under the rule "grad", their gradients),
     # optimizer state, the running mean, and the outputs.
@@ -114,8 +120,15 @@ def _update_of(values: Iterator[Any]) -> Update:
 def _forward_on_backend(*args: Any) -> None:
     values = iter(args)
     rows, layer = _put_together(Rows, values), _put_together(Layer, values)
-    y, sumsq, backend = values
-    select.load(backend).linear_forward_(rows, layer, y, sumsq)
+    *written, backend = values
+    _forward_into(rows, layer, backend, *written)
+
+
+def _forward_into(
+    rows: Rows, layer: Layer, backend: str, y: Tensor | None, sumsq: Tensor, class_sums: Tensor | None, squares: bool
+) -> None:
+    sums = () if class_sums is None else (class_sums, squares)
+    select.load(backend).linear_forward_(rows, layer, y, sumsq, *sums)
 
 
 def _step_on_backend(*args: Any) -> None:
@@ -155,7 +168,7 @@ def _linear_forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
 def _linear_forward(*args: Any) -> tuple[Tensor, Tensor]:
     *read, keep, backend = args
     y, sumsq = _linear_forward_fake(*args)
-    _forward_on_backend(*read, y if keep else None, sumsq, backend)
+    _forward_on_backend(*read, y if keep else None, sumsq, None, True, backend)
     return y, sumsq
 
 
@@ -193,12 +206,20 @@ def _watched(rows: Rows, layer: Layer) -> bool:
     )
 
 
-def linear_forward_(rows: Rows, layer: Layer, y: Tensor | None, sumsq: Tensor, backend: str) -> None:
-    """Writes `y` where it is given, and its sums of squares: `SCHEMAS`."""
+def linear_forward_(
+    rows: Rows,
+    layer: Layer,
+    y: Tensor | None,
+    sumsq: Tensor,
+    backend: str,
+    class_sums: Tensor | None = None,
+    squares: bool = True,
+) -> None:
+    """Writes `y` and sums over class groups where they are given, and the sums of squares of `y`: `SCHEMAS`."""
     if _watched(rows, layer):
-        _operators.linear_forward_(*flatten(rows, layer), y, sumsq, backend)
+        _operators.linear_forward_(*flatten(rows, layer), y, sumsq, class_sums, squares, backend)
     else:
-        select.load(backend).linear_forward_(rows, layer, y, sumsq)
+        _forward_into(rows, layer, backend, y, sumsq, class_sums, squares)
 
 
 def linear_forward(rows: Rows, layer: Layer, keep: bool, backend: str) -> tuple[Tensor, Tensor]:

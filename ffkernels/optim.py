@@ -153,9 +153,9 @@ def step_alone(optimizer: Optimizer | None, parameters: Sequence[Tensor], fill: 
     ours = {id(p) for p in parameters}
     with _turn_of(optimizer):
         others = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in ours]
+        fill()
         waiting = [p.grad for p in others]
         try:
-            fill()
             for p in others:
                 p.grad = None
             optimizer.step()

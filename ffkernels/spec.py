@@ -15,6 +15,8 @@ Norm = Literal["l2", "rms", "none"]
 EpsMode = Literal["add", "clamp", "inside"]
 Activation = Literal["relu", "leaky_relu", "gelu", "silu", "identity"]
 OutputsOf = Literal["post", "pre", "none"]
+PaddingMode = Literal["zeros", "reflect"]
+Pool = Literal["none", "max", "average"]
 # Of a class group also the mean activity.
 Goodness = Literal["mean", "sum", "norm", "activity"]
 SideLoss = Literal["logistic", "symba", "swish"]
@@ -73,6 +75,32 @@ class Layer(NamedTuple):
     eps_mode: EpsMode
     activation: Activation
     compute_dtype: torch.dtype
+
+
+class Geometry(NamedTuple):
+    """What a convolution does besides its sums: its steps and edges, and the pooling behind its activation.
+
+    Each pair is that of rows and columns of a map. Kernels are not dilated, and a window that an edge cuts is left out.
+
+    Attributes:
+        groups: into how many groups its input and output channels are divided.
+    """
+
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    padding_mode: PaddingMode = "zeros"
+    groups: int = 1
+    pool: Pool = "none"
+    pool_size: tuple[int, int] = (1, 1)
+    pool_stride: tuple[int, int] = (1, 1)
+
+    def maps_of(self, height: int, width: int, kernel: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The sizes of what a map becomes: before pooling, and behind it; 0 or less where nothing is left."""
+        sides = zip((height, width), kernel, self.stride, self.padding, strict=True)
+        before = tuple([(size + 2 * pad - of) // step + 1 for size, of, step, pad in sides])
+        pools = zip(before, self.pool_size, self.pool_stride, strict=True)
+        behind = tuple([(size - of) // step + 1 for size, of, step in pools])
+        return before, behind  # type: ignore[return-value]
 
 
 class Goal(NamedTuple):
@@ -162,8 +190,8 @@ class Outputs(NamedTuple):
         loss_out: 0-dim.
         rounded: `[out, in]` the new weight in the compute dtype, or None; never under the rule "grad".
         goodness_out, y_after, sumsq_after: the goodness, `[rows]` or `[rows, classes]`, and activities with the updated
-            parameters and their sums of squares `[rows]`, or None; only for backends of `select.HANDS_OUT_ALL`. Where
-            the sums before the update are nobody's, the goodness may lie in their place.
+            parameters and their sums of squares `[rows]`, or None; those of rows only for backends of
+            `select.HANDS_OUT_ALL`, which may lie in the place of sums that are nobody's.
     """
 
     y: WrittenMatrix | None

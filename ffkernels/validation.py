@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Mapping
 from typing import get_args
 
 import torch
@@ -158,25 +159,55 @@ def head(objective: AnyObjective, weight: Tensor) -> Tensor | None:
         raise ValueError(
             "objective is a ProjectionHead without a matrix; accepted: one made with units, or that of an FFLinear"
         )
+    _plain_module("objective", objective, ProjectionHead)
     objective.fit(weight)
+    if not matrix_of_head.is_contiguous():
+        raise ValueError(f"objective.weight has strides {matrix_of_head.stride()}; accepted: a contiguous one")
     if (matrix_of_head.dtype, matrix_of_head.device) != (weight.dtype, weight.device):
         came, accepted = (f"{t.dtype} on {t.device}" for t in (matrix_of_head, weight))
         raise ValueError(f"objective.weight is {came}; accepted: {accepted}, as weight is")
     return matrix_of_head
 
 
-def batch_norm(norm: object, weight: Tensor, outputs: str, peer: object) -> None:
+def is_watched(module: nn.Module) -> bool:
+    """Whether a module's own hooks wait for calls of it."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _plain_module(name: str, module: nn.Module, kind: type[nn.Module]) -> None:
+    """Raises unless a module is of this very kind and unwatched: a closed form does not call it."""
+    if type(module) is not kind:
+        raise TypeError(f"{name} is a {type(module).__name__}; accepted: a {kind.__name__}, or None")
+    if is_watched(module):
+        raise ValueError(f"{name} has hooks, which a step does not call; accepted: one without, or hooks on the layer")
+
+
+def batch_norm(
+    norm: object,
+    weight: Tensor,
+    outputs: str,
+    peer: object,
+    kind: type[nn.BatchNorm1d] | type[nn.BatchNorm2d] = nn.BatchNorm1d,
+) -> None:
     """Checks a batch normalisation behind a layer with this weight, and what does not go with it."""
     if norm is None:
         return
-    if not isinstance(norm, nn.BatchNorm1d):
-        raise TypeError(f"batch_norm is a {type(norm).__name__}; accepted: a torch.nn.BatchNorm1d, or None")
+    if not isinstance(norm, kind):
+        raise TypeError(f"batch_norm is a {type(norm).__name__}; accepted: a torch.nn.{kind.__name__}, or None")
+    _plain_module("batch_norm", norm, kind)
     if norm.num_features != len(weight):
         raise ValueError(f"batch_norm has {norm.num_features} features; accepted: {len(weight)}, the layer's units")
     for name, value in (*norm.named_parameters(), *norm.named_buffers()):
-        if value.is_floating_point() and (value.dtype, value.device) != (weight.dtype, weight.device):
-            came, accepted = (f"{t.dtype} on {t.device}" for t in (value, weight))
-            raise ValueError(f"batch_norm.{name} is {came}; accepted: {accepted}, as weight is")
+        if name != "num_batches_tracked":
+            vector(f"batch_norm.{name}", value, len(weight), weight.dtype, weight.device)
+            writable(f"batch_norm.{name}", value)
+    momentum = norm.momentum
+    if momentum is not None:
+        fraction("batch_norm.momentum", momentum)
+    elif norm.running_mean is not None and norm.num_batches_tracked is None:
+        raise ValueError("batch_norm.momentum=None came without num_batches_tracked; accepted: both, or a momentum")
     if outputs == "post":
         raise ValueError(
             "outputs='post' came with batch_norm, whose statistics are those of the step's own pass; accepted: 'pre', "
@@ -186,9 +217,9 @@ def batch_norm(norm: object, weight: Tensor, outputs: str, peer: object) -> None
         raise ValueError("peer came with batch_norm, behind which means are fixed already; accepted: one of the two")
 
 
-def enough_for_statistics(norm: nn.BatchNorm1d | None, rows: int) -> None:
-    """Raises ValueError for a single row, which has no variance."""
-    if norm is not None and norm.training and rows == 1:
+def enough_for_statistics(norm: nn.BatchNorm1d | nn.BatchNorm2d | None, rows: int, places: int = 1) -> None:
+    """Raises ValueError for a single row of one place, which has no variance."""
+    if norm is not None and rows * places == 1 and (norm.training or norm.running_mean is None):
         raise ValueError("x_pos has 1 row, which has no variance for batch_norm; accepted: at least 2, or eval()")
 
 
@@ -333,11 +364,23 @@ def writable(name: str, value: Tensor | None) -> None:
 
 
 def _overlaps_itself(shape: torch.Size, strides: tuple[int, ...]) -> bool:
-    """Whether two elements of a vector or matrix lie in one place."""
+    """Whether two elements lie in one place."""
     if 0 in shape:
         return False
     if len(shape) == 1:
         return strides[0] == 0 and shape[0] > 1
+    if len(shape) > 2:
+        extent = 0
+        for stride, size in sorted(zip(strides, shape, strict=True)):
+            if size > 1 and stride <= extent:
+                break
+            extent += (size - 1) * stride
+        else:
+            return False
+        places = torch.zeros((), dtype=torch.int64)
+        for size, stride in zip(shape, strides, strict=True):
+            places = places.unsqueeze(-1) + torch.arange(size) * stride
+        return len(places.unique()) < places.numel()
     (rows, columns), (down, across) = shape, strides
     common = math.gcd(down, across)
     # down i = across j, where i rows and j columns apart are the fewest that can coincide.
@@ -354,12 +397,21 @@ def writable_here(written: list[Tensor]) -> None:
 
 
 def apart(
-    weight: Tensor, bias: Tensor | None, peer_mean: Tensor | None, x_pos: Tensor, x_neg: Tensor, product: Tensor | None
+    weight: Tensor,
+    bias: Tensor | None,
+    peer_mean: Tensor | None,
+    x_pos: Tensor,
+    x_neg: Tensor,
+    product: Tensor | None,
+    others: Mapping[str, Tensor],
 ) -> None:
-    """Raises ValueError where what a step writes, the first three, lies in memory that it reads or writes besides."""
+    """Raises ValueError where what a step writes lies in memory that it reads or writes besides.
+
+    It writes the first three, and `others` by name.
+    """
     if weight.is_meta or type(weight) not in (Tensor, nn.Parameter):
         return
-    tensors = (weight, bias, peer_mean, x_pos, x_neg, product)
+    tensors = (weight, bias, peer_mean, *others.values(), x_pos, x_neg, product)
     # The usual case costs little: tensors without gaps, none of which begins before another ends.
     spans = []
     for t in tensors:
@@ -377,10 +429,10 @@ def apart(
             last = end
         else:
             return
-    names = ("weight", "bias", "peer_mean", "x_pos", "x_neg", "product")
+    names = ("weight", "bias", "peer_mean", *others, "x_pos", "x_neg", "product")
     there = [(name, t, *_span(t)) for name, t in zip(names, tensors, strict=True) if t is not None and t.numel()]
     for i, (name, tensor, first, last) in enumerate(there):
-        if name not in names[:3]:
+        if name in ("x_pos", "x_neg", "product"):
             break
         for other_name, other, start, end in there[i + 1 :]:
             if start < last and first < end and _share_memory(tensor, other, min(first, start), max(last, end)):

@@ -89,6 +89,7 @@ def _batches(trainer: Trainer, steps: int) -> list[Batch]:
     for done, batch in enumerate(batch for epoch in itertools.count(1) for batch in trainer.minibatches(epoch)):
         trainer.step(batch)
         if done >= steps:
+            assert batch.x_neg is not None
             taken.append((batch.x_pos, batch.x_neg))
         if len(taken) == POOL:
             break

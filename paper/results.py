@@ -16,7 +16,8 @@ from bench import machine
 from ffkernels import __version__
 from ffkernels.recipes.catalogue import RECIPES
 from ffkernels.recipes.checkpoint import write_atomically
-from ffkernels.recipes.train import MOST_EPOCHS, Trainer, is_number
+from ffkernels.recipes.metrics import is_number
+from ffkernels.recipes.train import MOST_EPOCHS, Trainer
 
 from . import page
 

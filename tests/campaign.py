@@ -27,7 +27,9 @@ import torch
 import torch._dynamo  # which the first optimizer imports: here once, not in each fork
 
 from ffkernels import cli
-from ffkernels.recipes import catalogue, checkpoint, lock, picture, train
+from ffkernels.recipes import catalogue, checkpoint, lock, metrics, picture, train
+from ffkernels.recipes import run as run_of_a_folder
+from ffkernels.recipes.run import CHECKPOINT, METRICS
 from paper import command, results
 
 from .forks import in_a_process
@@ -36,7 +38,7 @@ from .toy_data import toy_data, write_idx
 EPOCHS, IMAGES, TEST_IMAGES = 3, 300, 60
 WATCHED = tuple(
     str(Path(module.__file__))
-    for module in (cli, checkpoint, command, lock, picture, results, train)
+    for module in (cli, checkpoint, command, lock, metrics, picture, results, run_of_a_folder, train)
     if module.__file__
 )
 KINDS = ("kill", "once", "twice")
@@ -112,9 +114,9 @@ class Campaign:
             return {key: value for key, value in row.items() if "seconds" not in key and key not in ("date", "commit")}
 
         run = self.folder / name / "run"
-        rows = [lasting(json.loads(line)) for line in (run / train.METRICS).read_text().splitlines()]
+        rows = [lasting(json.loads(line)) for line in (run / METRICS).read_text().splitlines()]
         (result,) = (self.folder / name / "results").glob("*.json")
-        state = torch.load(run / train.CHECKPOINT, weights_only=True)["state"]
+        state = torch.load(run / CHECKPOINT, weights_only=True)["state"]
         files = sorted(str(path.relative_to(self.folder / name)) for path in (self.folder / name).rglob("*"))
         return rows, lasting(json.loads(result.read_text())), tensors(state), files
 
@@ -135,9 +137,9 @@ class Campaign:
         assert code in (0, cli.INTERRUPTED, -signal.SIGKILL), f"{place}: exit code {code}\n{text}"
         assert "Traceback" not in text, f"{place}:\n{text}"
         run = self.folder / name / "run"
-        if (run / train.CHECKPOINT).exists():
-            saved = torch.load(run / train.CHECKPOINT, weights_only=True)
-            checkpoint.load(run / train.CHECKPOINT, saved["settings"])
+        if (run / CHECKPOINT).exists():
+            saved = torch.load(run / CHECKPOINT, weights_only=True)
+            checkpoint.load(run / CHECKPOINT, saved["settings"])
         if code != -signal.SIGKILL:
             left = self.leftovers(name) - before
             assert not left, f"{place}: left {left}\n{text}"

@@ -107,7 +107,7 @@ def test_in_eval_mode_rows_do_not_hang_on_each_other():
         ({"outputs": "post"}, "outputs='post' came with batch_norm"),
         ({"batch_norm": nn.BatchNorm1d(6)}, "batch_norm has 6 features; accepted: 7"),
         ({"batch_norm": nn.LayerNorm(7)}, "batch_norm is a LayerNorm; accepted"),
-        ({"batch_norm": nn.BatchNorm1d(7).double()}, "batch_norm.weight is torch.float64 on cpu"),
+        ({"batch_norm": nn.BatchNorm1d(7).double()}, "batch_norm.weight is torch.float64; accepted: torch.float32"),
         ({"peer": ff.PeerNormalisation(), "peer_mean": torch.zeros(7)}, "peer came with batch_norm"),
         ({"x_pos": torch.ones(1, 5), "x_neg": torch.ones(0, 5)}, "x_pos has 1 row, which has no variance"),
         ({"optimizer": "weights alone"}, r"does not hold batch_norm.weight \(7,\)"),

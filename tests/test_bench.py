@@ -200,7 +200,7 @@ def test_a_case_that_fails_costs_only_itself(quick: list[str], tmp_path: Path, m
         def visit(self, *arguments: object) -> list[run.Row]:
             if self.case.name == "depth-1":
                 raise RuntimeError("out of memory")
-            return super().visit(*arguments)  # type: ignore[arg-type]
+            return super().visit(*arguments)
 
     monkeypatch.setattr(command, "Measurement", Failing)
     quick[2:3] = ["depth-1", "overhead"]

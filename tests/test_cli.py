@@ -18,7 +18,7 @@ import torch
 from ffkernels import cli
 from ffkernels.backends.native import library
 from ffkernels.recipes import checkpoint, progress
-from ffkernels.recipes.train import CHECKPOINT, METRICS
+from ffkernels.recipes.run import CHECKPOINT, METRICS
 from paper import results
 
 from .forks import in_a_process, start
@@ -342,7 +342,7 @@ def test_a_file_that_may_not_grow(arguments, monkeypatch) -> None:
 
 
 def test_results_that_cannot_be_written_show_before_training(folder, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(cli.train.Trainer, "run_epoch", None)
+    monkeypatch.setattr(cli.Trainer, "run_epoch", None)
     Path("a file").write_text("")
     Path("rows/quick-toy-2ep-float32-seed0.json").mkdir(parents=True)
     options = ["reproduce", "quick", "--data", str(folder), "--device", "cpu", "--epochs", "2", "--no-picture"]
@@ -425,7 +425,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("options", "said"), WRONG)
 def test_wrong_values_are_one_line_and_train_nothing(options, said, arguments, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(cli.train.Trainer, "run_epoch", None)
+    monkeypatch.setattr(cli.Trainer, "run_epoch", None)
     Path("a file").write_text("")
     Path("dead link").symlink_to("nowhere")
     Path("taken", CHECKPOINT).mkdir(parents=True)

@@ -11,7 +11,7 @@ from .test_native import SETS
 
 # Vectors differ from set to set; the others are the same code for all.
 OF_VECTORS = ("tile", "packing", "bfloat16", "rules")
-OF_SCALARS = ("row_scale", "objective")
+OF_SCALARS = ("row_scale", "objective", "classes")
 HERE = SETS or ["baseline"]
 FOR_FLOAT32 = library.instruction_set() or "baseline"
 

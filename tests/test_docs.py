@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import ffkernels as ff
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = [DOCS / "classes.md", *sorted((DOCS / "integrations").glob("*.md"))]
+PAGES = [DOCS / "classes.md", DOCS / "convolution.md", *sorted((DOCS / "integrations").glob("*.md"))]
 NEEDS = {"fflib": "fflib", "bioff": "bioff", "lightning": "lightning"}
 
 

@@ -23,8 +23,13 @@ def by_unit(slope: Tensor, units: int) -> Tensor:
         slope.shape[1]), strict=True)], 1)  # fmt: skip
 
 
-def expected(x: Tensor, slopes: Slopes, activation: str, product: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The gradients by weight and bias, in the dtype of `x`, of operands rounded to `product`."""
+def expected(
+    x: Tensor, slopes: Slopes, activation: str, product: torch.dtype, of_magnitudes: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The gradients by weight and bias, in the dtype of `x`, of operands rounded to `product`.
+
+    `of_magnitudes`: the sums of their terms' magnitudes, which rounding is relative to.
+    """
     z = slopes.activity.detach().clone().requires_grad_()
     slope = torch.zeros_like(x[:, :1])
     if slopes.first is not None:
@@ -33,7 +38,10 @@ def expected(x: Tensor, slopes: Slopes, activation: str, product: torch.dtype) -
         slope = slope + 2 * by_unit(slopes.second, z.shape[1]) * z.detach()
     (dz,) = torch.autograd.grad(ACTIVATIONS[activation](z), z, slope.expand_as(z))
     scale = 1 / (x.square().sum(1, keepdim=True).sqrt() + 1e-4)
-    return (dz * scale).to(product).to(x.dtype).t() @ x.to(product).to(x.dtype), dz.sum(0)
+    left, right = ((dz * scale).to(product).to(x.dtype), x.to(product).to(x.dtype))
+    if of_magnitudes:
+        left, right, dz = left.abs(), right.abs(), dz.abs()
+    return left.t() @ right, dz.sum(0)
 
 
 def spread(values: Tensor, how: str) -> Tensor:
@@ -106,9 +114,12 @@ def test_given_slopes(
         torch.set_num_threads(before)
         LOADED.library.ffk_limit(BEST)
     plain = Slopes(y, *found, basis)
-    exact = expected(x.double(), Slopes(*(None if t is None else t.double() for t in plain)), activation, torch.float64)
-    for a, b, torchs in zip(ours, exact, expected(x, plain, activation, product), strict=True):
-        assert error(a, b, 0.1) <= 2 * error(torchs, b, 0.1) + (1e-6 if product == torch.float32 else 2e-3)
+    wide_slopes = Slopes(*(None if t is None else t.double() for t in plain))
+    exact, sizes = (expected(x.double(), wide_slopes, activation, torch.float64, of) for of in (False, True))
+    rounding = 1e-6 if product == torch.float32 else 2e-3
+    for a, b, torchs, size in zip(ours, exact, expected(x, plain, activation, product), sizes, strict=True):
+        floor = max(0.1, float(size.norm()))
+        assert error(a, b, floor) <= 2 * error(torchs, b, floor) + rounding
 
 
 def test_rows_left_out_may_hold_anything():

@@ -198,7 +198,7 @@ def test_an_overridden_or_replaced_forward_is_obeyed(which, subclass, name, kind
         setattr(ours, name, lambda x: 2 * method(x))
     plain = Plain(theirs)
     activities = plain.activities
-    plain.activities = lambda x: 2 * activities(x)  # type: ignore[method-assign]
+    plain.activities = lambda x: 2 * activities(x)
     x_pos, x_neg = rows(), rows()
     with pytest.warns(UserWarning, match=rf"\.{name} is overridden"):
         h = learn(ours, x_pos, x_neg)

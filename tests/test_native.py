@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 import ffkernels as ff
 from ffkernels import reference
@@ -36,11 +41,20 @@ NEAR = 5e-5  # of float32 numbers that went through a few steps, in the Frobeniu
 FLOOR = 0.1  # the least norm that counts: differences of goodness cancel to the rounding of goodness
 
 
+@contextmanager
+def limited_to(name: str) -> Iterator[None]:
+    """Calls inside run on this instruction set."""
+    assert LOADED.library.ffk_limit(name.encode()) == 0
+    try:
+        yield
+    finally:
+        LOADED.library.ffk_limit(BEST)
+
+
 @pytest.fixture(params=SETS)
 def instruction_set(request):
-    assert LOADED.library.ffk_limit(request.param.encode()) == 0
-    yield request.param
-    LOADED.library.ffk_limit(BEST)
+    with limited_to(request.param):
+        yield request.param
 
 
 def in_float64(options: dict) -> dict:
@@ -52,25 +66,26 @@ def in_float64(options: dict) -> dict:
     return wide
 
 
-def compare(ours: Problem, steps: int = 2, x_neg_is_there: bool = True, **options: object) -> None:
+def compare(
+    made: Problem, steps: int = 2, x_neg_is_there: bool = True, sets: Sequence[str] = SETS[:1], **options: object
+) -> None:
     """Steps by the library, and by the definition in float64 and in float32, whose own error is part of the budget."""
-    exact, plain = ours.copy(torch.float64), ours.copy()
-    for _ in range(steps):
-        a, b, c = (
-            step(p.x_pos, p.x_neg if x_neg_is_there else None, p.weight, p.bias, p.optimizer, **given)
-            for step, p, given in (
-                (ff.linear_step_, ours, {**options, "backend": "native"}),
-                (reference.linear_step_, exact, in_float64(options)),
-                (reference.linear_step_, plain, options),
-            )
-        )
-        for name in ("y", "sumsq", "goodness", "loss"):
-            budget = NEAR + 4 * error(getattr(c, name), getattr(b, name), FLOOR)
-            assert error(getattr(a, name), getattr(b, name), FLOOR) <= budget, name
-    actual, expected, torchs = state_of(ours), state_of(exact), state_of(plain)
-    assert actual.keys() == expected.keys()
-    for key, value in expected.items():
-        assert error(actual[key], value, FLOOR) <= NEAR + 4 * error(torchs[key], value, FLOOR), key
+
+    def run(step: Callable[..., Any], p: Problem, given: dict[str, Any]) -> dict[Any, Tensor | None]:
+        numbers: dict[Any, Tensor | None] = {}
+        for i in range(steps):
+            found = step(p.x_pos, p.x_neg if x_neg_is_there else None, p.weight, p.bias, p.optimizer, **given)
+            numbers |= {(i, name): getattr(found, name) for name in ("y", "sumsq", "goodness", "loss")}
+        return numbers | state_of(p)
+
+    expected = run(reference.linear_step_, made.copy(torch.float64), in_float64(options))
+    torchs = run(reference.linear_step_, made.copy(), options)
+    for name in sets:
+        with limited_to(name):
+            actual = run(ff.linear_step_, made.copy(), {**options, "backend": "native"})
+        assert actual.keys() == expected.keys()
+        for key, value in expected.items():
+            assert error(actual[key], value, FLOOR) <= NEAR + 4 * error(torchs[key], value, FLOOR), (name, key)
 
 
 @settings(max_examples=300, deadline=None)
@@ -109,13 +124,11 @@ def test_agrees_with_the_definition(
         ours = ours._replace(x_pos=torch.cat([ours.x_pos, ours.x_neg])[order])
         options["is_positive"] = (torch.arange(n) < n_pos)[order]
     before = torch.get_num_threads()
-    LOADED.library.ffk_limit(instruction_set.encode())
     torch.set_num_threads(threads)
     try:
-        compare(ours, x_neg_is_there=not mixed, **options)
+        compare(ours, x_neg_is_there=not mixed, sets=[instruction_set], **options)
     finally:
         torch.set_num_threads(before)
-        LOADED.library.ffk_limit(BEST)
 
 
 # Beyond one depth of a tile, one chunk of units, one block of rows; in vectors that are and are not whole.
@@ -124,22 +137,22 @@ LARGE = [(450, 380, 130, 70), (300, 300, 900, 50), (4300, 4300, 37, 530), (513, 
 
 @pytest.mark.parametrize("optimizer", ["sgd-momentum", "adam", "rmsprop"])
 @pytest.mark.parametrize("shape", LARGE)
-def test_large_shapes(shape, optimizer, instruction_set):
+def test_large_shapes(shape, optimizer):
     ours = problem(*shape, optimizer=optimizer, dtype=torch.float32)
     ours.weight.data /= shape[2] ** 0.5
-    compare(ours, steps=2, objective=ff.Objective(threshold=0.5), outputs="pre")
+    compare(ours, steps=2, sets=SETS, objective=ff.Objective(threshold=0.5), outputs="pre")
 
 
 @pytest.mark.parametrize("rows", [1, 9, 130, 4200])
 @pytest.mark.parametrize("columns", [slice(0, 10), slice(90, 101), slice(501, 512), slice(0, 0), slice(40, 300)])
 @pytest.mark.parametrize("saturated", [False, True])
-def test_sides_that_differ_in_a_label_field(rows, columns, saturated, instruction_set):
+def test_sides_that_differ_in_a_label_field(rows, columns, saturated):
     ours = problem(rows, rows, 512, 530 if rows > 4000 else 40, optimizer="adam", dtype=torch.float32)
     ours.weight.data /= 512**0.5
     ours.x_neg.copy_(ours.x_pos)
     ours.x_neg[:, columns] = torch.randn(rows, columns.stop - columns.start)
     objective = ff.Objective(goodness="sum", threshold=20.0, temperature=0.02 if saturated else 5.0)
-    compare(ours, steps=1, objective=objective, norm="none", outputs="pre")
+    compare(ours, steps=1, sets=SETS, objective=objective, norm="none", outputs="pre")
 
 
 def test_rows_with_zero_coefficient_are_left_out_exactly(instruction_set):
@@ -147,26 +160,9 @@ def test_rows_with_zero_coefficient_are_left_out_exactly(instruction_set):
     ours = problem(60, 60, 30, 50, dtype=torch.float32)
     theirs = ours.copy()
     objective = ff.Objective(goodness="sum", threshold=torch.cat([torch.full((60,), -1e6), torch.full((60,), 30.0)]))
-    ff.linear_step_(
-        ours.x_pos,
-        ours.x_neg,
-        ours.weight,
-        ours.bias,
-        ours.optimizer,
-        objective=objective,
-        norm="none",
-        backend="native",
-    )
-    ff.linear_step_(
-        theirs.x_pos * 1e3,
-        theirs.x_neg,
-        theirs.weight,
-        theirs.bias,
-        theirs.optimizer,
-        objective=objective,
-        norm="none",
-        backend="native",
-    )
+    for p, scale in ((ours, 1.0), (theirs, 1e3)):
+        options = {"objective": objective, "norm": "none", "backend": "native"}
+        ff.linear_step_(p.x_pos * scale, p.x_neg, p.weight, p.bias, p.optimizer, **options)
     assert_same_state(ours, theirs, 0)
 
 
@@ -227,7 +223,7 @@ def test_layouts(layout, dtype):
 @pytest.mark.parametrize("case", ["sides", "copies", "mask", "pairs by mask", "saturated", "no positives"])
 @pytest.mark.parametrize("shape", [(30, 30, 120, 40), (4300, 4300, 37, 530)])
 @pytest.mark.parametrize("activation", ["relu", "identity"])
-def test_peer_normalisation(case, shape, activation, instruction_set):
+def test_peer_normalisation(case, shape, activation):
     """The pull of all positive rows, whichever of them the update leaves out, block by block."""
     made = problem(*shape, optimizer="adam", dtype=torch.float32)
     made.weight.data /= shape[2] ** 0.5
@@ -246,22 +242,25 @@ def test_peer_normalisation(case, shape, activation, instruction_set):
     if case == "no positives":
         made = made._replace(x_pos=made.x_pos[:0])
     peer = ff.PeerNormalisation(strength=0.5)
-    runs = []
-    for p, step, asked in (
-        (made.copy(), ff.linear_step_, {**options, "backend": "native"}),
-        (made.copy(torch.float64), reference.linear_step_, options),
-        (made.copy(), reference.linear_step_, options),
-    ):
+
+    def run(step, p, **asked) -> dict[str, Tensor]:
         mean = torch.full((shape[3],), 0.5, dtype=p.weight.dtype)
         for _ in range(2):
             step(
                 p.x_pos, None if "mask" in case else p.x_neg, p.weight, p.bias, p.optimizer,
-                peer=peer, peer_mean=mean, **asked,
+                peer=peer, peer_mean=mean, **options, **asked,
             )  # fmt: skip
-        runs.append({**state_of(p), "mean": mean})
-    ours, exact, plain = runs
-    for name, value in exact.items():
-        assert error(ours[name], value, FLOOR) <= NEAR + 4 * error(plain[name], value, FLOOR), name
+        return {**state_of(p), "mean": mean}
+
+    exact, plain = run(reference.linear_step_, made.copy(torch.float64)), run(reference.linear_step_, made.copy())
+    for instruction_set in SETS:
+        with limited_to(instruction_set):
+            ours = run(ff.linear_step_, made.copy(), backend="native")
+        for name, value in exact.items():
+            assert error(ours[name], value, FLOOR) <= NEAR + 4 * error(plain[name], value, FLOOR), (
+                instruction_set,
+                name,
+            )
 
 
 @pytest.mark.parametrize("loss", ["logistic", "symba", "swish"])
@@ -287,9 +286,8 @@ COPIES = [(shape, columns) for shape in SHAPES[2:] if shape[0] == shape[1] for c
 
 
 @pytest.mark.parametrize(("shape", "columns"), [*((shape, None) for shape in SHAPES), *COPIES])
-@pytest.mark.parametrize("rows_in", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("saturated", [False, True])
-def test_bfloat16_products(shape, columns, rows_in, saturated, instruction_set):
+def test_bfloat16_products(shape, columns, saturated):
     """What is rounded is known, so results before the update agree with float64 on the rounded operands closely."""
     made = problem(*shape, dtype=torch.float32)
     made.weight.data.div_(shape[2] ** 0.5)
@@ -300,22 +298,26 @@ def test_bfloat16_products(shape, columns, rows_in, saturated, instruction_set):
         made.x_neg[:, columns] = changed
         made.x_pos[:, columns] = 0
     objective = ff.Objective(threshold=(-1e4, 0.5) if saturated else 0.5)
-    ours, exact = made.copy(), made.copy(torch.float64)
+    exact = made.copy(torch.float64)
     exact.weight.data.copy_(made.weight.data.bfloat16())
     options = {"objective": objective, "outputs": "pre"}
-    a = ff.linear_step_(
-        ours.x_pos.to(rows_in), ours.x_neg.to(rows_in), ours.weight, ours.bias, None,
-        compute_dtype=torch.bfloat16, backend="native", **options,
-    )  # fmt: skip
     b = reference.linear_step_(
         exact.x_pos, exact.x_neg, exact.weight, exact.bias, torch.optim.SGD([exact.weight, exact.bias]), **options
     )
-    for name in ("sumsq", "goodness", "loss"):
-        assert error(getattr(a, name), getattr(b, name)) <= NEAR, name
     half_ulp = torch.finfo(torch.bfloat16).eps / 2
-    assert error(a.y, b.y) <= half_ulp + NEAR
-    assert error(ours.weight.grad, exact.weight.grad) <= half_ulp + NEAR
-    assert error(ours.bias.grad, exact.bias.grad) <= NEAR
+    for instruction_set, rows_in in product(SETS, (torch.float32, torch.bfloat16)):
+        ours = made.copy()
+        with limited_to(instruction_set):
+            a = ff.linear_step_(
+                ours.x_pos.to(rows_in), ours.x_neg.to(rows_in), ours.weight, ours.bias, None,
+                compute_dtype=torch.bfloat16, backend="native", **options,
+            )  # fmt: skip
+        where = instruction_set, rows_in
+        for name in ("sumsq", "goodness", "loss"):
+            assert error(getattr(a, name), getattr(b, name)) <= NEAR, (*where, name)
+        assert error(a.y, b.y) <= half_ulp + NEAR, where
+        assert error(ours.weight.grad, exact.weight.grad) <= half_ulp + NEAR, where
+        assert error(ours.bias.grad, exact.bias.grad) <= NEAR, where
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -16,9 +16,22 @@ import ffkernels as ff
 from bench.originals import HintonSGD
 from ffkernels import cli
 from ffkernels.recipes import batches, picture
-from ffkernels.recipes.catalogue import FFLIB, HINTON_MATLAB, HINTON_UNSUPERVISED, LOEWEX, MOHAMMADPZ, RECIPES, Recipe
-from ffkernels.recipes.train import Totals, Trainer, describe, train
-from paper import ablation, backprop, results
+from ffkernels.recipes.catalogue import (
+    FFLIB,
+    GROUPED_MNIST,
+    HINTON_MATLAB,
+    HINTON_UNSUPERVISED,
+    LOEWEX,
+    MOHAMMADPZ,
+    MONO_FORWARD,
+    PROJECTED,
+    RECIPES,
+    Recipe,
+)
+from ffkernels.recipes.metrics import describe
+from ffkernels.recipes.run import train
+from ffkernels.recipes.train import Totals, Trainer
+from paper import ablation, backprop, classes, results
 from paper import page as made_page
 
 from .toy_data import toy_data, write_idx
@@ -30,6 +43,8 @@ SMALL = {
     "loewex": replace(LOEWEX, hidden=(60, 40, 40), batch_size=50),
     "mohammadpz": replace(MOHAMMADPZ, hidden=(40, 30), layerwise_steps=40),
     "fflib": replace(FFLIB, hidden=(60, 40), batch_size=50),
+    "grouped-mnist": replace(GROUPED_MNIST, hidden=(60, 43), batch_size=50, dropout=0.2, jitter=1),
+    "mono-forward": replace(MONO_FORWARD, hidden=(60, 40), batch_size=50),
 }
 
 
@@ -109,7 +124,7 @@ def test_hintons_steps_are_his(data, monkeypatch) -> None:
             pos, neg = above
         return step(x_pos, x_neg, *rest, **options)
 
-    trainer.net.step = follow  # type: ignore[method-assign]
+    trainer.net.step = follow
     for _ in range(2):
         trainer.run_epoch(lambda describe: False)
     assert len(seen) == 6
@@ -145,7 +160,7 @@ def test_recipes_learn_and_stop_and_go_on(name: str, data, tmp_path) -> None:
     trainer = run(recipe, data, epochs, skip_below=1e-6)
     last = trainer.rows[-1]
     by_classifier, by_goodness = last["test_error_classifier"], last["test_error_goodness"]
-    assert (by_classifier is None) == (name in ("mohammadpz", "fflib"))
+    assert (by_classifier is None) == (recipe.classifier is None)
     assert (by_goodness is None) == (name == "hinton-unsupervised")
     # A goodness of nothing costs mohammadpz (softplus(2) + softplus(-2)) / 2 = 1.13.
     for loss, first in zip(last["loss"], [0.9, 0.9] if epochs == 1 else trainer.rows[0]["loss"], strict=True):
@@ -191,7 +206,7 @@ def test_rows_kept_are_counted(skip: float, data) -> None:
     trainer = Trainer(still, data, epochs=1, skip_below=skip)
     seen = []
     step = trainer.net.step_and_features
-    trainer.net.step_and_features = lambda *a, **o: seen.append(step(*a, **o)) or seen[-1]  # type: ignore
+    trainer.net.step_and_features = lambda *a, **o: seen.append(step(*a, **o)) or seen[-1]
     row = trainer.run_epoch(lambda describe: False)
     for layer, result, share in zip(trainer.net, seen[0][0], row["kept"], strict=True):
         logit = torch.cat([layer.out_features - result.goodness_pos, result.goodness_neg - layer.out_features])
@@ -224,7 +239,8 @@ def test_minibatches_are_those_that_an_epoch_trains_on(name: str, data) -> None:
     trainer, other = (Trainer(recipe, data, epochs=2, seed=7) for _ in range(2))
     looked = [list(trainer.minibatches(epoch)) for epoch in (1, 1, 2)]
     for one, again, later in zip(*looked, strict=True):
-        assert torch.equal(one.x_pos, again.x_pos) and torch.equal(one.x_neg, again.x_neg)
+        assert torch.equal(one.x_pos, again.x_pos)
+        assert one.x_neg is again.x_neg is None if recipe.of_classes else torch.equal(one.x_neg, again.x_neg)
         assert not torch.equal(one.x_pos, later.x_pos)
     for batch in trainer.minibatches(1):
         results, logits = trainer.step(batch)
@@ -238,11 +254,11 @@ def test_minibatches_are_those_that_an_epoch_trains_on(name: str, data) -> None:
 
 @pytest.mark.parametrize("name", SMALL)
 def test_minibatches_hold_every_image_once_under_its_label_and_another(name: str, data) -> None:
-    recipe = replace(SMALL[name], jitter=0)
+    recipe = replace(SMALL[name], jitter=0, dropout=0.0)
     trainer = Trainer(recipe, data, seed=2)
     found = list(trainer.minibatches(3))
     assert [len(batch.labels) for batch in found] == ([600] if name == "mohammadpz" else [50] * 12)
-    x_pos, x_neg, labels = (torch.cat([getattr(b, part) for b in found]) for part in ("x_pos", "x_neg", "labels"))
+    x_pos, labels = (torch.cat([getattr(b, part) for b in found]) for part in ("x_pos", "labels"))
     pixels = (data.train_images / 255 - recipe.pixel_mean) / recipe.pixel_std
     if recipe.label == "columns":
         pixels = torch.cat([torch.zeros(600, 10), pixels], 1)
@@ -255,12 +271,58 @@ def test_minibatches_hold_every_image_once_under_its_label_and_another(name: str
     assert torch.equal(labels[mine.argsort()], data.train_labels[theirs.argsort()])
     assert not torch.equal(labels, data.train_labels)
     if recipe.label == "none":
+        assert all((batch.x_neg is None) == recipe.of_classes for batch in found)
         return
+    x_neg = torch.cat([batch.x_neg for batch in found])
     assert torch.equal(x_neg[:, 10:], x_pos[:, 10:])
     shown = (x_neg[:, :10] == recipe.label_value).float()
     assert torch.equal(shown.sum(1), torch.ones(600))
     right = shown.argmax(1) == labels
     assert right.float().mean() == pytest.approx(0.1, abs=0.05) if recipe.negatives == "shuffled" else not right.any()
+
+
+def test_inputs_are_dropped_anew_and_the_rest_is_scaled() -> None:
+    x = torch.rand(50, 784) + 1
+    generator = torch.Generator().manual_seed(0)
+    first, second = (batches.dropped(x, 0.2, generator) for _ in range(2))
+    kept = first != 0
+    assert kept.float().mean() == pytest.approx(0.8, abs=0.01)
+    torch.testing.assert_close(first[kept], x[kept] / 0.8)
+    assert ((second != 0) == kept).float().mean() == pytest.approx(0.68, abs=0.01)
+
+
+@pytest.mark.parametrize("skip", [0.0, 0.3])
+@pytest.mark.parametrize("name", ["grouped-mnist", "mono-forward"])
+def test_metrics_of_classes_are_those_of_the_softmax(name: str, skip: float, data) -> None:
+    """One step of the whole set: each layer's loss, goodness of the own class and of the others, rows kept."""
+    recipe = replace(SMALL[name], batch_size=600, dropout=0.0, jitter=0)
+    trainer = Trainer(recipe, data, epochs=1, skip_below=skip)
+    (batch,) = trainer.minibatches(1)
+    # A layer hands on what it had before its update.
+    of_layers, own = trainer.net.goodness(batch.x_pos).detach(), nn.functional.one_hot(batch.labels, 10).bool()
+    row = trainer.run_epoch(lambda describe: False)
+    for i in range(2):
+        goodness = of_layers[:, i]
+        others = goodness[~own]
+        assert row["goodness_pos"][i] == pytest.approx(goodness[own].mean().item(), rel=1e-4, abs=1e-6)
+        assert row["goodness_neg"][i] == pytest.approx(others.mean().item(), rel=1e-4, abs=1e-6)
+        loss = nn.functional.cross_entropy(goodness, batch.labels)
+        assert row["loss"][i] == pytest.approx(loss.item(), rel=1e-4)
+        kept = ((goodness.softmax(1) - own.float()).abs() >= max(skip, 1e-30)).any(1)
+        assert row["kept"][i] == pytest.approx(kept.float().mean().item(), abs=2e-3)
+
+
+@pytest.mark.parametrize("name", ["grouped-mnist", "mono-forward"])
+def test_classes_are_predicted_and_shown_by_their_goodness(name: str, data) -> None:
+    trainer = run(replace(SMALL[name], batch_size=20, dropout=0.0, jitter=0), data, 4)
+    x, labels = data.test_images / 255, data.test_labels
+    goodness = trainer.net.goodness(x)
+    wrong = (goodness.sum(1).argmax(1) != labels).float().mean().item()
+    assert trainer.rows[-1]["test_error_goodness"] == pytest.approx(wrong) and wrong < 0.1
+    own, others = trainer.test_goodness()
+    right = goodness.argmax(2) == labels[:, None]
+    assert torch.equal(own > others, right)
+    torch.testing.assert_close(torch.maximum(own, others), goodness.detach().amax(2))
 
 
 @pytest.mark.parametrize(("epoch", "error"), [(0, ValueError), (1.0, TypeError), (True, TypeError)])
@@ -418,7 +480,7 @@ def test_the_ablation_sees_what_it_cannot_write_before_it_trains(data, tmp_path,
 def test_any_number_of_images_is_trained_on(name: str, count: int, tmp_path: Path) -> None:
     """Batches of 50: one alone, fewer than a batch, a last batch of one; 1,001 test images leave one of them, too."""
     recipe = replace(SMALL[name], layerwise_steps=min(SMALL[name].layerwise_steps, 3))
-    hybrids = recipe.label == "none"
+    hybrids = recipe.negatives == "hybrid"
     data = toy_data(count, 1001)
     if hybrids and count == 1:
         with pytest.raises(ValueError, match="1 training and 1001 test images; hinton-unsupervised needs at least 2"):
@@ -428,7 +490,7 @@ def test_any_number_of_images_is_trained_on(name: str, count: int, tmp_path: Pat
     seen = []
     add = Totals.add
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Totals, "add", lambda self, r, wrong: seen.append(len(r[0].goodness_pos)) or add(self, r, wrong))
+        patch.setattr(Totals, "add", lambda self, r, *rest: seen.append(len(r[0].goodness_pos)) or add(self, r, *rest))
         assert train(trainer, tmp_path)
     whole = {1: [1], 2: [2], 51: [51] if hybrids else [50, 1], 101: [50, 51] if hybrids else [50, 50, 1]}[count]
     assert seen == ([count] if name == "mohammadpz" else whole)
@@ -509,6 +571,33 @@ def test_steps_against_backprop_are_rows_and_a_table(data, tmp_path, monkeypatch
     text = backprop.tables(path)
     assert "{:.2f} [{:.2f}, {:.2f}]".format(*steps[0]["over_compiled"]) in text
     assert text.count("not in 1 epochs") + text.count(" s, 1 epochs") == 2 * (2 + 2 + 1)
+
+
+def test_backprop_trains_on_what_a_recipe_of_classes_does(data, tmp_path, monkeypatch) -> None:
+    small = {"projected": replace(PROJECTED, hidden=(40, 30), batch_size=50, epochs=3)}
+    monkeypatch.setattr(classes, "RECIPES", small)
+    path, rows = tmp_path / "classes.json", tmp_path / "rows"
+    assert classes.table(path) == classes.NOT_YET
+    classes.save(data, lambda text: None, path, ["projected"])
+    measured = json.loads(path.read_text())["rows"]
+    assert [(row["recipe"], row["lr"]) for row in measured] == [("projected", rate) for rate in classes.RATES]
+    assert all(len(row["errors"]) == 3 and row["seconds"] == sorted(row["seconds"]) for row in measured)
+    assert min(row["errors"][-1] for row in measured) < 0.5
+    rows.mkdir()
+    ours = {**ROW, "recipe": "projected", "compute_dtype": "bfloat16", "error_goodness": 1.0}
+    (rows / "row.json").write_text(json.dumps(ours))
+    lines = classes.table(path, rows).splitlines()
+    assert lines[2] == "| projected | 100.00% | 2 (A, 1 thread) |  |"
+    first = measured[0]
+    assert lines[3] == (
+        f"| backprop of its network, rate 0.0003 | {first['errors'][-1]:.2%} | {first['seconds'][-1]:.0f} | "
+        f"{first['seconds'][0]:.0f} s |"
+    )
+    (rows / "row.json").write_text(json.dumps({**ours, "error_goodness": 0.0}))
+    assert all(
+        line.endswith("| never |") == (0 not in row["errors"])
+        for line, row in zip(classes.table(path, rows).splitlines()[3:6], measured, strict=True)
+    )
 
 
 def test_reproduce_on_the_command_line(tmp_path, monkeypatch, capsys) -> None:

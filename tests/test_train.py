@@ -17,7 +17,8 @@ from ffkernels.recipes import checkpoint, picture
 from ffkernels.recipes.batches import hard_label
 from ffkernels.recipes.catalogue import LOEWEX, QUICK, RECIPES, Recipe, Rule
 from ffkernels.recipes.lock import LOCK, locked
-from ffkernels.recipes.train import CHECKPOINT, METRICS, Trainer, resume, train
+from ffkernels.recipes.run import CHECKPOINT, METRICS, resume, train
+from ffkernels.recipes.train import Trainer
 
 from .toy_data import toy_data
 
@@ -55,7 +56,7 @@ def stop_after(trainer: Trainer, steps: int):
     """Answers True once the trainer has made so many steps."""
     made = []
     step = trainer.net.step
-    trainer.net.step = lambda *arguments, **options: made.append(1) or step(*arguments, **options)  # type: ignore[assignment]
+    trainer.net.step = lambda *arguments, **options: made.append(1) or step(*arguments, **options)
     return lambda: len(made) >= steps
 
 
@@ -120,7 +121,7 @@ def test_every_epoch_has_an_order_and_negatives_of_its_own(data) -> None:
     trainer = Trainer(replace(SMALL_LOEWEX, layers=still, batch_size=600), data, epochs=2)
     seen: list[tuple[Tensor, Tensor]] = []
     step = trainer.net.step
-    trainer.net.step = lambda *sides, **options: seen.append(sides[:2]) or step(*sides, **options)  # type: ignore
+    trainer.net.step = lambda *sides, **options: seen.append(sides[:2]) or step(*sides, **options)
     for _ in range(2):
         trainer.run_epoch(lambda describe: False)
     (pos, neg), (other_pos, other_neg) = seen
@@ -185,7 +186,7 @@ def test_first_step_is_the_recipes(data) -> None:
     weights = [layer.weight.detach().clone().requires_grad_() for layer in trainer.net]
     seen: list[Tensor] = []
     step = trainer.net.step_and_features
-    trainer.net.step_and_features = lambda *a, **options: seen.extend(a[:2]) or step(*a, **options)  # type: ignore
+    trainer.net.step_and_features = lambda *a, **options: seen.extend(a[:2]) or step(*a, **options)
     trainer.run_epoch(lambda describe: False)
     pos, neg = seen
     assert torch.equal(pos[:, 10:], neg[:, 10:])

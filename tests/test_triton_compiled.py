@@ -94,6 +94,7 @@ SMALL = {
     }),
     "list": (launch.list_kernel, {"num_warps": 8, "BLOCK": 1024}),
     "scale": (launch.scale_kernel, {"num_warps": 4, **launch.ROWS_BLOCK[False], "NORM": "rms", "EPS_MODE": "clamp"}),
+    "classes": (launch.class_sums_kernel, {"num_warps": 4, **launch.CLASSES_BLOCK[False], "SLOTS": 3, "BLOCK_N": 64}),
     "units": (launch.units_kernel, {"num_warps": 4, **launch.UNITS_BLOCK[False], "ACTIVATION": "gelu"}),
 }  # fmt: skip
 
@@ -123,6 +124,15 @@ def test_variants_of_the_forward(target):
     assert_fits(aot.report(aot.forward(target, config, "float16", "mixed", **changes), target), target)
     changes = {"shared": True, "input_sumsq": True, "written.unit_sums": True, "rows.is_positive": True}
     assert_fits(aot.report(aot.forward(target, config, "float16", "mixed", **changes), target), target)
+
+
+@pytest.mark.parametrize("size", ["small", "large"])
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_sums_over_class_groups(target, size):
+    config = aot.Case(target, "forward", "half", size, "bfloat16", "ieee", "").config
+    config = configs.beside_class_sums(config)
+    kernel = aot.forward(target, config, "bfloat16", "half", classes=True, SLOTS=2)
+    assert_fits(aot.report(kernel, target), target)
 
 
 @pytest.mark.parametrize("kernel", configs.KERNELS)

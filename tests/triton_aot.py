@@ -40,7 +40,8 @@ LANGUAGE = {"float32": tl.float32, "bfloat16": tl.bfloat16, "float16": tl.float1
 
 # The kernels' arguments that are records, and the one that is a record of its own within another.
 RECORDS = {
-    "rows": records.Batch, "layer": records.Linear, "shared": records.Shared, "activities": records.Kept,
+    "rows": records.Batch, "layer": records.Linear, "shared": records.Shared, "classes": records.ClassSums,
+    "activities": records.Kept,
     "made": records.Coefficients, "first": records.Slope, "second": records.Slope, "basis": records.Basis,
     "terms": records.Terms, "peers": records.Pull, "weight": records.Parameter, "bias": records.Parameter,
     "parts": records.Parts,
@@ -63,7 +64,7 @@ FLOATS = re.compile(
 )
 UNIT = re.compile(r"(.*_)?(col|stride)$|bias\.(.*_)?row$")
 INTEGERS = re.compile(
-    r"n_pos|total|columns|(in|out)_features|width|(input_)?splits|n_partials|n_row_losses|row_blocks|groups"
+    r"n_pos|total|columns|(in|out)_features|width|(input_)?splits|n_partials|n_row_losses|row_blocks|groups|units"
     r"|(.*_)?(row|col|stride)"
 )
 
@@ -219,7 +220,8 @@ def forward(target: str, config: Config, compute: str, kind: str, precision: str
     """The forward of a layer with l2 norm, relu and a bias, on rows whose sums of squares are not known."""
     operands = compute if kind == "half" else "float32"
     constants = {
-        "input_sumsq": None, "shared": None, "rows.is_positive": None, "written.kept": None, "written.unit_sums": None,
+        "input_sumsq": None, "shared": None, "classes": None, "SQUARES": True, "SLOTS": 0,
+        "rows.is_positive": None, "written.kept": None, "written.unit_sums": None,
         "NORM": "l2", "EPS_MODE": "add", "ACTIVATION": "relu", "SCALE_FIRST": False,
         "COMPUTE": LANGUAGE[compute], "PRECISION": precision, "WIDEN": False,
     }  # fmt: skip

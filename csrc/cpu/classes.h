@@ -71,7 +71,10 @@ struct ClassObjective {
             values[k * stride] =
                 float(k == label ? smoothing - share - others / (1 + rest)
                                  : double(values[k * stride]) / (1 + rest) - share);
-        return float(__builtin_log1p(rest) - (1 - smoothing) * of_label - share * all);
+        // Logits may be infinite, of which nothing is nothing.
+        const double spread = share == 0 ? 0 : share * all;
+        const double of_own = smoothing == 1 ? 0 : (1 - smoothing) * of_label;
+        return float(__builtin_log1p(rest) - of_own - spread);
     }
 
     float cwc(int64_t label, float* values, int64_t stride) const {

@@ -23,13 +23,15 @@ BACKENDS = {
     "eager": "ffkernels.backends.eager",
 }
 VARIABLE = "FFKERNELS_BACKEND"
-# Whose forward takes the weight as a step has left it in `weight_rounded`; the others read the weight itself.
+# Whose forward takes the weight as a step has left it in `Outputs.rounded`; the others read the weight itself.
 TAKES_ROUNDED = ("triton",)
 # Which find out by themselves that the second side's rows are copies of the first side's under other labels, any number
 # of times over, and share their products.
 FINDS_COPIES = ("native",)
 # Whose step also makes the goodness and the forward pass after it, which saves calls.
 HANDS_OUT_ALL = ("native",)
+# Whose forward leaves the sums over class groups itself, where groups have so many units that they are few in a tile.
+SUMS_CLASSES = {"triton": 21}
 # Which write by PyTorch's operations, to which tensors of inference mode are read-only outside of it.
 WRITES_BY_TORCH = ("eager",)
 

@@ -1,5 +1,6 @@
 """The public functions: check the arguments, choose a backend, call the operator, hand back the result."""
 
+from .conv import conv2d_forward, conv2d_step_
 from .explain import explain
 from .forward import finds_copies, linear_forward, shared_product
 from .loss import goodness_loss
@@ -8,6 +9,8 @@ from .step import linear_step_
 
 __all__ = [
     "StepResult",
+    "conv2d_forward",
+    "conv2d_step_",
     "explain",
     "finds_copies",
     "goodness_loss",

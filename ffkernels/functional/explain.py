@@ -37,10 +37,11 @@ def explain(
     check.optimizer_object(optimizer)
     objective = any_objective(objective)
     check.objective_alone(objective, skip_below, len(weight))
+    head = check.head(objective, weight)
     check.one_of("activation", activation, check.ACTIVATIONS)
     check.peer_object(peer)
     compute = check.compute_dtype_of(compute_dtype, weight)
-    rule, update = optim.fused_rule(optimizer, weight)
+    rule, update = optim.fused_rule(optimizer, weight, *(() if head is None else (head,)))
     if optimizer is not None and rule == "grad":
         optim.steps_on_gradients(optimizer)
     check.fraction("skip_below", skip_below)

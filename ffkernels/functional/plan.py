@@ -110,6 +110,8 @@ def _facts(weight: Tensor, bias: Tensor | None, peer_mean: Tensor | None, option
         None if peer_mean is None else _of(peer_mean),
         _of(threshold) if isinstance(threshold, Tensor) else None,
         [(name, _of(p)) for name, p in others_of(options.objective, options.batch_norm).items()],
+        None if options.batch_norm is None else _of_norm(options.batch_norm),
+        isinstance(options.objective, ProjectionHead) and check.is_watched(options.objective),
         type(options.eps), type(options.skip_below),
         check.autocast_is_on(weight.device) and torch.get_autocast_dtype(weight.device.type),
         torch.is_inference_mode_enabled(),
@@ -117,12 +119,17 @@ def _facts(weight: Tensor, bias: Tensor | None, peer_mean: Tensor | None, option
     )  # fmt: skip
 
 
-def others_of(objective: AnyObjective, batch_norm: nn.BatchNorm1d | None) -> dict[str, Tensor]:
+def others_of(objective: AnyObjective, batch_norm: nn.BatchNorm1d | nn.BatchNorm2d | None) -> dict[str, Tensor]:
     """What learns besides weight and bias, by name."""
     others = {"objective.weight": objective.weight if isinstance(objective, ProjectionHead) else None}
     if batch_norm is not None:
         others |= {"batch_norm.weight": batch_norm.weight, "batch_norm.bias": batch_norm.bias}
     return {name: p for name, p in others.items() if p is not None}
+
+
+def _of_norm(norm: nn.BatchNorm1d) -> tuple[object, ...]:
+    buffers = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
+    return norm.momentum, norm.training, check.is_watched(norm), *[None if t is None else _of(t) for t in buffers]
 
 
 def _of(t: Tensor) -> tuple[object, ...]:
@@ -152,6 +159,8 @@ def _plan(
     with torch.inference_mode(False) if not compiling and torch.is_inference_mode_enabled() else nullcontext():
         update = optim.plan(optimizer, weight, bias, others)
     written = update.written() + ([] if peer_mean is None else [peer_mean])
+    if options.batch_norm is not None:
+        written += [t for t in options.batch_norm.buffers() if t is not None]
     request = select.Request(
         weight.device, weight.dtype, compute, activation, update.rule, peers.gradient_of(peer),
         skips=skip_below > 0, shares=shares,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -22,13 +24,16 @@ def checked_rows(
     product: Tensor | None = None,
     label_field: int | None = None,
     labels: Tensor | None = None,
+    rows_of: Callable[[str, Tensor, Tensor, torch.dtype], None] = check.rows_of,
 ) -> Rows:
     """The rows of a step on a layer with this weight: arguments of `linear_step_`.
+
+    `rows_of`: checks the rows of a side against weight and compute dtype.
 
     Raises:
         ValueError, TypeError: for an argument that does not fit.
     """
-    check.rows_of("x_pos", x_pos, weight, compute)
+    rows_of("x_pos", x_pos, weight, compute)
     if objective.classes is not None:
         for excess, value in (("x_neg", x_neg), ("is_positive", is_positive), ("label_field", label_field)):
             if value is not None:
@@ -43,7 +48,7 @@ def checked_rows(
     if x_neg is None:
         x_neg = x_pos[:0]
     else:
-        check.rows_of("x_neg", x_neg, weight, compute)
+        rows_of("x_neg", x_neg, weight, compute)
         if x_neg.dtype != x_pos.dtype:
             raise TypeError(f"x_neg is {x_neg.dtype}; accepted: {x_pos.dtype}, as x_pos is")
     n_pos, total = x_pos.shape[0], x_pos.shape[0] + x_neg.shape[0]

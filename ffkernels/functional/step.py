@@ -14,7 +14,7 @@ from .. import validation as check
 from ..autograd import is_transformed, without_autocast
 from ..backends import select
 from ..compiling import never_compiled
-from ..objectives import DEFAULT_OBJECTIVE, AnyObjective, GivenLoss, ProjectionHead, any_objective
+from ..objectives import DEFAULT_OBJECTIVE, AnyObjective, GivenLoss, ProjectionHead, any_objective, move
 from ..peer import PeerNormalisation
 from ..spec import Activation, EpsMode, Layer, Norm, Outputs, OutputsOf, Rows
 from . import plan as plans
@@ -60,8 +60,9 @@ def linear_step_(
     With `r_i` the scale that normalises row `x_i`: `z_i = r_i W x_i + b`, `y_i = act(z_i)`, `q_i = sum_j y_ij^2`; the
     objective makes the row coefficient `c_i = 2 dLoss/dq_i` from `q`, and then
     `dW = sum_i c_i r_i (y_i act'(z_i)) x_i^T`, `db = sum_i c_i (y_i act'(z_i))` go into the optimizer's rule
-    (Hinton, "The Forward-Forward Algorithm", 2022). Rows with `c_i` exactly zero, which are most rows once a sum
-    goodness saturates, are left out of the update's product; that changes nothing but the time.
+    (Hinton, "The Forward-Forward Algorithm", 2022); with classes there is a `c_ik` for each group, with a head
+    `dy = e W`. Rows with `c_i` exactly zero, which are most rows once a sum goodness saturates, are left out of the
+    update's product; that changes nothing but the time.
 
     Args:
         x_pos: `[n_pos, in]` un-normalised positive rows, in the weight's dtype or the compute dtype.
@@ -77,7 +78,7 @@ def linear_step_(
         eps: >= 0; `eps_mode` says where it goes: "add" `x / (norm + eps)`, "clamp" `x / max(norm, eps)`,
             "inside" `x / sqrt(norm^2 + eps)`. A row of zeros stays zero.
         activation: "relu", "leaky_relu" (0.01), "gelu" (exact), "silu" or "identity".
-        outputs: "post", "pre" or "none": which activities the result carries.
+        outputs: which activities the result carries: "post", those after the update, "pre", those before it, or "none".
         compute_dtype: torch.bfloat16 or torch.float16: the products' operands are rounded to it, sums and masters stay
             float32. None: autocast's dtype where autocast is on, else the weight's.
         sample_weight: `[rows]` factors of the rows' losses, positives first (`[pairs]` for pair losses).
@@ -135,7 +136,7 @@ def linear_step_(
                 "linear_step_ was called on tensors of a torch.func transform or with a forward-mode tangent, which a "
                 "step in place cannot follow; accepted: plain tensors, or linear_forward and goodness_loss"
             )
-        check.apart(weight, bias, peer_mean, x_pos, rows.x_neg, product)
+        check.apart(weight, bias, peer_mean, x_pos, rows.x_neg, product, plans.others_of(objective, batch_norm))
     update = plan.update
     back = None
     if is_positive is not None and objective.paired:
@@ -173,14 +174,17 @@ def linear_step_(
     held = None if compiling else interrupts.hold()
     try:
         with torch.no_grad(), without_autocast(weight.device):
+            standardised = None
             if plan.is_whole:
                 ops.linear_step_(rows, layer, goal, pull, update.record, written, chosen)
             else:
-                step_by_stages(
+                standardised = step_by_stages(
                     rows, layer, objective, goal, pull, update.record, update.others, written, chosen, batch_norm
                 )
             torch.autograd.graph.increment_version(plan.written)
             update.finish(optimizer)
+            if batch_norm is not None and standardised is not None:
+                move(batch_norm, standardised)
             if goodness_out is None and not isinstance(objective, ProjectionHead):
                 objective.goodness_of(sumsq, width, out=goodness)
             if y is not None and outputs == "post" and not at_once:

@@ -1,7 +1,8 @@
 """Modules: layers, a stack of them, and its step as one CUDA graph."""
 
+from .conv import FFConv2d
 from .graphs import GraphedStep
 from .layer import FFLinear
 from .network import FFNetwork
 
-__all__ = ["FFLinear", "FFNetwork", "GraphedStep"]
+__all__ = ["FFConv2d", "FFLinear", "FFNetwork", "GraphedStep"]

@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 from .. import optim
 from .. import validation as check
 from ..functional import StepResult
-from ..objectives import any_objective
-from .layer import called_only
+from ..objectives import ProjectionHead, any_objective
+from .layer import FFLinear, called_only
 from .network import FFNetwork
 
 Optimizers = Optimizer | Sequence[Optimizer | None] | None
@@ -91,12 +91,16 @@ class GraphedStep:
             if not _has_graphs(device):
                 raise ValueError(f"{name} is on {device}; accepted: a CUDA or ROCm device, which alone has graphs")
         for i, (layer, optimizer) in enumerate(zip(self.net, self._per_layer, strict=True)):
+            if not isinstance(layer, FFLinear):
+                raise ValueError(
+                    f"layers[{i}] is a {type(layer).__name__}, whose step the host leads; accepted: an FFLinear"
+                )
             if called_only(layer):
                 raise ValueError(
                     f"layers[{i}] is watched by hooks or overridden, which a replay does not call; "
                     "accepted: a plain FFLinear"
                 )
-            parameters = [p for p in (layer.weight, layer.bias) if p is not None]
+            parameters = list(layer.parameters())
             rule, reason = optim.fused_rule(optimizer, *parameters)
             if rule == "grad":
                 raise ValueError(
@@ -108,6 +112,8 @@ class GraphedStep:
                     f"optimizers[{i}] has capturable=False; accepted: capturable=True, for the step count to be on the "
                     "device, where a replay can advance it"
                 )
+            if layer.batch_norm is not None and layer.batch_norm.momentum is None:
+                raise ValueError(f"layers[{i}].batch_norm has momentum=None, which the host counts; accepted: a number")
             objective = self.options.get("objective", layer.objective)
             if isinstance(objective.threshold, Tensor) and objective.threshold.device.type == "cpu":
                 raise ValueError(f"layers[{i}] has a threshold on cpu; accepted: a number, or a tensor on the device")
@@ -138,8 +144,23 @@ class GraphedStep:
             if optimizer is not None
             for group in optimizer.param_groups
         ]
-        layers = [(layer.objective, layer.outputs, layer.peer, layer._options()) for layer in self.net]
+        layers = [
+            (layer.objective, layer.outputs, layer.peer, layer._options(), *_of_modules(layer))
+            for layer in self.net
+            if isinstance(layer, FFLinear)
+        ]
         return [groups, layers, [_key(tensor) for _, tensor in self._tensors()]]
+
+
+def _of_modules(layer: FFLinear) -> tuple[Any, ...]:
+    """What a layer's head and batch normalisation make permanent."""
+    head, norm = layer.objective, layer.batch_norm
+    of_head = (
+        (head.objective, head.weight.requires_grad)
+        if isinstance(head, ProjectionHead) and head.weight is not None
+        else ()
+    )
+    return of_head, () if norm is None else (norm.training, norm.momentum, norm.eps)
 
 
 def _has_graphs(device: torch.device) -> bool:

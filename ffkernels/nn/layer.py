@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from .. import functional, interrupts, optim
 from .. import validation as check
+from ..autograd import without_autocast
 from ..backends import select
 from ..functional import StepResult
 from ..functional.rows import checked_rows
@@ -37,11 +38,11 @@ class FFLinear(nn.Linear):
     """A linear layer `y = act(W normalise(x) + b)` that learns from its own goodness.
 
     Parameters, their initialisation and their names in `state_dict` are those of `torch.nn.Linear`. The options are
-    those of `linear_step_`, and plain attributes: they can be changed at any time. With `peer`, the running mean is the
-    buffer `peer_mean` `[out]`, which starts at 0.5. With `batch_norm="behind"` the module `batch_norm`, a
-    `torch.nn.BatchNorm1d`, stands behind the activation: goodness is of what it makes, which the layer hands on. Only a
-    step moves its running statistics; in train mode a forward pass goes by those of its own rows, so call `eval()` to
-    predict.
+    those of `linear_step_`, and plain attributes: all but `peer` and `batch_norm` can be changed at any time. With
+    `peer`, the running mean is the buffer `peer_mean` `[out]`, which starts at 0.5. With `batch_norm="behind"` the
+    module `batch_norm`, a `torch.nn.BatchNorm1d`, stands behind the activation: goodness is of what it makes, which the
+    layer hands on. Only a step moves its running statistics; in train mode a forward pass goes by those of its own
+    rows, so call `eval()` to predict.
 
     Where forward or backward hooks watch it (pruning is one), where a subclass overrides `forward`, `activity` or
     `goodness`, or where one of weight and bias is frozen, a step calls the layer itself, on the joint batch, and lets
@@ -54,6 +55,8 @@ class FFLinear(nn.Linear):
     """
 
     peer_mean: Tensor | None
+    objective: AnyObjective
+    _plain: ClassVar[type[nn.Module]]
 
     def __init__(
         self,
@@ -85,10 +88,7 @@ class FFLinear(nn.Linear):
         check.compute_dtype_of(compute_dtype, self.weight)
         mean = None if peer is None else torch.full_like(self.weight.detach()[:, 0], FIRST_MEAN)
         self.register_buffer("peer_mean", mean)
-        # A function of goodness and side is a loss of the caller's own.
         self.objective = any_objective(objective)
-        if isinstance(self.objective, ProjectionHead):
-            self.objective.fit(self.weight)
         check.objective_alone(self.objective, 0.0, out_features)
         self.norm = norm
         self.eps = eps
@@ -104,6 +104,16 @@ class FFLinear(nn.Linear):
         self.batch_norm = made
         check.batch_norm(made, self.weight, outputs, peer)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As any module; but a plain objective may replace a head, which is a module, and a function is a loss."""
+        if name == "objective":
+            value = any_objective(value)
+            if isinstance(value, ProjectionHead):
+                value.fit(self.weight)
+            else:
+                self._modules.pop(name, None)
+        super().__setattr__(name, value)
+
     def _options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in FORWARD_OPTIONS}
 
@@ -115,6 +125,7 @@ class FFLinear(nn.Linear):
         options = {"input_sumsq": input_sumsq, **self._options(), **options}
         if self.batch_norm is None:
             return functional.linear_forward(x, self.weight, self.bias, **options)
+        check.enough_for_statistics(self.batch_norm, len(x))
         y, _ = functional.linear_forward(x, self.weight, self.bias, **{**options, "keep": True})
         u = standardise(y.to(self.weight.dtype), self.batch_norm).u
         return u.to(y.dtype), u.square().sum(1)
@@ -131,7 +142,10 @@ class FFLinear(nn.Linear):
         """Goodness from activities `y` `[rows, out]`, which are read for classes alone, and their sums of squares."""
         objective = self.objective if objective is None else objective
         if isinstance(objective, ProjectionHead):
-            return objective.scores(y.to(sumsq.dtype))
+            check.head(objective, self.weight)
+            with without_autocast(self.weight.device):
+                return objective.scores(y.to(sumsq.dtype))
+        check.objective_alone(objective, 0.0, self.out_features)
         if objective.classes is not None:
             return class_goodness(y.to(sumsq.dtype), objective.classes, objective.goodness)
         return objective.goodness_of(sumsq, self.out_features)
@@ -140,8 +154,9 @@ class FFLinear(nn.Linear):
         """One training step, `ffkernels.linear_step_`; `options` go there and override the layer's own."""
         options = {**self._step_options(), **options}
         weight, bias = self.weight, self.bias
-        head = self.objective.weight if isinstance(self.objective, ProjectionHead) else None
-        learns = {p.requires_grad for p in (weight, bias, head) if p is not None}
+        learns = {p.requires_grad for p in self.parameters()} if self._modules else {weight.requires_grad}
+        if bias is not None:
+            learns.add(bias.requires_grad)
         if len(learns) > 1 or called_only(self):
             return self._step_by_call(x_pos, x_neg, optimizer, **options)
         return functional.linear_step_(x_pos, x_neg, weight, bias, optimizer, **options)
@@ -210,7 +225,15 @@ class FFLinear(nn.Linear):
         request = select.Request(weight.device, weight.dtype, compute, own["activation"])
         select.choose(request, own["backend"])
         check.optimizer_object(optimizer)
-        parameters = [p for p in self.parameters() if p.requires_grad] if learns else []
+        if batch_norm is not self.batch_norm:
+            raise ValueError(
+                "batch_norm came to a layer that hooks watch, a subclass overrides or that is frozen in part; "
+                "accepted: its own"
+            )
+        its_own = [*self.named_parameters()]
+        if isinstance(objective, ProjectionHead) and objective is not self.objective:
+            its_own += [(f"objective.{name}", p) for name, p in objective.named_parameters()]
+        parameters = [p for _, p in its_own if p.requires_grad] if learns else []
         if learns and not parameters:
             raise ValueError("no parameter of the layer has requires_grad=True; accepted: one that can be trained")
         if learns and (peer is not None or skip_below):
@@ -220,7 +243,7 @@ class FFLinear(nn.Linear):
                 f"is autograd's; accepted: no {name}, or a layer without these"
             )
         if optimizer is not None and parameters:
-            named = {name: p for name, p in self.named_parameters() if p.requires_grad}
+            named = {name: p for name, p in its_own if p.requires_grad}
             optim.check_parameters(optimizer, named)
         if only_checks:
             nothing = weight.new_empty(0)
@@ -263,6 +286,10 @@ class FFLinear(nn.Linear):
         known = n_pos if is_positive is None else None
         return StepResult(y_out, sumsq.detach(), goodness.detach(), loss.detach(), known, is_positive)
 
+    def _shape_after(self, shape: torch.Size) -> tuple[int, ...]:
+        """The shape of a row's activities."""
+        return (self.out_features,)
+
     def _run(self, x: Tensor, input_sumsq: Tensor | None = None, **shared: Any) -> tuple[Tensor, Tensor]:
         """`activity`, by a call where one is waited for, to which what is known of the rows says nothing."""
         if not called_only(self):
@@ -293,15 +320,16 @@ def watched(module: nn.Module) -> bool:
     )  # fmt: skip
 
 
-def overridden(layer: FFLinear, *names: str) -> bool:
+# What a layer is where nobody has overridden anything.
+FFLinear._plain = FFLinear
+
+
+def overridden(layer: Any, *names: str) -> bool:
     """Whether a subclass or the object itself replaces one of these methods."""
-    kind, own = type(layer), vars(layer)
-    for name in names:
-        if name in own or (kind is not FFLinear and getattr(kind, name) is not getattr(FFLinear, name)):
-            return True
-    return False
+    kind, plain, own = type(layer), layer._plain, vars(layer)
+    return any(name in own or getattr(kind, name) is not getattr(plain, name) for name in names)
 
 
-def called_only(layer: FFLinear) -> bool:
+def called_only(layer: Any) -> bool:
     """Whether a layer computes something else, or something more, than its closed form."""
     return watched(layer) or overridden(layer, "forward", "activity", "goodness", "__call__")

@@ -16,20 +16,22 @@ from ..backends import select
 from ..functional import StepResult
 from ..normalisation import row_scale
 from ..objectives import Objective
+from .conv import FFConv2d
 from .layer import FFLinear, called_only, overridden
+from .stack import Layer, stacked
 
-# Rows times labels that a prediction works on at once.
-PREDICTION_ROWS = 1280
+# Rows times labels that a prediction works on at once; of images.
+PREDICTION_ROWS, PREDICTION_IMAGES = 1280, 256
 
 
-def _step_of(layer: FFLinear) -> Callable[..., StepResult]:
+def _step_of(layer: Layer) -> Callable[..., StepResult]:
     """The step of a layer; of a frozen one, the forward pass that takes its place in a network."""
     if not layer.weight.requires_grad and not any(p.requires_grad for p in layer.parameters()):
         return layer._hand_on
     return layer.step
 
 
-def _handed_on(layer: FFLinear, options: dict[str, Any]) -> torch.dtype | None:
+def _handed_on(layer: Layer, options: dict[str, Any]) -> torch.dtype | None:
     """The dtype of a layer's activities; None where only a call of it could tell."""
     if called_only(layer) or overridden(layer, "step"):
         return None
@@ -37,7 +39,7 @@ def _handed_on(layer: FFLinear, options: dict[str, Any]) -> torch.dtype | None:
 
 
 def _facts(
-    layers: Iterable[FFLinear],
+    layers: Iterable[Layer],
     given: Sequence[Tensor],
     optimizers: Sequence[Optimizer | None],
     outputs: Sequence[str],
@@ -50,7 +52,7 @@ def _facts(
             return value.shape, value.device
         if isinstance(value, Tensor):
             return id(value), value.shape, value.stride(), value.dtype, value.device, value.requires_grad
-        return value if isinstance(value, str | float | int | None) else id(value)
+        return value if isinstance(value, str | float | int | tuple | None) else id(value)
 
     facts: list[object] = [select.forced_backend(None), *outputs]
     facts += [(x.shape, x.dtype, x.device) for x in given]
@@ -58,8 +60,15 @@ def _facts(
     for layer, optimizer in zip(layers, optimizers, strict=True):
         facts += [id(layer), id(optimizer), called_only(layer), id(layer.objective), of(layer.objective.threshold)]
         facts += [of(value) for value in layer._options().values()]
-        facts += [id(layer.peer), of(layer.peer_mean)]
-        for p in (layer.weight, layer.bias):
+        if isinstance(layer, FFLinear):
+            facts += [id(layer.peer), of(layer.peer_mean)]
+        parameters: Iterable[Tensor | None] = (layer.weight, layer.bias)
+        if layer._modules:
+            norm = layer.batch_norm
+            facts += [layer.training, norm and (id(norm), norm.training, norm.momentum, *map(of, norm.buffers()))]
+            facts += [check.is_watched(module) for module in layer.children()]
+            parameters = layer.parameters()
+        for p in parameters:
             facts += [of(p), None if p is None else p.data_ptr()]
             if optimizer is not None and p is not None:
                 state = optimizer.state.get(p)
@@ -77,31 +86,27 @@ class FFNetwork(nn.Module):
     """Forward-Forward layers on top of each other; each normalises what the one below hands on.
 
     Args:
-        layers: the layers, first one first; `out_features` of each must be `in_features` of the next.
+        layers: `FFLinear` and `FFConv2d`, first one first, of widths that fit; in front of any of them
+            `nn.MaxPool2d`, `nn.AvgPool2d` and `nn.Flatten`, which learn nothing and count for no layer: optimizers,
+            results and indices are those of the layers that learn, which `layers` holds.
 
     Raises:
-        TypeError, ValueError: for no layers, for one that is not an `FFLinear`, and for widths that do not fit.
+        TypeError, ValueError: for no layers, for one of another kind, and for widths that do not fit.
     """
 
-    def __init__(self, layers: Iterable[FFLinear]) -> None:
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
         super().__init__()
-        layers = list(layers)
-        for i, layer in enumerate(layers):
-            if not isinstance(layer, FFLinear):
-                raise TypeError(f"layers[{i}] is a {type(layer).__name__}; accepted: ffkernels.FFLinear")
-            if i and layer.in_features != layers[i - 1].out_features:
-                raise ValueError(
-                    f"layers[{i}] has in_features={layer.in_features}; accepted: {layers[i - 1].out_features}, "
-                    "the width of the layer below"
-                )
-        if not layers:
-            raise ValueError("layers is empty; accepted: at least one FFLinear")
-        self.layers = nn.ModuleList(layers)
+        learning, between = stacked(list(layers))
+        heads = [layer.objective for layer in learning if isinstance(layer.objective, nn.Module)]
+        if len(set(heads)) < len(heads):
+            raise ValueError("two layers have the same ProjectionHead; accepted: one for each layer")
+        self.layers = nn.ModuleList(learning)
+        self.between = nn.ModuleList([nn.Sequential(*modules) for modules in between]) if any(between) else None
         # The facts under which the last check of all layers found nothing.
         self._checked: object = None
 
-    def __iter__(self) -> Iterator[FFLinear]:
-        return iter(cast("Iterable[FFLinear]", self.layers))
+    def __iter__(self) -> Iterator[Layer]:
+        return iter(cast("Iterable[Layer]", self.layers))
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -146,9 +151,15 @@ class FFNetwork(nn.Module):
         self._check_upper(x_pos, x_neg, per_layer, outputs, options)
         self._check_labels(x_pos, options)
         shared = {"label_field": label_field, "product": product}
+        if not isinstance(self.layers[0], FFLinear):
+            for name, value in shared.items():
+                if value is not None:
+                    raise ValueError(f"{name} came to a network whose first layer is a convolution; accepted: None")
+            shared = {}
         results = []
         sumsq = None
         one_side = x_neg is None
+        x_pos, x_neg = self._into(0, x_pos), None if x_neg is None else self._into(0, x_neg)
         for i, (layer, optimizer) in enumerate(zip(self, per_layer, strict=True)):
             result = _step_of(layer)(
                 x_pos, x_neg, optimizer, outputs=outputs[i], input_sumsq=sumsq, **shared, **options
@@ -156,16 +167,25 @@ class FFNetwork(nn.Module):
             shared = {}
             results.append(result if keep else replace(result, y=None))
             if i < last:
-                sumsq = result.sumsq
                 assert result.y is not None
-                x_pos, x_neg = (result.y, None) if one_side else result.sides(result.y)
+                y, sumsq = self._between(i + 1, result.y, result.sumsq)
+                x_pos, x_neg = (y, None) if one_side else result.sides(y)
         return results
+
+    def _into(self, index: int, x: Tensor) -> Tensor:
+        """Rows as a layer takes them: what stands in front of it is done."""
+        return x if self.between is None else self.between[index](x)
+
+    def _between(self, index: int, x: Tensor, sumsq: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`_into`, and what is known of the sums of squares of such rows."""
+        y = self._into(index, x)
+        return y, sumsq if y.shape[1:].numel() == x.shape[1:].numel() else None
 
     def _check_labels(self, x: Tensor, options: dict[str, Any]) -> None:
         """Raises for labels that do not fit every layer, each of which looks at them again before it writes."""
         labels = options.get("labels")
         classes = [layer.objective.classes for layer in self if layer.objective.classes is not None]
-        if labels is not None and classes and "objective" not in options and _is_matrix(x):
+        if labels is not None and classes and "objective" not in options and isinstance(x, Tensor) and x.dim():
             check.labels(labels, len(x), min(classes), x.device)
 
     def _check_upper(
@@ -181,24 +201,41 @@ class FFNetwork(nn.Module):
         Compiled code has no need of it: there all checks are made when it is traced, before anything runs.
         """
         given = [x for x in (x_pos, x_neg) if x is not None]
-        if len(self.layers) == 1 or torch.compiler.is_compiling() or not all(_is_matrix(x) for x in given):
+        if len(self.layers) == 1 or torch.compiler.is_compiling() or not all(self._has_dimensions(x) for x in given):
             return
         facts = None if "is_positive" in options else _facts(self, given, per_layer, outputs, options)
         if facts is not None and facts == self._checked:
             return
         rows = sum(map(len, given))
         below = None
+        # A row's shape on its way up: maps hang on the geometry of all that is below.
+        shape = x_pos.shape[1:] if self._takes_maps else None
         for i, (layer, optimizer) in enumerate(zip(self, per_layer, strict=True)):
             try:
-                if below is not None and not overridden(layer, "step"):
-                    dtype = _handed_on(below, options) or layer.weight.dtype
-                    x = below.weight.new_zeros((), dtype=dtype).expand(rows, layer.in_features)
+                if shape is not None:
+                    shape = self._into(i, torch.empty(1, *shape, device="meta")).shape[1:]
+                if (below is not None or isinstance(layer, FFConv2d)) and not overridden(layer, "step"):
+                    dtype = x_pos.dtype if below is None else _handed_on(below, options) or layer.weight.dtype
+                    of_row = shape or (cast("FFLinear", layer).in_features,)
+                    x = layer.weight.new_zeros((), dtype=dtype).expand(rows, *of_row)
                     sides = (x, None) if x_neg is None else (x[: len(x_pos)], x[len(x_pos) :])
                     _step_of(layer)(*sides, optimizer, outputs=outputs[i], only_checks=True, **options)
-            except (ValueError, TypeError) as error:
-                raise type(error)(f"layers[{i}]: {error}") from None
+                if shape is not None:
+                    shape = torch.Size(layer._shape_after(shape))
+            except (ValueError, TypeError, RuntimeError) as error:
+                kind = ValueError if isinstance(error, RuntimeError) else type(error)
+                raise kind(f"layers[{i}]: {error}") from None
             below = layer
         self._checked = facts
+
+    @property
+    def _takes_maps(self) -> bool:
+        """Whether rows may be maps."""
+        return self.between is not None or isinstance(self.layers[0], FFConv2d)
+
+    def _has_dimensions(self, x: object) -> bool:
+        """Whether rows have as many dimensions as is usual for the first layer."""
+        return (isinstance(x, Tensor) and x.dim() == 4) if self._takes_maps else _is_matrix(x)
 
     @torch.no_grad()
     def step_and_features(
@@ -216,6 +253,8 @@ class FFNetwork(nn.Module):
         They weigh nothing in the loss, and their coefficients are exactly zero. `options` are those of `step`.
         """
         keep = options.get("keep", False)
+        if "labels" in options or any(layer.objective.classes is not None for layer in self):
+            raise ValueError("step_and_features overlays labels, which classes do without; accepted: step")
         if not self._runs_together(x_pos, x_neg, num_classes, options):
             features = self.features(x_pos, num_classes=num_classes)
             options = {"label_field": num_classes or None, **options}
@@ -244,10 +283,11 @@ class FFNetwork(nn.Module):
     def _runs_together(self, x_pos: Tensor, x_neg: Tensor, num_classes: int, options: dict[str, Any]) -> bool:
         """Whether the rows under the neutral label can be further rows of the step, and change nothing else of it."""
 
-        def fits(layer: FFLinear) -> bool:
+        def fits(layer: Layer) -> bool:
             objective = options.get("objective", layer.objective)
             return (
-                layer.outputs == "pre"
+                isinstance(layer, FFLinear)
+                and layer.outputs == "pre"
                 and isinstance(objective, Objective)
                 and not objective.paired
                 and objective.reduction == "mean"
@@ -271,6 +311,7 @@ class FFNetwork(nn.Module):
             and _is_matrix(x_pos)
             and _is_matrix(x_neg)
             and x_pos.shape == x_neg.shape
+            and self.between is None
             and all(map(fits, self))
         )
 
@@ -278,7 +319,7 @@ class FFNetwork(nn.Module):
     def train_layerwise(
         self,
         x_pos: Tensor,
-        x_neg: Tensor,
+        x_neg: Tensor | None,
         optimizers: Optimizer | Sequence[Optimizer | None] | None,
         steps: int,
         **options: Any,
@@ -292,12 +333,18 @@ class FFNetwork(nn.Module):
             raise ValueError(f"steps={steps!r} is not an integer >= 1")
         per_layer = self._optimizers(optimizers)
         self._check_upper(x_pos, x_neg, per_layer, ["none"] * len(self.layers), options)
+        self._check_labels(x_pos, options)
         losses = []
-        for layer, optimizer in zip(self, per_layer, strict=True):
+        for i, (layer, optimizer) in enumerate(zip(self, per_layer, strict=True)):
             step = _step_of(layer)
+            x_pos, x_neg = self._into(i, x_pos), None if x_neg is None else self._into(i, x_neg)
             results = [step(x_pos, x_neg, optimizer, outputs="none", **options) for _ in range(steps)]
             losses.append(torch.stack([result.loss for result in results]))
-            x_pos, x_neg = layer(x_pos), None if x_neg is None else layer(x_neg)
+            if x_neg is not None and layer.batch_norm is not None:
+                # The statistics are those of both sides together, as in the steps.
+                x_pos, x_neg = layer(torch.cat([x_pos, x_neg])).split([len(x_pos), len(x_neg)])
+            else:
+                x_pos, x_neg = layer(x_pos), None if x_neg is None else layer(x_neg)
         return losses
 
     def _optimizers(self, optimizers: Optimizer | Sequence[Optimizer | None] | None) -> Sequence[Optimizer | None]:
@@ -313,15 +360,17 @@ class FFNetwork(nn.Module):
             )
         return optimizers
 
-    def _pass(self, x: Tensor, keep: bool = True, **shared: Any) -> Iterable[tuple[FFLinear, Tensor, Tensor]]:
-        """Layers, activities, sums of squares; without `keep` the last layer's activities are left out."""
-        sumsq = None
+    def _pass(self, x: Tensor, keep: bool = True, **shared: Any) -> Iterable[tuple[Layer, Tensor, Tensor]]:
+        """Layers, activities, sums of squares; without `keep` the last linear layer's activities are left out."""
+        sumsq: Tensor | None = None
+        x = self._into(0, x)
         for index, layer in enumerate(self, 1):
             y, q = layer._run(x, sumsq, keep=keep or index < len(self.layers), **shared)
             shared = {}
             yield layer, y, q
-            # No derivative of any kind goes on to the next layer.
-            x, sumsq = y.detach(), q.detach()
+            if index < len(self.layers):
+                # No derivative of any kind goes on to the next layer.
+                x, sumsq = self._between(index, y.detach(), q.detach())
 
     def shared_product(self, x: Tensor, num_classes: int = 10) -> Tensor | None:
         """`ffkernels.shared_product` of the first layer, for `step` and `features`.
@@ -329,7 +378,7 @@ class FFNetwork(nn.Module):
         None under float16 products, whose rows are scaled before they are rounded, each by its own norm.
         """
         negatives.check_rows(x, num_classes)
-        first = next(iter(self))
+        first = self._first_linear()
         compute_dtype = check.compute_dtype_of(first.compute_dtype, first.weight)
         if compute_dtype == torch.float16:
             return None
@@ -352,15 +401,15 @@ class FFNetwork(nn.Module):
         """
         classes = self._classes(range(len(self.layers)))
         per_layer = []
-        for layer, y, sumsq in self._pass(x, keep=classes is not None, **shared):
+        for i, (layer, y, sumsq) in enumerate(self._pass(x, keep=classes is not None, **shared)):
             own = overridden(layer, "goodness")
-            per_layer.append(layer.goodness(x) if own else layer._goodness_of(y, sumsq))
+            per_layer.append(layer.goodness(self._into(i, x)) if own else layer._goodness_of(y, sumsq))
             x = y
         return torch.stack(per_layer, dim=1)
 
     def _classes(self, layers: Iterable[int]) -> int | None:
         """How many classes the objectives of these layers have, which must be the same number, or none."""
-        counts = {cast("FFLinear", self.layers[i]).objective.classes for i in layers}
+        counts = {cast("Layer", self.layers[i]).objective.classes for i in layers}
         if len(counts) > 1:
             raise ValueError(
                 f"the layers' objectives have {', '.join(map(str, counts))} classes; accepted: the same for all, or "
@@ -403,23 +452,35 @@ class FFNetwork(nn.Module):
         return torch.cat(best)
 
     def _predict_classes(self, x: Tensor, chosen: Sequence[int]) -> Tensor:
-        check.matrix("x", x)
+        if self._takes_maps:
+            check.tensor("x", x)
+        else:
+            check.matrix("x", x)
         best = [x.new_empty(0, dtype=torch.int64)]
-        for rows in x.split(PREDICTION_ROWS):
+        for rows in x.split(PREDICTION_ROWS if x.dim() == 2 else PREDICTION_IMAGES):
             total: Tensor | float = 0.0
+            below = rows
             for i, (layer, y, sumsq) in enumerate(self._pass(rows)):
                 if i in chosen:
-                    goodness = layer._goodness_of(y, sumsq)
+                    own = overridden(layer, "goodness")
+                    goodness = layer.goodness(below) if own else layer._goodness_of(y, sumsq)
                     total = total + (goodness if layer.objective.maximize else -goodness)
                 if i == max(chosen):
                     break
+                below = y
             assert isinstance(total, Tensor)
             best.append(total.argmax(1))
         return torch.cat(best)
 
+    def _first_linear(self) -> FFLinear:
+        first = self.layers[0]
+        if not isinstance(first, FFLinear):
+            raise ValueError("the first layer is a convolution, which has no label field; accepted: num_classes=0")
+        return first
+
     def _sharing(self, x: Tensor, num_classes: int) -> dict[str, Any]:
         """Arguments of `linear_forward` for the first layer and copies of `x` under each label: one product for all."""
-        first = next(iter(self))
+        first = self._first_linear()
         if called_only(first):
             return {}
         compute_dtype = check.compute_dtype_of(first.compute_dtype, first.weight)
@@ -467,9 +528,10 @@ class FFNetwork(nn.Module):
     def _side_by_side(self, activities: list[tuple[Tensor, Tensor]], layers: Sequence[int] | None) -> Tensor:
         features = []
         for i in self._chosen(layers, default=range(min(1, len(self.layers) - 1), len(self.layers))):
-            layer, (y, sumsq) = cast("FFLinear", self.layers[i]), activities[i]
+            layer, (y, sumsq) = cast("Layer", self.layers[i]), activities[i]
+            y = y.flatten(1)
             norm = layer.norm if layer.norm != "none" else "rms"
-            scale = row_scale(sumsq, layer.out_features, norm, layer.eps, layer.eps_mode)
+            scale = row_scale(sumsq, y.shape[1], norm, layer.eps, layer.eps_mode)
             features.append(y.to(scale.dtype) * scale.unsqueeze(1))
         return torch.cat(features, dim=1)
 

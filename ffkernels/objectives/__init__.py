@@ -1,9 +1,27 @@
 """What a layer learns: from its activities, or sums of their squares, to a loss and its slopes."""
 
-from .batchnorm import move, standardise, through
-from .classes import CLASS_GOODNESS, CLASS_LOSSES, by_unit, class_goodness, class_terms, dense, slopes_by_activity
+from .batchnorm import (
+    Standardised,
+    StandardisedMoments,
+    move,
+    standardise,
+    standardise_moments,
+    through,
+    through_moments,
+)
+from .classes import (
+    CLASS_GOODNESS,
+    CLASS_LOSSES,
+    by_unit,
+    class_goodness,
+    class_terms,
+    dense,
+    goodness_of_sums,
+    moments_goodness,
+    slopes_by_activity,
+)
 from .given import AnyObjective, GivenLoss, Moments, any_objective
-from .head import ProjectionHead
+from .head import Form, ProjectionHead
 from .judged import Judged
 from .objective import DEFAULT_OBJECTIVE, GOODNESS, LOSSES, REDUCTIONS, Objective, short, silu_slope
 
@@ -15,20 +33,27 @@ __all__ = [
     "LOSSES",
     "REDUCTIONS",
     "AnyObjective",
+    "Form",
     "GivenLoss",
     "Judged",
     "Moments",
     "Objective",
     "ProjectionHead",
+    "Standardised",
+    "StandardisedMoments",
     "any_objective",
     "by_unit",
     "class_goodness",
     "class_terms",
     "dense",
+    "goodness_of_sums",
+    "moments_goodness",
     "move",
     "short",
     "silu_slope",
     "slopes_by_activity",
     "standardise",
+    "standardise_moments",
     "through",
+    "through_moments",
 ]

@@ -22,20 +22,113 @@ class Standardised(NamedTuple):
     mean: Tensor | None
     variance: Tensor | None
 
+    @property
+    def samples(self) -> int:
+        """How many numbers of each unit the statistics are of."""
+        return len(self.x)
+
+
+class StandardisedMoments(NamedTuple):
+    """`u = weight x + bias` of maps `p` `[rows, channels, h, w]`, `x = (p - centre - rest) / deviation`: its moments.
+
+    Attributes:
+        first, second: `[rows, channels]` sums over places of `u`, and of `u^2`.
+        x_first, x_second: likewise of `x`.
+        places: how many a row has.
+        centre, rest: `[channels]`; what rounding has left of the mean in `p - centre` is the rest.
+        deviation, weight, bias: `[channels]`.
+        mean, variance: as in `Standardised`.
+    """
+
+    first: Tensor
+    second: Tensor
+    x_first: Tensor
+    x_second: Tensor
+    places: int
+    centre: Tensor
+    rest: Tensor
+    deviation: Tensor
+    weight: Tensor
+    bias: Tensor
+    mean: Tensor | None
+    variance: Tensor | None
+
+    @property
+    def samples(self) -> int:
+        """How many numbers of each channel the statistics are of."""
+        return len(self.first) * self.places
+
 
 def standardise(y: Tensor, norm: nn.BatchNorm1d) -> Standardised:
     """What `norm` makes of activities `y` `[rows, units]`; its running statistics stay as they are."""
     mean, variance = norm.running_mean, norm.running_var
     is_of_batch = norm.training or mean is None or variance is None
     if is_of_batch:
-        variance, mean = torch.var_mean(y, 0, correction=0)
+        # Of no rows there are no statistics, and nothing to standardise.
+        variance, mean = torch.var_mean(y, 0, correction=0) if len(y) else y.new_zeros(2, y.shape[1])
     assert mean is not None and variance is not None
     deviation = (variance + norm.eps).sqrt()
     x = (y - mean) / deviation
     u, scale = x, deviation.reciprocal()
-    if norm.affine:
-        u, scale = torch.addcmul(norm.bias, x, norm.weight), scale * norm.weight
+    if norm.weight is not None:
+        u, scale = x * norm.weight, scale * norm.weight
+    if norm.bias is not None:
+        u = u + norm.bias
     return Standardised(u, x, scale, *((mean, variance) if is_of_batch else (None, None)))
+
+
+def standardise_moments(p: Tensor, first: Tensor, norm: nn.BatchNorm2d) -> tuple[StandardisedMoments, Tensor]:
+    """What `norm` makes of maps `p` `[rows, channels, h, w]` with sums over places `first`; and `p - centre`.
+
+    Squares are summed of `p - centre` alone: a variance from sums of `p^2` has lost its digits where the mean is large.
+    """
+    mean, variance = norm.running_mean, norm.running_var
+    is_of_batch = norm.training or mean is None or variance is None
+    places = p.shape[2] * p.shape[3]
+    count = max(len(p) * places, 1)
+    if is_of_batch:
+        mean = first.sum(0) / count
+    assert mean is not None
+    apart = p - mean[:, None, None]
+    first, second = apart.sum((2, 3)), apart.square().sum((2, 3))
+    rest = torch.zeros_like(mean)
+    if is_of_batch:
+        rest = first.sum(0) / count
+        second = second - 2 * rest * first + places * rest.square()
+        first = first - places * rest
+        variance = second.sum(0).clamp_min(0) / count
+    assert variance is not None
+    deviation = (variance + norm.eps).sqrt()
+    x_first, x_second = first / deviation, second / deviation.square()
+    weight = torch.ones_like(mean) if norm.weight is None else norm.weight
+    bias = torch.zeros_like(mean) if norm.bias is None else norm.bias
+    u_first = torch.addcmul(places * bias, x_first, weight)
+    u_second = weight.square() * x_second + 2 * weight * bias * x_first + places * bias.square()
+    of_batch = (mean, variance) if is_of_batch else (None, None)
+    moments = (u_first, u_second, x_first, x_second)
+    return StandardisedMoments(*moments, places, mean, rest, deviation, weight, bias, *of_batch), apart
+
+
+def through_moments(
+    of: StandardisedMoments, first: Tensor | None, second: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """From `du = first + 2 second u`, slopes `[rows, channels]` or `[rows, 1]`: `dp = offset + gain (p - centre)`.
+
+    Returns:
+        `offset` and `gain` `[rows, channels]`, and the gradients of the weight and the bias `[channels]`.
+    """
+    zero = torch.zeros_like(of.first)
+    first, second = (zero if slope is None else zero + slope for slope in (first, second))
+    # `du = by_one + by_x x`.
+    by_one, by_x = first + 2 * second * of.bias, 2 * second * of.weight
+    by_bias = (of.places * by_one + by_x * of.x_first).sum(0)
+    by_weight = (by_one * of.x_first + by_x * of.x_second).sum(0)
+    if of.mean is not None:
+        count = max(of.samples, 1)
+        by_one, by_x = by_one - by_bias / count, by_x - by_weight / count
+    scale = of.weight / of.deviation
+    gain = by_x * (scale / of.deviation)
+    return by_one * scale - gain * of.rest, gain, by_weight, by_bias
 
 
 def through(of: Standardised, du: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,14 +141,19 @@ def through(of: Standardised, du: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return dy * of.scale, by_weight, by_bias
 
 
-def move(norm: nn.BatchNorm1d, of: Standardised) -> None:
+def move(norm: nn.BatchNorm1d | nn.BatchNorm2d, of: Standardised | StandardisedMoments) -> None:
     """Moves the running statistics towards those of the batch, as `norm` does in a forward pass."""
     mean, variance = norm.running_mean, norm.running_var
-    if of.mean is None or of.variance is None or mean is None or variance is None:
+    if of.mean is None or of.variance is None or mean is None or variance is None or not norm.track_running_stats:
         return
-    assert norm.num_batches_tracked is not None
-    norm.num_batches_tracked.add_(1)
-    rows = len(of.x)
-    momentum = norm.momentum if norm.momentum is not None else 1 / float(norm.num_batches_tracked)
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+    samples = of.samples
+    if samples < 2:
+        return
+    momentum = norm.momentum
+    if momentum is None:
+        assert norm.num_batches_tracked is not None
+        momentum = 1 / float(norm.num_batches_tracked)
     mean.lerp_(of.mean, momentum)
-    variance.lerp_(of.variance * (rows / (rows - 1)), momentum)
+    variance.lerp_(of.variance * (samples / (samples - 1)), momentum)

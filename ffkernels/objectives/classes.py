@@ -42,13 +42,31 @@ def group_sums(values: Tensor, classes: int) -> Tensor:
 def class_goodness(y: Tensor, classes: int, goodness: Goodness) -> Tensor:
     """`[rows, classes]` goodness of activities `y` `[rows, units]`: "sum", "mean" of squares, or mean "activity"."""
     sums = group_sums(y if goodness == "activity" else y.square(), classes)
-    return sums if goodness == "sum" else sums / _sizes_like(sums, y.shape[1])
+    return goodness_of_sums(sums, y.shape[1], goodness)
 
 
-def slopes_by_activity(slope: Tensor, units: int, goodness: Goodness) -> tuple[Tensor | None, Tensor | None]:
+def goodness_of_sums(sums: Tensor, units: int, goodness: Goodness, places: int = 1) -> Tensor:
+    """`class_goodness` from sums over the groups `[rows, classes]`: of activities for "activity", else of squares.
+
+    `places`: how many numbers of each unit the sums hold, in a layer that has several.
+    """
+    return sums if goodness == "sum" else sums / (_sizes_like(sums, units) * places)
+
+
+def moments_goodness(first: Tensor, second: Tensor | None, classes: int, goodness: Goodness, places: int = 1) -> Tensor:
+    """`class_goodness` from `[rows, units]` sums over places of activities, and of squares (None: `first^2`)."""
+    if second is None:
+        return class_goodness(first, classes, goodness)
+    sums = group_sums(first if goodness == "activity" else second, classes)
+    return goodness_of_sums(sums, first.shape[1], goodness, places)
+
+
+def slopes_by_activity(
+    slope: Tensor, units: int, goodness: Goodness, places: int = 1
+) -> tuple[Tensor | None, Tensor | None]:
     """`spec.Slopes` first and second, from slopes by the goodness of each class `[rows, classes]`."""
     if goodness != "sum":
-        slope = slope / _sizes_like(slope, units)
+        slope = slope / (_sizes_like(slope, units) * places)
     return (slope, None) if goodness == "activity" else (None, slope)
 
 
@@ -79,19 +97,22 @@ def class_terms(
 ) -> tuple[Tensor, Tensor]:
     """`[rows, classes]` slopes dLoss/dgoodness, and the loss, the mean over rows.
 
-    A label outside of the classes, which nobody has seen on a device, takes no part and makes the loss NaN.
+    Where labels are not looked at, as on a device, a row whose label is outside of the classes gets no slope and makes
+    the loss NaN.
 
     Args:
         goodness: `[rows, classes]`.
         labels: `[rows]` int64.
         sample_weight: `[rows]` factors of the rows' losses.
-        skip_below: rows none of whose slopes reaches this get none.
+        skip_below: rows none of whose slopes by `g / temperature` reaches this get none (those of "pvn" are at most
+            1/2 under "mean", and the others' share that).
     """
     rows, classes = goodness.shape
     own = labels.unsqueeze(1) == torch.arange(classes, device=labels.device)
     sign = 1.0 if objective.maximize else -1.0
     slope, losses = _LOSSES[objective.loss](objective, sign * goodness, own)
-    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+    seen = labels.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not seen or torch._C._functorch.peek_interpreter_stack() is not None:
         known = own.any(1)
         slope, losses = slope.masked_fill(~known.unsqueeze(1), 0), losses.masked_fill(~known, torch.nan)
     if skip_below:
@@ -113,7 +134,9 @@ def _cross_entropy(objective: Objective, goodness: Tensor, own: Tensor) -> tuple
     if smoothing:
         share = smoothing / goodness.shape[1]
         losses = (1 - smoothing) * losses - smoothing * log_p.mean(1)
-        slope = slope + (own.to(slope.dtype) * smoothing - share)
+        # Of the two ways to write the own class's slope, the one that cancels less.
+        direct = p - (1 - smoothing) - share
+        slope = torch.where(own & (p < 0.5), direct, slope + (own.to(slope.dtype) * smoothing - share))
     return slope, losses
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..spec import Goodness
-from .classes import CLASS_GOODNESS, class_goodness, slopes_by_activity
+from .classes import CLASS_GOODNESS, moments_goodness, slopes_by_activity
 from .head import ProjectionHead
 from .judged import Judged
 from .objective import GOODNESS, Objective, check_classes, goodness_of
@@ -86,21 +86,24 @@ class GivenLoss:
         read = {"goodness": goodness, "activities": y, "moments": Moments(y, y.square())}[self.reads]
         return self._checked(self.function(read, side), y, learns)
 
-    def judge(self, y: Tensor, sumsq: Tensor, side: Tensor) -> Judged:
-        """Loss and slopes of activities `y` `[rows, units]` with sums of squares `sumsq` `[rows]`."""
+    def judge(self, y: Tensor, sumsq: Tensor, side: Tensor, second: Tensor | None = None, places: int = 1) -> Judged:
+        """Loss and slopes of activities `y` `[rows, units]` with sums of squares `sumsq` `[rows]`.
+
+        `second`: in a layer of several `places`, the sums over them of squares; `y` are then those of activities.
+        """
         units, goodness = y.shape[1], None
         if self.classes is not None:
-            goodness = class_goodness(y, self.classes, self.goodness)
+            goodness = moments_goodness(y, second, self.classes, self.goodness, places)
         with torch.enable_grad():
             if self.reads == "goodness":
                 leaf = (sumsq if goodness is None else goodness).detach().requires_grad_()
                 given = [leaf]
-                read: Tensor | Moments = leaf if goodness is not None else self.goodness_of(leaf, units)
+                read: Tensor | Moments = leaf if goodness is not None else self.goodness_of(leaf, units * places)
             else:
                 given = [y.detach().requires_grad_()]
                 read = given[0]
                 if self.reads == "moments":
-                    given.append(y.square().requires_grad_())
+                    given.append((y.square() if second is None else second.detach()).requires_grad_())
                     read = Moments(*given)
             loss = self._checked(self.function(read, side), y)
             loss.backward()
@@ -115,7 +118,7 @@ class GivenLoss:
             return Judged(loss, goodness, first, found[1] if self.reads == "moments" else None)
         assert first is not None
         if goodness is not None:
-            return Judged(loss, goodness, *slopes_by_activity(first, units, self.goodness))
+            return Judged(loss, goodness, *slopes_by_activity(first, units, self.goodness, places))
         return Judged(loss, None, None, first.unsqueeze(1))
 
     def _checked(self, loss: object, y: Tensor, learns: bool = True) -> Tensor:

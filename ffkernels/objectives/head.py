@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .classes import class_terms
 from .judged import Judged
-from .objective import Objective
+from .objective import Objective, short
 
 Form = Literal["projection", "prototypes"]
 
@@ -63,6 +63,10 @@ class ProjectionHead(nn.Module):
         self.objective = Objective(
             loss="cross_entropy", classes=classes, temperature=temperature, label_smoothing=label_smoothing
         )
+        if units is not None and (isinstance(units, bool) or not isinstance(units, int) or units < 1):
+            raise ValueError(f"units={short(units)} is not None or an integer >= 1")
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"dtype={dtype} is not a floating-point dtype")
         self.classes, self.form = classes, form
         self.register_parameter("weight", None)
         if units is not None:
@@ -86,8 +90,7 @@ class ProjectionHead(nn.Module):
         assert self.weight is not None
         if self.form == "projection":
             return y @ self.weight.t()
-        # A row without activity has no direction.
-        return nn.functional.normalize(y, dim=1) @ nn.functional.normalize(self.weight, dim=1).t()
+        return (y @ _directions(self.weight)[0].t()) * _one_over_length(y.square().sum(1))
 
     def judge(
         self, y: Tensor, sumsq: Tensor, labels: Tensor, sample_weight: Tensor | None, skip_below: float
@@ -99,17 +102,28 @@ class ProjectionHead(nn.Module):
             goodness = y @ weight.t()
             slope, loss = class_terms(self.objective, goodness, labels, sample_weight, skip_below)
             return Judged(loss, goodness, slope, None, weight.detach()), slope.t() @ y
-        length = torch.linalg.vector_norm(weight, dim=1, keepdim=True)
-        basis = weight / length.masked_fill(length == 0, 1)
-        scale = sumsq.sqrt().reciprocal().masked_fill(sumsq == 0, 0).unsqueeze(1)
+        basis, length = _directions(weight)
+        scale = _one_over_length(sumsq)
         goodness = (y @ basis.t()) * scale
         slope, loss = class_terms(self.objective, goodness, labels, sample_weight, skip_below)
         first = slope * scale
         second = (slope * goodness).sum(1, keepdim=True) * scale.square() / -2
         by_basis = first.t() @ y
         radial = (by_basis * basis).sum(1, keepdim=True)
-        gradient = (by_basis - radial * basis) / length.masked_fill(length == 0, 1)
-        return Judged(loss, goodness, first, second, basis.detach()), gradient
+        return Judged(loss, goodness, first, second, basis.detach()), (by_basis - radial * basis) / length
 
     def extra_repr(self) -> str:
         return f"classes={self.classes}, form={self.form}"
+
+
+def _directions(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of length one, and `[rows, 1]` their lengths; a row of zeros has none, and stays."""
+    length = torch.linalg.vector_norm(weight, dim=1, keepdim=True)
+    length = length.masked_fill(length == 0, 1)
+    return weight / length, length
+
+
+def _one_over_length(sumsq: Tensor) -> Tensor:
+    """`[rows, 1]`; 0 for a row without activity, or one whose square is no normal number: it has no direction."""
+    none = sumsq < torch.finfo(sumsq.dtype).tiny
+    return sumsq.masked_fill(none, 1).rsqrt().masked_fill(none, 0).unsqueeze(1)

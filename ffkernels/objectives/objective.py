@@ -19,6 +19,8 @@ from torch import Tensor
 from ..spec import Goal, Goodness, Loss, Reduction
 from .classes import CLASS_GOODNESS, CLASS_LOSSES
 
+# Of class groups, whose logits are formed in the layer's precision.
+LEAST_TEMPERATURE = 1e-38
 Threshold = float | tuple[float, float] | Tensor
 
 
@@ -120,14 +122,15 @@ class Objective:
         for name, accepted in (("goodness", goodness), ("loss", losses), ("reduction", REDUCTIONS)):
             value = getattr(self, name)
             if not isinstance(value, str) or value not in accepted:
-                raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, accepted))}")
+                among = "" if self.classes is None else ", as classes have it"
+                raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, accepted))}{among}")
         if not isinstance(self.maximize, bool):
             raise TypeError(f"maximize={self.maximize!r} is not a bool")
         for name in ("temperature", "alpha"):
             value = getattr(self, name)
             if not _is_number(value) or not 0 < value <= sys.float_info.max:
                 raise ValueError(f"{name}={short(value)} is not a positive finite number")
-        if 1 / self.temperature == math.inf:
+        if 1 / self.temperature == math.inf or (self.classes and self.temperature < LEAST_TEMPERATURE):
             raise ValueError(f"temperature={self.temperature!r} is too small: a logit is divided by it")
         if self.paired and self.temperature != 1:
             raise ValueError(f"temperature={self.temperature!r} has no meaning for loss={self.loss!r}: use alpha")

@@ -49,6 +49,12 @@ def as_input(images: Tensor, mean: float = 0.0, std: float = 1.0, columns: int =
     return F.pad(x, (columns, 0)) if columns else x
 
 
+def dropped(x: Tensor, share: float, generator: torch.Generator | None = None) -> Tensor:
+    """`x` with each number set to 0 with probability `share` and else divided by `1 - share`."""
+    kept = torch.empty_like(x).uniform_(generator=generator).ge_(share)
+    return kept.mul_(x).div_(1 - share)
+
+
 def labelled_sides(
     x: Tensor, labels: Tensor, wrong: Tensor, num_classes: int, value: float = 1.0
 ) -> tuple[Tensor, Tensor]:

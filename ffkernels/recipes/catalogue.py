@@ -7,8 +7,9 @@ is done otherwise here (`assumed`).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
-from ..objectives import Objective
+from ..objectives import CLASS_LOSSES, Form, Objective, ProjectionHead
 from ..peer import PeerNormalisation
 from ..spec import Activation, EpsMode, Goodness, Loss, Norm, OutputsOf
 
@@ -18,7 +19,8 @@ class Rule:
     """A `torch.optim` rule: "sgd" or "adam" (which takes no momentum here).
 
     With `average` the momentum is an average of gradients that starts at zero: `a <- momentum a + (1 - momentum) g`.
-    With `decoupled` the decay acts on matrices alone, beside the average: `p <- p - lr (a + weight_decay p)`.
+    With `decoupled` the decay acts on matrices alone, beside the average: `p <- p - lr (a + weight_decay p)`; under
+    Adam on all parameters, as in AdamW.
     """
 
     optimizer: str
@@ -33,6 +35,9 @@ class Rule:
 class Recipe:
     """One recipe. Labels are one-hot; layers are counted from 0.
 
+    Where the loss is one of classes ("cross_entropy", "cwc", "pvn"), each layer's units are divided among the classes,
+    or a head scores these, and there are neither negative rows nor labels in the image.
+
     Attributes:
         name: what the command line calls it.
         source: where its numbers come from.
@@ -43,20 +48,23 @@ class Recipe:
             cross-entropy on `FFNetwork.features`; None for no classifier.
         assumed: what the source leaves open or what departs from it.
         published: the test error that the source reports.
-        goodness, loss, alpha: of the `Objective`.
+        goodness, loss, alpha, temperature, label_smoothing: of the `Objective`.
         threshold: of the `Objective`; None for the width of the layer.
+        head: None for class groups; "projection" or "prototypes" for a `ProjectionHead` of that form in every layer.
         norm, eps, eps_mode, activation, outputs: of the `FFLinear` layers.
         peer: peer normalisation of every layer.
         init: "torch" for `torch.nn.Linear`'s own, "fan_in" or "fan_out" for normal weights of standard deviation
             1/sqrt(inputs) or 1/sqrt(width) and zero biases.
         label: where it stands: in the image's first "pixels", in "columns" of its own before them, or there is "none"
-            and nothing is predicted by goodness.
+            and nothing is predicted by goodness but of classes.
         negatives: the wrong label is drawn "uniform"-ly, from the "classifier"'s softmax without the right label (hard
             negatives, Hinton 2022, section 3.3), or comes with the batch's labels "shuffled", some of which are right;
-            or, without labels, "hybrid" images (section 3.2).
-        batch_size: images in a minibatch; each is one positive and one negative row.
+            or, without labels, "hybrid" images (section 3.2); "none" for a loss of classes.
+        batch_size: images in a minibatch; each is one positive and one negative row, or one row alone.
         train_images: how many of the training images, the first ones; None for all.
         jitter: training images are shifted by up to so many pixels, anew in every epoch.
+        dropout: what share of a training image's inputs is set to 0, drawn anew in every epoch; the rest is divided by
+            `1 - dropout`.
         pixel_mean, pixel_std: pixels of 0..1 are standardised by these; a label stands for the brightest pixel.
         cooldown: with `e` of `E` epochs the learning rates are multiplied by `min(1, (cooldown + 2 (E - e)) / E)`:
             constant for half of them, then linear to 0. None: constant.
@@ -77,7 +85,10 @@ class Recipe:
     goodness: Goodness = "mean"
     loss: Loss = "logistic"
     alpha: float = 4.0
+    temperature: float = 1.0
+    label_smoothing: float = 0.0
     threshold: float | None = 2.0
+    head: Form | None = None
     norm: Norm = "rms"
     eps: float = 1e-8
     eps_mode: EpsMode = "add"
@@ -90,6 +101,7 @@ class Recipe:
     batch_size: int = 100
     train_images: int | None = None
     jitter: int = 0
+    dropout: float = 0.0
     pixel_mean: float = 0.0
     pixel_std: float = 1.0
     cooldown: float | None = 2.0
@@ -97,10 +109,24 @@ class Recipe:
     goodness_layers: tuple[int, ...] | None = None
     goodness_every: int = 1
 
-    def objective(self, width: int) -> Objective:
+    @property
+    def of_classes(self) -> bool:
+        """Whether layers learn from labels alone, without negative rows."""
+        return self.loss in CLASS_LOSSES
+
+    def objective(self, width: int, num_classes: int) -> Objective | ProjectionHead:
         """The objective of a layer of `width` units."""
-        threshold = width if self.threshold is None else self.threshold
-        return Objective(goodness=self.goodness, threshold=float(threshold), loss=self.loss, alpha=self.alpha)
+        softmax: Any = {"temperature": self.temperature, "label_smoothing": self.label_smoothing}
+        if self.head is not None:
+            return ProjectionHead(num_classes, form=self.head, **softmax)
+        return Objective(
+            goodness=self.goodness,
+            threshold=float(width if self.threshold is None else self.threshold),
+            loss=self.loss,
+            alpha=self.alpha,
+            classes=num_classes if self.of_classes else None,
+            **softmax,
+        )
 
     @property
     def label_value(self) -> float:
@@ -257,10 +283,65 @@ FFLIB = Recipe(
     goodness_every=10,
 )
 
+GROUPED_MNIST = Recipe(
+    name="grouped-mnist",
+    source="Made for this package: ten groups of units in each layer, cross-entropy of their mean goodness, as in the "
+    "layers of CwC (Papachristodoulou et al., 2024) but fully connected; no negative data.",
+    assumed="Everything else: two layers of 1000 ReLUs, rms norm, Adam at 1e-3, ten epochs.",
+    hidden=(1000, 1000),
+    epochs=10,
+    layers=Rule("adam", lr=1e-3),
+    classifier=None,
+    loss="cross_entropy",
+    label="none",
+    negatives="none",
+    batch_size=128,
+    cooldown=1.0,
+)
+
+MONO_FORWARD = replace(
+    GROUPED_MNIST,
+    name="mono-forward",
+    source="Gong et al., Mono-Forward, 2025: each layer's activities times a learned matrix are its goodness of the "
+    "classes, whose cross-entropy trains layer and matrix; activities are handed on as they are. Batches of 128 and "
+    "AdamW at 1e-3 as in a re-implementation; the authors' code is not public.",
+    assumed="Two layers of 1000 ReLUs; torch's decay of 1e-2; the matrix starts as a torch.nn.Linear does; ten epochs, "
+    "constant for half of them and then linear to 0, for up to 100 with a plateau schedule and early stopping.",
+    layers=Rule("adam", lr=1e-3, weight_decay=1e-2, decoupled=True),
+    norm="none",
+    head="projection",
+)
+
+PROJECTED = replace(
+    GROUPED_MNIST,
+    name="projected",
+    source="Made for this package: heads as in mono-forward, on layers with rms norm; what keeps them from learning "
+    "the training images by heart: three tenths of the pixels dropped, smoothed labels. Batches of 256, Adam at 3e-3.",
+    assumed="",
+    hidden=(500, 500),
+    epochs=20,
+    layers=Rule("adam", lr=3e-3),
+    label_smoothing=0.1,
+    head="projection",
+    batch_size=256,
+    dropout=0.3,
+)
+
+PROJECTED_SHIFTED = replace(
+    PROJECTED,
+    name="projected-shifted",
+    source="Made for this package: projected on images shifted by up to a pixel in each direction, with a tenth of the "
+    "pixels dropped, 1000 units a layer and 30 epochs.",
+    hidden=(1000, 1000),
+    epochs=30,
+    jitter=1,
+    dropout=0.1,
+)
+
 RECIPES = {
     recipe.name: recipe
     for recipe in (
         QUICK, HINTON_MATLAB, HINTON_SUPERVISED, HINTON_JITTER, HINTON_UNSUPERVISED, LOEWEX, MOHAMMADPZ, FFLIB,
-        ABLATION,
+        ABLATION, GROUPED_MNIST, MONO_FORWARD, PROJECTED, PROJECTED_SHIFTED,
     )
 }  # fmt: skip

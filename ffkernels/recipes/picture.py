@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..objectives import Objective
+from ..objectives import AnyObjective, Objective
 from .checkpoint import write_atomically
-from .train import Row, Trainer, summary
+from .metrics import Row
+from .run import summary
+from .train import Trainer
 
 PICTURE = "picture.png"
 MISSING = "matplotlib is not installed, so there will be no picture: pip install 'ffkernels[train]'"
@@ -71,12 +73,11 @@ def draw(trainer: Trainer, path: Path) -> None:
             positive, negative = (side[:, i] for side in sides)
             axes = figure.add_subplot(grid[1 + i, 0])
             axes.set_title(f"Layer {i + 1}: goodness of test images")
-            assert isinstance(layer.objective, Objective)
             _goodness_histogram(axes, positive, negative, layer.objective)
             if i == 0:
                 axes.legend(fontsize=8)
             axes = figure.add_subplot(grid[1 + i, 1])
-            _difference_histogram(axes, positive - negative, layer.objective.maximize)
+            _difference_histogram(axes, positive - negative, layer.objective)
         weight, label = next(iter(trainer.net)).weight, trainer.recipe.label
         if label == "columns":
             weight = weight[:, trainer.data.num_classes :]
@@ -114,21 +115,23 @@ def _kept_curves(axes: Any, rows: list[Row]) -> None:
     axes.legend()
 
 
-def _goodness_histogram(axes: Any, positive: Tensor, negative: Tensor, objective: Objective) -> None:
+def _goodness_histogram(axes: Any, positive: Tensor, negative: Tensor, objective: AnyObjective) -> None:
+    sides = ("positive", "negative") if objective.classes is None else ("own class", "best of the others")
     low, high = _range(torch.cat([positive, negative]))
-    for values, label, color in ((positive, "positive", POSITIVE), (negative, "negative", NEGATIVE)):
+    for values, label, color in zip((positive, negative), sides, (POSITIVE, NEGATIVE), strict=True):
         axes.hist(values.clamp(low, high).tolist(), BINS, range=(low, high), label=label, color=color, alpha=0.6)
-    if not objective.paired:
+    if isinstance(objective, Objective) and objective.loss in ("logistic", "pvn"):
         axes.axvline(objective.thresholds()[0], color=INK, linestyle=":", label="threshold")
     _without_counts(axes)
 
 
-def _difference_histogram(axes: Any, difference: Tensor, maximize: bool) -> None:
+def _difference_histogram(axes: Any, difference: Tensor, objective: AnyObjective) -> None:
     low, high = _range(difference)
-    right = (difference > 0) if maximize else (difference < 0)
+    right = (difference > 0) if objective.maximize else (difference < 0)
     axes.hist(difference.clamp(low, high).tolist(), BINS, range=(low, high), color=FAINT)
     axes.axvline(0, color=INK, linestyle=":")
-    axes.set_title(f"positive minus negative ({right.float().mean().item():.1%})")
+    sides = "positive minus negative" if objective.classes is None else "own minus best other"
+    axes.set_title(f"{sides} ({right.float().mean().item():.1%})")
     _without_counts(axes)
 
 

@@ -1,4 +1,4 @@
-"""The training loop: layers by Forward-Forward on labelled images, a linear classifier alongside.
+"""A network under training: layers by Forward-Forward on labelled images, a linear classifier alongside.
 
 The images stay on the device as uint8; minibatches, labels and negatives are made there (`batches.py`), and nothing in
 a step waits for the device. Where negatives do not wait for it, the classifier's pass under the neutral label is one
@@ -9,35 +9,29 @@ the numbers of one that was never stopped.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from .. import FFLinear, FFNetwork, StepResult, hybrid_images, wrong_label
 from .. import validation as check
-from ..objectives import Objective
+from ..objectives import Objective, ProjectionHead, class_terms
 from ..optim import SGDW
 from . import checkpoint
-from .batches import as_input, hard_label, labelled_sides, shifted
+from .batches import as_input, dropped, hard_label, labelled_sides, shifted
 from .catalogue import Recipe, Rule
 from .data import Dataset
-from .progress import Progress
-
-Row = dict[str, Any]
+from .metrics import Row, check_rows, describe
 
 EVALUATION_ROWS = 1000
 MOST_EPOCHS = 2**31 - 1
-CHECKPOINT = "checkpoint.pt"
-METRICS = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -45,13 +39,14 @@ class Minibatch:
     """What a recipe trains on at once, on the trainer's device.
 
     Attributes:
-        x_pos, x_neg: positive and negative rows `[rows, inputs]`; labels stand in them as the recipe says.
+        x_pos, x_neg: positive and negative rows `[rows, inputs]`; labels stand in them as the recipe says. A loss of
+            classes has no negative rows: None.
         labels: the right ones, `[rows]`.
         features, logits: of the classifier, where the negatives are drawn from its softmax.
     """
 
     x_pos: Tensor
-    x_neg: Tensor
+    x_neg: Tensor | None
     labels: Tensor
     features: Tensor | None = None
     logits: Tensor | None = None
@@ -95,13 +90,13 @@ class Trainer:
         if self.epochs > MOST_EPOCHS:
             raise ValueError(f"epochs={epochs} is not at most {MOST_EPOCHS}")
         check.fraction("skip_below", skip_below)
-        self.fewest_rows = 2 if recipe.label == "none" else 1
+        self.fewest_rows = 2 if recipe.negatives == "hybrid" else 1
         if len(data.train_labels[: recipe.train_images]) < self.fewest_rows or not len(data.test_labels):
             raise ValueError(
                 f"{data.source}: {len(data.train_labels)} training and {len(data.test_labels)} test images; "
                 f"{recipe.name} needs at least {self.fewest_rows} and 1"
             )
-        if recipe.label == "none" and data.shape[0] != 1:
+        if recipe.negatives == "hybrid" and data.shape[0] != 1:
             raise ValueError(f"{data.source}: images of {data.shape[0]} channels; {recipe.name} mixes grey ones alone")
         self.recipe, self.data, self.seed, self.skip_below = recipe, data, seed, skip_below
         self.device, self.compute_dtype = torch.device(device), compute_dtype
@@ -112,7 +107,7 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             width = data.train_images.shape[1] + (data.num_classes if recipe.label == "columns" else 0)
-            self.net = _network(recipe, width, compute_dtype).to(device)
+            self.net = _network(recipe, width, data.num_classes, compute_dtype).to(device)
         self.label_field = 0 if recipe.label == "none" else data.num_classes
         self.net_optimizer = _optimizer(recipe.layers, self.net)
         self.rules = [(recipe.layers, self.net_optimizer)]
@@ -172,7 +167,7 @@ class Trainer:
         if not isinstance(state, dict) or set(state) != set(wanted):
             found = list(state) if isinstance(state, dict) else type(state).__name__
             raise ValueError(f"state: {found}, not a dict of {wanted}")
-        self._check_rows(state["rows"])
+        check_rows(state["rows"], self.epochs, len(self.net), self.classifier is not None)
         steps = len(state["rows"]) * self.steps_per_epoch
         steps_of = {"net_optimizer": steps * max(1, self.recipe.layerwise_steps)}
         checked: dict[str, dict[str, Any]] = {
@@ -184,36 +179,6 @@ class Trainer:
         for name, part in parts.items():
             part.load_state_dict(checked[name])
         self.rows = list(state["rows"])
-
-    def _check_rows(self, rows: object) -> None:
-        if not isinstance(rows, list) or len(rows) > self.epochs:
-            found = f"{len(rows)} epochs" if isinstance(rows, list) else type(rows).__name__
-            raise ValueError(f"rows: {found}, not a list of at most {self.epochs} epochs")
-        layers = len(self.net)
-
-        def per_layer(value: object) -> bool:
-            return isinstance(value, list) and len(value) == layers and all(map(is_number, value))
-
-        def share(value: Any) -> bool:
-            return is_number(value) and 0 <= value <= 1
-
-        def unknown(value: object) -> bool:
-            return value is None
-
-        of_classifier = unknown if self.classifier is None else share
-        right: dict[str, Callable[[Any], bool]] = {
-            "lr": is_number,
-            **dict.fromkeys(("loss", "goodness_pos", "goodness_neg", "kept"), per_layer),
-            **dict.fromkeys(("train_error_classifier", "test_error_classifier"), of_classifier),
-            "test_error_goodness": lambda value: unknown(value) or share(value),
-            **dict.fromkeys(("train_seconds", "seconds"), lambda value: is_number(value) and value >= 0),
-        }
-        for i, row in enumerate(rows):
-            if not isinstance(row, dict) or type(row.get("epoch")) is not int or row["epoch"] != i + 1:
-                raise ValueError(f"rows[{i}]: {str(row)[:80]!r} is not the row of epoch {i + 1}")
-            for name, is_right in right.items():
-                if not is_right(row.get(name)):
-                    raise ValueError(f"rows[{i}][{name!r}]: {str(row.get(name))[:80]!r} is no {name}")
 
     def _parts(self) -> dict[str, nn.Module | Optimizer]:
         names: tuple[str, ...] = ("net", "net_optimizer")
@@ -245,7 +210,8 @@ class Trainer:
         trained = time.monotonic()
         if not all(map(math.isfinite, averages["loss"])):
             raise FloatingPointError(f"epoch {epoch}: the training has diverged, its losses are {averages['loss']}")
-        by_goodness = self.label_field and (epoch % self.recipe.goodness_every == 0 or epoch == self.epochs)
+        labelled = self.label_field or self.recipe.of_classes
+        by_goodness = labelled and (epoch % self.recipe.goodness_every == 0 or epoch == self.epochs)
         row = {
             "epoch": epoch,
             "lr": self.recipe.layers.lr * factor,
@@ -272,7 +238,7 @@ class Trainer:
         totals = Totals(self.net, self.skip_below)
         for batch in self.minibatches(epoch):
             results, logits = self.step(batch)
-            totals.add(results, None if logits is None else logits.argmax(1) != batch.labels)
+            totals.add(results, batch.labels, None if logits is None else logits.argmax(1) != batch.labels)
             if after_step(totals.describe) and totals.rows < len(self.train_labels):
                 return None
         return totals
@@ -295,8 +261,10 @@ class Trainer:
         for rows in order.split(self._split(len(order), recipe.batch_size)):
             images, labels = self.train_images[rows], self.train_labels[rows]
             x = self._as_input(shifted(images, recipe.jitter, generator, self.data.shape) if recipe.jitter else images)
-            if recipe.label == "none":
-                yield Minibatch(x, self._hybrid_images(x, generator), labels)
+            if recipe.dropout:
+                x = dropped(x, recipe.dropout, generator)
+            if recipe.of_classes or recipe.negatives == "hybrid":
+                yield Minibatch(x, None if recipe.of_classes else self._hybrid_images(x, generator), labels)
                 continue
             features = logits = None
             if recipe.negatives == "classifier":
@@ -315,17 +283,21 @@ class Trainer:
             without a classifier.
         """
         x_pos, x_neg, features = batch.x_pos, batch.x_neg, batch.features
+        options: dict[str, Any] = {"skip_below": self.skip_below}
+        if self.recipe.of_classes:
+            options["labels"] = batch.labels
         if self.classifier is None:
-            return self._step(x_pos, x_neg), None
+            return self._step(x_pos, x_neg, options), None
         if features is not None and batch.logits is not None:
             self._step_classifier(features, batch.labels, batch.logits)
-            return self._step(x_pos, x_neg), batch.logits
+            return self._step(x_pos, x_neg, options), batch.logits
         if self.label_field:
+            assert x_neg is not None
             results, features = self.net.step_and_features(
-                x_pos, x_neg, self.net_optimizer, self.label_field, skip_below=self.skip_below
+                x_pos, x_neg, self.net_optimizer, self.label_field, **options
             )
         else:
-            results = self.net.step(x_pos, x_neg, self.net_optimizer, keep=True, skip_below=self.skip_below)
+            results = self.net.step(x_pos, x_neg, self.net_optimizer, keep=True, **options)
             features = self.net.features_of(results)
         logits = self._logits(features)
         self._step_classifier(features, batch.labels, logits)
@@ -340,13 +312,12 @@ class Trainer:
             return labels[torch.randperm(len(labels), generator=generator, device=self.device)]
         return wrong_label(labels, self.data.num_classes, generator)
 
-    def _step(self, x_pos: Tensor, x_neg: Tensor) -> list[StepResult]:
-        options: dict[str, Any] = {"skip_below": self.skip_below}
+    def _step(self, x_pos: Tensor, x_neg: Tensor | None, options: dict[str, Any]) -> list[StepResult]:
         if not self.recipe.layerwise_steps:
             return self.net.step(x_pos, x_neg, self.net_optimizer, label_field=self.label_field or None, **options)
         self.net.train_layerwise(x_pos, x_neg, self.net_optimizer, self.recipe.layerwise_steps, **options)
         # Without an optimizer a step changes nothing and says where the layers have come to.
-        results = self.net.step(x_pos, x_neg, None)
+        results = self.net.step(x_pos, x_neg, None, **options)
         self.net.zero_grad()
         return results
 
@@ -396,13 +367,22 @@ class Trainer:
 
     @torch.no_grad()
     def test_goodness(self) -> tuple[Tensor, Tensor]:
-        """Goodness `[N, layers]` of the test images as positive rows, and as negative ones (uniformly drawn labels)."""
+        """Goodness `[N, layers]` of the test images as positive rows, and as negative ones (uniformly drawn labels).
+
+        Of classes, that of the right one and the highest of the others.
+        """
         classes = self.data.num_classes
         generator = torch.Generator(self.device).manual_seed(self.seed)
         goodness: tuple[list[Tensor], list[Tensor]] = ([], [])
         for images, labels in self._test_batches():
             x = self._as_input(images)
-            if self.recipe.label == "none":
+            if self.recipe.of_classes:
+                of_all = self.net.goodness(x)
+                right = (labels[:, None] == torch.arange(classes, device=x.device))[:, None]
+                goodness[0].append(of_all.masked_fill(~right, 0).sum(2))
+                goodness[1].append(of_all.masked_fill(right, -math.inf).amax(2))
+                continue
+            if self.recipe.negatives == "hybrid":
                 sides = x, self._hybrid_images(x, generator)
             else:
                 wrong = wrong_label(labels, classes, generator)
@@ -419,18 +399,23 @@ class Totals:
         self._objectives = [layer.objective for layer in net]
         self._skip_below = skip_below
         self._results: list[list[StepResult]] = []
+        self._labels: list[Tensor] = []
         self._wrong: list[Tensor] = []
         self.rows = 0
 
-    def add(self, results: list[StepResult], wrong: Tensor | None) -> None:
+    def add(self, results: list[StepResult], labels: Tensor, wrong: Tensor | None) -> None:
         """Adds a minibatch: the layers' step results, and `[rows]` which guesses of the classifier were wrong."""
+        self._labels.append(labels)
         self._results.append([replace(result, y=None) for result in results])
         if wrong is not None:
             self._wrong.append(wrong)
         self.rows += len(results[0].goodness_pos)
 
     def averages(self) -> Row:
-        """Per layer over the rows, as numbers; `kept` is the share of rows that took part in the updates."""
+        """Per layer over the rows, as numbers; `kept` is the share of rows that took part in the updates.
+
+        Of classes, `goodness_neg` is the mean over those that are not a row's own.
+        """
         row: Row = {"loss": [], "goodness_pos": [], "goodness_neg": [], "kept": []}
         for objective, results in zip(self._objectives, zip(*self._results, strict=True), strict=True):
             rows = torch.tensor([len(result.goodness_pos) for result in results], dtype=torch.float64)
@@ -438,9 +423,16 @@ class Totals:
             pos, neg = (
                 torch.cat(side) for side in zip(*[(r.goodness_pos, r.goodness_neg) for r in results], strict=True)
             )
-            is_positive = torch.arange(len(pos) + len(neg), device=pos.device) < len(pos)
+            objective = objective.objective if isinstance(objective, ProjectionHead) else objective
             assert isinstance(objective, Objective)
-            kept = objective.in_doubt(torch.cat([pos, neg]), is_positive, self._skip_below)
+            if objective.classes is None:
+                is_positive = torch.arange(len(pos) + len(neg), device=pos.device) < len(pos)
+                kept = objective.in_doubt(torch.cat([pos, neg]), is_positive, self._skip_below)
+            else:
+                labels = torch.cat(self._labels)
+                kept = class_terms(objective, pos, labels, skip_below=self._skip_below)[0].any(1)
+                own = pos.gather(1, labels[:, None])
+                pos, neg = own, (pos.sum(1, keepdim=True) - own) / max(objective.classes - 1, 1)
             row["loss"].append(((losses * rows).sum() / rows.sum()).item())
             for name, values in (("goodness_pos", pos), ("goodness_neg", neg), ("kept", kept.float())):
                 row[name].append(values.mean().item())
@@ -451,115 +443,18 @@ class Totals:
         return describe(self.averages())
 
 
-def describe(row: Row) -> str:
-    """One line on an epoch's training: the classifier's error, goodness of both sides and rows kept, by layer."""
-    sides = ("/".join(f"{g:.3g}" for g in row[side]) for side in ("goodness_pos", "goodness_neg"))
-    text = "goodness pos {} neg {}, rows kept {}".format(*sides, "/".join(f"{share:.0%}" for share in row["kept"]))
-    error = row["train_error_classifier"]
-    return text if error is None else f"train error {error:.2%}, {text}"
-
-
-def describe_test(row: Row) -> str:
-    """The test errors of an epoch."""
-    errors = {"classifier": row["test_error_classifier"], "goodness": row["test_error_goodness"]}
-    known = [f"{error:.2%} by {reader}" for reader, error in errors.items() if error is not None]
-    return f"test error {', '.join(known)}" if known else "not tested"
-
-
-def summary(trainer: Trainer) -> str:
-    """What a finished run has come to."""
-    seconds = sum(row["seconds"] for row in trainer.rows)
-    widths = "-".join(str(width) for width in (next(iter(trainer.net)).in_features, *trainer.recipe.hidden))
-    dtype = str(trainer.compute_dtype or torch.float32).removeprefix("torch.")
-    return (
-        f"{trainer.recipe.name} ({widths}) on {trainer.data.name}: {describe_test(trainer.rows[-1])}; "
-        f"{len(trainer.rows)} epochs in {seconds:.0f} s on {trainer.device.type}, {dtype} products"
-    )
-
-
-def train(trainer: Trainer, output: Path, should_stop: Callable[[], bool] = lambda: False) -> bool:
-    """Trains the epochs that are still to do; after each writes metrics and checkpoint into the folder `output`.
-
-    Args:
-        trainer: fresh, or brought to where a checkpoint was.
-        output: is made where it does not exist.
-        should_stop: asked after every step; True ends the run, whose checkpoint then is of the last whole epoch.
-
-    Returns:
-        Whether the run is finished.
-
-    Raises:
-        OSError: naming the file that cannot be written, before the first epoch where that can be known.
-    """
-    files = [output / name for name in (CHECKPOINT, METRICS)]
-    for file in files:
-        checkpoint.try_writing(file)
-    settings = trainer.settings()
-    if not trainer.rows:
-        # A later --resume must not find the run that this one replaces.
-        (output / CHECKPOINT).unlink(missing_ok=True)
-    write_metrics(output, trainer.rows)
-    done = len(trainer.rows) * trainer.steps_per_epoch
-    with Progress(trainer.epochs * trainer.steps_per_epoch, done) as progress:
-
-        def after_step(describe: Callable[[], str]) -> bool:
-            progress.step(describe)
-            return should_stop()
-
-        while not trainer.finished:
-            row = trainer.run_epoch(after_step)
-            if row is None:
-                return False
-            checkpoint.save(output / CHECKPOINT, settings, trainer.state())
-            write_metrics(output, trainer.rows)
-            numbers = f"epoch {row['epoch']}/{trainer.epochs}: {describe_test(row)}; {describe(row)}"
-            progress.line(f"{numbers} ({row['seconds']:.1f} s)")
-            if should_stop():
-                break
-    return trainer.finished
-
-
-def resume(trainer: Trainer, output: Path) -> bool:
-    """Brings a fresh trainer to where the checkpoint in `output` was; False where there is none.
-
-    Raises:
-        ValueError: for a checkpoint that is damaged or of other settings; the trainer is as it was.
-        OSError: for one that cannot be read.
-    """
-    path = output / CHECKPOINT
-    if not path.exists():
-        return False
-    state = checkpoint.load(path, trainer.settings())
-    try:
-        trainer.load_state(state)
-    except ValueError as error:
-        raise checkpoint.damaged(path, str(error)) from error
-    return True
-
-
 def _whole_number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}={value!r} is not a whole number")
 
 
-def is_number(value: Any) -> bool:
-    """Whether it is a float, or an int that one can hold."""
-    return type(value) is float or (type(value) is int and abs(value) <= 2**53)
-
-
-def write_metrics(output: Path, rows: list[Row]) -> None:
-    """One JSON object a line, one line an epoch: errors as fractions, goodness and loss per layer."""
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    checkpoint.write_atomically(output / METRICS, lambda file: file.write(lines.encode()))
-
-
-def _network(recipe: Recipe, pixels: int, compute_dtype: torch.dtype | None) -> FFNetwork:
+def _network(recipe: Recipe, pixels: int, num_classes: int, compute_dtype: torch.dtype | None) -> FFNetwork:
     layers = []
     for fan_in, width in zip((pixels, *recipe.hidden), recipe.hidden, strict=False):
         layer = FFLinear(
             fan_in,
             width,
-            objective=recipe.objective(width),
+            objective=recipe.objective(width, num_classes),
             norm=recipe.norm,
             eps=recipe.eps,
             eps_mode=recipe.eps_mode,
@@ -577,7 +472,8 @@ def _network(recipe: Recipe, pixels: int, compute_dtype: torch.dtype | None) -> 
 
 def _optimizer(rule: Rule, module: nn.Module) -> Optimizer:
     if rule.optimizer == "adam":
-        return Adam(module.parameters(), lr=rule.lr, weight_decay=rule.weight_decay)
+        adam = AdamW if rule.decoupled else Adam
+        return adam(module.parameters(), lr=rule.lr, weight_decay=rule.weight_decay)
     parameters = list(module.parameters())
     options: dict[str, Any] = {
         "lr": rule.lr,

@@ -21,8 +21,9 @@ def step_of(objective: ff.Objective, units: int, rows: int = 9, weighted: bool =
     }  # fmt: skip
 
 
-# Groups that do not divide the width, borders inside of tiles, a class alone, and one unit for each class.
-@pytest.mark.parametrize(("units", "classes"), [(8, 3), (37, 5), (6, 1), (19, 19)])
+# Groups that do not divide the width, borders inside of tiles, a class alone, one unit for each class; and groups so
+# large that the forward sums them up itself.
+@pytest.mark.parametrize(("units", "classes"), [(8, 3), (37, 5), (6, 1), (19, 19), (70, 3), (43, 1)])
 @pytest.mark.parametrize("goodness", CLASS_GOODNESS)
 @pytest.mark.parametrize("loss", CLASS_LOSSES)
 def test_every_loss_and_goodness(loss, goodness, units, classes):

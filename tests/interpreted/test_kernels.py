@@ -272,7 +272,7 @@ def test_a_shared_product(dtype, norm):
 
 @pytest.mark.parametrize("large", [1e8, float("inf"), float("nan")])
 def test_a_shared_product_beside_a_large_label(large):
-    """It is a sum without the label field: what a row's label holds does not reach its twin."""
+    """It is a sum without the label field: what a row's label holds does not reach its copy."""
     field, eps = 5, torch.finfo(torch.float32).eps
     made = problem(19, 19, 20, 18, optimizer="sgd", dtype=torch.float32)
     made.x_neg[:, field:] = made.x_pos[:, field:]

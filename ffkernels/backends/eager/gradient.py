@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...objectives import by_unit
-from ...spec import Numbers, Slot, Update
+from ...spec import Numbers, Update
 from . import rules
 from .layer import LabelField, Operands, ReadyLayer
 from .peers import Peers
@@ -89,7 +89,7 @@ class Gradient:
         if self.peers is not None and self.peers.gated:
             pulled = self.peers.gated_part(y, z, is_positive)
         else:
-            kept = _unsaturated_rows(coefficient if field is None else coefficient.view(2, -1).any(0))
+            kept = unsaturated_rows(coefficient if field is None else coefficient.view(2, -1).any(0))
         if kept is not None:
             x = x[kept]
             if field is not None:
@@ -138,7 +138,7 @@ class Gradient:
                 of_bias.state[0].copy_(self.bias_sum)
             return
         apply = rules.RULES[rule]
-        numbers, lr = of_weight.numbers, _rate(of_weight, self.weight.dtype)
+        numbers, lr = of_weight.numbers, rules.rate(of_weight, self.weight.dtype)
         assert isinstance(numbers, Numbers)
         out_features, in_features = self.weight.shape
         panel = min(out_features, max(1, PANEL_ELEMENTS // in_features))
@@ -151,9 +151,7 @@ class Gradient:
             gradient = ready if start == 0 else self._panel(rows, scratch)
             apply(self.weight[rows], gradient, rules.rows_of(rule, of_weight.state, rows), numbers, lr)
         if self.bias is not None and self.bias_sum is not None:
-            rules.start(rule, of_bias.state)
-            assert isinstance(of_bias.numbers, Numbers)
-            apply(self.bias, self.bias_sum, of_bias.state, of_bias.numbers, _rate(of_bias, self.weight.dtype))
+            rules.step(rule, self.bias, self.bias_sum, of_bias)
 
     def _sum_pending(self) -> None:
         first = self.weight_sum is None
@@ -194,14 +192,7 @@ class Gradient:
         return out.copy_(product.add_(out) if accumulate else product)
 
 
-def _rate(slot: Slot, dtype: torch.dtype) -> float | Tensor:
-    """The learning rate as a number, as `torch.optim` takes it; one on a device stays there, in the weight's dtype."""
-    if slot.lr is None:
-        return slot.numbers[0] if slot.numbers else 0.0
-    return float(slot.lr) if slot.lr.device.type == "cpu" else slot.lr.to(dtype)
-
-
-def _unsaturated_rows(coefficient: Tensor) -> Tensor | None:
+def unsaturated_rows(coefficient: Tensor) -> Tensor | None:
     """Indices of the rows with a coefficient other than zero, or None where leaving the rest out does not pay.
 
     On a device the count would have to come back to the host, so there every row stays.

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ...spec import Numbers
+from ...spec import Numbers, Slot
 
 Rule = Callable[[Tensor, Tensor, list[Tensor], Numbers, float | Tensor], None]
 
@@ -79,6 +79,23 @@ def adam(p: Tensor, gradient: Tensor, state: list[Tensor], numbers: Numbers, lr:
 
 
 RULES: dict[str, Rule] = {"sgd": sgd, "adam": adam}
+
+
+def rate(slot: Slot, dtype: torch.dtype) -> float | Tensor:
+    """The learning rate as a number, as `torch.optim` takes it; one on a device stays there, in the weight's dtype."""
+    if slot.lr is None:
+        return slot.numbers[0] if slot.numbers else 0.0
+    return float(slot.lr) if slot.lr.device.type == "cpu" else slot.lr.to(dtype)
+
+
+def step(rule: str, parameter: Tensor, gradient: Tensor, slot: Slot) -> None:
+    """Updates a whole parameter of any shape; under the rule "grad" its gradient is written to the state."""
+    if rule == "grad":
+        slot.state[0].copy_(gradient)
+        return
+    start(rule, slot.state)
+    assert isinstance(slot.numbers, Numbers)
+    RULES[rule](parameter, gradient, slot.state, slot.numbers, rate(slot, parameter.dtype))
 
 
 def _has_fused(p: Tensor, state: list[Tensor]) -> bool:

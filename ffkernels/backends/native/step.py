@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from ..select import Request
 
 _ACTIVATIONS = ("relu", "leaky_relu", "identity")
-LOSSES = get_args(spec.Loss)
+# Those that csrc/cpu/objective.h and classes.h have.
+LOSSES = ("logistic", "symba", "swish", "cross_entropy", "pvn", "cwc")
 _RULES = get_args(spec.Rule)
 _PARAMETERS = ("weight", "bias")
 _DTYPES = {"mask": torch.bool, "labels": torch.int64}

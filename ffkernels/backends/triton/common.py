@@ -25,6 +25,24 @@ def rows_of(activities, i, here, j, out_features):
 
 
 @triton.jit
+def group_of(j, units, groups):
+    """Which group has unit `j`: consecutive units, of sizes that differ by one at most, the larger ones first."""
+    size = units // groups
+    larger = units % groups
+    edge = larger * (size + 1)
+    return tl.where(j < edge, j // (size + 1), larger + (j - edge) // size)
+
+
+@triton.jit
+def borders_of(group, units, groups):
+    """The first unit of a group, and the first behind it."""
+    size = units // groups
+    larger = units % groups
+    begin = group * size + tl.minimum(group, larger)
+    return begin, begin + size + tl.where(group < larger, 1, 0)
+
+
+@triton.jit
 def scale_of_rows(sumsq, width, eps, NORM: tl.constexpr, EPS_MODE: tl.constexpr):
     """`normalisation.row_scale`: the factors that normalise rows with these sums of squares; 0 for a row of zeros."""
     square = sumsq / width if NORM == "rms" else sumsq

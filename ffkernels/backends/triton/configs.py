@@ -62,6 +62,11 @@ def beside_slopes(config: Config) -> Config:
     return {key: min(value, most.get(key, value)) for key, value in config.items()}
 
 
+def beside_class_sums(config: Config) -> Config:
+    """A configuration of the forward with registers for sums over class groups."""
+    return {**config, "BLOCK_N": min(config["BLOCK_N"], 128)}
+
+
 def nearest(entries: list[dict[str, Any]], shape: tuple[int, int, int]) -> Config:
     """The configuration of the entry whose shape is nearest in log space; the first of those that are equally near."""
 

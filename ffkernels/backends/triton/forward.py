@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from .classes import store_class_sums
 from .coefficient import positive_rows
 from .common import activate, grouped, joint_rows, operand, scale_of_rows
 
@@ -13,12 +14,12 @@ def forward_kernel(
     rows, in_features, out_features,  # `records.Batch`
     input_sumsq, layer,  # [rows] sums of squares where they are known or None, `Linear`
     x_tiles, weight_tiles,  # both again as tensor descriptors of all rows and of the weight, under TMA
-    shared, written,  # `Shared`, `Forwarded`
+    shared, written, classes,  # `Shared`, `Forwarded`, `ClassSums`
     NORM: tl.constexpr, EPS_MODE: tl.constexpr, ACTIVATION: tl.constexpr,
     SCALE_FIRST: tl.constexpr,  # float16 has no room for rows of any length: scale them before they are rounded
     COMPUTE: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr,
-    PERSISTENT: tl.constexpr,
+    PERSISTENT: tl.constexpr, SQUARES: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """`y = act(r W x + b)`, `partials[n] = sum_j y_j^2` over the columns `j` of block `n`, summed before rounding.
 
@@ -29,24 +30,25 @@ def forward_kernel(
         tiles = tl.cdiv(rows.total, BLOCK_M) * tl.cdiv(out_features, BLOCK_N)
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
             forward_tile(
-                tile, rows, input_sumsq, layer, x_tiles, weight_tiles, shared, written, in_features, out_features,
-                NORM, EPS_MODE, ACTIVATION, SCALE_FIRST, COMPUTE, PRECISION, WIDEN,
-                BLOCK_M, BLOCK_N, BLOCK_K, GROUP, TMA,
+                tile, rows, input_sumsq, layer, x_tiles, weight_tiles, shared, written, classes,
+                in_features, out_features, NORM, EPS_MODE, ACTIVATION, SCALE_FIRST, COMPUTE, PRECISION, WIDEN,
+                BLOCK_M, BLOCK_N, BLOCK_K, GROUP, TMA, SQUARES, SLOTS,
             )  # fmt: skip
     else:
         forward_tile(
-            tl.program_id(0), rows, input_sumsq, layer, x_tiles, weight_tiles, shared, written, in_features,
-            out_features, NORM, EPS_MODE, ACTIVATION, SCALE_FIRST, COMPUTE, PRECISION, WIDEN,
-            BLOCK_M, BLOCK_N, BLOCK_K, GROUP, TMA,
+            tl.program_id(0), rows, input_sumsq, layer, x_tiles, weight_tiles, shared, written, classes,
+            in_features, out_features, NORM, EPS_MODE, ACTIVATION, SCALE_FIRST, COMPUTE, PRECISION, WIDEN,
+            BLOCK_M, BLOCK_N, BLOCK_K, GROUP, TMA, SQUARES, SLOTS,
         )  # fmt: skip
 
 
 @triton.jit
 def forward_tile(
-    tile, rows, input_sumsq, layer, x_tiles, weight_tiles, shared, written, in_features, out_features,
+    tile, rows, input_sumsq, layer, x_tiles, weight_tiles, shared, written, classes, in_features, out_features,
     NORM: tl.constexpr, EPS_MODE: tl.constexpr, ACTIVATION: tl.constexpr, SCALE_FIRST: tl.constexpr,
     COMPUTE: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr,
+    SQUARES: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """One tile of the product.
 
@@ -110,6 +112,8 @@ def forward_tile(
     # Beyond the edges product and bias are 0, and so is every activation of 0: nothing to mask in the sum.
     partials = written.partials + tl.cast(tile_n, tl.int64) * rows.total
     tl.store(partials + i, tl.sum(activity * activity, axis=1), mask=row_here)
+    if classes.sums is not None:
+        store_class_sums(activity, i, j, row_here, tile_n, rows.total, out_features, classes, SQUARES, SLOTS, BLOCK_N)
     if written.unit_sums is not None:
         positive = positive_rows(i, row_here, rows)
         of_positive = tl.sum(tl.where(positive[:, None], activity, 0.0), axis=0)

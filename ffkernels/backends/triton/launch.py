@@ -10,13 +10,28 @@ from torch import Tensor
 
 from ...spec import Goal, Layer, PeerPull, Rows, Slopes
 from . import configs, operands
+from .classes import class_sums_kernel
 from .coefficient import coefficient_kernel
 from .device import descriptor, device_of, processors
 from .finish import finish_kernel
 from .forward import forward_kernel
 from .operands import arithmetic, as_one, batch, kind_of, scales_first, total
 from .peers import peers_kernel
-from .records import Basis, Coefficients, Forwarded, Kept, Linear, Parameter, Parts, Pull, Shared, Slope, Terms, Written
+from .records import (
+    Basis,
+    ClassSums,
+    Coefficients,
+    Forwarded,
+    Kept,
+    Linear,
+    Parameter,
+    Parts,
+    Pull,
+    Shared,
+    Slope,
+    Terms,
+    Written,
+)
 from .slopes import RANK, list_kernel, scale_kernel, units_kernel
 from .support import interpreted
 from .update import update_kernel
@@ -36,6 +51,7 @@ PEERS_BLOCK = {
     True: {"BLOCK_OUT": 16, "BLOCK_IN": 16, "BLOCK_K": 4},
 }
 UNITS_BLOCK = {False: {"BLOCK_M": 64, "BLOCK_N": 64}, True: {"BLOCK_M": 4, "BLOCK_N": 16}}
+CLASSES_BLOCK = {False: {"BLOCK_M": 64, "BLOCK_C": 16}, True: {"BLOCK_M": 16, "BLOCK_C": 4}}
 ROWS_BLOCK = {False: {"BLOCK_M": 16, "BLOCK_K": 128}, True: {"BLOCK_M": 16, "BLOCK_K": 16}}
 # Of how many parts the sum of the positive rows is put together at most.
 INPUT_SPLITS = 16
@@ -75,12 +91,15 @@ def forward(
     row_scale: Tensor | None = None,
     sum_units: bool = False,
     sumsq: Tensor | None = None,
+    class_sums: Tensor | None = None,
+    squares: bool = True,
 ) -> Sums:
     """Launches the forward, which writes what it is given.
 
     Args:
         sum_units: whether the activities of positive rows are summed up.
         sumsq: `[rows]` for the squares, where one column block makes all of them.
+        class_sums: `[rows, classes]` for sums of squares over groups of units; without `squares`, of activities.
     """
     weight = layer.weight
     if layer.compute_dtype != weight.dtype and total(rows) >= ROUND_WEIGHT_ROWS:
@@ -88,6 +107,8 @@ def forward(
     out_features, in_features = weight.shape
     kind = kind_of(layer.compute_dtype, rows.x_pos, weight)
     config = configs.choose("forward", kind, (total(rows), in_features, out_features), weight.device)
+    if class_sums is not None:
+        config = configs.beside_class_sums(config)
     row_blocks, column_blocks = (
         triton.cdiv(size, config[block]) for size, block in ((total(rows), "BLOCK_M"), (out_features, "BLOCK_N"))
     )
@@ -101,6 +122,11 @@ def forward(
         x_tiles = descriptor(as_one(rows), [config["BLOCK_M"], config["BLOCK_K"]])
         weight_tiles = descriptor(weight, [config["BLOCK_N"], config["BLOCK_K"]])
     bulk = x_tiles is not None and weight_tiles is not None
+    classes, slots = ClassSums(), 0
+    if class_sums is not None:
+        slots = class_slots(out_features, class_sums.shape[1], config["BLOCK_N"])
+        parts = weight.new_empty(column_blocks, slots, total(rows), dtype=torch.float32)
+        classes = ClassSums(parts, class_sums.shape[1])
     programs = row_blocks * column_blocks
     if config["PERSISTENT"]:
         programs = min(programs, config["PERSISTENT"] * processors(weight.device))
@@ -118,14 +144,42 @@ def forward(
                 weight_tiles=weight_tiles if bulk else None,
                 shared=Shared() if rows.product is None else Shared(rows.product, rows.label_field),
                 written=Forwarded(y, y_row, y_col, z, row_scale, partials, units),
+                classes=classes,
                 NORM=layer.norm,
                 EPS_MODE=layer.eps_mode,
                 ACTIVATION=layer.activation,
                 SCALE_FIRST=scales_first(layer, rows) and rows.product is None,
                 **arithmetic(layer),
                 **{**config, "TMA": int(bulk), "PERSISTENT": int(config["PERSISTENT"] > 0)},
+                SQUARES=squares,
+                SLOTS=slots,
             )
+        if class_sums is not None:
+            add_class_sums(classes, slots, config["BLOCK_N"], out_features, class_sums)
     return Sums(partials, units)
+
+
+def class_slots(units: int, classes: int, block: int) -> int:
+    """How many groups a block of units touches at most."""
+    return min(classes, (block - 2) // (units // classes) + 2)
+
+
+def add_class_sums(parts: ClassSums, slots: int, block: int, units: int, made: Tensor) -> None:
+    """Launches the sums `made` `[rows, classes]` of what the forward's tiles, of so many units, have left."""
+    rows, classes = made.shape
+    blocks = CLASSES_BLOCK[interpreted()]
+    with device_of(made):
+        class_sums_kernel[(triton.cdiv(rows, blocks["BLOCK_M"]), triton.cdiv(classes, blocks["BLOCK_C"]))](
+            classes=parts,
+            total=rows,
+            units=units,
+            out=made,
+            out_row=made.stride(0),
+            out_col=made.stride(1),
+            SLOTS=slots,
+            BLOCK_N=block,
+            **blocks,
+        )
 
 
 def pull(
@@ -223,8 +277,8 @@ def update_given(
         by_first, by_second = operands.slope_of(first, units), operands.slope_of(second, units)
         source = Source(NO_OBJECTIVE, Coefficients(), by_first, by_second)
         if first is not None and basis is not None:
-            given = Slope(first, *first.stride())
-            source = source._replace(first=given, basis=Basis(basis, *basis.stride(), basis.shape[0]))
+            given = Slope(first, first.stride(0), first.stride(1))
+            source = source._replace(first=given, basis=Basis(basis, basis.stride(0), basis.stride(1), basis.shape[0]))
     kept = operands.kept(activity, row_scale)
     launch_tiles(rows, layer, kept, source, peers, parameters)
 

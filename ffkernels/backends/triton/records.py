@@ -65,6 +65,13 @@ class Forwarded(NamedTuple):
     unit_sums: Tensor | None
 
 
+class ClassSums(NamedTuple):
+    """`[column blocks, slots, rows]` sums of activities or their squares over groups of units, by tile."""
+
+    sums: Tensor | None = None
+    groups: int | None = None
+
+
 class Kept(NamedTuple):
     """`[rows, out]` what a forward has kept, `y` or `z`; and `[rows]` the scale of the rows, or None."""
 

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .coefficient import in_doubt_so_far, positive_rows
-from .common import activate, joint_rows, rows_of, scale_of_rows, slope_of
+from .common import activate, group_of, joint_rows, rows_of, scale_of_rows, slope_of
 
 # How many groups of a basis a tile multiplies out: the fewest that `tl.dot` takes. With twice as many, and slopes of
 # second order beside them, some configurations have no registers left and spill in the loop.
@@ -18,10 +18,7 @@ def columns_of(j, units, slope):
     if slope.slope is not None:
         column = j
         if slope.groups is not None:
-            size = units // slope.groups
-            larger = units % slope.groups
-            edge = larger * (size + 1)
-            column = tl.where(j < edge, j // (size + 1), larger + (j - edge) // size)
+            column = group_of(j, units, slope.groups)
         at = column.to(tl.int64) * slope.slope_col
     return at
 

@@ -11,12 +11,19 @@ from . import launch, operands, rules
 from .records import Pull, Written
 
 
-def linear_forward_(rows: Rows, layer: Layer, y: Tensor | None, sumsq: Tensor) -> None:
-    """See `ops.SCHEMAS`."""
+def linear_forward_(
+    rows: Rows,
+    layer: Layer,
+    y: Tensor | None,
+    sumsq: Tensor,
+    class_sums: Tensor | None = None,
+    squares: bool = True,
+) -> None:
+    """See `ops.SCHEMAS`; and `launch.forward` for sums over class groups, which no operator asks for as yet."""
     rows = _ready(rows, layer)
     if y is None:
         y = layer.weight.new_empty(operands.total(rows), layer.weight.shape[0], dtype=layer.compute_dtype)
-    partials, _ = launch.forward(rows, layer, y, sumsq=sumsq)
+    partials, _ = launch.forward(rows, layer, y, sumsq=sumsq, class_sums=class_sums, squares=squares)
     if len(partials) != 1:
         # Adding them in the kernel's last program would need counters set to zero first: a launch as well.
         torch.sum(partials, 0, out=sumsq)

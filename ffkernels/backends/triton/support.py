@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, get_args
 
 import torch
 
-from ...spec import Activation, Rule, SideLoss
+from ...spec import Activation, Rule
 
 if TYPE_CHECKING:
     from ..select import Request
 
 ACTIVATIONS = get_args(Activation)
-LOSSES = get_args(SideLoss)
+# Those that coefficient.py has.
+LOSSES = ("logistic", "symba", "swish")
 RULES = get_args(Rule)
 OLDEST_CAPABILITY = (8, 0)
 

@@ -1,0 +1,329 @@
+"""A convolutional layer's forward pass and its step, in plain PyTorch on every device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .. import interrupts, optim
+from .. import validation as check
+from ..autograd import is_transformed, without_autocast
+from ..backends.eager import conv, rules
+from ..compiling import never_compiled
+from ..objectives import (
+    DEFAULT_OBJECTIVE,
+    AnyObjective,
+    GivenLoss,
+    Judged,
+    Objective,
+    ProjectionHead,
+    StandardisedMoments,
+    any_objective,
+    by_unit,
+    dense,
+    move,
+    standardise_moments,
+    through_moments,
+)
+from ..spec import Activation, EpsMode, Geometry, Layer, Norm, OutputsOf, PaddingMode, Rows, Slopes
+from .loss import sides_in_order
+from .maps import PoolOf, Size, checked_geometry, compute_dtype_of, conv_tensors, maps_of
+from .plan import others_of
+from .result import StepResult
+from .rows import checked_rows
+from .stages import judged_of
+
+
+def conv2d_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: Size = 1,
+    padding: Size = 0,
+    padding_mode: PaddingMode = "zeros",
+    groups: int = 1,
+    pool: PoolOf = None,
+    norm: Norm = "none",
+    eps: float = 1e-4,
+    eps_mode: EpsMode = "add",
+    activation: Activation = "relu",
+    compute_dtype: torch.dtype | None = None,
+    input_sumsq: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`y = pool(act(conv(r x) + b))` `[rows, out, h, w]`, channels-last in the compute dtype, and its rows' sums of
+    squares `[rows]`.
+
+    The arguments are those of `conv2d_step_`, but weight and bias may be frozen. Where they require a gradient, `y` and
+    the sums carry one to them, by PyTorch's own operations; none reaches `x`.
+
+    Raises:
+        ValueError, TypeError: for an argument that does not fit.
+    """
+    check.layer_options(norm, eps, eps_mode, activation)
+    geometry = checked_geometry(stride, padding, padding_mode, groups, pool)
+    conv_tensors(weight, bias, geometry)
+    compute = compute_dtype_of(compute_dtype, weight)
+    maps_of("x", x, weight, compute, geometry)
+    if input_sumsq is not None:
+        check.vector("input_sumsq", input_sumsq, len(x), weight.dtype, weight.device)
+        input_sumsq = input_sumsq.detach()
+    layer = Layer(weight, bias, norm, float(eps), eps_mode, activation, compute)
+    with without_autocast(weight.device):
+        p = conv.forward(x.detach(), layer, geometry, input_sumsq).p
+        return p, p.to(weight.dtype).square().sum((1, 2, 3))
+
+
+def conv2d_step_(
+    x_pos: Tensor,
+    x_neg: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    optimizer: Optimizer | None,
+    *,
+    objective: AnyObjective | Callable[..., Tensor] = DEFAULT_OBJECTIVE,
+    stride: Size = 1,
+    padding: Size = 0,
+    padding_mode: PaddingMode = "zeros",
+    groups: int = 1,
+    pool: PoolOf = None,
+    norm: Norm = "none",
+    eps: float = 1e-4,
+    eps_mode: EpsMode = "add",
+    activation: Activation = "relu",
+    outputs: OutputsOf = "pre",
+    compute_dtype: torch.dtype | None = None,
+    sample_weight: Tensor | None = None,
+    is_positive: Tensor | None = None,
+    labels: Tensor | None = None,
+    input_sumsq: Tensor | None = None,
+    skip_below: float = 0.0,
+    batch_norm: nn.BatchNorm2d | None = None,
+    only_checks: bool = False,
+) -> StepResult:
+    """One Forward-Forward step of one convolutional layer: updates `weight` and `bias` in place, without autograd.
+
+    With `r_i` the scale that normalises row `x_i` over all its channels and places: `z = r conv(x) + b`,
+    `p = pool(act(z))`. The objective reads two moments of each row and channel, `q1 = sum_places p` and
+    `q2 = sum_places p^2`, and hands back the slopes `s1 = dLoss/dq1`, `s2 = dLoss/dq2`. Then `dp = s1 + 2 s2 p`,
+    `dz` is `dp act'(z)` where a unit won its window, and `dW` the convolution's weight gradient alone; no gradient of
+    `x` is formed. Rows all of whose slopes are exactly zero are left out of it. A convolution runs in plain PyTorch,
+    whatever backend is forced for linear layers.
+
+    Args:
+        x_pos: `[n_pos, in, H, W]` un-normalised positive rows, in the weight's dtype or the compute dtype. Maps are
+            channels-last throughout; others are accepted, and copied to that layout at each call, which costs a pass
+            over `x`.
+        x_neg: `[n_neg, in, H, W]`, as in `linear_step_`; both sides are copied to one joint batch.
+        weight: `[out, in / groups, k, k]` float32 or float64 parameter.
+        bias: `[out]` parameter, or None.
+        optimizer: as in `linear_step_`.
+        objective: as in `linear_step_`. Its units are channels: class groups are groups of consecutive ones, a mean
+            goodness is over channels and places, a `ProjectionHead` reads the globally averaged map. A `GivenLoss`
+            reads the goodness or the moments.
+        stride, padding, padding_mode, groups: as in `torch.nn.Conv2d`; padding is an integer or a pair, its mode
+            "zeros" or "reflect". Kernels are not dilated.
+        pool: None; a size or a pair, that of maximum pooling behind the activation; or an `nn.MaxPool2d` or
+            `nn.AvgPool2d` without padding. As in PyTorch, the first of equal units wins.
+        norm, eps, eps_mode, activation: as in `linear_step_`.
+        outputs: "pre" or "none". "post" is refused: it would take the convolution again, a third of a step, and no
+            published convolutional network hands on activities from after its update.
+        compute_dtype: torch.bfloat16: maps and products are rounded to it, moments, slopes and masters stay float32.
+            None: autocast's dtype where autocast is on, else the weight's.
+        sample_weight, is_positive, labels, input_sumsq, skip_below, only_checks: as in `linear_step_`.
+        batch_norm: a `torch.nn.BatchNorm2d` behind the pool: the objective reads the moments of its signed output,
+            which the result hands on; the optimizer must hold its weight and bias too. In train mode its statistics
+            are those of the batch, both sides together, and the running ones move.
+
+    Returns:
+        `y` `[rows, out, h, w]`, channels-last; `sumsq` `[rows]` over all of a row; goodness and loss as ever.
+
+    Raises:
+        ValueError, TypeError: for an argument that does not fit, before anything is written.
+    """
+    step = _step_never_compiled if torch.compiler.is_compiling() else conv2d_pass
+    return step(
+        x_pos, x_neg, weight, bias, optimizer, objective=any_objective(objective), stride=stride, padding=padding,
+        padding_mode=padding_mode, groups=groups, pool=pool, norm=norm, eps=eps, eps_mode=eps_mode,
+        activation=activation, outputs=outputs, compute_dtype=compute_dtype, sample_weight=sample_weight,
+        is_positive=is_positive, labels=labels, input_sumsq=input_sumsq, skip_below=skip_below, batch_norm=batch_norm,
+        only_checks=only_checks,
+    )  # fmt: skip
+
+
+def conv2d_pass(
+    x_pos: Tensor,
+    x_neg: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    optimizer: Optimizer | None,
+    *,
+    objective: AnyObjective,
+    stride: Size,
+    padding: Size,
+    padding_mode: PaddingMode,
+    groups: int,
+    pool: PoolOf,
+    norm: Norm,
+    eps: float,
+    eps_mode: EpsMode,
+    activation: Activation,
+    outputs: OutputsOf,
+    compute_dtype: torch.dtype | None,
+    skip_below: float,
+    batch_norm: nn.BatchNorm2d | None,
+    only_checks: bool,
+    learns: bool = True,
+    **of_rows: Any,
+) -> StepResult:
+    """`conv2d_step_`; without `learns` all but its update."""
+    check.layer_options(norm, eps, eps_mode, activation)
+    check.one_of("outputs", outputs, check.OUTPUTS)
+    if outputs == "post":
+        raise ValueError(
+            "outputs='post' came to a convolution, which would have to run again after its update; accepted: 'pre', "
+            "'none'"
+        )
+    geometry = checked_geometry(stride, padding, padding_mode, groups, pool)
+    conv_tensors(weight, bias, geometry)
+    compute = compute_dtype_of(compute_dtype, weight)
+    check.head(objective, weight)
+    check.batch_norm(batch_norm, weight, outputs, None, nn.BatchNorm2d)
+    check.fraction("skip_below", skip_below)
+    check.objective_alone(objective, skip_below, len(weight))
+    if isinstance(objective, GivenLoss) and objective.reads == "activities":
+        raise ValueError(
+            "objective reads 'activities' but came to a convolution, which hands it moments; accepted: 'goodness', "
+            "'moments'"
+        )
+    check.optimizer_object(optimizer)
+    rows_of = partial(maps_of, geometry=geometry)
+    rows = checked_rows(weight, compute, objective, x_pos, x_neg, rows_of=rows_of, **of_rows)
+    if rows.x_neg.shape[1:] != x_pos.shape[1:]:
+        raise ValueError(f"x_neg has maps of {tuple(rows.x_neg.shape[1:])}; accepted: {tuple(x_pos.shape[1:])}")
+    _, behind = geometry.maps_of(x_pos.shape[2], x_pos.shape[3], (weight.shape[2], weight.shape[3]))
+    check.enough_for_statistics(batch_norm, len(x_pos) + len(rows.x_neg), behind[0] * behind[1])
+    if is_transformed(x_pos, rows.x_neg, weight, bias):
+        raise ValueError(
+            "conv2d_step_ was called on tensors of a torch.func transform or with a forward-mode tangent; accepted: "
+            "plain tensors, or conv2d_forward and goodness_loss"
+        )
+    learning = {"weight": weight, **({} if bias is None else {"bias": bias}), **others_of(objective, batch_norm)}
+    update = _update_of(optimizer, learning, rows) if learns else None
+    n_pos = len(x_pos) if rows.is_positive is None else None
+    if only_checks:
+        nothing = weight.new_empty(0)
+        return StepResult(None, nothing, nothing, nothing, n_pos, rows.is_positive)
+    layer = Layer(weight, bias, norm, float(eps), eps_mode, activation, compute)
+    held = interrupts.hold()
+    try:
+        with torch.no_grad(), without_autocast(weight.device):
+            x = torch.cat([x_pos, rows.x_neg]) if len(rows.x_neg) else x_pos
+            maps = conv.forward(x, layer, geometry, rows.input_sumsq)
+            made, read = _read(maps.p, weight.dtype, batch_norm)
+            y = made.to(compute) if outputs == "pre" else None
+            judged, by_head = _judged(objective, read, rows, skip_below)
+            if update is not None:
+                gradients = _gradients(maps, layer, geometry, read, judged)
+                if by_head is not None:
+                    gradients["objective.weight"] = by_head
+                for name, part in zip(learning, update.parts, strict=True):
+                    rules.step(update.rule, part.parameter, gradients[name], part.slot)
+                torch.autograd.graph.increment_version(update.written())
+                update.finish(optimizer)
+                if batch_norm is not None and read.behind is not None:
+                    move(batch_norm, read.behind)
+    finally:
+        interrupts.release(held)
+    assert judged.goodness is not None
+    return StepResult(y, read.sumsq, judged.goodness, judged.loss, n_pos, rows.is_positive)
+
+
+@never_compiled("a convolution's step runs in plain PyTorch, and writes by the caller's optimizer in its midst")
+def _step_never_compiled(*tensors: Any, **options: Any) -> StepResult:
+    return conv2d_pass(*tensors, **options)
+
+
+class Read(NamedTuple):
+    """What the objective reads of maps.
+
+    Attributes:
+        first, second: `[rows, channels]` sums over places, and of squares.
+        sumsq: `[rows]` sums of all squares.
+        behind: the batch normalisation that they are of, or None.
+    """
+
+    first: Tensor
+    second: Tensor
+    sumsq: Tensor
+    places: int
+    behind: StandardisedMoments | None
+
+
+def _read(p: Tensor, dtype: torch.dtype, batch_norm: nn.BatchNorm2d | None) -> tuple[Tensor, Read]:
+    """What a layer hands on of its activities `p`, and the moments of that."""
+    places = p.shape[2] * p.shape[3]
+    if batch_norm is None:
+        first, second = conv.moments(p, dtype)
+        return p, Read(first, second, second.sum(1), places, None)
+    behind, apart = standardise_moments(p, p.sum((2, 3), dtype=dtype), batch_norm)
+    scale = behind.weight / behind.deviation
+    y = apart.mul_(scale[:, None, None]).add_((behind.bias - behind.rest * scale)[:, None, None])
+    return y, Read(behind.first, behind.second, behind.second.sum(1), places, behind)
+
+
+def _judged(objective: AnyObjective, read: Read, rows: Rows, skip_below: float) -> tuple[Judged, Tensor | None]:
+    """Loss, goodness and slopes by the moments `[rows, channels]` or `[rows, 1]`; and a head's gradient."""
+    first, second, sumsq, places, _ = read
+    channels = first.shape[1]
+    if isinstance(objective, ProjectionHead):
+        assert rows.labels is not None
+        mean = first / places
+        judged, by_head = objective.judge(mean, mean.square().sum(1), rows.labels, rows.sample_weight, skip_below)
+        slope = dense(Slopes(mean, judged.first, judged.second, judged.basis), mean) / places
+        return Judged(judged.loss, judged.goodness, slope, None), by_head
+    back = None
+    if rows.is_positive is not None and objective.paired:
+        order, n_pos = sides_in_order(rows.is_positive)
+        first, second, sumsq, back = first[order], second[order], sumsq[order], order.argsort()
+        rows = rows._replace(x_pos=rows.x_pos[:n_pos], x_neg=rows.x_pos[n_pos:], is_positive=None)
+    goal = (objective if isinstance(objective, Objective) else DEFAULT_OBJECTIVE).goal(skip_below)
+    judged = judged_of(objective, first, rows, goal, sumsq, second=second, places=places)
+    goodness = judged.goodness
+    if goodness is None:
+        goodness = objective.goodness_of(sumsq, channels * places)
+    slopes = [None if slope is None else by_unit(slope, channels) for slope in (judged.first, judged.second)]
+    if back is not None:
+        goodness, slopes = goodness[back], [None if slope is None else slope[back] for slope in slopes]
+    return Judged(judged.loss, goodness, *slopes), None
+
+
+def _gradients(maps: conv.Maps, layer: Layer, geometry: Geometry, read: Read, judged: Judged) -> dict[str, Tensor]:
+    """The gradients of what learns, by name."""
+    if read.behind is None:
+        dw, db = conv.gradients(maps, layer, geometry, judged.first, judged.second)
+        return {"weight": dw, "bias": db}
+    offset, gain, by_weight, by_bias = through_moments(read.behind, judged.first, judged.second)
+    dw, db = conv.gradients(maps, layer, geometry, offset, gain / 2, read.behind.centre)
+    return {"weight": dw, "bias": db, "batch_norm.weight": by_weight, "batch_norm.bias": by_bias}
+
+
+def _update_of(optimizer: Optimizer | None, learning: dict[str, Tensor], rows: Rows) -> optim.Plan:
+    """How the parameters will be updated; raises for what cannot be."""
+    for name, parameter in learning.items():
+        check.trainable(name, parameter)
+        check.writable(name, parameter)
+    weight, bias = learning["weight"], learning.get("bias")
+    others = {name: parameter for name, parameter in learning.items() if name not in ("weight", "bias")}
+    check.apart(weight, bias, None, rows.x_pos, rows.x_neg, None, others)
+    # State that is made in inference mode could not be written outside of it.
+    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+        update = optim.plan(optimizer, weight, bias, others)
+    check.writable_here(update.written())
+    return update

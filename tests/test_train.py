@@ -577,7 +577,7 @@ def test_mosaic_shows_the_largest_units_first_without_label_pixels() -> None:
     weight = torch.zeros(3, 16)
     weight[:, :2] = 9.0  # label pixels
     weight[0, 5], weight[1, 6], weight[2, 7] = 1.0, -4.0, 2.0
-    image = picture.mosaic(weight, 2)
+    image = picture.mosaic(weight, 2, (1, 4, 4))
     assert image.shape == (5 * picture.TILES, 5 * picture.TILES)
     tiles = [image[:4, 5 * i : 5 * i + 4].flatten() for i in range(4)]
     for tile, (place, value) in zip(tiles, ((6, -1.0), (7, 1.0), (5, 1.0)), strict=False):

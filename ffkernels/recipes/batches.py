@@ -9,17 +9,36 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..negatives import overlay_label
-from .data import SIDE
+from .readers.dataset import SIDE
 
 
-def shifted(images: Tensor, by: int, generator: torch.Generator | None = None) -> Tensor:
-    """Images `[rows, 784]`, each moved by up to `by` pixels in both directions, drawn uniformly; zeros come in."""
-    size = SIDE + 2 * by
-    padded = F.pad(images.view(-1, SIDE, SIDE), (by, by, by, by)).flatten(1)
-    down, right = torch.randint(2 * by + 1, (2, len(images), 1), generator=generator, device=images.device)
-    place = torch.arange(SIDE, device=images.device)
-    pixels = (size * place[:, None] + place).flatten()
-    return padded.gather(1, pixels + size * down + right)
+def shifted(
+    images: Tensor,
+    by: int,
+    generator: torch.Generator | None = None,
+    shape: tuple[int, int, int] = (1, SIDE, SIDE),
+) -> Tensor:
+    """Images `[rows, channels * height * width]` of a `shape`, each moved by up to `by` pixels: `random_crops`."""
+    return random_crops(images.view(-1, *shape), by, generator).flatten(1)
+
+
+def random_crops(images: Tensor, pad: int, generator: torch.Generator | None = None) -> Tensor:
+    """Images `[rows, channels, height, width]` of any dtype, with `pad` zeros around them, each cut to its old size.
+
+    Where, is drawn uniformly for each row, the same for its channels: each is moved by up to `pad` pixels in both
+    directions.
+    """
+    height, width = images.shape[2:]
+    padded = F.pad(images, (pad, pad, pad, pad))
+    down, right = torch.randint(2 * pad + 1, (2, len(images), 1), generator=generator, device=images.device)
+    rows = torch.arange(len(images), device=images.device)
+    return padded.unfold(2, height, 1).unfold(3, width, 1)[rows, :, down[:, 0], right[:, 0]]
+
+
+def random_flips(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Images `[rows, channels, height, width]` of any dtype; a half of them, drawn for each row, left to right."""
+    turned = torch.randint(2, (len(images), 1, 1, 1), generator=generator, device=images.device).bool()
+    return torch.where(turned, images.flip(3), images)
 
 
 def as_input(images: Tensor, mean: float = 0.0, std: float = 1.0, columns: int = 0) -> Tensor:

@@ -81,7 +81,9 @@ def draw(trainer: Trainer, path: Path) -> None:
         weight, label = next(iter(trainer.net)).weight, trainer.recipe.label
         if label == "columns":
             weight = weight[:, trainer.data.num_classes :]
-        _features(figure.add_subplot(grid[:, 2]), weight, trainer.data.num_classes if label == "pixels" else 0)
+        label_pixels = trainer.data.num_classes if label == "pixels" else 0
+        image = mosaic(weight.detach().cpu(), label_pixels, trainer.data.shape)
+        _features(figure.add_subplot(grid[:, 2]), image)
         write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
@@ -146,21 +148,23 @@ def _without_counts(axes: Any) -> None:
     axes.spines["left"].set_visible(False)
 
 
-def _features(axes: Any, weight: Tensor, label_pixels: int) -> None:
-    image = mosaic(weight.detach().cpu(), label_pixels).tolist()
-    axes.imshow(image, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
+def _features(axes: Any, image: Tensor) -> None:
+    axes.imshow(image.tolist(), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
     axes.set_axis_off()
     axes.set_title("Weights of the first layer, largest first (red +, blue -; label pixels left out)")
 
 
-def mosaic(weight: Tensor, label_pixels: int) -> Tensor:
-    """The units `[units, pixels]` with the largest weights as a grid of images, each scaled to -1..1; NaN is blank."""
-    side = math.isqrt(weight.shape[1])
-    images = weight[:, : side * side].clone()
+def mosaic(weight: Tensor, label_pixels: int, shape: tuple[int, int, int]) -> Tensor:
+    """The units with the largest weights as a grid of images, each scaled to -1..1; NaN is blank.
+
+    `weight` `[units, channels * height * width]`; of colours the mean is shown.
+    """
+    _, height, width = shape
+    images = weight.view(-1, *shape).mean(1).flatten(1)
     images[:, :label_pixels] = 0
     images = images[images.norm(dim=1).argsort(descending=True)[: TILES**2]]
     images /= images.abs().amax(1, keepdim=True).clamp(min=torch.finfo(images.dtype).tiny)
     images[:, :label_pixels] = math.nan
-    tiles = torch.full((TILES**2, side + 1, side + 1), math.nan)
-    tiles[: len(images), :side, :side] = images.view(-1, side, side)
-    return tiles.view(TILES, TILES, side + 1, side + 1).transpose(1, 2).flatten(2).flatten(0, 1)
+    tiles = torch.full((TILES**2, height + 1, width + 1), math.nan)
+    tiles[: len(images), :height, :width] = images.view(-1, height, width)
+    return tiles.view(TILES, TILES, height + 1, width + 1).transpose(1, 2).flatten(2).flatten(0, 1)

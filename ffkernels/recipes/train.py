@@ -66,7 +66,7 @@ class Trainer:
 
     Raises:
         TypeError: for a seed, epochs or `skip_below` that is no number.
-        ValueError: for one outside its range, and for data too few for the recipe.
+        ValueError: for one outside its range, for data too few for the recipe, and for colours where it mixes images.
     """
 
     def __init__(
@@ -96,6 +96,8 @@ class Trainer:
                 f"{data.source}: {len(data.train_labels)} training and {len(data.test_labels)} test images; "
                 f"{recipe.name} needs at least {self.fewest_rows} and 1"
             )
+        if recipe.negatives == "hybrid" and data.shape[0] != 1:
+            raise ValueError(f"{data.source}: images of {data.shape[0]} channels; {recipe.name} mixes grey ones alone")
         self.recipe, self.data, self.seed, self.skip_below = recipe, data, seed, skip_below
         self.device, self.compute_dtype = torch.device(device), compute_dtype
         used = slice(None, recipe.train_images)
@@ -258,11 +260,11 @@ class Trainer:
         order = torch.randperm(len(self.train_labels), generator=generator, device=self.device)
         for rows in order.split(self._split(len(order), recipe.batch_size)):
             images, labels = self.train_images[rows], self.train_labels[rows]
-            x = self._as_input(shifted(images, recipe.jitter, generator) if recipe.jitter else images)
+            x = self._as_input(shifted(images, recipe.jitter, generator, self.data.shape) if recipe.jitter else images)
             if recipe.dropout:
                 x = dropped(x, recipe.dropout, generator)
             if recipe.of_classes or recipe.negatives == "hybrid":
-                yield Minibatch(x, None if recipe.of_classes else hybrid_images(x, generator), labels)
+                yield Minibatch(x, None if recipe.of_classes else self._hybrid_images(x, generator), labels)
                 continue
             features = logits = None
             if recipe.negatives == "classifier":
@@ -300,6 +302,10 @@ class Trainer:
         logits = self._logits(features)
         self._step_classifier(features, batch.labels, logits)
         return results, logits
+
+    def _hybrid_images(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        _, height, width = self.data.shape
+        return hybrid_images(x, generator, height=height, width=width)
 
     def _wrong_label(self, labels: Tensor, generator: torch.Generator) -> Tensor:
         if self.recipe.negatives == "shuffled":
@@ -377,7 +383,7 @@ class Trainer:
                 goodness[1].append(of_all.masked_fill(right, -math.inf).amax(2))
                 continue
             if self.recipe.negatives == "hybrid":
-                sides = x, hybrid_images(x, generator)
+                sides = x, self._hybrid_images(x, generator)
             else:
                 wrong = wrong_label(labels, classes, generator)
                 sides = labelled_sides(x, labels, wrong, classes, self.recipe.label_value)

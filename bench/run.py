@@ -12,6 +12,7 @@ import torch
 
 from .cases import Batch, Case, Layers
 from .contenders import OURS, Contender, FFKernels, Maker, backends_of, trainers_of
+from .convolutions import convolutions_of
 from .counts import limit_of
 from .data import Data
 from .memory import peak_bytes, resident_rise
@@ -28,6 +29,8 @@ class NotExact(RuntimeError):
 
 def contenders_of(case: Case, compiled: bool = True) -> dict[str, Maker]:
     """Name and maker of everyone who runs a case; ours first. `compiled`: those of torch.compile too."""
+    if case.maps is not None:
+        return convolutions_of(case, compiled)
     return (predictors_of if case.task == "predict" else trainers_of)(case, compiled)
 
 

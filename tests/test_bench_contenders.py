@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import counts, data, run
 from bench.cases import CASES, NUM_CLASSES, Batch, Case
 from bench.contenders import OURS, Autograd, Backprop, FFKernels
+from bench.convolutions import AutogradConvolutions
 from bench.memory import peak_bytes, resident_rise
 from bench.predictors import OurPrediction, PlainPrediction
 from bench.proof import exact_of
@@ -33,7 +34,7 @@ def test_contenders_compute_the_same(case: Case) -> None:
     case, batches = small(case)
     initial = case.initial()
     exact = exact_of(case, initial, batches)
-    assert case.low_precision or exact.budget < 1e-3, "a proof that would let anything pass"
+    assert case.low_precision or exact.budget < (1e-3 if case.maps is None else 3e-3), "a proof that would let anything pass"
     checked = []
     for name, make in run.contenders_of(case, compiled=False).items():
         contender = make(case, initial)
@@ -82,7 +83,7 @@ def test_a_prediction_of_something_else_is_caught() -> None:
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.task == "train"])
 def test_operations_of_a_step_are_those_of_its_products(name: str) -> None:
     case, batches = small(CASES[name])
-    contender = Autograd(case, case.initial())
+    contender = (Autograd if case.maps is None else AutogradConvolutions)(case, case.initial())
     with FlopCounterMode(display=False) as counter:
         contender.step(*batches[0])
     assert counts.flops(case) == counter.get_total_flops()

@@ -55,7 +55,7 @@ class Case:
     optimizer_name: str | None = None  # instead of the original's
     package: str | None = None  # the original as a package, a contender besides the plain writing of its step
     one_optimizer: bool = False  # for all layers, as against one for each
-    label: str = "overlaid"  # on the first pixels, "concatenated", "apart"; "none": the rows are noise, "colours": of labelled images
+    label: str = "overlaid"  # on the first pixels, "concatenated", "apart"; or noise: "none", "colours" with labels
     compiled: bool = False  # with torch.compile's contenders, which take half a minute to build
     proof_steps: int = 3  # after which the weights of all contenders must agree
     warm_steps: int = 5  # taken by every contender before its steps are timed

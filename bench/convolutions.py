@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from itertools import chain
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +52,7 @@ class OurConvolutions(FFKernels):
             for p, value in zip(self.parameters(), chain(*initial), strict=True):
                 p.copy_(value)
         self.optimizers = [case.optimizer(layer) for layer in self.layers]
-        self.maps = case.maps
+        self.maps = case.maps or ()
 
     def step(self, *batch: Tensor) -> object:
         x, labels = batch
@@ -71,7 +72,7 @@ class AutogradConvolutions(Contender):
         dtype: torch.dtype | None = None,
         layout: torch.memory_format = torch.contiguous_format,
     ) -> None:
-        self.precision, self.maps, self.layout = partial(precision, case, autocast), case.maps, layout
+        self.precision, self.maps, self.layout = partial(precision, case, autocast), case.maps or (), layout
         self.layers = [tuple(nn.Parameter(p.to(dtype or p.dtype, copy=True)) for p in layer) for layer in initial]
         self.optimizers = [case.optimizer(layer) for layer in self.layers]
         self.loss = compiler(case)(self._loss) if compiled else self._loss
@@ -156,12 +157,8 @@ class BareConvolutions(Contender):
             )
             weight = layer[0].to(case.product_dtype)
             self.work.append(partial(F.conv2d, x, weight, None, 1, 1, 1, groups))
-            self.work.append(
-                partial(
-                    torch.ops.aten.convolution_backward, z, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0],
-                    groups, [False, True, False],
-                )  # fmt: skip
-            )
+            options = [1, 1], [1, 1], [1, 1], False, [0, 0], groups, [False, True, False]
+            self.work.append(partial(torch.ops.aten.convolution_backward, z, x, weight, None, *options))
             channels, height, width = out, height // pool, width // pool
 
     def step(self, *batch: Tensor) -> None:
@@ -180,7 +177,7 @@ def convolutions_of(case: Case, compiled: bool) -> dict[str, Maker]:
         makers["autograd, channels last"] = partial(AutogradConvolutions, layout=LAST)
     makers["backprop"] = partial(BackpropConvolutions, autocast=low)
     if compiled:
-        options = {"autocast": low, "compiled": True}
+        options: dict[str, Any] = {"autocast": low, "compiled": True}
         makers["autograd, compiled"] = partial(AutogradConvolutions, layout=LAST, **options)
         makers["backprop, compiled"] = partial(BackpropConvolutions, **options)
     return makers | {"floor": BareConvolutions}

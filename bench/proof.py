@@ -17,7 +17,6 @@ from .convolutions import AutogradConvolutions
 from .originals import stable_softplus
 from .predictors import PlainPrediction
 
-
 LUCK, LUCK_OF_MAPS = 1e-6, 1e-3
 
 

@@ -199,13 +199,19 @@ _CONV_FORWARD = schema(
     "conv2d_forward", *_CONVOLUTION, Argument("is_centred", "bool"), returns=f"({', '.join(['Tensor'] * 6)})"
 )
 _CONV_GRADIENTS = schema(
-    "conv2d_gradients_", *_CONVOLUTION, *arguments(Maps), *arguments(MapSlopes, prefix="slope_"), returns="(Tensor, Tensor)"
+    "conv2d_gradients_",
+    *_CONVOLUTION,
+    *arguments(Maps),
+    *arguments(MapSlopes, prefix="slope_"),
+    returns="(Tensor, Tensor)",
 )
 
 
 def _convolution_of(values: Iterator[Any]) -> tuple[MapRows, Layer, Geometry]:
     rows, layer = _put_together(MapRows, values), _put_together(Layer, values)
-    return rows, layer, Geometry(*(tuple(v) if isinstance(v, list) else v for v in islice(values, 7)))
+    # What the dispatcher hands on as lists.
+    geometry: Any = [tuple(v) if isinstance(v, list) else v for v in islice(values, len(Geometry._fields))]
+    return rows, layer, Geometry(*geometry)
 
 
 def _conv_forward(*args: Any) -> Maps:

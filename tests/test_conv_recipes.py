@@ -116,7 +116,9 @@ def test_minibatches_are_those_that_an_epoch_trains_on(data) -> None:
 
 def test_colours(tmp_path: Path) -> None:
     grey = toy_data(60, 40)
-    grid = [images.view(-1, 1, 28, 28).repeat(1, 3, 1, 1).flatten(1) for images in (grey.train_images, grey.test_images)]
+    grid = [
+        images.view(-1, 1, 28, 28).repeat(1, 3, 1, 1).flatten(1) for images in (grey.train_images, grey.test_images)
+    ]
     coloured = Dataset(grid[0], grey.train_labels, grid[1], grey.test_labels, name="toy", source="", shape=(3, 28, 28))
     trainer = run(replace(SMALL, hidden=(30,), classifier_layers=(3,), goodness_layers=(3,)), coloured, 1)
     assert [tuple(layer.weight.shape[:2]) for layer in trainer.net] == [(10, 3), (10, 1), (20, 1), (30, 980)]

@@ -104,10 +104,9 @@ def test_layers_outside_their_window_and_prediction():
         layer.eval()
     h, g = x, x
     for mine, other in zip(ours, theirs, strict=True):
+        assert torch.equal(mine(h), mine.ff_infer(h))
         h, g = mine.ff_infer(h), other(g)
-        assert error(mine(x if mine is ours[0] else before), h) == 0
-        before = h
-    assert error(h, g) <= 1e-12
+        assert error(h, g) <= 1e-12
 
 
 def test_what_programs_read_and_save(capsys):
@@ -149,8 +148,8 @@ def test_what_a_program_has_changed_is_obeyed():
     ):
         layer, theirs = plain_pair()
         change(layer), change(theirs.of)
+        torch.manual_seed(4)
         with pytest.warns(UserWarning, match=reason):
-            torch.manual_seed(4)
             y = layer.forward_forward(x, labels, False)
         torch.manual_seed(4)
         dropped = theirs.of.dropout(x)

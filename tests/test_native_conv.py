@@ -55,7 +55,9 @@ def test_a_step_is_as_near_to_float64_as_pytorchs(drawn):
 def test_whole_numbers_give_the_same_bits(pool, statistics, norm, optimizer):
     """Of sums without rounding nothing but their order could differ: winners and switched off units are the same."""
     options = {"channels": (4, 21), "maps": (9, 10), "padding": 1, "ties": True, "dtype": torch.float32}
-    case = made("cross_entropy mean", rows=5, pool=pool, norm=norm, statistics=statistics, optimizer=optimizer, **options)
+    case = made(
+        "cross_entropy mean", rows=5, pool=pool, norm=norm, statistics=statistics, optimizer=optimizer, **options
+    )
     one, other = case.copy(), case.copy()
     one.ours(backend="native"), other.ours(backend="eager")
     for name, value in other.state().items():
@@ -151,7 +153,7 @@ def test_what_it_does_not_run_falls_to_pytorch_and_says_so():
         assert layer.step(x, x.flip(3), optimizer).loss.isfinite()
         with pytest.raises(ValueError, match=f"backend='native' cannot run this call: .*{reason}"):
             layer.step(x, x.flip(3), optimizer, backend="native")
-    with pytest.raises(ValueError, match="convolutions have no Triton kernel|Triton needs a GPU|not installed"):
+    with pytest.raises(ValueError, match=r"convolutions have no Triton kernel|Triton needs a GPU|not installed"):
         layer.step(x, x, optimizer, backend="triton")
 
 

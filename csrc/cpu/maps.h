@@ -23,6 +23,19 @@ inline void put(uint16_t* p, vec v, int64_t n) {
     WHOLE ? store(p, to_bfloat16(v)) : store_some(p, to_bfloat16(v), n);
 }
 
+// A vector as it is stored: rounded once, wherever it goes.
+inline vec stored(float, vec v) { return v; }
+inline vec_of_halves stored(uint16_t, vec v) { return to_bfloat16(v); }
+// Numbers where `chosen`, and zeros elsewhere.
+inline vec only(vec v, vec_of_choices chosen) { return chosen ? v : vec{}; }
+inline vec_of_halves only(vec_of_halves v, vec_of_choices chosen) {
+    return v & (vec_of_halves) __builtin_convertvector(chosen, vec_of_short_choices);
+}
+template <bool WHOLE, class T, class V>
+inline void put_stored(T* p, V v, int64_t n) {
+    WHOLE ? store(p, v) : store_some(p, v, n);
+}
+
 // An activation that is one of two lines: the identity above zero, below it a slope of its own.
 struct Gate {
     float other;
@@ -196,8 +209,9 @@ struct Passes {
                 sum += g, g *= scale;
                 if (POOL == ffk::POOL_MAX) {
                     const vec_of_bits winner = load_some(where + from, n);
+                    const auto rounded_g = stored(T{}, g);
                     each_place([&](uint32_t place, int64_t offset) {
-                        put<WHOLE>(dz + begin + offset, winner == place ? g : vec{}, n);
+                        put_stored<WHOLE>(dz + begin + offset, only(rounded_g, winner == place), n);
                     });
                 } else
                     put<WHOLE>(dz + begin, g, n);

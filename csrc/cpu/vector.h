@@ -31,6 +31,8 @@ typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef float vec_in_memory __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint32_t vec_of_bits __attribute__((vector_size(4 * LANES)));
 typedef uint16_t vec_of_halves __attribute__((vector_size(2 * LANES)));
+typedef int32_t vec_of_choices __attribute__((vector_size(4 * LANES)));
+typedef int16_t vec_of_short_choices __attribute__((vector_size(2 * LANES)));
 typedef uint8_t vec_of_bytes __attribute__((vector_size(LANES)));
 typedef uint16_t halves_in_memory __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 

@@ -1,4 +1,4 @@
-"""CwComp's convolutional layer (Papachristodoulou et al., 2024) by its contract: a class in the place of the copied one.
+"""CwComp's convolutional layer (Papachristodoulou et al., 2024) by its contract: a class in place of the copied one.
 
 `Conv_Layer(dims, ...)` is built, trained (`forward_forward`), run (`ff_infer`, `forward`) and read as the original; its
 step is one `ffkernels.conv2d_step_`. What a program has changed so that it cannot run here is obeyed: the step is then
@@ -24,8 +24,8 @@ LOSSES = ("CwC", "CwC_CE", "PvN", "CWG")
 SHARE = 0.28  # of the cross-entropy in "CWG"
 
 
-class Conv_Layer(nn.Conv2d):  # noqa: N801, the original's name
-    """A convolution, ReLU, perhaps a pool of two by two, and batch normalisation, whose output's goodness it learns from.
+class Conv_Layer(nn.Conv2d):
+    """A convolution, ReLU, perhaps a pool of two by two, and batch normalisation, of whose output goodness is.
 
     Class `k` has the `k`-th run of consecutive channels; its goodness is the mean of their squares. `opt` is the
     layer's own Adam. Attributes that may be replaced: `opt`, `dropout`, `loss_criterion`, `ClassGroups`, `num_classes`.
@@ -58,7 +58,7 @@ class Conv_Layer(nn.Conv2d):  # noqa: N801, the original's name
         groups: int = 1,
         droprate: float = 0,
         loss_criterion: str = "CwC_CE",
-        ClassGroups: int | None = None,  # noqa: N803
+        ClassGroups: int | None = None,
         *,
         compute_dtype: torch.dtype | None = None,
         backend: str | None = None,
@@ -105,7 +105,7 @@ class Conv_Layer(nn.Conv2d):  # noqa: N801, the original's name
         y: Tensor = self.conv_bn(self.maxpool(x) if self.ismaxpool else x)
         return y
 
-    def goodness_factorCW(self, y: Tensor, gt: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # noqa: N802
+    def goodness_factorCW(self, y: Tensor, gt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`[rows, 1]` goodness of the label `gt`, that of the others in the mean, and `[rows, classes]` all of them."""
         groups = y.tensor_split(self.num_classes, 1)
         return _sides(torch.stack([group.square().mean((1, 2, 3)) for group in groups], 1), gt)
@@ -125,10 +125,11 @@ class Conv_Layer(nn.Conv2d):  # noqa: N801, the original's name
         labels = labels.to(self.weight.device)
         reason = self._reason(x_pos)
         if reason is None:
+            geometry: dict[str, Any] = {"stride": self.stride, "padding": self.padding, "groups": self.groups}
             result = functional.conv2d_step_(
-                x_pos, None, self.weight, self.bias, self.opt, labels=labels, objective=self._objective(),
-                stride=self.stride, padding=self.padding, groups=self.groups, pool=2 if self.ismaxpool else None,
-                batch_norm=self.conv_bn, compute_dtype=self.compute_dtype, backend=self.backend,
+                x_pos, None, self.weight, self.bias, self.opt, labels=labels, objective=self._objective(), **geometry,
+                pool=2 if self.ismaxpool else None, batch_norm=self.conv_bn, compute_dtype=self.compute_dtype,
+                backend=self.backend,
             )  # fmt: skip
             assert result.y is not None
             y, loss, self.gf = common.in_dtype_of(self.weight, result.y), result.loss, result.goodness
@@ -189,9 +190,7 @@ def _sides(goodness: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _both(goodness: Tensor, labels: Tensor) -> Tensor:
-    pvn = functional.goodness_loss(
-        goodness, None, Objective(loss="pvn", classes=goodness.shape[1]), labels=labels
-    )
+    pvn = functional.goodness_loss(goodness, None, Objective(loss="pvn", classes=goodness.shape[1]), labels=labels)
     return SHARE * F.cross_entropy(goodness, labels) + (1 - SHARE) * pvn
 
 

@@ -173,7 +173,9 @@ class Trainer:
         checked: dict[str, dict[str, Any]] = {
             name: checkpoint.module_state(name, state[name], part)
             if isinstance(part, nn.Module)
-            else checkpoint.optimizer_state(name, state[name], part, steps_of.get(name) or [done * self.steps_per_epoch])
+            else checkpoint.optimizer_state(
+                name, state[name], part, steps_of.get(name) or [done * self.steps_per_epoch]
+            )
             for name, part in parts.items()
         }
         for name, part in parts.items():

@@ -94,9 +94,7 @@ def _size(z: Tensor) -> tuple[int, int]:
 
 
 def _channels_last(like: Tensor, size: tuple[int, int]) -> Tensor:
-    return torch.empty(
-        *like.shape[:2], *size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last
-    )
+    return torch.empty(*like.shape[:2], *size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
 def _has_gaps(geometry: Geometry, size: tuple[int, int]) -> bool:
@@ -111,11 +109,16 @@ def _pass(
     """`size`: of the maps in front of the pool."""
     scale = None if rows.scale is None else rows.scale.contiguous()
     bias = None if layer.bias is None or scale is None else layer.bias.contiguous()
-    return MapsPass(
-        *maps.p.shape[:2], *size, *maps.p.shape[2:], *geometry.pool_size, *geometry.pool_stride,
-        _has_gaps(geometry, size), geometry.pool, layer.activation, maps.p.dtype, z=z, p=maps.p, where=maps.where,
-        scale=scale, bias=bias, pivot=maps.pivot if maps.pivot.numel() else None, **given,
-    )  # fmt: skip
+    sizes = (*maps.p.shape[:2], *size, *maps.p.shape[2:], *geometry.pool_size, *geometry.pool_stride)
+    pivot = maps.pivot if maps.pivot.numel() else None
+    members: dict[str, Any] = {
+        **dict(zip(MapsPass._fields, sizes, strict=False)),
+        "has_gaps": _has_gaps(geometry, size),
+        "pool": geometry.pool,
+        "activation": layer.activation,
+        "dtype": maps.p.dtype,
+    }
+    return MapsPass(**members, z=z, p=maps.p, where=maps.where, scale=scale, bias=bias, pivot=pivot, **given)
 
 
 def _run(name: str, call: MapsPass) -> None:

@@ -87,7 +87,8 @@ STATES = 3
 class Member(NamedTuple):
     """A member of a C structure: its type and name, what it is for `struct`, and how its value is made.
 
-    `kind`: "matrix", "vector", "mask", "labels", "maps", "winners", "slot", a dict from values to numbers, or None for a number as it is.
+    `kind`: "matrix", "vector", "mask", "labels", "maps", "winners", "slot", a dict from values to numbers, or None for
+    a number as it is.
     """
 
     type: str

@@ -14,7 +14,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 from .originals import ORIGINALS, Original
 
 NUM_CLASSES = 10
-Layers = list[tuple[Tensor, Tensor]]
+Layers = list[tuple[Tensor, ...]]
 Batch = tuple[Tensor, ...]
 # The mean goodness of normalised rows has gradients of a millionth: SGD needs a large rate, and the eps of the others
 # keeps them from taking the sign of what is nothing but rounding.
@@ -25,6 +25,8 @@ OPTIMIZERS: dict[str, Callable[[Iterable[Tensor]], Optimizer]] = {
     "adamw": partial(AdamW, lr=0.003, eps=1e-5),
     "rmsprop": partial(RMSprop, lr=0.003, eps=1e-5),
 }
+# Channels, groups and pool of each layer of CwC's network.
+CONVOLUTIONS = ((20, 1, 1), (80, 10, 2), (240, 1, 1), (480, 10, 2))
 # Which run by default; those of a tier run in the later ones too.
 TIERS = ("quick", "default", "all")
 
@@ -53,13 +55,14 @@ class Case:
     optimizer_name: str | None = None  # instead of the original's
     package: str | None = None  # the original as a package, a contender besides the plain writing of its step
     one_optimizer: bool = False  # for all layers, as against one for each
-    label: str = "overlaid"  # on the first pixels, "concatenated", "apart", or "none": the rows are noise
+    label: str = "overlaid"  # on the first pixels, "concatenated", "apart"; or noise: "none", "colours" with labels
     compiled: bool = False  # with torch.compile's contenders, which take half a minute to build
     proof_steps: int = 3  # after which the weights of all contenders must agree
     warm_steps: int = 5  # taken by every contender before its steps are timed
     seconds: float = 4.0  # of timing, all contenders together
     tier: str = "default"
     device: str = "cpu"
+    maps: tuple[int, int, int] | None = None  # channels, height, width of images, for `CONVOLUTIONS`
 
     @property
     def original(self) -> Original:
@@ -95,7 +98,8 @@ class Case:
         """Network, rows and optimizer in a few words."""
         rows = f"{self.rows:,}" if self.task == "predict" or self.sides == 1 else f"2x{self.rows:,}"
         doing = "10 labels" if self.task == "predict" else type(self.optimizer([torch.zeros(1)])).__name__
-        return f"{'-'.join(map(str, self.sizes))}, {rows} rows, {doing}"
+        channels = [str(out) for out, *_ in CONVOLUTIONS] if self.maps else []
+        return f"{'-'.join([*map(str, self.maps or self.sizes), *channels])}, {rows} rows, {doing}"
 
     def optimizer(self, parameters: Iterable[Tensor]) -> Optimizer:
         """A new optimizer; on CUDA one that a graph can replay."""
@@ -114,6 +118,8 @@ class Case:
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
+            if self.maps is not None:
+                return self._initial_convolutions(self.maps[0])
             layers = [nn.Linear(inputs, outputs) for inputs, outputs in self.shapes]
             for layer in layers:
                 if self.task == "predict" or self.label == "none":
@@ -123,8 +129,21 @@ class Case:
                 elif self.original.init is not None:
                     self.original.init(layer.weight)
                     nn.init.zeros_(layer.bias)
-        pairs = ((layer.weight.detach(), layer.bias.detach()) for layer in layers)
-        return [(w.to(self.device, self.master_dtype), b.to(self.device, self.master_dtype)) for w, b in pairs]
+            heads = [nn.Linear(outputs, NUM_CLASSES, bias=False).weight for _, outputs in self.shapes]
+        found: Layers = [(layer.weight, layer.bias) for layer in layers]
+        if self.original.has_head:
+            found = [(*layer, head) for layer, head in zip(found, heads, strict=True)]
+        return [tuple(p.detach().to(self.device, self.master_dtype) for p in layer) for layer in found]
+
+    def _initial_convolutions(self, channels: int) -> Layers:
+        """Weight and bias of every convolution, and those of the normalisation behind it."""
+        layers: Layers = []
+        for out, groups, _ in CONVOLUTIONS:
+            of = nn.Conv2d(channels, out, 3, groups=groups), nn.BatchNorm2d(out)
+            parameters = [p.detach().to(self.device, self.master_dtype) for module in of for p in module.parameters()]
+            layers.append(tuple(parameters))
+            channels = out
+        return layers
 
     def states_per_parameter(self) -> int:
         """How many tensors of the parameter's size its optimizer keeps, as one step shows."""
@@ -160,6 +179,12 @@ def _networks() -> list[Case]:
         "grouped", "grouped", (784, 1000, 1000), 128,
         one_optimizer=True, label="apart", compiled=True, warm_steps=10, seconds=12,
     )  # fmt: skip
+    headed = replace(grouped, name="mono-forward-float32", original_name="mono-forward")
+    cwc = Case(
+        "cwc-mnist", "cwc", (784,), 128,
+        label="apart", compiled=True, proof_steps=1, seconds=20, maps=(1, 28, 28),
+    )  # fmt: skip
+    coloured = replace(cwc, name="cwc-cifar10", sizes=(3 * 32 * 32,), label="colours", seconds=30, maps=(3, 32, 32))
     others = {
         "hinton": ((784, 1000, 1000, 1000), 100),
         "ffpytorch": ((784, 500, 500), 5000),
@@ -177,6 +202,9 @@ def _networks() -> list[Case]:
         *_in_dtypes(full_batch, float32="default", bfloat16="all"),
         bioff,
         *_in_dtypes(grouped, float32="default", bfloat16="default"),
+        headed,
+        *_in_dtypes(cwc, float32="all", bfloat16="all"),
+        *_in_dtypes(coloured, float32="default", bfloat16="default"),
         *(
             Case(f"{name}-float32", name, *shape, optimizer_name=eased.get(name), proof_steps=2, tier="all")
             for name, shape in others.items()

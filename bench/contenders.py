@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ffkernels as ff
+from ffkernels.backends import select
 from ffkernels.backends.select import BACKENDS
 from ffkernels.reference import ACTIVATIONS
+from ffkernels.spec import Geometry
 
 from .cases import NUM_CLASSES, Batch, Case, Layers
 from .counts import fastest
@@ -49,7 +51,7 @@ class FFKernels(Contender):
 
     def __init__(self, case: Case, initial: Layers, backend: str | None = None) -> None:
         self.net, self.by_labels = our_network(case, initial, backend), case.sides == 1
-        self.layers = [(layer.weight, layer.bias) for layer in cast("Iterable[ff.FFLinear]", self.net)]
+        self.layers = [tuple(layer.parameters()) for layer in cast("Iterable[ff.FFLinear]", self.net)]
         self.sample_weight = case.original.weights_for(case.rows, case.rows, case.master_dtype)
         if self.sample_weight is not None:
             self.sample_weight = self.sample_weight.to(case.device)
@@ -91,6 +93,12 @@ def our_network(case: Case, initial: Layers, backend: str | None = None) -> ff.F
 
 def backends_of(case: Case) -> list[str]:
     """This package's backends that can run a case, in its order of preference."""
+    if case.maps is not None:
+        geometry = Geometry(padding=(1, 1), pool="max", pool_size=(2, 2), pool_stride=(2, 2))
+        request = select.Request(
+            torch.device(case.device), case.master_dtype, case.product_dtype, "relu", "adam", geometry=geometry
+        )
+        return [name for name, reason in select.verdicts(request).items() if reason is None]
     layer = next(iter(our_network(case, case.initial())))
     names = ("objective", "activation", "compute_dtype")
     asked: dict[str, Any] = {name: getattr(layer, name) for name in names}
@@ -138,8 +146,8 @@ class Autograd(Contender):
 
     def _total_loss(self, x_pos: Tensor, x_neg: Tensor) -> Tensor:
         total = x_pos.new_zeros(())
-        for weight, bias in self.layers:
-            loss, y_pos, y_neg = self.original.losses(x_pos, x_neg, weight, bias, self.softplus)
+        for layer in self.layers:
+            loss, y_pos, y_neg = self.original.losses(x_pos, x_neg, *layer, softplus=self.softplus)
             total = total + loss
             x_pos, x_neg = y_pos.detach(), y_neg.detach()
         return total
@@ -152,9 +160,9 @@ class Autograd(Contender):
                 loss = self.total(x_pos, x_neg)
             self._update(0, loss)
             return
-        for i, (weight, bias) in enumerate(self.layers):
+        for i, (weight, bias, *head) in enumerate(self.layers):
             with self.precision():
-                loss, y_pos, y_neg = self.losses(x_pos, x_neg, weight, bias, self.softplus)
+                loss, y_pos, y_neg = self.losses(x_pos, x_neg, weight, bias, *head, softplus=self.softplus)
             self._update(i, loss)
             if i == len(self.layers) - 1:
                 return

@@ -9,7 +9,7 @@ from functools import cache
 
 import torch
 
-from .cases import NUM_CLASSES, Case
+from .cases import CONVOLUTIONS, NUM_CLASSES, Case
 from .data import cache_bytes
 
 
@@ -21,11 +21,15 @@ def flops(case: Case) -> int:
     A prediction multiplies all rows once in the first layer, which changes little from label to label, and once for
     each label in the others; where labels stand apart, once in each.
     """
+    if case.maps is not None:
+        return sum(2 * 2 * case.rows * products for products, _, _ in _convolutions(case))
     per_row = [2 * inputs * outputs for inputs, outputs in case.shapes]
     if case.task == "predict":
         return case.rows * (per_row[0] + (1 if case.sides == 1 else NUM_CLASSES) * sum(per_row[1:]))
     again = sum(per_row[:-1]) if case.original.outputs == "post" else 0
-    return case.sides * case.rows * (2 * sum(per_row) + again)
+    # A head's scores, its gradient, and what it passes back.
+    heads = 3 * sum(2 * outputs * NUM_CLASSES for _, outputs in case.shapes) if case.original.has_head else 0
+    return case.sides * case.rows * (2 * sum(per_row) + again + heads)
 
 
 def least_bytes(case: Case) -> int:
@@ -35,6 +39,10 @@ def least_bytes(case: Case) -> int:
     state. A prediction reads its rows and the parameters, and writes the labels.
     """
     master, operand = case.master_dtype.itemsize, case.product_dtype.itemsize
+    if case.maps is not None:
+        kept = 2 * master * (1 + case.states_per_parameter())
+        maps = sum(2 * units * operand for _, units, _ in _convolutions(case)[:-1])
+        return case.rows * (case.sizes[0] * master + maps) + kept * sum(p for _, _, p in _convolutions(case))
     parameters = sum((inputs + 1) * outputs for inputs, outputs in case.shapes)
     if case.task == "predict":
         return case.rows * (case.sizes[0] * master + torch.int64.itemsize) + parameters * master
@@ -42,6 +50,19 @@ def least_bytes(case: Case) -> int:
     return case.sides * case.rows * (case.sizes[0] * master + handed_on) + 2 * parameters * master * (
         1 + case.states_per_parameter()
     )
+
+
+def _convolutions(case: Case) -> list[tuple[int, int, int]]:
+    """Of each layer: multiplications for a row, units handed on by a row, and parameters."""
+    assert case.maps is not None
+    channels, height, width = case.maps
+    found = []
+    for out, groups, pool in CONVOLUTIONS:
+        kernel = out * channels // groups * 9
+        products = kernel * height * width
+        channels, height, width = out, height // pool, width // pool
+        found.append((products, out * height * width, kernel + 3 * out))
+    return found
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ class Data:
 
     def batch(self, case: Case, index: int) -> Batch:
         """The `index`-th batch of an endless run: `(x_pos, x_neg)`, each `[case.rows, in]`, or `(x,)` to label; where
-        labels stand apart, `(x, labels)`.
+        labels stand apart, `(x, labels)`; so it is with "colours", which are noise.
 
         Images come in shuffled epochs; negative rows are the same images under a wrong label, drawn anew in each
         batch. Noise is what a layer sees inside a network: nothing in common, half of it zeros. On the case's device.
@@ -59,6 +59,9 @@ class Data:
             shape = (case.rows, case.sizes[0])
             return tuple(torch.randn(shape, generator=on_device, device=case.device).clamp_(min=0) for _ in range(2))
         generator = torch.Generator().manual_seed(index)
+        if case.label == "colours":
+            x = torch.randn(case.rows, case.sizes[0], generator=generator)
+            return x, torch.randint(NUM_CLASSES, (case.rows,), generator=generator)
         self._load()
         epoch, position = divmod(index, len(self.images) // case.rows)
         if self.order[0] != epoch:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim import SGD, Adam, Optimizer, RMSprop
+from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
 import ffkernels as ff
 from ffkernels.spec import OutputsOf
@@ -177,6 +177,12 @@ def _group_loss(layer: Layer, x: Tensor, labels: Tensor, softplus: Softplus) -> 
     return F.cross_entropy(goodness, labels), y, labels
 
 
+def _head_loss(layer: Layer, x: Tensor, labels: Tensor, softplus: Softplus, head: Tensor) -> Outcome:
+    """Mono-Forward (Gong et al., 2025): a learned matrix makes the classes' goodness of a layer's activities."""
+    y = layer(x)
+    return F.cross_entropy(F.linear(y, head), labels), y, labels
+
+
 def _barbano_loss(layer: Layer, x_pos: Tensor, x_neg: Tensor, softplus: Softplus) -> Outcome:
     y_pos, y_neg = layer(x_pos), layer(x_neg)
     loss_pos = softplus(10.0 - y_pos.norm(dim=-1)).mean()
@@ -200,21 +206,30 @@ class Original:
     sample_weight: Callable[[int, int], Tensor] | None = None
     equal_rows: bool = False  # its formula needs as many negative as positive rows
     init: Callable[[Tensor], None] | None = None  # of the weight, instead of nn.Linear's own
+    has_head: bool = False  # a learned matrix [classes, width] in every layer
 
     def losses(
-        self, x_pos: Tensor, x_neg: Tensor, weight: Tensor, bias: Tensor | None, softplus: Softplus | None = None
+        self,
+        x_pos: Tensor,
+        x_neg: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *head: Tensor,
+        softplus: Softplus | None = None,
     ) -> Outcome:
-        """`(loss, y_pos, y_neg)` of one layer, attached to weight and bias."""
+        """`(loss, y_pos, y_neg)` of one layer, attached to weight and bias, and to its head where it has one."""
         layer = partial(self.forward, weight=weight, bias=bias)
-        return self.loss(layer, x_pos, x_neg, softplus or self.softplus)
+        return self.loss(layer, x_pos, x_neg, softplus or self.softplus, *head)
 
     @property
     def sides(self) -> int:
         """2: positive and negative rows; 1: rows and their labels."""
         return 1 if "classes" in self.objective else 2
 
-    def objective_for(self, width: int) -> ff.Objective:
+    def objective_for(self, width: int) -> ff.Objective | ff.ProjectionHead:
         """The objective for a layer of `width` units."""
+        if self.has_head:
+            return ff.ProjectionHead(self.objective["classes"])
         if self.sides == 1:
             return ff.Objective(**self.objective)
         return ff.Objective(**({"threshold": float(width)} | self.objective))
@@ -301,6 +316,15 @@ _ALL = [
     Original(
         "grouped", _rms_forward, _group_loss, partial(Adam, lr=1e-3), _RMS, {"loss": "cross_entropy", "classes": 10},
         "pre",
+    ),
+    Original(
+        "mono-forward", _plain_forward, _head_loss, partial(AdamW, lr=1e-3), _RMS | {"norm": "none"},
+        {"loss": "cross_entropy", "classes": 10}, "pre", has_head=True,
+    ),
+    # Its layers are in convolutions.py. Adam's own eps would take the sign of gradients that are rounding alone.
+    Original(
+        "cwc", _plain_forward, _group_loss, partial(Adam, lr=0.01, eps=1e-5), _RMS | {"norm": "none"},
+        {"loss": "cross_entropy", "classes": 10}, "pre",
     ),
 ]
 # fmt: on

@@ -43,6 +43,8 @@ class OverlaidPrediction(OurPrediction):
 class PlainPrediction(Contender):
     """One pass through the network for each label, as mohammadpz writes it; one alone where labels stand apart."""
 
+    overlays = False
+
     def __init__(
         self,
         case: Case,
@@ -57,7 +59,7 @@ class PlainPrediction(Contender):
 
     def _totals(self, x: Tensor) -> Tensor:
         original, totals = self.case.original, []
-        if self.case.sides == 1:
+        if self.case.sides == 1 and not self.overlays:
             for weight, bias in self.layers:
                 x = original.forward(x, weight=weight, bias=bias)
                 totals.append(x.square().view(len(x), NUM_CLASSES, -1).mean(2))
@@ -78,6 +80,12 @@ class PlainPrediction(Contender):
     def step(self, *batch: Tensor) -> Tensor:
         with self.precision():
             return self.totals(*batch).argmax(1)
+
+
+class PlainOverlaidPrediction(PlainPrediction):
+    """The same network with labels overlaid, in plain PyTorch."""
+
+    another, overlays = "overlays each label on the rows", True
 
 
 class FFLibPrediction(FFLib):
@@ -132,7 +140,7 @@ def predictors_of(case: Case, compiled: bool) -> dict[str, Maker]:
         makers[package] = FFLibPrediction
     makers["plain"] = PlainPrediction
     if case.sides == 1:
-        makers[f"{OURS}, labels overlaid"] = OverlaidPrediction
+        makers |= {f"{OURS}, labels overlaid": OverlaidPrediction, "plain, labels overlaid": PlainOverlaidPrediction}
     if case.low_precision is not None:
         makers["plain, autocast"] = partial(PlainPrediction, autocast=True)
     if compiled:

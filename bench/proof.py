@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .cases import NUM_CLASSES, Batch, Case, Layers
 from .contenders import Autograd, Contender
+from .convolutions import AutogradConvolutions
 from .originals import stable_softplus
 from .predictors import PlainPrediction
+
+LUCK, LUCK_OF_MAPS = 1e-6, 1e-3
 
 
 @dataclass(frozen=True)
@@ -33,22 +38,28 @@ class Exact:
     """The original's step in float64 over some batches: the change of weights that everyone must arrive at.
 
     The error is the largest `|change - exact change| / |exact change|` over weights and biases, in Frobenius norms;
-    the budget twice that of plain autograd in the same precision, and something for a lucky autograd. Where the
+    the budget twice that of plain autograd in the same precision, and something for a lucky autograd (`LUCK`; of maps,
+    a unit that changes sides or another winner of a window). Where the
     original's own log(1 + e^t) overflows, plain autograd has a stable one.
     """
 
     def __init__(self, case: Case, initial: Layers, batches: list[Batch]) -> None:
         self.start = [p for layer in initial for p in layer]
         self.batches = batches
-        exact = Autograd(case, initial, dtype=torch.float64, softplus=stable_softplus)
+        if case.maps is not None:
+            plain: Callable[..., Contender] = AutogradConvolutions
+            softplus_of: tuple[dict[str, Any], ...] = ({},)
+        else:
+            plain, softplus_of = Autograd, ({"softplus": None}, {"softplus": stable_softplus})
+        exact = plain(case, initial, dtype=torch.float64, **softplus_of[-1])
         for batch in batches:
             exact.step(*(x.double() if x.is_floating_point() else x for x in batch))
         self.change = [p.detach() - start for p, start in zip(exact.parameters(), self.start, strict=True)]
-        for softplus in (None, stable_softplus):
-            yardstick = Autograd(case, initial, autocast=case.low_precision is not None, softplus=softplus)
+        for softplus in softplus_of:
+            yardstick = plain(case, initial, autocast=case.low_precision is not None, **softplus)
             for batch in batches:
                 yardstick.step(*batch)
-            self.budget = 2 * self._error(yardstick) + 1e-6
+            self.budget = 2 * self._error(yardstick) + (LUCK if case.maps is None else LUCK_OF_MAPS)
             if math.isfinite(self.budget):
                 break
 
@@ -80,7 +91,7 @@ class ExactLabels:
         with torch.no_grad():
             self.goodness = exact.totals(self.batch[0].double())
         plain = PlainPrediction(case, initial, autocast=case.low_precision is not None)
-        self.budget = 2 * self._error(plain.step(*self.batch)) + 1e-6
+        self.budget = 2 * self._error(plain.step(*self.batch)) + LUCK
 
     def check(self, contender: Contender) -> Proof:
         """Predicts with a contender, and compares."""

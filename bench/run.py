@@ -10,8 +10,11 @@ from typing import Any
 
 import torch
 
+import ffkernels as ff
+
 from .cases import Batch, Case, Layers
 from .contenders import OURS, Contender, FFKernels, Maker, backends_of, trainers_of
+from .convolutions import convolutions_of
 from .counts import limit_of
 from .data import Data
 from .memory import peak_bytes, resident_rise
@@ -28,6 +31,8 @@ class NotExact(RuntimeError):
 
 def contenders_of(case: Case, compiled: bool = True) -> dict[str, Maker]:
     """Name and maker of everyone who runs a case; ours first. `compiled`: those of torch.compile too."""
+    if case.maps is not None:
+        return convolutions_of(case, compiled)
     return (predictors_of if case.task == "predict" else trainers_of)(case, compiled)
 
 
@@ -155,11 +160,12 @@ def saturated_rows(case: Case, contender: Contender, batch: Batch) -> Row:
     """Per layer, the share of rows whose loss has no slope left in float32: the update leaves them out."""
     if case.task == "predict" or case.sides == 1 or not isinstance(contender, FFKernels):
         return {}
-    if case.original.objective_for(1).paired:
+    objectives = [case.original.objective_for(width) for width in case.sizes[1:]]
+    if objectives[0].paired:
         return {}
     sign = torch.tensor([-1.0, 1.0], device=case.device).repeat_interleave(case.rows).unsqueeze(1)
-    thresholds = [case.original.objective_for(width).thresholds()[0] for width in case.sizes[1:]]
+    thresholds = [of.thresholds()[0] for of in objectives if isinstance(of, ff.Objective)]
     goodness = contender.net.goodness(torch.cat(batch)) - torch.tensor(thresholds, device=case.device)
-    if not case.original.objective_for(1).maximize:
+    if not objectives[0].maximize:
         goodness = -goodness
     return {"saturated_rows": (torch.sigmoid(sign * goodness) == 0).float().mean(0).tolist()}

@@ -18,7 +18,21 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .backends import select
-from .spec import Goal, Layer, Numbers, Outputs, PeerPull, Rows, Slopes, Slot, Update
+from .spec import (
+    Geometry,
+    Goal,
+    Layer,
+    MapRows,
+    Maps,
+    MapSlopes,
+    Numbers,
+    Outputs,
+    PeerPull,
+    Rows,
+    Slopes,
+    Slot,
+    Update,
+)
 
 _SCALARS = {int: "int", float: "float", bool: "bool", torch.dtype: "ScalarType"}
 
@@ -47,6 +61,8 @@ def arguments(record: Any, reads: tuple[str, ...] = (), prefix: str = "") -> Ite
             yield Argument(name, "Tensor[]", True)
         elif field == "numbers":
             yield Argument(name, "float[]")
+        elif get_origin(kind) is tuple:
+            yield Argument(name, "int[]")
         else:
             yield Argument(name, _SCALARS.get(kind, "str"))
 
@@ -176,6 +192,55 @@ def _writes_only(*args: Any) -> None:
     return None
 
 
+_CONVOLUTION = (*arguments(MapRows), *_READ_LAYER, *arguments(Geometry))
+# A convolution's forward pass, to the fields of `Maps`; and the gradients of weight and bias by the moments' slopes,
+# which may overwrite the maps.
+_CONV_FORWARD = schema(
+    "conv2d_forward", *_CONVOLUTION, Argument("is_centred", "bool"), returns=f"({', '.join(['Tensor'] * 6)})"
+)
+_CONV_GRADIENTS = schema(
+    "conv2d_gradients_",
+    *_CONVOLUTION,
+    *arguments(Maps),
+    *arguments(MapSlopes, prefix="slope_"),
+    returns="(Tensor, Tensor)",
+)
+
+
+def _convolution_of(values: Iterator[Any]) -> tuple[MapRows, Layer, Geometry]:
+    rows, layer = _put_together(MapRows, values), _put_together(Layer, values)
+    # What the dispatcher hands on as lists.
+    geometry: Any = [tuple(v) if isinstance(v, list) else v for v in islice(values, len(Geometry._fields))]
+    return rows, layer, Geometry(*geometry)
+
+
+def _conv_forward(*args: Any) -> Maps:
+    values = iter(args)
+    read = _convolution_of(values)
+    is_centred, backend = values
+    return select.load(backend).conv2d_forward(*read, is_centred)
+
+
+def _conv_forward_fake(*args: Any) -> Maps:
+    values = iter(args)
+    read = _convolution_of(values)
+    is_centred, backend = values
+    return select.load(backend).conv2d_forward_like(*read, is_centred)
+
+
+def _conv_gradients(*args: Any) -> tuple[Tensor, Tensor]:
+    values = iter(args)
+    read, maps = _convolution_of(values), _put_together(Maps, values)
+    slopes = _put_together(MapSlopes, values)
+    return select.load(next(values)).conv2d_gradients_(*read, maps, slopes)
+
+
+def _conv_gradients_fake(*args: Any) -> tuple[Tensor, Tensor]:
+    values = iter(args)
+    layer = _convolution_of(values)[1]
+    return torch.empty_like(layer.weight), layer.weight.new_empty(len(layer.weight))
+
+
 # Arguments of an operator that only writes, to its backend.
 ON_BACKEND = {
     "linear_forward_": _forward_on_backend,
@@ -190,19 +255,27 @@ for _name, _run in ON_BACKEND.items():
 _library.define(_FORWARD)
 _library.impl("linear_forward", _linear_forward, "CompositeExplicitAutograd")
 torch.library.register_fake("ffkernels::linear_forward", _linear_forward_fake, lib=_library)
+for _name, _schema, _convolution, _fake in (
+    ("conv2d_forward", _CONV_FORWARD, _conv_forward, _conv_forward_fake),
+    ("conv2d_gradients_", _CONV_GRADIENTS, _conv_gradients, _conv_gradients_fake),
+):
+    _library.define(_schema)
+    _library.impl(_name, _convolution, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"ffkernels::{_name}", _fake, lib=_library)
 
 _operators = torch.ops.ffkernels
 _PLAIN = (Tensor, Parameter)
 
 
-def _watched(rows: Rows, layer: Layer) -> bool:
+def _watched(layer: Layer, *rows: Tensor) -> bool:
     """Whether somebody follows operators: a compiler, a mode, a kind of tensor, a profiler, a tracer."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch.autograd._profiler_enabled()
         or torch._C._get_tracing_state() is not None
-        or not (type(rows.x_pos) in _PLAIN and type(rows.x_neg) in _PLAIN and type(layer.weight) in _PLAIN)
+        or type(layer.weight) not in _PLAIN
+        or any(type(x) not in _PLAIN for x in rows)
     )
 
 
@@ -216,7 +289,7 @@ def linear_forward_(
     squares: bool = True,
 ) -> None:
     """Writes `y` and sums over class groups where they are given, and the sums of squares of `y`: `SCHEMAS`."""
-    if _watched(rows, layer):
+    if _watched(layer, rows.x_pos, rows.x_neg):
         _operators.linear_forward_(*flatten(rows, layer), y, sumsq, class_sums, squares, backend)
     else:
         _forward_into(rows, layer, backend, y, sumsq, class_sums, squares)
@@ -224,7 +297,7 @@ def linear_forward_(
 
 def linear_forward(rows: Rows, layer: Layer, keep: bool, backend: str) -> tuple[Tensor, Tensor]:
     """`y`, `[0, out]` without `keep`, and its sums of squares."""
-    if _watched(rows, layer):
+    if _watched(layer, rows.x_pos, rows.x_neg):
         return _operators.linear_forward(*flatten(rows, layer), keep, backend)
     y, sumsq = _results(rows, layer, keep)
     select.load(backend).linear_forward_(rows, layer, y if keep else None, sumsq)
@@ -235,7 +308,7 @@ def linear_step_(
     rows: Rows, layer: Layer, goal: Goal, pull: PeerPull, update: Update, outputs: Outputs, backend: str
 ) -> None:
     """Takes one whole step of a layer: `SCHEMAS`."""
-    if _watched(rows, layer):
+    if _watched(layer, rows.x_pos, rows.x_neg):
         _operators.linear_step_(*flatten_step(rows, layer, goal, pull, update, outputs), backend)
     else:
         select.load(backend).linear_step_(rows, layer, goal, pull, update, outputs)
@@ -243,7 +316,23 @@ def linear_step_(
 
 def linear_update_(rows: Rows, layer: Layer, slopes: Slopes, pull: PeerPull, update: Update, backend: str) -> None:
     """Updates a layer by given slopes: `SCHEMAS`."""
-    if _watched(rows, layer):
+    if _watched(layer, rows.x_pos, rows.x_neg):
         _operators.linear_update_(*flatten(rows, layer, slopes, pull, *_slots(update)), backend)
     else:
         select.load(backend).linear_update_(rows, layer, slopes, pull, update)
+
+
+def conv2d_forward(rows: MapRows, layer: Layer, geometry: Geometry, is_centred: bool, backend: str) -> Maps:
+    """Activities and moments of a convolutional layer; without `is_centred` moments are about zero."""
+    if _watched(layer, rows.x):
+        return Maps(*_operators.conv2d_forward(*flatten(rows, layer, geometry), is_centred, backend))
+    return select.load(backend).conv2d_forward(rows, layer, geometry, is_centred)
+
+
+def conv2d_gradients_(
+    rows: MapRows, layer: Layer, geometry: Geometry, maps: Maps, slopes: MapSlopes, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Gradients of weight and bias by the moments' slopes; what is handed on comes over `maps.p`."""
+    if _watched(layer, rows.x):
+        return _operators.conv2d_gradients_(*flatten(rows, layer, geometry, maps, slopes), backend)
+    return select.load(backend).conv2d_gradients_(rows, layer, geometry, maps, slopes)

@@ -31,6 +31,11 @@ Matrix = Annotated[Tensor, "matrix"]
 Vector = Annotated[Tensor, "vector"]
 Mask = Annotated[Tensor, "mask"]
 Labels = Annotated[Tensor, "labels"]
+# `[rows, channels, height, width]`, channels-last.
+AnyMaps = Annotated[Tensor, "maps"]
+WrittenMaps = Annotated[Tensor, "maps", "written"]
+# Of each window of a pool, which of its places won, in bytes.
+Winners = Annotated[Tensor, "winners"]
 WrittenMatrix = Annotated[Tensor, "matrix", "written"]
 WrittenVector = Annotated[Tensor, "vector", "written"]
 
@@ -101,6 +106,51 @@ class Geometry(NamedTuple):
         pools = zip(before, self.pool_size, self.pool_stride, strict=True)
         behind = tuple([(size - of) // step + 1 for size, of, step in pools])
         return before, behind  # type: ignore[return-value]
+
+
+class MapRows(NamedTuple):
+    """The joint batch of a convolution, as its product takes it.
+
+    Attributes:
+        x: `[rows, in, H, W]` in the compute dtype; where padding reflects, with it.
+        scale: `[rows]` what the product is multiplied by before its bias, or None.
+    """
+
+    x: AnyMaps
+    scale: Vector | None
+
+
+class Maps(NamedTuple):
+    """What a convolutional layer leaves; what nobody needs has no elements.
+
+    Attributes:
+        p: `[rows, channels, h, w]` activities behind the pool, in the compute dtype.
+        first, spread: `[rows, channels]` sums over places of `p - pivot`, and of its squares, in the weight's dtype.
+        pivot: `[channels]` a number like the others for each channel, so that squares keep the digits of a variance.
+        where: the winners of maximum pooling, as the backend that found them reads them.
+        before: `[rows, channels, h', w']` in front of the pool: what the activation's slope is read from, or memory.
+    """
+
+    p: WrittenMaps
+    first: Matrix
+    spread: Matrix
+    pivot: Vector
+    where: Tensor
+    before: WrittenMaps
+
+
+class MapSlopes(NamedTuple):
+    """What a convolution's update takes in place of an objective: `dLoss/dp = first + 2 second (p - pivot)`.
+
+    Attributes:
+        first, second: `[rows, channels]`, or None for zero.
+        gain, shift: `[channels]`; with them `gain (p - pivot) + shift` is written over `p`.
+    """
+
+    first: Matrix | None
+    second: Matrix | None
+    gain: Vector | None = None
+    shift: Vector | None = None
 
 
 class Goal(NamedTuple):

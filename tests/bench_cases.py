@@ -15,12 +15,16 @@ def small(case: Case) -> tuple[Case, list[Batch]]:
     """A case with little data and few units, and its batches."""
     # The plain writing of class groups wants a width that ten divides.
     width = 12 if case.sides == 2 else 20
-    case = replace(case, sizes=(30, *(width for _ in case.sizes[1:])), rows=10)
+    columns, maps = 30, None
+    if case.maps is not None:
+        maps = (case.maps[0], 8, 8)
+        columns = 64 * maps[0]
+    case = replace(case, sizes=(columns, *(width for _ in case.sizes[1:])), rows=10, maps=maps)
     generator = torch.Generator().manual_seed(8)
 
     def rows() -> Tensor:
-        x = torch.rand(10, 30, generator=generator).to(case.master_dtype)
-        return x * (torch.rand(10, 30, generator=generator) < 0.7) * (0.5 + torch.rand(10, 1, generator=generator))
+        x = torch.rand(10, columns, generator=generator).to(case.master_dtype)
+        return x * (torch.rand(10, columns, generator=generator) < 0.7) * (0.5 + torch.rand(10, 1, generator=generator))
 
     def batch() -> Batch:
         sides = [rows().to(case.master_dtype) for _ in range(1 if case.task == "predict" else case.sides)]

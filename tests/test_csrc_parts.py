@@ -10,7 +10,7 @@ from . import programs
 from .test_native import SETS
 
 # Vectors differ from set to set; the others are the same code for all.
-OF_VECTORS = ("tile", "packing", "bfloat16", "rules")
+OF_VECTORS = {"tile": (), "packing": (), "bfloat16": (), "rules": (), "maps": ("threads.cpp",)}
 OF_SCALARS = ("row_scale", "objective", "classes")
 HERE = SETS or ["baseline"]
 FOR_FLOAT32 = library.instruction_set() or "baseline"
@@ -19,7 +19,7 @@ FOR_FLOAT32 = library.instruction_set() or "baseline"
 @pytest.mark.parametrize("instruction_set", HERE)
 @pytest.mark.parametrize("name", OF_VECTORS)
 def test_vectors(name, instruction_set, tmp_path):
-    programs.run([programs.compiled(name, tmp_path, instruction_set)])
+    programs.run([programs.compiled(name, tmp_path, instruction_set, OF_VECTORS[name])])
 
 
 @pytest.mark.parametrize("name", OF_SCALARS)

@@ -139,7 +139,7 @@ def test_without_a_record(folder):
 )
 def test_a_missing_symbol(folder, missing):
     names = ("ffk_interface", "ffk_instruction_set", "ffk_use_threads")
-    names += ("ffk_linear_forward", "ffk_linear_step", "ffk_linear_update")
+    names += ("ffk_linear_forward", "ffk_linear_step", "ffk_linear_update", "ffk_maps_forward", "ffk_maps_backward")
     present = [f"int {name}() {{ return {records.interface()}; }}" for name in names if name != missing]
     compile_(folder, f'extern "C" {{ {" ".join(present)} }}')
     assert said(folder) == [

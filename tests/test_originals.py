@@ -82,7 +82,7 @@ def step_of(
     original: Original, x_pos: Tensor, x_neg: Tensor, weight: Tensor, bias: Tensor | None, optimizer: Optimizer
 ) -> tuple[Tensor, Tensor]:
     """One layer step by autograd, with a stable log(1 + e^t); returns the activities of both sides, as handed on."""
-    loss, y_pos, y_neg = original.losses(x_pos, x_neg, weight, bias, stable_softplus)
+    loss, y_pos, y_neg = original.losses(x_pos, x_neg, weight, bias, softplus=stable_softplus)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -114,7 +114,7 @@ def test_step_is_the_originals_step(original: Original, shape: tuple[int, int, i
     options = options_for(original, out, n_pos, n_neg)
     for step, (x_pos, x_neg) in enumerate(batches):
         with torch.no_grad():
-            loss = original.losses(x_pos, x_neg, theirs.weight, theirs.bias, stable_softplus)[0]
+            loss = original.losses(x_pos, x_neg, theirs.weight, theirs.bias, softplus=stable_softplus)[0]
         y_pos, y_neg = step_of(original, x_pos, x_neg, theirs.weight, theirs.bias, their_optimizer)
         result = ff.linear_step_(x_pos, x_neg, ours.weight, ours.bias, our_optimizer, **options)
         assert_close(result.loss, loss * 1.0, f"step {step}: loss")

@@ -534,7 +534,8 @@ def test_what_is_no_number(option: str, value: object, data) -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_make_networks(name: str, data) -> None:
     trainer = Trainer(RECIPES[name], toy_data(20, 10), epochs=1)
-    assert [layer.out_features for layer in trainer.net] == list(RECIPES[name].hidden)
+    units = [of.channels for of in RECIPES[name].convolutions] + list(RECIPES[name].hidden)
+    assert [len(layer.weight) for layer in trainer.net] == units
     row = trainer.run_epoch(lambda describe: False)
     assert row is not None
     assert all(map(math.isfinite, row["loss"]))

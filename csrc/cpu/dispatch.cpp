@@ -81,8 +81,9 @@ const ffk::Kernels* first_choice(bool bfloat16) {
 // By whether the products are bfloat16 ones.
 std::atomic<const ffk::Kernels*> chosen[2]{first_choice(false), first_choice(true)};
 
+const ffk::Kernels& kernels_for(ffk::Dtype dtype) { return *chosen[dtype == ffk::BFLOAT16].load(); }
 const ffk::Kernels& kernels_for(const ffk::Call& call) {
-    return *chosen[call.layer.compute_dtype == ffk::BFLOAT16].load();
+    return kernels_for(call.layer.compute_dtype);
 }
 
 }  // namespace
@@ -116,5 +117,9 @@ int ffk_linear_forward(const ffk::Call* call) { return kernels_for(*call).linear
 int ffk_linear_step(const ffk::Call* call) { return kernels_for(*call).linear_step(*call); }
 
 int ffk_linear_update(const ffk::Call* call) { return kernels_for(*call).linear_update(*call); }
+
+void ffk_maps_forward(const ffk::MapsPass* call) { kernels_for(call->dtype).maps_forward(*call); }
+
+void ffk_maps_backward(const ffk::MapsPass* call) { kernels_for(call->dtype).maps_backward(*call); }
 
 }  // extern "C"

@@ -1,9 +1,10 @@
-// The two operators, compiled once for each instruction set (FFK_SET names it).
+// What the library is called for, compiled once for each instruction set (FFK_SET names it).
 #include "kernels.h"
 
 #include "classes.h"
 #include "forward.h"
 #include "given.h"
+#include "maps.h"
 #include "update.h"
 
 namespace {
@@ -174,4 +175,5 @@ int linear_update(const ffk::Call& call) {
 
 #define FFK_TEXT_OF(name) #name
 #define FFK_TEXT(name) FFK_TEXT_OF(name)
-const ffk::Kernels ffk::FFK_SET{FFK_TEXT(FFK_SET), linear_forward, linear_step, linear_update};
+const ffk::Kernels ffk::FFK_SET{FFK_TEXT(FFK_SET), linear_forward, linear_step,
+                                linear_update,     maps_forward,   maps_backward};

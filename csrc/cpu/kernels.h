@@ -9,6 +9,8 @@ struct Kernels {
     int (*linear_forward)(const Call&);
     int (*linear_step)(const Call&);
     int (*linear_update)(const Call&);
+    void (*maps_forward)(const MapsPass&);
+    void (*maps_backward)(const MapsPass&);
 };
 
 extern const Kernels amx, avx512_bf16, avx512, avx2, baseline;

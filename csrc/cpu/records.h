@@ -5,7 +5,7 @@
 
 namespace ffk {
 
-constexpr int INTERFACE = 84310558;
+constexpr int INTERFACE = 266666799;
 
 enum Norm : int32_t { NORM_L2, NORM_RMS, NORM_NONE };
 enum EpsMode : int32_t { EPS_ADD, EPS_CLAMP, EPS_INSIDE };
@@ -14,6 +14,7 @@ enum Goodness : int32_t { GOODNESS_MEAN, GOODNESS_SUM, GOODNESS_NORM, GOODNESS_A
 enum Loss : int32_t { LOGISTIC, SYMBA, SWISH, CROSS_ENTROPY, PVN, CWC };
 enum Reduction : int32_t { REDUCE_MEAN, REDUCE_SUM_OF_MEANS };
 enum Rule : int32_t { GRAD, SGD, ADAM };
+enum Pool : int32_t { POOL_NONE, POOL_MAX, POOL_AVERAGE };
 enum Dtype : int32_t { FLOAT32, BFLOAT16 };
 
 // Row-major; rows lie `stride` numbers apart. `at` is null where there is none.
@@ -118,6 +119,38 @@ struct Call {
     Update update;
     Outputs outputs;
     Slopes slopes;
+    int32_t threads;
+};
+
+struct MapsPass {
+    int64_t rows;
+    int64_t channels;
+    int64_t height;
+    int64_t width;
+    int64_t pooled_height;
+    int64_t pooled_width;
+    int64_t pool_height;
+    int64_t pool_width;
+    int64_t pool_stride_height;
+    int64_t pool_stride_width;
+    int32_t has_gaps;
+    Pool pool;
+    Activation activation;
+    Dtype dtype;
+    void* z;
+    void* p;
+    uint8_t* where;
+    const float* scale;
+    const float* bias;
+    float* pivot;
+    float* first;
+    float* spread;
+    const float* slope_first;
+    const float* slope_second;
+    const float* gain;
+    const float* shift;
+    void* dz;
+    float* dz_sums;
     int32_t threads;
 };
 
@@ -236,6 +269,36 @@ constexpr size_t LAYOUT[] = {
     offsetof(Call, slopes.basis.stride),
     offsetof(Call, slopes.basis.is_bfloat16),
     offsetof(Call, threads),
+    sizeof(MapsPass),
+    offsetof(MapsPass, rows),
+    offsetof(MapsPass, channels),
+    offsetof(MapsPass, height),
+    offsetof(MapsPass, width),
+    offsetof(MapsPass, pooled_height),
+    offsetof(MapsPass, pooled_width),
+    offsetof(MapsPass, pool_height),
+    offsetof(MapsPass, pool_width),
+    offsetof(MapsPass, pool_stride_height),
+    offsetof(MapsPass, pool_stride_width),
+    offsetof(MapsPass, has_gaps),
+    offsetof(MapsPass, pool),
+    offsetof(MapsPass, activation),
+    offsetof(MapsPass, dtype),
+    offsetof(MapsPass, z),
+    offsetof(MapsPass, p),
+    offsetof(MapsPass, where),
+    offsetof(MapsPass, scale),
+    offsetof(MapsPass, bias),
+    offsetof(MapsPass, pivot),
+    offsetof(MapsPass, first),
+    offsetof(MapsPass, spread),
+    offsetof(MapsPass, slope_first),
+    offsetof(MapsPass, slope_second),
+    offsetof(MapsPass, gain),
+    offsetof(MapsPass, shift),
+    offsetof(MapsPass, dz),
+    offsetof(MapsPass, dz_sums),
+    offsetof(MapsPass, threads),
 };
 
 }  // namespace ffk

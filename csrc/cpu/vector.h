@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <utility>
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -31,18 +31,67 @@ typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef float vec_in_memory __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint32_t vec_of_bits __attribute__((vector_size(4 * LANES)));
 typedef uint16_t vec_of_halves __attribute__((vector_size(2 * LANES)));
+typedef int32_t vec_of_choices __attribute__((vector_size(4 * LANES)));
+typedef int16_t vec_of_short_choices __attribute__((vector_size(2 * LANES)));
+typedef uint8_t vec_of_bytes __attribute__((vector_size(LANES)));
 typedef uint16_t halves_in_memory __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 inline vec load(const float* p) { return *reinterpret_cast<const vec_in_memory*>(p); }
 inline void store(float* p, vec v) { *reinterpret_cast<vec_in_memory*>(p) = v; }
 inline void store(uint16_t* p, vec_of_halves v) { *reinterpret_cast<halves_in_memory*>(p) = v; }
+inline vec broadcast(float a) { return a - vec{}; }
+
+// The first `n` numbers of a vector, and zeros behind them.
+#if defined(__AVX512F__)
+inline __mmask16 mask_of(int64_t n) { return n >= LANES ? 0xffff : __mmask16((1u << n) - 1); }
 inline vec load_some(const float* p, int64_t n) {
-    if (n >= LANES) return load(p);
-    vec v = {};
-    std::memcpy(&v, p, size_t(n) * 4);
+    return (vec)_mm512_maskz_loadu_ps(mask_of(n), p);
+}
+inline vec load_some(const uint16_t* p, int64_t n) {
+    const __m256i halves = _mm256_maskz_loadu_epi16(mask_of(n), p);
+    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+}
+inline vec_of_bits load_some(const uint8_t* p, int64_t n) {
+    return (vec_of_bits)_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask_of(n), p));
+}
+inline void store_some(float* p, vec v, int64_t n) {
+    _mm512_mask_storeu_ps(p, mask_of(n), (__m512)v);
+}
+inline void store_some(uint16_t* p, vec_of_halves v, int64_t n) {
+    _mm256_mask_storeu_epi16(p, mask_of(n), (__m256i)v);
+}
+inline void store_some(uint8_t* p, vec_of_bits v, int64_t n) {
+    _mm512_mask_cvtepi32_storeu_epi8(p, mask_of(n), (__m512i)v);
+}
+#else
+template <class V, class T>
+inline V from_memory(const T* p, int64_t n) {
+    V v = {};
+    std::memcpy(&v, p, size_t(smaller(n, LANES)) * sizeof(T));
     return v;
 }
-inline vec broadcast(float a) { return a - vec{}; }
+template <class V, class T>
+inline void to_memory(T* p, V v, int64_t n) {
+    std::memcpy(p, &v, size_t(smaller(n, LANES)) * sizeof(T));
+}
+inline vec load_some(const float* p, int64_t n) {
+    return n >= LANES ? load(p) : from_memory<vec>(p, n);
+}
+inline vec load_some(const uint16_t* p, int64_t n) {
+    return (vec)(__builtin_convertvector(from_memory<vec_of_halves>(p, n), vec_of_bits) << 16);
+}
+inline vec_of_bits load_some(const uint8_t* p, int64_t n) {
+    return __builtin_convertvector(from_memory<vec_of_bytes>(p, n), vec_of_bits);
+}
+inline void store_some(float* p, vec v, int64_t n) { to_memory(p, v, n); }
+inline void store_some(uint16_t* p, vec_of_halves v, int64_t n) { to_memory(p, v, n); }
+inline void store_some(uint8_t* p, vec_of_bits v, int64_t n) {
+    to_memory(p, __builtin_convertvector(v, vec_of_bytes), n);
+}
+#endif
 
 // A unit for bfloat16 multiplies pairs: two numbers of consecutive depth, in the place of one
 // float, which is never computed with.
@@ -158,8 +207,6 @@ inline float pair_of_rounded(float first, float second) {
     return pair_of(uint16_t(low >> 16), uint16_t(high >> 16));
 }
 
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t up_to(int64_t n, int64_t multiple) {
     return (n + multiple - 1) / multiple * multiple;
 }

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..compiling import once_per_trace
+from ..spec import Geometry
 
 BACKENDS = {
     "triton": "ffkernels.backends.triton",
@@ -41,7 +42,7 @@ class Request(NamedTuple):
 
     `peer`: None, "straight through" or "gated". `forced`: whether this very backend was asked for, which some ways of
     running are kept for. `skips`: whether rows with small coefficients are left out. `shares`: whether the product of
-    what rows have in common is given.
+    what rows have in common is given. `geometry`: of a convolution; None for linear layers.
     """
 
     device: torch.device
@@ -53,6 +54,7 @@ class Request(NamedTuple):
     forced: bool = False
     skips: bool = False
     shares: bool = False
+    geometry: Geometry | None = None
 
 
 @cache

@@ -8,12 +8,14 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .. import interrupts, optim
+from .. import interrupts, ops, optim
 from .. import validation as check
 from ..autograd import is_transformed, without_autocast
+from ..backends import select
 from ..backends.eager import conv, rules
 from ..compiling import never_compiled
 from ..objectives import (
@@ -31,9 +33,9 @@ from ..objectives import (
     standardise_moments,
     through_moments,
 )
-from ..spec import Activation, EpsMode, Geometry, Layer, Norm, OutputsOf, PaddingMode, Rows, Slopes
+from ..spec import Activation, EpsMode, Geometry, Layer, Maps, MapSlopes, Norm, OutputsOf, PaddingMode, Rows, Slopes
 from .loss import sides_in_order
-from .maps import PoolOf, Size, checked_geometry, compute_dtype_of, conv_tensors, maps_of
+from .maps import PoolOf, Size, checked_geometry, compute_dtype_of, conv_tensors, maps_of, rows_for
 from .plan import others_of
 from .result import StepResult
 from .rows import checked_rows
@@ -56,6 +58,7 @@ def conv2d_forward(
     activation: Activation = "relu",
     compute_dtype: torch.dtype | None = None,
     input_sumsq: Tensor | None = None,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`y = pool(act(conv(r x) + b))` `[rows, out, h, w]`, channels-last in the compute dtype, and its rows' sums of
     squares `[rows]`.
@@ -75,9 +78,14 @@ def conv2d_forward(
         check.vector("input_sumsq", input_sumsq, len(x), weight.dtype, weight.device)
         input_sumsq = input_sumsq.detach()
     layer = Layer(weight, bias, norm, float(eps), eps_mode, activation, compute)
+    chosen = _backend_of(layer, geometry, None, backend)
     with without_autocast(weight.device):
-        p = conv.forward(x.detach(), layer, geometry, input_sumsq).p
-        return p, p.to(weight.dtype).square().sum((1, 2, 3))
+        rows = rows_for(x.detach(), layer, geometry, input_sumsq)
+        if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (weight, bias)):
+            p, *_ = conv.activities(rows, layer, geometry)
+            return p, p.to(weight.dtype).square().sum((1, 2, 3))
+        maps = ops.conv2d_forward(rows, layer, geometry, False, chosen)
+        return maps.p, maps.spread.sum(1)
 
 
 def conv2d_step_(
@@ -106,6 +114,7 @@ def conv2d_step_(
     skip_below: float = 0.0,
     batch_norm: nn.BatchNorm2d | None = None,
     only_checks: bool = False,
+    backend: str | None = None,
 ) -> StepResult:
     """One Forward-Forward step of one convolutional layer: updates `weight` and `bias` in place, without autograd.
 
@@ -113,8 +122,8 @@ def conv2d_step_(
     `p = pool(act(z))`. The objective reads two moments of each row and channel, `q1 = sum_places p` and
     `q2 = sum_places p^2`, and hands back the slopes `s1 = dLoss/dq1`, `s2 = dLoss/dq2`. Then `dp = s1 + 2 s2 p`,
     `dz` is `dp act'(z)` where a unit won its window, and `dW` the convolution's weight gradient alone; no gradient of
-    `x` is formed. Rows all of whose slopes are exactly zero are left out of it. A convolution runs in plain PyTorch,
-    whatever backend is forced for linear layers.
+    `x` is formed. Rows all of whose slopes are exactly zero are left out of it. Both convolutions are PyTorch's; what
+    comes before and behind them is one compiled pass each on the backend "native".
 
     Args:
         x_pos: `[n_pos, in, H, W]` un-normalised positive rows, in the weight's dtype or the compute dtype. Maps are
@@ -140,6 +149,7 @@ def conv2d_step_(
         batch_norm: a `torch.nn.BatchNorm2d` behind the pool: the objective reads the moments of its signed output,
             which the result hands on; the optimizer must hold its weight and bias too. In train mode its statistics
             are those of the batch, both sides together, and the running ones move.
+        backend: as in `linear_step_`; "native" has no overlapping windows, no gelu and no silu.
 
     Returns:
         `y` `[rows, out, h, w]`, channels-last; `sumsq` `[rows]` over all of a row; goodness and loss as ever.
@@ -153,7 +163,7 @@ def conv2d_step_(
         padding_mode=padding_mode, groups=groups, pool=pool, norm=norm, eps=eps, eps_mode=eps_mode,
         activation=activation, outputs=outputs, compute_dtype=compute_dtype, sample_weight=sample_weight,
         is_positive=is_positive, labels=labels, input_sumsq=input_sumsq, skip_below=skip_below, batch_norm=batch_norm,
-        only_checks=only_checks,
+        only_checks=only_checks, backend=backend,
     )  # fmt: skip
 
 
@@ -179,6 +189,7 @@ def conv2d_pass(
     skip_below: float,
     batch_norm: nn.BatchNorm2d | None,
     only_checks: bool,
+    backend: str | None,
     learns: bool = True,
     **of_rows: Any,
 ) -> StepResult:
@@ -216,32 +227,38 @@ def conv2d_pass(
         )
     learning = {"weight": weight, **({} if bias is None else {"bias": bias}), **others_of(objective, batch_norm)}
     update = _update_of(optimizer, learning, rows) if learns else None
+    layer = Layer(weight, bias, norm, float(eps), eps_mode, activation, compute)
+    chosen = _backend_of(layer, geometry, None if update is None else update.rule, backend)
     n_pos = len(x_pos) if rows.is_positive is None else None
     if only_checks:
         nothing = weight.new_empty(0)
         return StepResult(None, nothing, nothing, nothing, n_pos, rows.is_positive)
-    layer = Layer(weight, bias, norm, float(eps), eps_mode, activation, compute)
     held = interrupts.hold()
     try:
         with torch.no_grad(), without_autocast(weight.device):
             x = torch.cat([x_pos, rows.x_neg]) if len(rows.x_neg) else x_pos
-            maps = conv.forward(x, layer, geometry, rows.input_sumsq)
-            made, read = _read(maps.p, weight.dtype, batch_norm)
-            y = made.to(compute) if outputs == "pre" else None
+            of_product = rows_for(x, layer, geometry, rows.input_sumsq)
+            maps = ops.conv2d_forward(of_product, layer, geometry, batch_norm is not None, chosen)
+            read = _read(maps, batch_norm)
             judged, by_head = _judged(objective, read, rows, skip_below)
-            if update is not None:
-                gradients = _gradients(maps, layer, geometry, read, judged)
+            slopes, gradients = _slopes(read, judged, outputs == "pre")
+            if update is None:
+                _hand_on(maps, slopes)
+            else:
+                dw, db = ops.conv2d_gradients_(of_product, layer, geometry, maps, slopes, chosen)
+                gradients |= {"weight": dw, "bias": db}
                 if by_head is not None:
                     gradients["objective.weight"] = by_head
                 for name, part in zip(learning, update.parts, strict=True):
                     rules.step(update.rule, part.parameter, gradients[name], part.slot)
                 torch.autograd.graph.increment_version(update.written())
                 update.finish(optimizer)
-                if batch_norm is not None and read.behind is not None:
-                    move(batch_norm, read.behind)
+            if batch_norm is not None and read.behind is not None:
+                move(batch_norm, read.behind)
     finally:
         interrupts.release(held)
     assert judged.goodness is not None
+    y = maps.p if outputs == "pre" else None
     return StepResult(y, read.sumsq, judged.goodness, judged.loss, n_pos, rows.is_positive)
 
 
@@ -266,16 +283,20 @@ class Read(NamedTuple):
     behind: StandardisedMoments | None
 
 
-def _read(p: Tensor, dtype: torch.dtype, batch_norm: nn.BatchNorm2d | None) -> tuple[Tensor, Read]:
-    """What a layer hands on of its activities `p`, and the moments of that."""
-    places = p.shape[2] * p.shape[3]
+def _backend_of(layer: Layer, geometry: Geometry, rule: str | None, backend: str | None) -> str:
+    weight = layer.weight
+    request = select.Request(
+        weight.device, weight.dtype, layer.compute_dtype, layer.activation, rule, geometry=geometry
+    )
+    return select.choose(request, backend)
+
+
+def _read(maps: Maps, batch_norm: nn.BatchNorm2d | None) -> Read:
+    places = maps.p.shape[2] * maps.p.shape[3]
     if batch_norm is None:
-        first, second = conv.moments(p, dtype)
-        return p, Read(first, second, second.sum(1), places, None)
-    behind, apart = standardise_moments(p, p.sum((2, 3), dtype=dtype), batch_norm)
-    scale = behind.weight / behind.deviation
-    y = apart.mul_(scale[:, None, None]).add_((behind.bias - behind.rest * scale)[:, None, None])
-    return y, Read(behind.first, behind.second, behind.second.sum(1), places, behind)
+        return Read(maps.first, maps.spread, maps.spread.sum(1), places, None)
+    behind = standardise_moments(maps, batch_norm)
+    return Read(behind.first, behind.second, behind.second.sum(1), places, behind)
 
 
 def _judged(objective: AnyObjective, read: Read, rows: Rows, skip_below: float) -> tuple[Judged, Tensor | None]:
@@ -304,14 +325,20 @@ def _judged(objective: AnyObjective, read: Read, rows: Rows, skip_below: float) 
     return Judged(judged.loss, goodness, *slopes), None
 
 
-def _gradients(maps: conv.Maps, layer: Layer, geometry: Geometry, read: Read, judged: Judged) -> dict[str, Tensor]:
-    """The gradients of what learns, by name."""
+def _slopes(read: Read, judged: Judged, hands_on: bool) -> tuple[MapSlopes, dict[str, Tensor]]:
+    """The slopes by the moments of activities, and the gradients of a batch normalisation by name."""
     if read.behind is None:
-        dw, db = conv.gradients(maps, layer, geometry, judged.first, judged.second)
-        return {"weight": dw, "bias": db}
+        return MapSlopes(judged.first, judged.second), {}
     offset, gain, by_weight, by_bias = through_moments(read.behind, judged.first, judged.second)
-    dw, db = conv.gradients(maps, layer, geometry, offset, gain / 2, read.behind.centre)
-    return {"weight": dw, "bias": db, "batch_norm.weight": by_weight, "batch_norm.bias": by_bias}
+    line = read.behind.line() if hands_on else (None, None)
+    return MapSlopes(offset, gain / 2, *line), {"batch_norm.weight": by_weight, "batch_norm.bias": by_bias}
+
+
+def _hand_on(maps: Maps, slopes: MapSlopes) -> None:
+    """What an update leaves in the place of the activities, without one."""
+    if slopes.gain is not None and slopes.shift is not None:
+        variance = torch.ones_like(maps.pivot)
+        maps.p.copy_(F.batch_norm(maps.p, maps.pivot, variance, slopes.gain, slopes.shift, False, 0.0, 0.0))
 
 
 def _update_of(optimizer: Optimizer | None, learning: dict[str, Tensor], rows: Rows) -> optim.Plan:

@@ -14,6 +14,7 @@ from .. import validation as check
 from ..backends import select
 from ..objectives import DEFAULT_OBJECTIVE, AnyObjective, Objective, any_objective
 from ..peer import PeerNormalisation
+from .maps import PoolOf, checked_geometry, compute_dtype_of, conv_tensors
 
 
 def explain(
@@ -25,22 +26,32 @@ def explain(
     compute_dtype: torch.dtype | None = None,
     peer: PeerNormalisation | None = None,
     skip_below: float = 0.0,
+    pool: PoolOf = None,
     backend: str | None = None,
 ) -> str:
     """Says which backend a layer step runs on, why each other one is passed over, and how the update runs.
+
+    Of a weight `[out, in / groups, k, k]` it is the step of a convolution with that `pool`.
 
     Raises:
         ValueError, TypeError: for an argument that does not fit, and where a forced backend cannot run it, as the step
             itself would.
     """
-    check.layer_tensors(weight, None)
+    geometry = None
+    if isinstance(weight, Tensor) and weight.dim() == 4:
+        geometry = checked_geometry(1, 0, "zeros", 1, pool)
+        conv_tensors(weight, None, geometry)
+    else:
+        check.layer_tensors(weight, None)
+        if pool is not None:
+            raise ValueError(f"pool={pool!r} came with a linear layer's weight; accepted: None")
     check.optimizer_object(optimizer)
     objective = any_objective(objective)
     check.objective_alone(objective, skip_below, len(weight))
     head = check.head(objective, weight)
     check.one_of("activation", activation, check.ACTIVATIONS)
     check.peer_object(peer)
-    compute = check.compute_dtype_of(compute_dtype, weight)
+    compute = (check.compute_dtype_of if geometry is None else compute_dtype_of)(compute_dtype, weight)
     rule, update = optim.fused_rule(optimizer, weight, *(() if head is None else (head,)))
     if optimizer is not None and rule == "grad":
         optim.steps_on_gradients(optimizer)
@@ -53,6 +64,7 @@ def explain(
         rule,
         peers.gradient_of(peer),
         skips=skip_below > 0,
+        geometry=geometry,
     )
     chosen = select.choose(request, backend)
     forced, source = select.forced_backend(backend)
@@ -61,7 +73,7 @@ def explain(
     for name, reason in select.verdicts(request).items():
         if name != chosen:
             lines.append(f"  passed over: {name}: {reason or 'comes later in the order of preference'}")
-    if isinstance(objective, Objective) and select.has_loss(chosen, objective.loss):
+    if geometry is None and isinstance(objective, Objective) and select.has_loss(chosen, objective.loss):
         loss = f"{objective.loss}, which the backend knows: one call"
     else:
         loss = "in plain PyTorch, between the backend's forward and its update"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import validation as check
-from ..spec import Geometry, PaddingMode, Pool
+from ..normalisation import row_scale, row_sumsq
+from ..spec import Geometry, Layer, MapRows, PaddingMode, Pool
 
 Size = int | tuple[int, int]
 # A size is that of maximum pooling, as `nn.MaxPool2d(size)` has it.
@@ -104,3 +106,24 @@ def maps_of(name: str, x: Tensor, weight: Tensor, compute_dtype: torch.dtype, ge
         raise ValueError(
             f"padding={geometry.padding} reflects more than the maps {sides} of {name} hold; accepted: less"
         )
+
+
+def rows_for(x: Tensor, layer: Layer, geometry: Geometry, input_sumsq: Tensor | None) -> MapRows:
+    """Maps `x` `[rows, in, H, W]` as the product takes them; `input_sumsq`: `[rows]` their sums of squares, if known.
+
+    The row scale commutes with the convolution, padding included: but where it is rounded, the normalised input is
+    never there.
+    """
+    weight, compute = layer.weight, layer.compute_dtype
+    scale = None
+    if layer.norm != "none":
+        sumsq = row_sumsq(x, weight.dtype) if input_sumsq is None else input_sumsq
+        scale = row_scale(sumsq, x.shape[1:].numel(), layer.norm, layer.eps, layer.eps_mode)
+        if compute != weight.dtype:
+            # A sum that is rounded before its bias is added loses what the two leave of each other.
+            x, scale = x * scale[:, None, None, None], None
+    x = x.to(compute).contiguous(memory_format=torch.channels_last)
+    if geometry.padding_mode == "reflect":
+        (down, across) = geometry.padding
+        x = F.pad(x, (across, across, down, down), mode="reflect").contiguous(memory_format=torch.channels_last)
+    return MapRows(x, scale)

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from .. import functional
 from .. import validation as check
+from ..backends import select
 from ..functional import StepResult
 from ..functional.conv import conv2d_pass
 from ..functional.maps import PoolOf, Size, checked_geometry, compute_dtype_of, conv_tensors
@@ -26,7 +27,7 @@ from ..spec import Activation, EpsMode, Geometry, Norm, OutputsOf, PaddingMode
 from .layer import called_only, watched
 
 GEOMETRY_OPTIONS = ("stride", "padding", "padding_mode", "groups", "pool")
-FORWARD_OPTIONS = (*GEOMETRY_OPTIONS, "norm", "eps", "eps_mode", "activation", "compute_dtype")
+FORWARD_OPTIONS = (*GEOMETRY_OPTIONS, "norm", "eps", "eps_mode", "activation", "compute_dtype", "backend")
 
 
 class FFConv2d(nn.Conv2d):
@@ -66,12 +67,15 @@ class FFConv2d(nn.Conv2d):
         activation: Activation = "relu",
         outputs: OutputsOf = "pre",
         compute_dtype: torch.dtype | None = None,
+        backend: str | None = None,
         batch_norm: Literal["behind"] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         check.layer_options(norm, eps, eps_mode, activation)
         check.one_of("outputs", outputs, ("pre", "none"))
+        if backend is not None:
+            check.one_of("backend", backend, tuple(select.BACKENDS))
         geometry = checked_geometry(stride, padding, padding_mode, groups, pool)
         super().__init__(
             in_channels, out_channels, kernel_size, geometry.stride, geometry.padding, 1, groups, bias, padding_mode,
@@ -91,6 +95,7 @@ class FFConv2d(nn.Conv2d):
         self.activation = activation
         self.outputs = outputs
         self.compute_dtype = compute_dtype
+        self.backend = backend
         if batch_norm not in (None, "behind"):
             raise ValueError(f"batch_norm={batch_norm!r} is not one of None, 'behind'")
         self.batch_norm = None if batch_norm is None else nn.BatchNorm2d(out_channels, device=device, dtype=dtype)

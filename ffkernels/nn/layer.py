@@ -252,7 +252,7 @@ class FFLinear(nn.Linear):
         if side is None:
             side = torch.arange(len(x), device=x.device) < n_pos if is_positive is None else is_positive
         with self._set(own):
-            if batch_norm is not None and parameters:
+            if batch_norm is not None:
                 with torch.no_grad():
                     weights = (self.weight, self.bias)
                     before = standardise(functional.linear_forward(x, *weights, **own)[0].to(weight.dtype), batch_norm)
@@ -270,18 +270,18 @@ class FFLinear(nn.Linear):
                     loss = functional.goodness_loss(
                         goodness, objective=of_scores, sample_weight=rows.sample_weight, **sides
                     )
-            if parameters:
-                held = interrupts.hold()
-                try:
+            held = interrupts.hold()
+            try:
+                if parameters:
                     optim.step_on_loss(optimizer, parameters, loss, alone=not isinstance(objective, GivenLoss))
-                    if batch_norm is not None:
-                        with torch.no_grad():
-                            move(batch_norm, before)
-                finally:
-                    interrupts.release(held)
-                if outputs == "post":
+                if batch_norm is not None:
                     with torch.no_grad():
-                        y, sumsq = self._run(x)
+                        move(batch_norm, before)
+            finally:
+                interrupts.release(held)
+            if parameters and outputs == "post":
+                with torch.no_grad():
+                    y, sumsq = self._run(x)
         y_out = None if outputs == "none" else y.detach()
         known = n_pos if is_positive is None else None
         return StepResult(y_out, sumsq.detach(), goodness.detach(), loss.detach(), known, is_positive)

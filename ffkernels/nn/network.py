@@ -125,7 +125,8 @@ class FFNetwork(nn.Module):
         """One step of every layer on a minibatch; each hands its activities to the next as its `outputs` says.
 
         All layers are checked before the first one is written. A layer none of whose parameters requires a gradient
-        stays as it is, its running mean too: it hands on its activities, and has a loss and a goodness.
+        stays as it is, its running mean too: it hands on its activities, and has a loss and a goodness. The running
+        statistics of its batch normalisation go on in train mode, as PyTorch's do.
 
         Args:
             x_pos, x_neg: rows of both sides, as in `linear_step_`.

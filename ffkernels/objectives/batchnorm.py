@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..spec import Maps
+
 
 class Standardised(NamedTuple):
     """`u = weight x + bias` `[rows, units]`, of the standardised activities `x`; and what its gradient needs.
@@ -29,14 +31,13 @@ class Standardised(NamedTuple):
 
 
 class StandardisedMoments(NamedTuple):
-    """`u = weight x + bias` of maps `p` `[rows, channels, h, w]`, `x = (p - centre - rest) / deviation`: its moments.
+    """`u = weight x + bias` of maps `p` `[rows, channels, h, w]`, `x = (p - pivot - rest) / deviation`: its moments.
 
     Attributes:
         first, second: `[rows, channels]` sums over places of `u`, and of `u^2`.
         x_first, x_second: likewise of `x`.
         places: how many a row has.
-        centre, rest: `[channels]`; what rounding has left of the mean in `p - centre` is the rest.
-        deviation, weight, bias: `[channels]`.
+        rest, deviation, weight, bias: `[channels]`.
         mean, variance: as in `Standardised`.
     """
 
@@ -45,7 +46,6 @@ class StandardisedMoments(NamedTuple):
     x_first: Tensor
     x_second: Tensor
     places: int
-    centre: Tensor
     rest: Tensor
     deviation: Tensor
     weight: Tensor
@@ -57,6 +57,11 @@ class StandardisedMoments(NamedTuple):
     def samples(self) -> int:
         """How many numbers of each channel the statistics are of."""
         return len(self.first) * self.places
+
+    def line(self) -> tuple[Tensor, Tensor]:
+        """`gain` and `shift` `[channels]` of `u = gain (p - pivot) + shift`."""
+        gain = self.weight / self.deviation
+        return gain, self.bias - self.rest * gain
 
 
 def standardise(y: Tensor, norm: nn.BatchNorm1d) -> Standardised:
@@ -77,42 +82,37 @@ def standardise(y: Tensor, norm: nn.BatchNorm1d) -> Standardised:
     return Standardised(u, x, scale, *((mean, variance) if is_of_batch else (None, None)))
 
 
-def standardise_moments(p: Tensor, first: Tensor, norm: nn.BatchNorm2d) -> tuple[StandardisedMoments, Tensor]:
-    """What `norm` makes of maps `p` `[rows, channels, h, w]` with sums over places `first`; and `p - centre`.
-
-    Squares are summed of `p - centre` alone: a variance from sums of `p^2` has lost its digits where the mean is large.
-    """
+def standardise_moments(maps: Maps, norm: nn.BatchNorm2d) -> StandardisedMoments:
+    """What `norm` makes of maps, by their moments."""
     mean, variance = norm.running_mean, norm.running_var
     is_of_batch = norm.training or mean is None or variance is None
-    places = p.shape[2] * p.shape[3]
-    count = max(len(p) * places, 1)
+    places = maps.p.shape[2] * maps.p.shape[3]
+    count = max(len(maps.p) * places, 1)
+    rest = maps.first.sum(0) / count
+    if not is_of_batch:
+        assert mean is not None
+        rest = mean - maps.pivot
+    # Sums about the mean, from those about the pivot.
+    second = maps.spread - 2 * rest * maps.first + places * rest.square()
+    first = maps.first - places * rest
     if is_of_batch:
-        mean = first.sum(0) / count
-    assert mean is not None
-    apart = p - mean[:, None, None]
-    first, second = apart.sum((2, 3)), apart.square().sum((2, 3))
-    rest = torch.zeros_like(mean)
-    if is_of_batch:
-        rest = first.sum(0) / count
-        second = second - 2 * rest * first + places * rest.square()
-        first = first - places * rest
-        variance = second.sum(0).clamp_min(0) / count
+        mean, variance = maps.pivot + rest, second.sum(0).clamp_min(0) / count
     assert variance is not None
     deviation = (variance + norm.eps).sqrt()
     x_first, x_second = first / deviation, second / deviation.square()
-    weight = torch.ones_like(mean) if norm.weight is None else norm.weight
-    bias = torch.zeros_like(mean) if norm.bias is None else norm.bias
+    weight = torch.ones_like(deviation) if norm.weight is None else norm.weight
+    bias = torch.zeros_like(deviation) if norm.bias is None else norm.bias
     u_first = torch.addcmul(places * bias, x_first, weight)
     u_second = weight.square() * x_second + 2 * weight * bias * x_first + places * bias.square()
     of_batch = (mean, variance) if is_of_batch else (None, None)
     moments = (u_first, u_second, x_first, x_second)
-    return StandardisedMoments(*moments, places, mean, rest, deviation, weight, bias, *of_batch), apart
+    return StandardisedMoments(*moments, places, rest, deviation, weight, bias, *of_batch)
 
 
 def through_moments(
     of: StandardisedMoments, first: Tensor | None, second: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """From `du = first + 2 second u`, slopes `[rows, channels]` or `[rows, 1]`: `dp = offset + gain (p - centre)`.
+    """From `du = first + 2 second u`, slopes `[rows, channels]` or `[rows, 1]`: `dp = offset + gain (p - pivot)`.
 
     Returns:
         `offset` and `gain` `[rows, channels]`, and the gradients of the weight and the bias `[channels]`.

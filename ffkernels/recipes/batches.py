@@ -41,6 +41,11 @@ def random_flips(images: Tensor, generator: torch.Generator | None = None) -> Te
     return torch.where(turned, images.flip(3), images)
 
 
+def flipped(images: Tensor, generator: torch.Generator | None, shape: tuple[int, int, int]) -> Tensor:
+    """Images `[rows, channels * height * width]` of a `shape`, half of them turned: `random_flips`."""
+    return random_flips(images.view(-1, *shape), generator).flatten(1)
+
+
 def as_input(images: Tensor, mean: float = 0.0, std: float = 1.0, columns: int = 0) -> Tensor:
     """Rows of float32 from uint8 images: 0..1 (or standardised), behind `columns` zeros for a label."""
     x = images.float().div_(255)
@@ -50,9 +55,16 @@ def as_input(images: Tensor, mean: float = 0.0, std: float = 1.0, columns: int =
 
 
 def dropped(x: Tensor, share: float, generator: torch.Generator | None = None) -> Tensor:
-    """`x` with each number set to 0 with probability `share` and else divided by `1 - share`."""
-    kept = torch.empty_like(x).uniform_(generator=generator).ge_(share)
-    return kept.mul_(x).div_(1 - share)
+    """`x` with each number set to 0 with probability `share` and else divided by `1 - share`.
+
+    A draw of 64 bits decides four numbers: `share` is rounded to a multiple of 2^-16.
+    """
+    of_all = 1 << 16
+    left_out = round(share * of_all)
+    draws = x.new_empty(-(-x.numel() // 4), dtype=torch.int64)
+    draws.random_(-(1 << 63), (1 << 63) - 1, generator=generator)
+    kept = draws.view(torch.int16)[: x.numel()].view(x.shape).ge(left_out - of_all // 2)
+    return kept.to(x.dtype).mul_(of_all / max(of_all - left_out, 1)).mul_(x)
 
 
 def labelled_sides(

@@ -7,7 +7,7 @@ import io
 import os
 import secrets
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -157,7 +157,7 @@ def module_state(name: str, found: object, module: nn.Module) -> dict[str, Tenso
     return _tensors(name, found, module.state_dict())
 
 
-def optimizer_state(name: str, found: object, optimizer: Optimizer, steps: int) -> dict[str, Any]:
+def optimizer_state(name: str, found: object, optimizer: Optimizer, steps: Sequence[int]) -> dict[str, Any]:
     """What `optimizer` can load whole: the tensors of `found`, with the optimizer's own groups, which must agree.
 
     Learning rates may differ: they are the epoch's.
@@ -166,7 +166,7 @@ def optimizer_state(name: str, found: object, optimizer: Optimizer, steps: int) 
         name: of the optimizer, for errors.
         found: a `state_dict` from a file.
         optimizer: with the same parameters and options.
-        steps: that it has taken.
+        steps: that each of its parameters has taken.
 
     Raises:
         ValueError: naming the entry that is missing, superfluous or of another kind.
@@ -191,13 +191,16 @@ def optimizer_state(name: str, found: object, optimizer: Optimizer, steps: int) 
     else:
         kept = {"momentum_buffer": None} if any(group["momentum"] for group in optimizer.param_groups) else {}
     state: dict[int, dict[str, Tensor]] = {}
-    if kept and (steps or found["state"]):
-        entries = _entries(f"{name}.state", found["state"], range(len(parameters)))
-        for i, parameter in enumerate(parameters):
+    if kept and (any(steps) or found["state"]):
+        early = found["state"] if isinstance(found["state"], dict) else {}
+        learning = [i for i in range(len(parameters)) if steps[i] or i in early or not any(steps)]
+        entries = _entries(f"{name}.state", found["state"], learning)
+        for i in learning:
+            parameter = parameters[i]
             like = {key: parameter.detach() if value is None else value for key, value in kept.items()}
             state[i] = _tensors(f"{name}.state[{i}]", entries[i], like)
-            if "step" in kept and state[i]["step"].item() != steps:
-                raise ValueError(f"{name}.state[{i}].step: {state[i]['step'].item():g}, not {steps}")
+            if "step" in kept and state[i]["step"].item() != steps[i]:
+                raise ValueError(f"{name}.state[{i}].step: {state[i]['step'].item():g}, not {steps[i]}")
     return {"state": state, "param_groups": own["param_groups"]}
 
 

@@ -82,7 +82,8 @@ def draw(trainer: Trainer, path: Path) -> None:
         if label == "columns":
             weight = weight[:, trainer.data.num_classes :]
         label_pixels = trainer.data.num_classes if label == "pixels" else 0
-        image = mosaic(weight.detach().cpu(), label_pixels, trainer.data.shape)
+        shape = trainer.data.shape if weight.dim() == 2 else tuple(weight.shape[1:])
+        image = mosaic(weight.detach().cpu(), label_pixels, shape)
         _features(figure.add_subplot(grid[:, 2]), image)
         write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
@@ -154,13 +155,13 @@ def _features(axes: Any, image: Tensor) -> None:
     axes.set_title("Weights of the first layer, largest first (red +, blue -; label pixels left out)")
 
 
-def mosaic(weight: Tensor, label_pixels: int, shape: tuple[int, int, int]) -> Tensor:
+def mosaic(weight: Tensor, label_pixels: int, shape: tuple[int, ...]) -> Tensor:
     """The units with the largest weights as a grid of images, each scaled to -1..1; NaN is blank.
 
-    `weight` `[units, channels * height * width]`; of colours the mean is shown.
+    `weight` `[units, ...]`, as many numbers as a `shape` `(channels, height, width)` has; of colours the mean is shown.
     """
     _, height, width = shape
-    images = weight.view(-1, *shape).mean(1).flatten(1)
+    images = weight.reshape(-1, *shape).mean(1).flatten(1)
     images[:, :label_pixels] = 0
     images = images[images.norm(dim=1).argsort(descending=True)[: TILES**2]]
     images /= images.abs().amax(1, keepdim=True).clamp(min=torch.finfo(images.dtype).tiny)

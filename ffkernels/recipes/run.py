@@ -86,7 +86,8 @@ def write_metrics(output: Path, rows: list[Row]) -> None:
 def summary(trainer: Trainer) -> str:
     """What a finished run has come to."""
     seconds = sum(row["seconds"] for row in trainer.rows)
-    widths = "-".join(str(width) for width in (next(iter(trainer.net)).in_features, *trainer.recipe.hidden))
+    units = [of.channels for of in trainer.recipe.convolutions] + list(trainer.recipe.hidden)
+    widths = "-".join(map(str, (next(iter(trainer.net)).weight.shape[1], *units)))
     dtype = str(trainer.compute_dtype or torch.float32).removeprefix("torch.")
     return (
         f"{trainer.recipe.name} ({widths}) on {trainer.data.name}: {describe_test(trainer.rows[-1])}; "

@@ -13,6 +13,7 @@ import math
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -20,12 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from .. import FFLinear, FFNetwork, StepResult, hybrid_images, wrong_label
+from .. import FFConv2d, FFLinear, FFNetwork, StepResult, hybrid_images, wrong_label
 from .. import validation as check
 from ..objectives import Objective, ProjectionHead, class_terms
 from ..optim import SGDW
 from . import checkpoint
-from .batches import as_input, dropped, hard_label, labelled_sides, shifted
+from .batches import as_input, dropped, flipped, hard_label, labelled_sides, shifted
 from .catalogue import Recipe, Rule
 from .data import Dataset
 from .metrics import Row, check_rows, describe
@@ -106,8 +107,7 @@ class Trainer:
         # Drawn on the CPU, so that a run starts from the same weights on every device.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            width = data.train_images.shape[1] + (data.num_classes if recipe.label == "columns" else 0)
-            self.net = _network(recipe, width, data.num_classes, compute_dtype).to(device)
+            self.net = _network(recipe, data, compute_dtype).to(device)
         self.label_field = 0 if recipe.label == "none" else data.num_classes
         self.net_optimizer = _optimizer(recipe.layers, self.net)
         self.rules = [(recipe.layers, self.net_optimizer)]
@@ -168,17 +168,28 @@ class Trainer:
             found = list(state) if isinstance(state, dict) else type(state).__name__
             raise ValueError(f"state: {found}, not a dict of {wanted}")
         check_rows(state["rows"], self.epochs, len(self.net), self.classifier is not None)
-        steps = len(state["rows"]) * self.steps_per_epoch
-        steps_of = {"net_optimizer": steps * max(1, self.recipe.layerwise_steps)}
+        done = len(state["rows"])
+        steps_of = {"net_optimizer": self._steps_of_layers(done)}
         checked: dict[str, dict[str, Any]] = {
             name: checkpoint.module_state(name, state[name], part)
             if isinstance(part, nn.Module)
-            else checkpoint.optimizer_state(name, state[name], part, steps_of.get(name, steps))
+            else checkpoint.optimizer_state(
+                name, state[name], part, steps_of.get(name) or [done * self.steps_per_epoch]
+            )
             for name, part in parts.items()
         }
         for name, part in parts.items():
             part.load_state_dict(checked[name])
         self.rows = list(state["rows"])
+
+    def _steps_of_layers(self, epochs: int) -> list[int]:
+        """How many steps each parameter of the network has taken after so many epochs."""
+        each = self.steps_per_epoch * max(1, self.recipe.layerwise_steps)
+        steps = []
+        for i, layer in enumerate(self.net):
+            learnt = sum(self._learns(i, epoch) for epoch in range(1, epochs + 1))
+            steps += [learnt * each] * len(list(layer.parameters()))
+        return steps
 
     def _parts(self) -> dict[str, nn.Module | Optimizer]:
         names: tuple[str, ...] = ("net", "net_optimizer")
@@ -203,6 +214,7 @@ class Trainer:
         epoch = len(self.rows) + 1
         factor = self.lr_factor(epoch)
         self._set_lr(factor)
+        self._set_learning(epoch)
         totals = self._train(epoch, after_step)
         if totals is None:
             return None
@@ -234,6 +246,15 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = rule.lr * factor
 
+    def _set_learning(self, epoch: int) -> None:
+        """Which layers learn in an epoch (from 1)."""
+        for i, layer in enumerate(self.net):
+            layer.requires_grad_(self._learns(i, epoch))
+
+    def _learns(self, index: int, epoch: int) -> bool:
+        window = self.recipe.convolutions[index].learns if index < len(self.recipe.convolutions) else None
+        return window is None or window[0] < epoch <= window[1]
+
     def _train(self, epoch: int, after_step: Callable[[Callable[[], str]], bool]) -> Totals | None:
         totals = Totals(self.net, self.skip_below)
         for batch in self.minibatches(epoch):
@@ -260,7 +281,11 @@ class Trainer:
         order = torch.randperm(len(self.train_labels), generator=generator, device=self.device)
         for rows in order.split(self._split(len(order), recipe.batch_size)):
             images, labels = self.train_images[rows], self.train_labels[rows]
-            x = self._as_input(shifted(images, recipe.jitter, generator, self.data.shape) if recipe.jitter else images)
+            if recipe.jitter:
+                images = shifted(images, recipe.jitter, generator, self.data.shape)
+            if recipe.flips:
+                images = flipped(images, generator, self.data.shape)
+            x = self._as_input(images)
             if recipe.dropout:
                 x = dropped(x, recipe.dropout, generator)
             if recipe.of_classes or recipe.negatives == "hybrid":
@@ -298,7 +323,7 @@ class Trainer:
             )
         else:
             results = self.net.step(x_pos, x_neg, self.net_optimizer, keep=True, **options)
-            features = self.net.features_of(results)
+            features = self.net.features_of(results, self.recipe.classifier_layers)
         logits = self._logits(features)
         self._step_classifier(features, batch.labels, logits)
         return results, logits
@@ -338,10 +363,13 @@ class Trainer:
 
     def _as_input(self, images: Tensor) -> Tensor:
         columns = self.data.num_classes if self.recipe.label == "columns" else 0
-        return as_input(images, self.recipe.pixel_mean, self.recipe.pixel_std, columns)
+        x = as_input(images, self.recipe.pixel_mean, self.recipe.pixel_std, columns)
+        if not self.recipe.convolutions:
+            return x
+        return x.view(-1, *self.data.shape).contiguous(memory_format=torch.channels_last)
 
     def _features(self, x: Tensor) -> Tensor:
-        return self.net.features(x, num_classes=self.label_field)
+        return self.net.features(x, self.recipe.classifier_layers, num_classes=self.label_field)
 
     @torch.no_grad()
     def classifier_error(self) -> float:
@@ -357,9 +385,18 @@ class Trainer:
 
     def _test_error(self, predict: Callable[[Tensor], Tensor]) -> float:
         wrong = torch.zeros((), dtype=torch.int64, device=self.device)
-        for images, labels in self._test_batches():
-            wrong += (predict(self._as_input(images)) != labels).sum()
+        with self._evaluating():
+            for images, labels in self._test_batches():
+                wrong += (predict(self._as_input(images)) != labels).sum()
         return int(wrong) / len(self.test_labels)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        self.net.eval()
+        try:
+            yield
+        finally:
+            self.net.train()
 
     def _test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         sizes = self._split(len(self.test_labels), EVALUATION_ROWS)
@@ -371,6 +408,10 @@ class Trainer:
 
         Of classes, that of the right one and the highest of the others.
         """
+        with self._evaluating():
+            return self._test_goodness()
+
+    def _test_goodness(self) -> tuple[Tensor, Tensor]:
         classes = self.data.num_classes
         generator = torch.Generator(self.device).manual_seed(self.seed)
         goodness: tuple[list[Tensor], list[Tensor]] = ([], [])
@@ -448,26 +489,40 @@ def _whole_number(name: str, value: object) -> None:
         raise TypeError(f"{name}={value!r} is not a whole number")
 
 
-def _network(recipe: Recipe, pixels: int, num_classes: int, compute_dtype: torch.dtype | None) -> FFNetwork:
-    layers = []
-    for fan_in, width in zip((pixels, *recipe.hidden), recipe.hidden, strict=False):
-        layer = FFLinear(
-            fan_in,
-            width,
-            objective=recipe.objective(width, num_classes),
-            norm=recipe.norm,
-            eps=recipe.eps,
-            eps_mode=recipe.eps_mode,
-            activation=recipe.activation,
-            outputs=recipe.outputs,
-            compute_dtype=compute_dtype,
-            peer=recipe.peer,
+def _network(recipe: Recipe, data: Dataset, compute_dtype: torch.dtype | None) -> FFNetwork:
+    classes, (channels, height, width) = data.num_classes, data.shape
+    options: dict[str, Any] = {
+        "norm": recipe.norm, "eps": recipe.eps, "eps_mode": recipe.eps_mode, "activation": recipe.activation,
+        "outputs": recipe.outputs, "compute_dtype": compute_dtype,
+    }  # fmt: skip
+    modules: list[nn.Module] = []
+    for of in recipe.convolutions:
+        convolution = FFConv2d(
+            channels,
+            of.channels,
+            3,
+            padding=1,
+            groups=classes if of.by_class else 1,
+            pool=of.pool if of.pool > 1 else None,
+            objective=recipe.objective(of.channels, classes),
+            batch_norm="behind",
+            **options | {"norm": "none"},
         )
+        assert convolution.batch_norm is not None
+        convolution.batch_norm.eps = recipe.eps
+        channels, height, width = of.channels, height // of.pool, width // of.pool
+        modules.append(convolution)
+    if recipe.convolutions and recipe.hidden:
+        modules.append(nn.Flatten())
+    fan_in = channels * height * width + (classes if recipe.label == "columns" else 0)
+    for units in recipe.hidden:
+        layer = FFLinear(fan_in, units, objective=recipe.objective(units, classes), peer=recipe.peer, **options)
         if recipe.init != "torch":
-            nn.init.normal_(layer.weight, std=1 / math.sqrt(width if recipe.init == "fan_out" else fan_in))
+            nn.init.normal_(layer.weight, std=1 / math.sqrt(units if recipe.init == "fan_out" else fan_in))
             nn.init.zeros_(layer.bias)
-        layers.append(layer)
-    return FFNetwork(layers)
+        fan_in = units
+        modules.append(layer)
+    return FFNetwork(modules)
 
 
 def _optimizer(rule: Rule, module: nn.Module) -> Optimizer:

@@ -5,6 +5,10 @@ once, and through the weight gradient in panels that the optimizer consumes whil
 """
 
 from ...objectives import LOSSES
+from .conv import conv2d_forward, conv2d_forward_like, conv2d_gradients_
 from .step import linear_forward_, linear_step_, linear_update_, unsupported
 
-__all__ = ["LOSSES", "linear_forward_", "linear_step_", "linear_update_", "unsupported"]
+__all__ = [
+    "LOSSES", "conv2d_forward", "conv2d_forward_like", "conv2d_gradients_", "linear_forward_", "linear_step_",
+    "linear_update_", "unsupported",
+]  # fmt: skip

@@ -1,18 +1,15 @@
-"""A convolutional layer: maps in, activities out; and from slopes by their moments to the parameters' gradients.
+"""A convolutional layer: maps in, activities and moments out; and from slopes by these to the parameters' gradients.
 
 Maps are channels-last throughout. There is no graph, and no gradient of the input.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...normalisation import row_scale, row_sumsq
-from ...spec import Geometry, Layer
+from ...spec import Geometry, Layer, MapRows, Maps, MapSlopes
 from .gradient import unsaturated_rows
 from .layer import ACTIVATIONS, LEAKY_SLOPE
 
@@ -20,125 +17,129 @@ from .layer import ACTIVATIONS, LEAKY_SLOPE
 POOLED_FIRST = ("relu", "identity")
 
 
-class Maps(NamedTuple):
-    """What a forward pass leaves, all of it in the compute dtype but the scale.
-
-    Attributes:
-        p: `[rows, channels, h, w]` activities, behind the pool.
-        x: the convolution's own input; where padding reflects, with it.
-        scale: `[rows]` row scales, or None.
-        where: `[rows, channels, h, w]` the winners of maximum pooling, or None.
-        before: `[rows, channels, h', w']` what the activation's slope is read from, in front of the pool: its input or
-            its output; None where `p` says it.
-        size: `(h', w')`.
-    """
-
-    p: Tensor
-    x: Tensor
-    scale: Tensor | None
-    where: Tensor | None
-    before: Tensor | None
-    size: tuple[int, int]
+def product(rows: MapRows, layer: Layer, geometry: Geometry) -> Tensor:
+    """`conv(x)`, channels-last in the compute dtype; with the bias where no scale stands between them."""
+    compute = layer.compute_dtype
+    bias = None if layer.bias is None or rows.scale is not None else layer.bias.to(compute)
+    z = F.conv2d(rows.x, layer.weight.to(compute), bias, geometry.stride, _padding(geometry), 1, geometry.groups)
+    return z.contiguous(memory_format=torch.channels_last)
 
 
-def forward(x: Tensor, layer: Layer, geometry: Geometry, input_sumsq: Tensor | None = None) -> Maps:
-    """`p = pool(act(r conv(x) + b))` of maps `x` `[rows, in, H, W]`; autograd-compatible by weight and bias.
-
-    The row scale `r` commutes with the convolution, padding included: but where it is rounded, the normalised input is
-    never there.
-    `input_sumsq`: `[rows]` sums of squares of `x` where they are known.
-    """
-    weight, compute = layer.weight, layer.compute_dtype
-    scale = None
-    if layer.norm != "none":
-        sumsq = row_sumsq(x, weight.dtype) if input_sumsq is None else input_sumsq
-        scale = row_scale(sumsq, x.shape[1:].numel(), layer.norm, layer.eps, layer.eps_mode)
-        if compute != weight.dtype:
-            # A sum that is rounded before its bias is added loses what the two leave of each other.
-            x, scale = x * scale[:, None, None, None], None
-    x = x.to(compute).contiguous(memory_format=torch.channels_last)
-    if geometry.padding_mode == "reflect":
-        (down, across) = geometry.padding
-        x = F.pad(x, (across, across, down, down), mode="reflect").contiguous(memory_format=torch.channels_last)
-    kernel = weight.to(compute)
-    bias = None if layer.bias is None or scale is not None else layer.bias.to(compute)
-    z = F.conv2d(x, kernel, bias, geometry.stride, _padding(geometry), 1, geometry.groups)
-    z = z.contiguous(memory_format=torch.channels_last)
-    if scale is not None:
-        z.mul_(scale[:, None, None, None])
+def activities(rows: MapRows, layer: Layer, geometry: Geometry) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`p`, `where` and `before` of `spec.Maps`; autograd-compatible by weight and bias."""
+    z = product(rows, layer, geometry)
+    if rows.scale is not None:
+        z.mul_(rows.scale[:, None, None, None])
         if layer.bias is not None:
             z.add_(layer.bias[:, None, None])
-    size = (z.shape[2], z.shape[3])
     activation = ACTIVATIONS[layer.activation]
-    before = where = None
     if geometry.pool == "max" and layer.activation in POOLED_FIRST:
         p, where = _max_pool(z, geometry)
-        return Maps(activation.forward(p), x, scale, where, None, size)
+        return activation.forward(p), where, None
     a = activation.forward(z)
-    if activation.keeps_z:
-        before = z
-    elif geometry.pool == "average" and layer.activation != "identity":
-        before = a
+    before = None
+    if is_told_before(layer.activation, geometry):
+        before = z if activation.keeps_z else a
     if geometry.pool == "none":
-        return Maps(a, x, scale, None, before, size)
+        return a, None, before
     if geometry.pool == "max":
         p, where = _max_pool(a, geometry)
+        return p, where, before
+    return F.avg_pool2d(a, geometry.pool_size, geometry.pool_stride), None, before
+
+
+def is_told_before(activation: str, geometry: Geometry) -> bool:
+    """Whether the activation's slope is told by what is in front of the pool, and not by what is behind it."""
+    return ACTIVATIONS[activation].keeps_z or (geometry.pool == "average" and activation != "identity")
+
+
+def conv2d_forward(rows: MapRows, layer: Layer, geometry: Geometry, is_centred: bool) -> Maps:
+    """See `ops.SCHEMAS`."""
+    p, where, before = activities(rows, layer, geometry)
+    before, where = (p.new_empty(0) if kept is None else kept for kept in (before, where))
+    wide, pivot = p.to(layer.weight.dtype), layer.weight.new_empty(0)
+    if is_centred:
+        pivot = wide.sum((0, 2, 3)) / max(len(p) * p.shape[2] * p.shape[3], 1)
+        wide = wide - pivot[:, None, None]
+    return Maps(p, wide.sum((2, 3)), wide.square().sum((2, 3)), pivot, where, before)
+
+
+# It runs on tensors without numbers too.
+conv2d_forward_like = conv2d_forward
+
+
+def unsaturated(rows: MapRows, maps: Maps, slopes: MapSlopes) -> tuple[MapRows, Maps, MapSlopes]:
+    """What is left where rows have slopes of exactly zero alone, if these are worth leaving out."""
+    given = [slope for slope in (slopes.first, slopes.second) if slope is not None]
+    kept = unsaturated_rows(torch.stack([(slope != 0).any(1) for slope in given]).any(0))
+    if kept is None:
+        return rows, maps, slopes
+    first, second = (None if slope is None else slope[kept] for slope in (slopes.first, slopes.second))
+    scale = None if rows.scale is None else rows.scale[kept]
+    where, before = (_take(t, kept) if t.numel() else t for t in (maps.where, maps.before))
+    return (
+        MapRows(_take(rows.x, kept), scale),
+        maps._replace(p=_take(maps.p, kept), where=where, before=before),
+        slopes._replace(first=first, second=second),
+    )
+
+
+def conv2d_gradients_(
+    rows: MapRows, layer: Layer, geometry: Geometry, maps: Maps, slopes: MapSlopes
+) -> tuple[Tensor, Tensor]:
+    """See `ops.SCHEMAS`."""
+    p, weight = maps.p, layer.weight
+    rows, maps, slopes = unsaturated(rows, maps, slopes)
+    centre = maps.pivot if maps.pivot.numel() else None
+    if len(maps.p):
+        gradients = _gradients(rows, layer, geometry, maps, slopes.first, slopes.second, centre)
     else:
-        p = F.avg_pool2d(a, geometry.pool_size, geometry.pool_stride)
-    return Maps(p, x, scale, where, before, size)
+        gradients = torch.zeros_like(weight), weight.new_zeros(len(weight))
+    if slopes.gain is not None and slopes.shift is not None:
+        apart = p.to(weight.dtype) - maps.pivot[:, None, None]
+        p.copy_(apart.mul_(slopes.gain[:, None, None]).add_(slopes.shift[:, None, None]))
+    return gradients
 
 
-def moments(p: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`[rows, channels]` sums over the places of maps `p`, and of their squares, summed in `dtype`."""
-    wide = p.to(dtype)
-    return wide.sum((2, 3)), wide.square().sum((2, 3))
-
-
-def gradients(
-    maps: Maps,
+def _gradients(
+    rows: MapRows,
     layer: Layer,
     geometry: Geometry,
+    maps: Maps,
     first: Tensor | None,
     second: Tensor | None,
-    centre: Tensor | None = None,
+    centre: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """`dW` `[out, in, k, k]` and `db` `[out]`, of `dLoss/dp = first + 2 second (p - centre)`.
-
-    Slopes are `[rows, channels]` or `[rows, 1]` in the weight's dtype, None for zero; `centre` is `[channels]` or None.
-    Rows all of whose slopes are exactly zero are left out.
-    """
-    weight = layer.weight
-    slopes = [slope for slope in (first, second) if slope is not None]
-    kept = unsaturated_rows(torch.stack([(slope != 0).any(1) for slope in slopes]).any(0))
-    if kept is not None:
-        p, x, scale, where, before, size = maps
-        scale, where, before = (_rows(t, kept) for t in (scale, where, before))
-        maps = Maps(_take(p, kept), _take(x, kept), scale, where, before, size)
-        first, second = _rows(first, kept), _rows(second, kept)
-    if not len(maps.p):
-        return torch.zeros_like(weight), weight.new_zeros(len(weight))
+    activation = ACTIVATIONS[layer.activation]
     dz = _by_activity(maps.p, first, second, centre)
-    if maps.before is None and not (layer.activation == "relu" and first is None and centre is None):
+    told_before, size = is_told_before(layer.activation, geometry), size_of(rows, layer, geometry)
+    if not told_before:
         dz = _gated(dz, maps.p, layer.activation)
-    if maps.before is not None:
-        dz = _in_front_of_pool(dz, maps, geometry)
-        if ACTIVATIONS[layer.activation].keeps_z:
+    else:
+        dz = _in_front_of_pool(dz, maps.where, geometry, size)
+        if activation.keeps_z:
             z = maps.before.to(dz.dtype)
-            dz = dz * ACTIVATIONS[layer.activation].slope(z, z)
+            dz = dz * activation.slope(z, z)
         else:
             dz = _gated(dz, maps.before, layer.activation)
     db = dz.sum((0, 2, 3))
-    if maps.scale is not None:
-        dz = dz * maps.scale[:, None, None, None]
+    if rows.scale is not None:
+        dz = dz * rows.scale[:, None, None, None]
     dz = dz.to(layer.compute_dtype)
-    if maps.before is None:
-        dz = _in_front_of_pool(dz, maps, geometry)
+    if not told_before:
+        dz = _in_front_of_pool(dz, maps.where, geometry, size)
+    return by_weight(dz, rows.x, layer, geometry), db
+
+
+def by_weight(dz: Tensor, x: Tensor, layer: Layer, geometry: Geometry) -> Tensor:
+    """`dW` of the gradient `dz` in front of the activation, and of that alone."""
+    weight = layer.weight
     _, dw, _ = torch.ops.aten.convolution_backward(
-        dz.contiguous(memory_format=torch.channels_last), maps.x, weight.to(layer.compute_dtype), None, geometry.stride,
+        dz.contiguous(memory_format=torch.channels_last), x, weight.to(layer.compute_dtype), None, geometry.stride,
         _padding(geometry), [1, 1], False, [0, 0], geometry.groups, [False, True, False],
     )  # fmt: skip
     # PyTorch's fused rules walk memory in order, and the gradient comes channels-last.
-    return dw.to(weight.dtype).contiguous(), db
+    return dw.to(weight.dtype).contiguous()
 
 
 def _by_activity(p: Tensor, first: Tensor | None, second: Tensor | None, centre: Tensor | None) -> Tensor:
@@ -159,16 +160,23 @@ def _gated(dz: Tensor, a: Tensor, activation: str) -> Tensor:
     return dz.masked_fill(shut, 0) if activation == "relu" else torch.where(shut, LEAKY_SLOPE * dz, dz)
 
 
-def _in_front_of_pool(dp: Tensor, maps: Maps, geometry: Geometry) -> Tensor:
+def size_of(rows: MapRows, layer: Layer, geometry: Geometry) -> tuple[int, int]:
+    """Height and width of the maps in front of the pool."""
+    kernel = (layer.weight.shape[2], layer.weight.shape[3])
+    within = geometry._replace(padding=_padding(geometry))
+    return within.maps_of(rows.x.shape[2], rows.x.shape[3], kernel)[0]
+
+
+def _in_front_of_pool(dp: Tensor, where: Tensor, geometry: Geometry, size: tuple[int, int]) -> Tensor:
     """The gradient in front of the pool of one behind it, `[rows, channels, h, w]`."""
     if geometry.pool == "none":
         return dp
     dp = dp.contiguous(memory_format=torch.channels_last)
     # Of the pool's input only shape and layout are read.
-    like = torch.empty(*dp.shape[:2], *maps.size, dtype=dp.dtype, device=dp.device, memory_format=torch.channels_last)
+    like = torch.empty(*dp.shape[:2], *size, dtype=dp.dtype, device=dp.device, memory_format=torch.channels_last)
     sizes = (geometry.pool_size, geometry.pool_stride, [0, 0])
     if geometry.pool == "max":
-        return torch.ops.aten.max_pool2d_with_indices_backward(dp, like, *sizes, [1, 1], False, maps.where)
+        return torch.ops.aten.max_pool2d_with_indices_backward(dp, like, *sizes, [1, 1], False, where)
     return torch.ops.aten.avg_pool2d_backward(dp, like, *sizes, False, True, None)
 
 
@@ -182,9 +190,5 @@ def _padding(geometry: Geometry) -> tuple[int, int]:
 
 
 def _take(values: Tensor, rows: Tensor) -> Tensor:
-    """These rows; of maps, channels-last."""
-    return values[rows] if values.dim() < 4 else values.permute(0, 2, 3, 1)[rows].permute(0, 3, 1, 2)
-
-
-def _rows(values: Tensor | None, rows: Tensor) -> Tensor | None:
-    return None if values is None else _take(values, rows)
+    """These rows, channels-last."""
+    return values.permute(0, 2, 3, 1)[rows].permute(0, 3, 1, 2)

@@ -109,6 +109,8 @@ def _open(path: Path) -> ctypes.CDLL:
         library.ffk_use_threads.argtypes = [ctypes.c_void_p]
         for name in ("ffk_linear_forward", "ffk_linear_step", "ffk_linear_update"):
             getattr(library, name).argtypes = [ctypes.c_char_p]
+        for name in ("ffk_maps_forward", "ffk_maps_backward"):
+            getattr(library, name).argtypes, getattr(library, name).restype = [ctypes.c_char_p], None
         library.ffk_use_threads(_torchs_threads())
     except (OSError, AttributeError) as error:
         raise Unusable(f"cannot be loaded: {error}") from error

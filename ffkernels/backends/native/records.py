@@ -24,8 +24,52 @@ ENUMERATIONS = {
     spec.Loss: ("Loss", ""),
     spec.Reduction: ("Reduction", "REDUCE_"),
     spec.Rule: ("Rule", ""),
+    spec.Pool: ("Pool", "POOL_"),
 }
 DTYPES = (torch.float32, torch.bfloat16)
+
+
+class MapsPass(NamedTuple):
+    """A pass over the maps of a convolution: what csrc/cpu/maps.h needs of `MapRows`, `Layer`, `Geometry`, `Maps` and
+    `MapSlopes`.
+
+    Attributes:
+        height, width, pooled_height, pooled_width: of maps in front of the pool and behind it.
+        has_gaps: whether there are places in no window.
+        z, dz: the product, and its gradient, which may lie in its place.
+        dz_sums: `[rows, channels]`, over places, before the row scale.
+    """
+
+    rows: int
+    channels: int
+    height: int
+    width: int
+    pooled_height: int
+    pooled_width: int
+    pool_height: int
+    pool_width: int
+    pool_stride_height: int
+    pool_stride_width: int
+    has_gaps: bool
+    pool: spec.Pool
+    activation: spec.Activation
+    dtype: torch.dtype
+    z: spec.AnyMaps
+    p: spec.AnyMaps
+    where: spec.Winners | None
+    scale: spec.Vector | None
+    bias: spec.Vector | None
+    pivot: spec.WrittenVector | None
+    first: spec.WrittenVector | None = None
+    spread: spec.WrittenVector | None = None
+    slope_first: spec.Vector | None = None
+    slope_second: spec.Vector | None = None
+    gain: spec.Vector | None = None
+    shift: spec.Vector | None = None
+    dz: spec.AnyMaps | None = None
+    dz_sums: spec.WrittenVector | None = None
+
+
 # The records of a call, in this order; behind them comes how many threads work on it.
 RECORDS = {
     "rows": spec.Rows,
@@ -43,7 +87,8 @@ STATES = 3
 class Member(NamedTuple):
     """A member of a C structure: its type and name, what it is for `struct`, and how its value is made.
 
-    `kind`: "matrix", "vector", "mask", "labels", "slot", a dict from values to numbers, or None for a number as it is.
+    `kind`: "matrix", "vector", "mask", "labels", "maps", "winners", "slot", a dict from values to numbers, or None for
+    a number as it is.
     """
 
     type: str
@@ -71,6 +116,10 @@ def _member(name: str, hint: Any) -> Member:
         return Member("const uint8_t*", name, "P", "mask")
     if "labels" in marks:
         return Member("const int64_t*", name, "P", "labels")
+    if "maps" in marks:
+        return Member("void*", name, "P", "maps", "written" in marks)
+    if "winners" in marks:
+        return Member("uint8_t*", name, "P", "winners")
     if kind is spec.Slot:
         return Member("Slot", name, SLOT, "slot")
     if get_origin(kind) is Literal:
@@ -84,10 +133,11 @@ def _member(name: str, hint: Any) -> Member:
 
 MEMBERS: dict[Any, tuple[Member, ...]] = {
     record: tuple(_member(name, hint) for name, hint in get_type_hints(record, include_extras=True).items())
-    for record in RECORDS.values()
+    for record in (*RECORDS.values(), MapsPass)
 }
 FORMATS = {record: "".join(member.format for member in members) + "0q" for record, members in MEMBERS.items()}
-LAYOUT = struct.Struct("@" + "".join(FORMATS.values()) + "i0q")
+LAYOUT = struct.Struct("@" + "".join(FORMATS[record] for record in RECORDS.values()) + "i0q")
+PASS_LAYOUT = struct.Struct("@" + FORMATS[MapsPass].removesuffix("0q") + "i0q")
 
 
 def _places(format: str) -> int:
@@ -114,12 +164,15 @@ def header() -> str:
     )
     lines += _structure("Numbers", [f"double {name}" for name in spec.Numbers._fields])
     lines += _structure("Slot", [f"float* state[{STATES}]", "Numbers numbers"])
-    for record, members in MEMBERS.items():
-        lines += _structure(record.__name__, [f"{member.type} {member.name}" for member in members])
+    for record in RECORDS.values():
+        lines += _structure(record.__name__, _members(record))
     lines += _structure("Call", [*(f"{r.__name__} {name}" for name, r in RECORDS.items()), "int32_t threads"])
+    lines += _structure("MapsPass", [*_members(MapsPass), "int32_t threads"])
     lines += ["// Where the members lie, for a test."]
     lines += ["constexpr size_t LAYOUT[] = {", "    sizeof(Call),"]
     lines += [f"    offsetof(Call, {path})," for path, _ in offsets()]
+    lines += ["    sizeof(MapsPass),"]
+    lines += [f"    offsetof(MapsPass, {path})," for path, _ in pass_offsets()]
     lines += ["};"]
     text = "\n".join(lines)
     # Any change of the text is another interface.
@@ -172,6 +225,18 @@ def offsets() -> Iterator[tuple[str, int]]:
                 yield at(path, member.format)
         before += "0q"
     yield at("threads", "i")
+
+
+def pass_offsets() -> Iterator[tuple[str, int]]:
+    """Each member of a pass over maps, and where it lies."""
+    before = "@"
+    for name, format in [*((member.name, member.format) for member in MEMBERS[MapsPass]), ("threads", "i")]:
+        yield name, struct.calcsize(before + "0" + format)
+        before += format
+
+
+def _members(record: Any) -> list[str]:
+    return [f"{member.type} {member.name}" for member in MEMBERS[record]]
 
 
 def _structure(name: str, members: list[str]) -> list[str]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ... import spec
 from ...spec import Goal, Layer, Outputs, PeerPull, Rows, Slopes, Slot, Update
+from . import maps
 from .library import load
 from .records import LAYOUT, MEMBERS, NO_MATRIX, NOTHING, STATES
 
@@ -40,6 +41,8 @@ def unsupported(request: Request) -> str | None:
         return "torch.float16 products: has float32 and bfloat16 ones"
     if request.activation not in _ACTIVATIONS:
         return f"activation {request.activation!r}: has {', '.join(_ACTIVATIONS)}"
+    if request.geometry is not None and (reason := maps.unsupported_pool(request.geometry, request.activation)):
+        return reason
     if request.shares:
         return "finds out by itself what rows share: takes no product"
     if request.rule is not None and request.rule not in _RULES:

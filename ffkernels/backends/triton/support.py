@@ -32,6 +32,8 @@ def unsupported(request: Request) -> str | None:
         return "Triton is not installed"
     if request.dtype != torch.float32:
         return f"{str(request.dtype).removeprefix('torch.')} runs on the eager backend"
+    if request.geometry is not None:
+        return "convolutions have no Triton kernel"
     reason = _unsupported_device(request)
     if reason is not None:
         return reason

@@ -1,0 +1,253 @@
+// The passes around a convolution over maps whose channels lie last. Behind its product:
+// activation, pool and moments; in front of its weight gradient: from the moments' slopes to dz.
+#pragma once
+#include "block.h"
+
+namespace {
+
+// `n` numbers of a vector, and zeros behind them; WHOLE: all of them.
+template <bool WHOLE>
+inline vec get(const float* p, int64_t n) {
+    return WHOLE ? load(p) : load_some(p, n);
+}
+template <bool WHOLE>
+inline vec get(const uint16_t* p, int64_t n) {
+    return WHOLE ? from_bfloat16(p) : load_some(p, n);
+}
+template <bool WHOLE>
+inline void put(float* p, vec v, int64_t n) {
+    WHOLE ? store(p, v) : store_some(p, v, n);
+}
+template <bool WHOLE>
+inline void put(uint16_t* p, vec v, int64_t n) {
+    WHOLE ? store(p, to_bfloat16(v)) : store_some(p, to_bfloat16(v), n);
+}
+
+// A vector as it is stored: rounded once, wherever it goes.
+inline vec stored(float, vec v) { return v; }
+inline vec_of_halves stored(uint16_t, vec v) { return to_bfloat16(v); }
+// Numbers where `chosen`, and zeros elsewhere.
+inline vec only(vec v, vec_of_choices chosen) { return chosen ? v : vec{}; }
+inline vec_of_halves only(vec_of_halves v, vec_of_choices chosen) {
+    return v & (vec_of_halves) __builtin_convertvector(chosen, vec_of_short_choices);
+}
+template <bool WHOLE, class T, class V>
+inline void put_stored(T* p, V v, int64_t n) {
+    WHOLE ? store(p, v) : store_some(p, v, n);
+}
+
+// An activation that is one of two lines: the identity above zero, below it a slope of its own.
+struct Gate {
+    float other;
+    uint32_t kept;  // not even an infinity times zero is left of what a ReLU shuts off
+
+    explicit Gate(ffk::Activation a)
+        : other(a == ffk::LEAKY_RELU ? 0.01f : 1), kept(a == ffk::RELU ? 0 : ~0u) {}
+    // `v` times the slope at `z`.
+    vec operator()(vec v, vec z) const {
+        return z <= 0 ? (vec)((vec_of_bits)(v * other) & kept) : v;
+    }
+};
+
+// TWO: windows of two by two, which the compiler unrolls.
+template <class T, ffk::Pool POOL, bool TWO>
+struct Passes {
+    const ffk::MapsPass& call;
+    const Gate gate;
+    const int64_t channels, pool_height, pool_width;
+
+    explicit Passes(const ffk::MapsPass& c)
+        : call(c),
+          gate(c.activation),
+          channels(c.channels),
+          pool_height(POOL == ffk::POOL_NONE ? 1
+                      : TWO                  ? 2
+                                             : c.pool_height),
+          pool_width(POOL == ffk::POOL_NONE ? 1
+                     : TWO                  ? 2
+                                            : c.pool_width) {}
+
+    // Where a window begins, and where its unit stands behind the pool.
+    int64_t window(int64_t row, int64_t line, int64_t x) const {
+        const int64_t y = line * call.pool_stride_height;
+        return ((row * call.height + y) * call.width + x * call.pool_stride_width) * channels;
+    }
+    int64_t unit(int64_t row, int64_t line, int64_t x) const {
+        return ((row * call.pooled_height + line) * call.pooled_width + x) * channels;
+    }
+    // f(index of a window's place, where it lies behind the window's first)
+    template <class F>
+    void each_place(F f) const {
+        for (int64_t i = 0; i < pool_height; i++)
+            for (int64_t j = 0; j < pool_width; j++)
+                f(uint32_t(i * pool_width + j), (i * call.width + j) * channels);
+    }
+    template <class F>
+    void each_row(F f) const {
+        const int64_t all = call.rows * call.height * call.width * channels;
+        parallel(call.rows, all < SMALL_WORK ? 1 : call.threads, [&](int64_t row, int) { f(row); });
+    }
+    // f(vector of channels as a constant that says whether it is whole, its first channel)
+    template <class F>
+    void each_vector(F f) const {
+        int64_t channel = 0;
+        for (; channel + LANES <= channels; channel += LANES) f(std::true_type{}, channel);
+        if (channel < channels) f(std::false_type{}, channel);
+    }
+
+    // Activities of one row's maps, and their moments; with `writes` false the moments alone.
+    void forward_row(int64_t row, const float* pivot, bool writes) const {
+        float *first = call.first + row * channels, *spread = call.spread + row * channels;
+        std::memset(first, 0, size_t(channels) * 4), std::memset(spread, 0, size_t(channels) * 4);
+        for (int64_t line = 0; line < call.pooled_height; line++)
+            each_vector([&](auto whole, int64_t channel) {
+                forward_line<decltype(whole)::value>(row, line, channel, pivot, writes);
+            });
+    }
+
+    template <bool WHOLE>
+    void forward_line(int64_t row, int64_t line, int64_t channel, const float* pivot,
+                      bool writes) const {
+        const int64_t n = channels - channel;
+        const T* z = static_cast<const T*>(call.z) + channel;
+        T* p = static_cast<T*>(call.p) + channel;
+        uint8_t* where = call.where + channel;
+        const bool scaled = call.scale != nullptr;
+        const vec scale = broadcast(scaled ? call.scale[row] : 1), none = {},
+                  bias = call.bias ? get<WHOLE>(call.bias + channel, n) : none,
+                  centre = pivot ? get<WHOLE>(pivot + channel, n) : none;
+        const auto read = [&](int64_t place) {
+            const vec v = get<WHOLE>(z + place, n);
+            return scaled ? v * scale + bias : v;
+        };
+        vec sum = {}, squares = {};
+        for (int64_t x = 0; x < call.pooled_width; x++) {
+            const int64_t begin = window(row, line, x), to = unit(row, line, x);
+            vec v = read(begin);
+            if (POOL == ffk::POOL_MAX) {
+                vec_of_bits winner = {};
+                each_place([&](uint32_t place, int64_t offset) {
+                    if (place == 0) return;
+                    const vec u = read(begin + offset);
+                    // The first of equal ones wins, and a NaN always does.
+                    const auto wins = (u > v) | (u != u);
+                    v = wins ? u : v, winner = wins ? vec_of_bits{} + place : winner;
+                });
+                if (writes) store_some(where + to, winner, n);
+                v = gate(v, v);
+            } else if (POOL == ffk::POOL_AVERAGE) {
+                v = vec{};
+                each_place([&](uint32_t, int64_t offset) {
+                    const vec u = read(begin + offset);
+                    v += gate(u, u);
+                });
+                v *= 1.f / float(pool_height * pool_width);
+            } else
+                v = gate(v, v);
+            if (writes) put<WHOLE>(p + to, v, n);
+            v -= centre;
+            sum += v, squares += v * v;
+        }
+        float *first = call.first + row * channels + channel,
+              *spread = call.spread + row * channels + channel;
+        put<WHOLE>(first, get<WHOLE>(first, n) + sum, n);
+        put<WHOLE>(spread, get<WHOLE>(spread, n) + squares, n);
+    }
+
+    void forward() const {
+        if (call.pivot != nullptr && call.rows > 0) {
+            // Squares about what is like the rest keep the digits of a variance.
+            forward_row(0, nullptr, false);
+            const float places = float(call.pooled_height * call.pooled_width);
+            for (int64_t c = 0; c < channels; c++) call.pivot[c] = call.first[c] / places;
+        }
+        each_row([&](int64_t row) { forward_row(row, call.pivot, true); });
+    }
+
+    // dz of one row, its sums over places, and what the layer hands on.
+    void backward_row(int64_t row) const {
+        const int64_t places = call.height * call.width;
+        if (call.has_gaps)
+            std::memset(static_cast<T*>(call.dz) + row * places * channels, 0,
+                        size_t(places * channels) * sizeof(T));
+        std::memset(call.dz_sums + row * channels, 0, size_t(channels) * 4);
+        for (int64_t line = 0; line < call.pooled_height; line++)
+            each_vector([&](auto whole, int64_t channel) {
+                backward_line<decltype(whole)::value>(row, line, channel);
+            });
+    }
+
+    template <bool WHOLE>
+    void backward_line(int64_t row, int64_t line, int64_t channel) const {
+        const int64_t n = channels - channel;
+        const T* z = static_cast<const T*>(call.z) + channel;
+        T* p = static_cast<T*>(call.p) + channel;
+        T* dz = static_cast<T*>(call.dz) + channel;
+        const uint8_t* where = call.where + channel;
+        const auto number = [&](const float* values, int64_t i) {
+            return values ? get<WHOLE>(values + i + channel, n) : vec{};
+        };
+        const vec first = number(call.slope_first, row * channels),
+                  second = 2 * number(call.slope_second, row * channels),
+                  centre = number(call.pivot, 0), gain = number(call.gain, 0),
+                  shift = number(call.shift, 0), bias = number(call.bias, 0),
+                  scale = broadcast(call.scale ? call.scale[row] : 1);
+        vec sum = {};
+        for (int64_t x = 0; x < call.pooled_width; x++) {
+            const int64_t begin = window(row, line, x), from = unit(row, line, x);
+            const vec a = get<WHOLE>(p + from, n), apart = a - centre;
+            vec g = first + second * apart;
+            if (POOL == ffk::POOL_AVERAGE) {
+                g *= 1.f / float(pool_height * pool_width);
+                each_place([&](uint32_t, int64_t offset) {
+                    const vec of_place = gate(g, get<WHOLE>(z + begin + offset, n) * scale + bias);
+                    sum += of_place;
+                    put<WHOLE>(dz + begin + offset, of_place * scale, n);
+                });
+            } else {
+                g = gate(g, a);
+                sum += g, g *= scale;
+                if (POOL == ffk::POOL_MAX) {
+                    const vec_of_bits winner = load_some(where + from, n);
+                    const auto rounded_g = stored(T{}, g);
+                    each_place([&](uint32_t place, int64_t offset) {
+                        put_stored<WHOLE>(dz + begin + offset, only(rounded_g, winner == place), n);
+                    });
+                } else
+                    put<WHOLE>(dz + begin, g, n);
+            }
+            if (call.gain != nullptr) put<WHOLE>(p + from, gain * apart + shift, n);
+        }
+        float* sums = call.dz_sums + row * channels + channel;
+        put<WHOLE>(sums, get<WHOLE>(sums, n) + sum, n);
+    }
+
+    void backward() const {
+        each_row([&](int64_t row) { backward_row(row); });
+    }
+};
+
+// f(the passes that a call asks for)
+template <class T, class F>
+void with_passes(const ffk::MapsPass& call, F f) {
+    const bool two = call.pool_height == 2 && call.pool_width == 2;
+    if (call.pool == ffk::POOL_NONE)
+        f(Passes<T, ffk::POOL_NONE, false>(call));
+    else if (call.pool == ffk::POOL_MAX)
+        two ? f(Passes<T, ffk::POOL_MAX, true>(call)) : f(Passes<T, ffk::POOL_MAX, false>(call));
+    else
+        two ? f(Passes<T, ffk::POOL_AVERAGE, true>(call))
+            : f(Passes<T, ffk::POOL_AVERAGE, false>(call));
+}
+
+void maps_forward(const ffk::MapsPass& call) {
+    const auto run = [](const auto& passes) { passes.forward(); };
+    call.dtype == ffk::BFLOAT16 ? with_passes<uint16_t>(call, run) : with_passes<float>(call, run);
+}
+
+void maps_backward(const ffk::MapsPass& call) {
+    const auto run = [](const auto& passes) { passes.backward(); };
+    call.dtype == ffk::BFLOAT16 ? with_passes<uint16_t>(call, run) : with_passes<float>(call, run);
+}
+
+}  // namespace

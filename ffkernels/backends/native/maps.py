@@ -1,0 +1,135 @@
+"""A convolutional layer: products by PyTorch, and in one compiled pass each what comes before and behind them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...spec import Geometry, Layer, MapRows, Maps, MapSlopes
+from ..eager.conv import POOLED_FIRST, by_weight, product, size_of, unsaturated
+from .library import load
+from .records import MEMBERS, PASS_LAYOUT, MapsPass
+
+MOST_PLACES = 256  # of a window, whose places are numbered by bytes
+
+
+def unsupported_pool(geometry: Geometry, activation: str) -> str | None:
+    """Why the compiled passes cannot run a convolution's pool, or None."""
+    (height, width), (down, across) = geometry.pool_size, geometry.pool_stride
+    if down < height or across < width:
+        return "windows of a pool that overlap: has those that lie apart"
+    if height * width > MOST_PLACES:
+        return f"a pool of {height} x {width}: has windows of up to {MOST_PLACES} places"
+    if geometry.pool == "max" and activation not in POOLED_FIRST:
+        return f"maximum pooling of {activation}: has it of {', '.join(POOLED_FIRST)}"
+    return None
+
+
+def conv2d_forward(rows: MapRows, layer: Layer, geometry: Geometry, is_centred: bool) -> Maps:
+    """See `ops.SCHEMAS`."""
+    z = product(rows, layer, geometry)
+    maps = _maps_of(z, layer, geometry, is_centred)
+    _run("ffk_maps_forward", _pass(z, rows, layer, geometry, maps, _size(z), first=maps.first, spread=maps.spread))
+    return maps
+
+
+def conv2d_forward_like(rows: MapRows, layer: Layer, geometry: Geometry, is_centred: bool) -> Maps:
+    """What `conv2d_forward` returns, of tensors without numbers."""
+    return _maps_of(product(rows, layer, geometry), layer, geometry, is_centred)
+
+
+def conv2d_gradients_(
+    rows: MapRows, layer: Layer, geometry: Geometry, maps: Maps, slopes: MapSlopes
+) -> tuple[Tensor, Tensor]:
+    """See `ops.SCHEMAS`."""
+    memory = maps.before
+    if geometry.pool == "max":
+        maps = maps._replace(before=memory[:0])
+    if slopes.gain is None:
+        rows, maps, slopes = unsaturated(rows, maps, slopes)
+    (count, channels), size = maps.p.shape[:2], size_of(rows, layer, geometry)
+    if count == 0:
+        return torch.zeros_like(layer.weight), layer.weight.new_zeros(channels)
+    if geometry.pool == "max":
+        dz = memory[:count]
+    # An average's gradient takes the place of what it reads, but where there are places in no window.
+    elif geometry.pool == "average" and not _has_gaps(geometry, size):
+        dz = maps.before
+    else:
+        dz = _channels_last(maps.p, size)
+    dz_sums = maps.first.new_empty(count, channels)
+    given = _given(slopes, channels)
+    call = _pass(maps.before, rows, layer, geometry, maps, size, **given, dz=dz, dz_sums=dz_sums)
+    _run("ffk_maps_backward", call)
+    return by_weight(dz, rows.x, layer, geometry), dz_sums.sum(0)
+
+
+def _given(slopes: MapSlopes, channels: int) -> dict[str, Tensor | None]:
+    """The slopes as a pass reads them, `[rows, channels]`, and the line without gaps."""
+    wide = {"slope_first": slopes.first, "slope_second": slopes.second}
+    line = {"gain": slopes.gain, "shift": slopes.shift}
+    given = {name: None if slope is None else slope.expand(-1, channels) for name, slope in wide.items()} | line
+    return {name: None if value is None else value.contiguous() for name, value in given.items()}
+
+
+def _maps_of(z: Tensor, layer: Layer, geometry: Geometry, is_centred: bool) -> Maps:
+    """Room for what a forward pass makes of products `z`; without a pool activities come in their place."""
+    rows, channels = z.shape[:2]
+    p, before, where = z, z.new_empty(0), z.new_empty(0, dtype=torch.uint8)
+    if geometry.pool != "none":
+        sides = zip(_size(z), geometry.pool_size, geometry.pool_stride, strict=True)
+        height, width = [(side - of) // step + 1 for side, of, step in sides]
+        p, before = _channels_last(z, (height, width)), z
+        if geometry.pool == "max":
+            where = torch.empty_like(p, dtype=torch.uint8)
+    first, spread = (layer.weight.new_empty(rows, channels) for _ in range(2))
+    pivot = layer.weight.new_zeros(channels if is_centred else 0)
+    return Maps(p, first, spread, pivot, where, before)
+
+
+def _size(z: Tensor) -> tuple[int, int]:
+    return z.shape[2], z.shape[3]
+
+
+def _channels_last(like: Tensor, size: tuple[int, int]) -> Tensor:
+    return torch.empty(*like.shape[:2], *size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def _has_gaps(geometry: Geometry, size: tuple[int, int]) -> bool:
+    """Whether maps of this size have places in no window of the pool."""
+    sides = zip(size, geometry.pool_size, geometry.pool_stride, strict=True)
+    return geometry.pool != "none" and any(of != step or side % of for side, of, step in sides)
+
+
+def _pass(
+    z: Tensor, rows: MapRows, layer: Layer, geometry: Geometry, maps: Maps, size: tuple[int, int], **given: Any
+) -> MapsPass:
+    """`size`: of the maps in front of the pool."""
+    scale = None if rows.scale is None else rows.scale.contiguous()
+    bias = None if layer.bias is None or scale is None else layer.bias.contiguous()
+    sizes = (*maps.p.shape[:2], *size, *maps.p.shape[2:], *geometry.pool_size, *geometry.pool_stride)
+    pivot = maps.pivot if maps.pivot.numel() else None
+    members: dict[str, Any] = {
+        **dict(zip(MapsPass._fields, sizes, strict=False)),
+        "has_gaps": _has_gaps(geometry, size),
+        "pool": geometry.pool,
+        "activation": layer.activation,
+        "dtype": maps.p.dtype,
+    }
+    return MapsPass(**members, z=z, p=maps.p, where=maps.where, scale=scale, bias=bias, pivot=pivot, **given)
+
+
+def _run(name: str, call: MapsPass) -> None:
+    library = load().library
+    assert library is not None
+    values = []
+    for member, value in zip(MEMBERS[MapsPass], call, strict=True):
+        if type(member.kind) is dict:
+            values.append(member.kind[value])
+        elif isinstance(value, Tensor):
+            values.append(value.data_ptr())
+        else:
+            values.append(0 if value is None else value)
+    getattr(library, name)(PASS_LAYOUT.pack(*values, torch.get_num_threads()))

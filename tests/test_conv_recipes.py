@@ -1,0 +1,143 @@
+"""Recipes of convolutional networks: which layers learn when, stops, pictures, and what is trained on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from ffkernels.recipes import batches, picture
+from ffkernels.recipes.catalogue import RECIPES, Convolution
+from ffkernels.recipes.data import Dataset
+from ffkernels.recipes.train import Trainer
+
+from .toy_data import toy_data
+
+LAYERS = (Convolution(10), Convolution(10, by_class=True, pool=2), Convolution(20, by_class=True, pool=2))
+SMALL = replace(
+    RECIPES["cwc-mnist"], convolutions=LAYERS, batch_size=20, classifier_layers=(2,), goodness_layers=(2,), epochs=4
+)
+
+
+def textures(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images of ten kinds of tiles of four by four, in noise: what a goodness over all places can tell."""
+    tiles = torch.randint(2, (10, 4, 4), generator=torch.Generator().manual_seed(9))
+    labels = torch.randint(10, (count,), generator=generator)
+    noise = torch.randint(100, (count, 28, 28), generator=generator)
+    return (tiles.repeat(1, 7, 7)[labels] * 150 + noise).to(torch.uint8).flatten(1), labels
+
+
+@pytest.fixture(scope="module")
+def data() -> Dataset:
+    generator = torch.Generator().manual_seed(0)
+    return Dataset(*textures(400, generator), *textures(120, generator), name="toy", source="")
+
+
+def run(recipe, data, epochs: int | None = None, **options) -> Trainer:
+    trainer = Trainer(recipe, data, epochs=epochs, **options)
+    while not trainer.finished:
+        trainer.run_epoch(lambda describe: False)
+    return trainer
+
+
+def assert_equal(one: Trainer, other: Trainer) -> None:
+    assert one.rows[-1]["loss"] == other.rows[-1]["loss"]
+    for name, value in other.net.state_dict().items():
+        assert torch.equal(one.net.state_dict()[name], value), name
+    assert torch.equal(one.classifier.weight, other.classifier.weight)
+
+
+@pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16])
+def test_it_learns_and_goes_on_to_the_same_numbers(compute_dtype, data) -> None:
+    recipe = replace(SMALL, jitter=1, flips=True, dropout=0.1)
+    trainer = run(recipe, data, compute_dtype=compute_dtype)
+    last = trainer.rows[-1]
+    # Of ten classes, one in two of which is another one turned.
+    assert last["test_error_goodness"] < 0.5 and last["test_error_classifier"] < 0.5
+    first = Trainer(recipe, data, compute_dtype=compute_dtype)
+    for _ in range(2):
+        first.run_epoch(lambda describe: False)
+    resumed = Trainer(recipe, data, compute_dtype=compute_dtype)
+    resumed.load_state(first.state())
+    while not resumed.finished:
+        resumed.run_epoch(lambda describe: False)
+    assert_equal(resumed, trainer)
+
+
+def test_layers_learn_in_epochs_of_their_own(data) -> None:
+    windows = ((0, 1), (1, 3), (0, 2))
+    recipe = replace(
+        SMALL, convolutions=tuple(replace(of, learns=w) for of, w in zip(LAYERS, windows, strict=True)), epochs=4
+    )
+    trainer = Trainer(recipe, data)
+    for epoch in range(4):
+        before = [{name: p.clone() for name, p in layer.state_dict().items()} for layer in trainer.net]
+        trainer.run_epoch(lambda describe: False)
+        for layer, (first, after), old in zip(trainer.net, windows, before, strict=True):
+            learnt = first <= epoch < after
+            for name, p in layer.named_parameters():
+                assert torch.equal(p, old[name]) != learnt, (epoch, name)
+            # The statistics follow the layers below, whether or not this one learns.
+            assert not torch.equal(layer.batch_norm.running_mean, old["batch_norm.running_mean"])
+    resumed = Trainer(recipe, data)
+    first = Trainer(recipe, data)
+    for _ in range(2):
+        first.run_epoch(lambda describe: False)
+    resumed.load_state(first.state())
+    while not resumed.finished:
+        resumed.run_epoch(lambda describe: False)
+    assert_equal(resumed, trainer)
+
+
+def test_what_is_tested_goes_by_running_statistics(data) -> None:
+    trainer = run(SMALL, data, 2)
+    assert trainer.net.training
+    trainer.net.eval()
+    x = (data.test_images / 255).view(-1, 1, 28, 28)
+    predicted = trainer.net.goodness(x)[:, 2].argmax(1)
+    wrong = (predicted != data.test_labels).float().mean().item()
+    assert trainer.rows[-1]["test_error_goodness"] == pytest.approx(wrong)
+    features = trainer.net.features(x, (2,))
+    wrong = (trainer.classifier(features).argmax(1) != data.test_labels).float().mean().item()
+    assert trainer.rows[-1]["test_error_classifier"] == pytest.approx(wrong)
+
+
+def test_minibatches_are_those_that_an_epoch_trains_on(data) -> None:
+    one, other = (Trainer(SMALL, data, seed=3) for _ in range(2))
+    for batch in one.minibatches(1):
+        assert batch.x_pos.is_contiguous(memory_format=torch.channels_last) and batch.x_pos.shape[1:] == (1, 28, 28)
+        one.step(batch)
+    other.run_epoch(lambda describe: False)
+    for mine, theirs in zip(one.net.parameters(), other.net.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_colours(tmp_path: Path) -> None:
+    grey = toy_data(60, 40)
+    grid = [
+        images.view(-1, 1, 28, 28).repeat(1, 3, 1, 1).flatten(1) for images in (grey.train_images, grey.test_images)
+    ]
+    coloured = Dataset(grid[0], grey.train_labels, grid[1], grey.test_labels, name="toy", source="", shape=(3, 28, 28))
+    trainer = run(replace(SMALL, hidden=(30,), classifier_layers=(3,), goodness_layers=(3,)), coloured, 1)
+    assert [tuple(layer.weight.shape[:2]) for layer in trainer.net] == [(10, 3), (10, 1), (20, 1), (30, 980)]
+    pytest.importorskip("matplotlib")
+    picture.draw(trainer, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 20_000
+
+
+def test_half_the_images_are_turned() -> None:
+    images = torch.arange(6, dtype=torch.uint8).repeat(400, 1)
+    turned = batches.flipped(images, torch.Generator().manual_seed(1), (1, 2, 3))
+    back = torch.tensor([2, 1, 0, 5, 4, 3], dtype=torch.uint8)
+    is_turned = (turned == back).all(1)
+    assert ((turned == images).all(1) | is_turned).all()
+    assert 150 < int(is_turned.sum()) < 250
+
+
+@pytest.mark.parametrize("name", ["cwc-mnist", "cwc-fashion", "cwc-cifar10", "cwc-shifted"])
+def test_windows_are_those_of_the_network(name: str) -> None:
+    recipe = RECIPES[name]
+    assert [of.channels for of in recipe.convolutions] == [20, 80, 240, 480]
+    assert recipe.convolutions[-1].learns in (None, (0, recipe.epochs))

@@ -1,0 +1,165 @@
+"""Convolutions on the compiled backend: its passes against the definition and against plain PyTorch's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+
+import ffkernels as ff
+from ffkernels import ops
+from ffkernels.backends import select
+from ffkernels.backends.native import library
+from ffkernels.spec import Geometry, Layer, MapRows, MapSlopes
+
+from .conv_cases import cases, definition, made
+from .steps import error
+
+pytestmark = pytest.mark.skipif(library.load().library is None, reason="the compiled library is not there")
+
+
+def runs(case, **options) -> bool:
+    layer = case.layer
+    dtype = options.get("compute_dtype") or case.x.dtype
+    request = select.Request(case.x.device, case.x.dtype, dtype, layer.activation, "adam", geometry=layer.geometry())
+    return select.load("native").unsupported(request) is None
+
+
+@given(cases())
+@settings(max_examples=300, deadline=None)
+def test_a_step_is_as_near_to_float64_as_pytorchs(drawn):
+    torch.manual_seed(drawn.pop("seed"))
+    try:
+        exact = made(**{**drawn, "optimizer": None})
+        shape = definition(exact.layer, exact.x, behind=False).shape
+    except RuntimeError:  # PyTorch's own, of maps that a kernel or pool does not fit in
+        assume(False)
+    assume(drawn["statistics"] != "batch" or shape[0] * shape[2] * shape[3] > 1)
+    single = {name: exact.copy(torch.float32) for name in ("native", "eager")}
+    assume(runs(single["native"]))
+    expected = exact.ours()
+    found = {name: case.ours(backend=name) for name, case in single.items()}
+    for key in ("y", "sumsq", "goodness", "loss"):
+        value = getattr(expected, key)
+        theirs = error(getattr(found["eager"], key), value, 1.0)
+        assert error(getattr(found["native"], key), value, 1.0) <= 2 * theirs + 2e-6, key
+    for name, value in exact.state().items():
+        theirs = error(single["eager"].state()[name], value, 1.0)
+        assert error(single["native"].state()[name], value, 1.0) <= 2 * theirs + 2e-5, name
+
+
+@pytest.mark.parametrize("optimizer", ["sgd-momentum", "adam", None])
+@pytest.mark.parametrize("statistics", [None, "batch", "running"])
+@pytest.mark.parametrize("pool", [None, 2, torch.nn.AvgPool2d(2), torch.nn.MaxPool2d((2, 3), (3, 4))])
+@pytest.mark.parametrize("norm", ["none", "rms"])
+def test_whole_numbers_give_the_same_bits(pool, statistics, norm, optimizer):
+    """Of sums without rounding nothing but their order could differ: winners and switched off units are the same."""
+    options = {"channels": (4, 21), "maps": (9, 10), "padding": 1, "ties": True, "dtype": torch.float32}
+    case = made(
+        "cross_entropy mean", rows=5, pool=pool, norm=norm, statistics=statistics, optimizer=optimizer, **options
+    )
+    one, other = case.copy(), case.copy()
+    one.ours(backend="native"), other.ours(backend="eager")
+    for name, value in other.state().items():
+        assert error(one.state()[name], value, 1.0) <= 2e-5, name
+
+
+@pytest.mark.parametrize("pool", [None, 2, torch.nn.AvgPool2d(2)])
+@pytest.mark.parametrize("statistics", [None, "batch"])
+@pytest.mark.parametrize("objective", ["mean", "cross_entropy mean", "cwc activity", "projection"])
+def test_bfloat16_maps(objective, statistics, pool):
+    options = {"rows": 32, "channels": (8, 12), "maps": (12, 12), "padding": 1, "optimizer": None}
+    exact = made(objective, statistics=statistics, pool=pool, **options)
+    exact.x = exact.x.bfloat16().double()
+    native, eager = exact.copy(torch.float32), exact.copy(torch.float32)
+    result = native.ours(compute_dtype=torch.bfloat16, backend="native")
+    assert result.y.dtype == torch.bfloat16
+    eager.ours(compute_dtype=torch.bfloat16, backend="eager"), exact.ours()
+    for name, value in exact.state().items():
+        theirs = error(eager.state()[name], value)
+        assert error(native.state()[name], value) <= 2 * theirs + 1e-3, (name, theirs)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("pool", [None, 2, torch.nn.AvgPool2d(2)])
+def test_numbers_that_are_none_stay_where_they_are(value, pool):
+    """One row's do not reach another's activities, and come out of the pool as PyTorch lets them."""
+    case = made("mean", rows=4, padding=1, pool=pool, dtype=torch.float32, optimizer=None)
+    case.x[1, 0, 2, 2] = value
+    y = {name: case.copy().ours(backend=name).y for name in ("native", "eager")}
+    assert torch.equal(y["native"].isnan(), y["eager"].isnan())
+    torch.testing.assert_close(y["native"][[0, 2, 3]], y["eager"][[0, 2, 3]])
+    torch.testing.assert_close(y["native"], y["eager"], equal_nan=True)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_change_no_bit(threads):
+    case = made("cross_entropy mean", rows=7, channels=(4, 20), maps=(16, 16), padding=1, pool=2, statistics="batch",
+                dtype=torch.float32)  # fmt: skip
+    before = torch.get_num_threads()
+    maps = []
+    for count in (1, threads):
+        torch.set_num_threads(count)
+        try:
+            layer = case.layer
+            record = Layer(layer.weight.detach(), layer.bias.detach(), "none", 0.0, "add", "relu", torch.float32)
+            rows, geometry = MapRows(case.x.contiguous(memory_format=torch.channels_last), None), layer.geometry()
+            made_maps = select.load("native").conv2d_forward(rows, record, geometry, True)
+            maps.append([t.clone() for t in made_maps[:5]])
+        finally:
+            torch.set_num_threads(before)
+    # The product is PyTorch's, whose bits may hang on its threads; here it has whole channels to itself.
+    for one, other in zip(*maps, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+def operator_arguments(backend: str, pool: str, activation: str, gain: bool) -> tuple[tuple, tuple]:
+    torch.manual_seed(2)
+    weight, bias = torch.randn(6, 2, 3, 3), torch.randn(6)
+    layer = Layer(weight, bias, "none", 1e-4, "add", activation, torch.float32)
+    size = (2, 2) if pool != "none" else (1, 1)
+    geometry = Geometry(padding=(1, 1), groups=2, pool=pool, pool_size=size, pool_stride=size)
+    rows = MapRows(torch.randn(3, 4, 6, 6).contiguous(memory_format=torch.channels_last), None)
+    maps = ops.conv2d_forward(rows, layer, geometry, True, backend)
+    line = (torch.rand(6), torch.rand(6)) if gain else (None, None)
+    slopes = MapSlopes(torch.randn(3, 6), torch.randn(3, 6), *line)
+    convolution = ops.flatten(rows, layer, geometry)
+    return (*convolution, True, backend), (*convolution, *maps, *slopes, backend)
+
+
+@pytest.mark.parametrize("backend", ["eager", "native"])
+@pytest.mark.parametrize("gain", [False, True])
+@pytest.mark.parametrize("pool", ["none", "max", "average"])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_opcheck(backend, pool, activation, gain):
+    if backend == "native" and activation == "gelu":
+        activation = "identity"
+    checks = ("test_schema", "test_faketensor")
+    operators = torch.ops.ffkernels
+    forward, gradients = operator_arguments(backend, pool, activation, gain)
+    torch.library.opcheck(operators.conv2d_forward.default, forward, test_utils=checks)
+    torch.library.opcheck(operators.conv2d_gradients_.default, gradients, test_utils=checks)
+
+
+def test_what_it_does_not_run_falls_to_pytorch_and_says_so():
+    x = torch.rand(4, 1, 8, 8)
+    for options, reason in (
+        ({"activation": "gelu"}, "activation 'gelu'"),
+        ({"pool": torch.nn.MaxPool2d(3, 2)}, "windows of a pool that overlap"),
+        ({"pool": 2, "activation": "leaky_relu"}, "maximum pooling of leaky_relu"),
+    ):
+        layer = ff.FFConv2d(1, 4, 3, **options)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        assert layer.step(x, x.flip(3), optimizer).loss.isfinite()
+        with pytest.raises(ValueError, match=f"backend='native' cannot run this call: .*{reason}"):
+            layer.step(x, x.flip(3), optimizer, backend="native")
+    with pytest.raises(ValueError, match=r"convolutions have no Triton kernel|Triton needs a GPU|not installed"):
+        layer.step(x, x, optimizer, backend="triton")
+
+
+def test_a_profiler_sees_the_operators():
+    case = made("cross_entropy mean", padding=1, pool=2, statistics="batch", dtype=torch.float32)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        case.ours()
+    names = {event.key for event in profile.key_averages()}
+    assert {"ffkernels::conv2d_forward", "ffkernels::conv2d_gradients_"} <= names

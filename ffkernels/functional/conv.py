@@ -23,6 +23,7 @@ from ..objectives import (
     AnyObjective,
     GivenLoss,
     Judged,
+    Moments,
     Objective,
     ProjectionHead,
     StandardisedMoments,
@@ -33,7 +34,20 @@ from ..objectives import (
     standardise_moments,
     through_moments,
 )
-from ..spec import Activation, EpsMode, Geometry, Layer, Maps, MapSlopes, Norm, OutputsOf, PaddingMode, Rows, Slopes
+from ..spec import (
+    Activation,
+    EpsMode,
+    Geometry,
+    Layer,
+    MapRows,
+    Maps,
+    MapSlopes,
+    Norm,
+    OutputsOf,
+    PaddingMode,
+    Rows,
+    Slopes,
+)
 from .loss import sides_in_order
 from .maps import PoolOf, Size, checked_geometry, compute_dtype_of, conv_tensors, maps_of, rows_for
 from .plan import others_of
@@ -69,6 +83,60 @@ def conv2d_forward(
     Raises:
         ValueError, TypeError: for an argument that does not fit.
     """
+    options: dict[str, Any] = {
+        "stride": stride, "padding": padding, "padding_mode": padding_mode, "groups": groups, "pool": pool,
+        "norm": norm, "eps": eps, "eps_mode": eps_mode, "activation": activation, "compute_dtype": compute_dtype,
+        "input_sumsq": input_sumsq, "backend": backend,
+    }  # fmt: skip
+    if not waits(weight, bias):
+        y, moments = run_conv2d(x, weight, bias, None, **options)
+        return y, moments.second.sum(1)
+    rows, layer, geometry, _ = _ready(x, weight, bias, **options)
+    with without_autocast(weight.device):
+        p, *_ = conv.activities(rows, layer, geometry)
+        return p, p.to(weight.dtype).square().sum((1, 2, 3))
+
+
+def waits(*parameters: Tensor | None) -> bool:
+    """Whether a forward pass must be differentiable by these."""
+    return torch.is_grad_enabled() and any(isinstance(p, Tensor) and p.requires_grad for p in parameters)
+
+
+def run_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, batch_norm: nn.BatchNorm2d | None, **options: Any
+) -> tuple[Tensor, Moments]:
+    """`conv2d_forward` without a graph, the batch normalisation behind it included: what it hands on, and its moments.
+
+    Running statistics stay as they are.
+    """
+    rows, layer, geometry, backend = _ready(x, weight, bias, **options)
+    with torch.no_grad(), without_autocast(weight.device):
+        maps = ops.conv2d_forward(rows, layer, geometry, batch_norm is not None, backend)
+        read = _read(maps, batch_norm)
+        if read.behind is not None:
+            _hand_on(maps, MapSlopes(None, None, *read.behind.line()))
+        return maps.p, Moments(read.first, read.second)
+
+
+def _ready(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    stride: Size,
+    padding: Size,
+    padding_mode: PaddingMode,
+    groups: int,
+    pool: PoolOf,
+    norm: Norm,
+    eps: float,
+    eps_mode: EpsMode,
+    activation: Activation,
+    compute_dtype: torch.dtype | None,
+    input_sumsq: Tensor | None,
+    backend: str | None,
+) -> tuple[MapRows, Layer, Geometry, str]:
+    """The records of a forward pass and its backend; raises for what does not fit."""
     check.layer_options(norm, eps, eps_mode, activation)
     geometry = checked_geometry(stride, padding, padding_mode, groups, pool)
     conv_tensors(weight, bias, geometry)
@@ -78,14 +146,9 @@ def conv2d_forward(
         check.vector("input_sumsq", input_sumsq, len(x), weight.dtype, weight.device)
         input_sumsq = input_sumsq.detach()
     layer = Layer(weight, bias, norm, float(eps), eps_mode, activation, compute)
-    chosen = _backend_of(layer, geometry, None, backend)
     with without_autocast(weight.device):
         rows = rows_for(x.detach(), layer, geometry, input_sumsq)
-        if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (weight, bias)):
-            p, *_ = conv.activities(rows, layer, geometry)
-            return p, p.to(weight.dtype).square().sum((1, 2, 3))
-        maps = ops.conv2d_forward(rows, layer, geometry, False, chosen)
-        return maps.p, maps.spread.sum(1)
+    return rows, layer, geometry, _backend_of(layer, geometry, None, backend)
 
 
 def conv2d_step_(

@@ -14,17 +14,18 @@ from .. import functional
 from .. import validation as check
 from ..backends import select
 from ..functional import StepResult
-from ..functional.conv import conv2d_pass
+from ..functional.conv import conv2d_pass, run_conv2d, waits
 from ..functional.maps import PoolOf, Size, checked_geometry, compute_dtype_of, conv_tensors
 from ..objectives import (
     DEFAULT_OBJECTIVE,
     AnyObjective,
+    Moments,
     ProjectionHead,
     any_objective,
     moments_goodness,
 )
 from ..spec import Activation, EpsMode, Geometry, Norm, OutputsOf, PaddingMode
-from .layer import called_only, watched
+from .layer import Ran, called_only, watched
 
 GEOMETRY_OPTIONS = ("stride", "padding", "padding_mode", "groups", "pool")
 FORWARD_OPTIONS = (*GEOMETRY_OPTIONS, "norm", "eps", "eps_mode", "activation", "compute_dtype", "backend")
@@ -112,15 +113,22 @@ class FFConv2d(nn.Conv2d):
 
         `options` go to `ffkernels.conv2d_forward` and override the layer's own.
         """
+        y, sumsq, _ = self._activity(x, input_sumsq, **options)
+        return y, sumsq
+
+    def _activity(self, x: Tensor, input_sumsq: Tensor | None = None, **options: Any) -> Ran:
         options = {"input_sumsq": input_sumsq, **self._options(), **options}
-        y, sumsq = functional.conv2d_forward(x, self.weight, self.bias, **options)
         norm = self.batch_norm
+        if not waits(*self.parameters()):
+            y, moments = run_conv2d(x, self.weight, self.bias, norm, **options)
+            return Ran(y, moments.second.sum(1), moments)
+        y, sumsq = functional.conv2d_forward(x, self.weight, self.bias, **options)
         if norm is None:
-            return y, sumsq
+            return Ran(y, sumsq)
         of_batch = norm.training or norm.running_mean is None
         running = (None, None) if of_batch else (norm.running_mean, norm.running_var)
         u = F.batch_norm(y.to(self.weight.dtype), *running, norm.weight, norm.bias, of_batch, 0.0, norm.eps)
-        return u.to(y.dtype), u.square().sum((1, 2, 3))
+        return Ran(u.to(y.dtype), u.square().sum((1, 2, 3)))
 
     def forward(self, input: Tensor) -> Tensor:
         """Activities `[rows, out, h, w]`, channels-last; their gradient reaches the parameters, and not `input`."""
@@ -128,18 +136,20 @@ class FFConv2d(nn.Conv2d):
 
     def goodness(self, x: Tensor) -> Tensor:
         """Goodness of rows `x` `[rows, in, H, W]`: `[rows]`; `[rows, classes]` where the objective has classes."""
-        return self._goodness_of(*self.activity(x))
+        return self._goodness_of(self._activity(x))
 
-    def _goodness_of(self, y: Tensor, sumsq: Tensor) -> Tensor:
-        """Goodness from activities `y` `[rows, out, h, w]`, read for classes alone, and their sums of squares."""
+    def _goodness_of(self, ran: Ran) -> Tensor:
+        """Goodness from what a forward pass has left; activities are read for classes alone, without their moments."""
+        y, sumsq, moments = ran
         objective, places = self.objective, y.shape[2] * y.shape[3]
-        y = y.to(sumsq.dtype)
+        if objective.classes is None:
+            return objective.goodness_of(sumsq, self.out_channels * places)
+        if moments is None:
+            wide = y.to(sumsq.dtype)
+            moments = Moments(wide.sum((2, 3)), wide.square().sum((2, 3)))
         if isinstance(objective, ProjectionHead):
-            return objective.scores(y.mean((2, 3)))
-        if objective.classes is not None:
-            sums = y.sum((2, 3)), y.square().sum((2, 3))
-            return moments_goodness(*sums, objective.classes, objective.goodness, places)
-        return objective.goodness_of(sumsq, self.out_channels * places)
+            return objective.scores(moments.first / places)
+        return moments_goodness(*moments, objective.classes, objective.goodness, places)
 
     def step(self, x_pos: Tensor, x_neg: Tensor | None, optimizer: Optimizer | None, **options: Any) -> StepResult:
         """One training step, `ffkernels.conv2d_step_`; `options` go there and override the layer's own."""
@@ -161,12 +171,12 @@ class FFConv2d(nn.Conv2d):
         options["objective"] = any_objective(options["objective"])
         return conv2d_pass(x_pos, x_neg, self.weight, self.bias, None, learns=False, **options)
 
-    def _run(self, x: Tensor, input_sumsq: Tensor | None = None, **_: Any) -> tuple[Tensor, Tensor]:
+    def _run(self, x: Tensor, input_sumsq: Tensor | None = None, **_: Any) -> Ran:
         """`activity`, by a call where one is waited for."""
         if not called_only(self):
-            return self.activity(x, input_sumsq)
+            return self._activity(x, input_sumsq)
         y = self(x)
-        return y, y.to(self.weight.dtype).square().sum((1, 2, 3))
+        return Ran(y, y.to(self.weight.dtype).square().sum((1, 2, 3)))
 
     def _shape_after(self, shape: torch.Size) -> tuple[int, ...]:
         """The shape of a row's activities, of rows of this shape `[in, H, W]`."""

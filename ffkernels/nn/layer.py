@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from ..objectives import (
     DEFAULT_OBJECTIVE,
     AnyObjective,
     GivenLoss,
+    Moments,
     ProjectionHead,
     any_objective,
     class_goodness,
@@ -32,6 +33,14 @@ from ..spec import Activation, EpsMode, Norm, OutputsOf
 # Options of a step that say something of its rows, and those that change the activities themselves.
 ROWS_OPTIONS = ("is_positive", "labels", "input_sumsq", "sample_weight", "product", "label_field")
 FORWARD_OPTIONS = ("norm", "eps", "eps_mode", "activation", "compute_dtype", "backend")
+
+
+class Ran(NamedTuple):
+    """What a forward pass leaves: activities, `[rows]` sums of squares, and of maps their moments if known."""
+
+    y: Tensor
+    sumsq: Tensor
+    moments: Moments | None = None
 
 
 class FFLinear(nn.Linear):
@@ -136,10 +145,11 @@ class FFLinear(nn.Linear):
 
     def goodness(self, x: Tensor) -> Tensor:
         """Goodness of rows `x` `[rows, in]`: `[rows]`; `[rows, classes]` where the objective has classes."""
-        return self._goodness_of(*self.activity(x, keep=self.objective.classes is not None))
+        return self._goodness_of(Ran(*self.activity(x, keep=self.objective.classes is not None)))
 
-    def _goodness_of(self, y: Tensor, sumsq: Tensor, objective: AnyObjective | None = None) -> Tensor:
-        """Goodness from activities `y` `[rows, out]`, which are read for classes alone, and their sums of squares."""
+    def _goodness_of(self, ran: Ran, objective: AnyObjective | None = None) -> Tensor:
+        """Goodness from what a forward pass has left; activities are read for classes alone."""
+        y, sumsq, _ = ran
         objective = self.objective if objective is None else objective
         if isinstance(objective, ProjectionHead):
             check.head(objective, self.weight)
@@ -257,11 +267,12 @@ class FFLinear(nn.Linear):
                     weights = (self.weight, self.bias)
                     before = standardise(functional.linear_forward(x, *weights, **own)[0].to(weight.dtype), batch_norm)
             with torch.set_grad_enabled(bool(parameters)):
-                y, sumsq = self._run(x)
+                ran = self._run(x)
+                y, sumsq, _ = ran
                 if overridden(self, "goodness"):
                     goodness = self.goodness(x).to(weight.dtype)
                 else:
-                    goodness = self._goodness_of(y, sumsq, objective)
+                    goodness = self._goodness_of(ran, objective)
                 if isinstance(objective, GivenLoss):
                     loss = objective.value(y.to(weight.dtype), goodness, side, learns=bool(parameters))
                 else:
@@ -281,7 +292,7 @@ class FFLinear(nn.Linear):
                 interrupts.release(held)
             if parameters and outputs == "post":
                 with torch.no_grad():
-                    y, sumsq = self._run(x)
+                    y, sumsq, _ = self._run(x)
         y_out = None if outputs == "none" else y.detach()
         known = n_pos if is_positive is None else None
         return StepResult(y_out, sumsq.detach(), goodness.detach(), loss.detach(), known, is_positive)
@@ -290,12 +301,12 @@ class FFLinear(nn.Linear):
         """The shape of a row's activities."""
         return (self.out_features,)
 
-    def _run(self, x: Tensor, input_sumsq: Tensor | None = None, **shared: Any) -> tuple[Tensor, Tensor]:
+    def _run(self, x: Tensor, input_sumsq: Tensor | None = None, **shared: Any) -> Ran:
         """`activity`, by a call where one is waited for, to which what is known of the rows says nothing."""
         if not called_only(self):
-            return self.activity(x, input_sumsq, **shared)
+            return Ran(*self.activity(x, input_sumsq, **shared))
         y = self(x)
-        return y, y.to(self.weight.dtype).square().sum(1)
+        return Ran(y, y.to(self.weight.dtype).square().sum(1))
 
     @contextmanager
     def _set(self, options: dict[str, Any]) -> Iterator[None]:

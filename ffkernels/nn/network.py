@@ -17,7 +17,7 @@ from ..functional import StepResult
 from ..normalisation import row_scale
 from ..objectives import Objective
 from .conv import FFConv2d
-from .layer import FFLinear, called_only, overridden
+from .layer import FFLinear, Ran, called_only, overridden
 from .stack import Layer, stacked
 
 # Rows times labels that a prediction works on at once; of images.
@@ -361,17 +361,17 @@ class FFNetwork(nn.Module):
             )
         return optimizers
 
-    def _pass(self, x: Tensor, keep: bool = True, **shared: Any) -> Iterable[tuple[Layer, Tensor, Tensor]]:
-        """Layers, activities, sums of squares; without `keep` the last linear layer's activities are left out."""
+    def _pass(self, x: Tensor, keep: bool = True, **shared: Any) -> Iterable[tuple[Layer, Ran]]:
+        """Layers and what each leaves; without `keep` the last linear layer's activities are left out."""
         sumsq: Tensor | None = None
         x = self._into(0, x)
         for index, layer in enumerate(self, 1):
-            y, q = layer._run(x, sumsq, keep=keep or index < len(self.layers), **shared)
+            ran = layer._run(x, sumsq, keep=keep or index < len(self.layers), **shared)
             shared = {}
-            yield layer, y, q
+            yield layer, ran
             if index < len(self.layers):
                 # No derivative of any kind goes on to the next layer.
-                x, sumsq = self._between(index, y.detach(), q.detach())
+                x, sumsq = self._between(index, ran.y.detach(), ran.sumsq.detach())
 
     def shared_product(self, x: Tensor, num_classes: int = 10) -> Tensor | None:
         """`ffkernels.shared_product` of the first layer, for `step` and `features`.
@@ -387,7 +387,7 @@ class FFNetwork(nn.Module):
 
     def activities(self, x: Tensor) -> list[Tensor]:
         """Activities `[rows, out]` of every layer."""
-        return [y for _, y, _ in self._pass(x)]
+        return [ran.y for _, ran in self._pass(x)]
 
     def forward(self, x: Tensor) -> Tensor:
         """Activities `[rows, out]` of the last layer; their gradient reaches its own parameters only."""
@@ -402,10 +402,10 @@ class FFNetwork(nn.Module):
         """
         classes = self._classes(range(len(self.layers)))
         per_layer = []
-        for i, (layer, y, sumsq) in enumerate(self._pass(x, keep=classes is not None, **shared)):
+        for i, (layer, ran) in enumerate(self._pass(x, keep=classes is not None, **shared)):
             own = overridden(layer, "goodness")
-            per_layer.append(layer.goodness(self._into(i, x)) if own else layer._goodness_of(y, sumsq))
-            x = y
+            per_layer.append(layer.goodness(self._into(i, x)) if own else layer._goodness_of(ran))
+            x = ran.y
         return torch.stack(per_layer, dim=1)
 
     def _classes(self, layers: Iterable[int]) -> int | None:
@@ -461,14 +461,14 @@ class FFNetwork(nn.Module):
         for rows in x.split(PREDICTION_ROWS if x.dim() == 2 else PREDICTION_IMAGES):
             total: Tensor | float = 0.0
             below = rows
-            for i, (layer, y, sumsq) in enumerate(self._pass(rows)):
+            for i, (layer, ran) in enumerate(self._pass(rows)):
                 if i in chosen:
                     own = overridden(layer, "goodness")
-                    goodness = layer.goodness(below) if own else layer._goodness_of(y, sumsq)
+                    goodness = layer.goodness(below) if own else layer._goodness_of(ran)
                     total = total + (goodness if layer.objective.maximize else -goodness)
                 if i == max(chosen):
                     break
-                below = y
+                below = ran.y
             assert isinstance(total, Tensor)
             best.append(total.argmax(1))
         return torch.cat(best)
@@ -514,9 +514,11 @@ class FFNetwork(nn.Module):
         """
         if num_classes is None:
             num_classes = 10 if next(iter(self)).objective.classes is None else 0
+        if x.dim() == 4 and len(x) > PREDICTION_IMAGES:
+            return torch.cat([self.features(part, layers, num_classes) for part in x.split(PREDICTION_IMAGES)])
         shared: dict[str, Any] = {} if product is None else {"product": product, "label_field": num_classes}
         passed = self._pass(negatives.neutral_label(x, num_classes) if num_classes else x, **shared)
-        return self._side_by_side([(y, sumsq) for _, y, sumsq in passed], layers)
+        return self._side_by_side([(ran.y, ran.sumsq) for _, ran in passed], layers)
 
     @torch.no_grad()
     def features_of(self, results: Sequence[StepResult], layers: Sequence[int] | None = None) -> Tensor:

@@ -342,7 +342,7 @@ PROJECTED = replace(
     "the training images by heart: three tenths of the pixels dropped, smoothed labels. Batches of 256, Adam at 3e-3.",
     assumed="",
     hidden=(500, 500),
-    epochs=20,
+    epochs=14,
     layers=Rule("adam", lr=3e-3),
     label_smoothing=0.1,
     head="projection",

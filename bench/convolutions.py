@@ -21,7 +21,7 @@ from .cases import CONVOLUTIONS, NUM_CLASSES, Case, Layers
 from .contenders import OURS, Contender, FFKernels, Maker, compiler, precision
 
 EPS = 1e-4
-# Of an NHWC network; plain float32 is faster in the other layout.
+# Which layout of the maps is the faster one in float32 hangs on the machine: plain autograd is measured in both.
 LAST = torch.channels_last
 
 

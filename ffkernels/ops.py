@@ -196,7 +196,11 @@ _CONVOLUTION = (*arguments(MapRows), *_READ_LAYER, *arguments(Geometry))
 # A convolution's forward pass, to the fields of `Maps`; and the gradients of weight and bias by the moments' slopes,
 # which may overwrite the maps.
 _CONV_FORWARD = schema(
-    "conv2d_forward", *_CONVOLUTION, Argument("is_centred", "bool"), returns=f"({', '.join(['Tensor'] * 6)})"
+    "conv2d_forward",
+    *_CONVOLUTION,
+    Argument("is_centred", "bool"),
+    Argument("pivot", "Tensor?"),
+    returns=f"({', '.join(['Tensor'] * 6)})",
 )
 _CONV_GRADIENTS = schema(
     "conv2d_gradients_",
@@ -217,15 +221,15 @@ def _convolution_of(values: Iterator[Any]) -> tuple[MapRows, Layer, Geometry]:
 def _conv_forward(*args: Any) -> Maps:
     values = iter(args)
     read = _convolution_of(values)
-    is_centred, backend = values
-    return select.load(backend).conv2d_forward(*read, is_centred)
+    is_centred, pivot, backend = values
+    return select.load(backend).conv2d_forward(*read, is_centred, pivot)
 
 
 def _conv_forward_fake(*args: Any) -> Maps:
     values = iter(args)
     read = _convolution_of(values)
-    is_centred, backend = values
-    return select.load(backend).conv2d_forward_like(*read, is_centred)
+    is_centred, pivot, backend = values
+    return select.load(backend).conv2d_forward_like(*read, is_centred, pivot)
 
 
 def _conv_gradients(*args: Any) -> tuple[Tensor, Tensor]:
@@ -238,7 +242,7 @@ def _conv_gradients(*args: Any) -> tuple[Tensor, Tensor]:
 def _conv_gradients_fake(*args: Any) -> tuple[Tensor, Tensor]:
     values = iter(args)
     layer = _convolution_of(values)[1]
-    return torch.empty_like(layer.weight), layer.weight.new_empty(len(layer.weight))
+    return layer.weight.new_empty(layer.weight.shape), layer.weight.new_empty(len(layer.weight))
 
 
 # Arguments of an operator that only writes, to its backend.
@@ -322,11 +326,14 @@ def linear_update_(rows: Rows, layer: Layer, slopes: Slopes, pull: PeerPull, upd
         select.load(backend).linear_update_(rows, layer, slopes, pull, update)
 
 
-def conv2d_forward(rows: MapRows, layer: Layer, geometry: Geometry, is_centred: bool, backend: str) -> Maps:
-    """Activities and moments of a convolutional layer; without `is_centred` moments are about zero."""
+def conv2d_forward(
+    rows: MapRows, layer: Layer, geometry: Geometry, is_centred: bool, pivot: Tensor | None, backend: str
+) -> Maps:
+    """Activities and moments of a convolutional layer; moments are about `pivot` if that is given, about one that is
+    found among the activities with `is_centred`, else about zero."""
     if _watched(layer, rows.x):
-        return Maps(*_operators.conv2d_forward(*flatten(rows, layer, geometry), is_centred, backend))
-    return select.load(backend).conv2d_forward(rows, layer, geometry, is_centred)
+        return Maps(*_operators.conv2d_forward(*flatten(rows, layer, geometry), is_centred, pivot, backend))
+    return select.load(backend).conv2d_forward(rows, layer, geometry, is_centred, pivot)
 
 
 def conv2d_gradients_(

@@ -125,7 +125,8 @@ class Maps(NamedTuple):
 
     Attributes:
         p: `[rows, channels, h, w]` activities behind the pool, in the compute dtype.
-        first, spread: `[rows, channels]` sums over places of `p - pivot`, and of its squares, in the weight's dtype.
+        first, spread: `[rows, channels]` sums over places of `p - pivot`, and of its squares, in the weight's dtype;
+            where `p` is rounded, of it before or after that.
         pivot: `[channels]` a number like the others for each channel, so that squares keep the digits of a variance.
         where: the winners of maximum pooling, as the backend that found them reads them.
         before: `[rows, channels, h', w']` in front of the pool: what the activation's slope is read from, or memory.
@@ -143,7 +144,7 @@ class MapSlopes(NamedTuple):
     """What a convolution's update takes in place of an objective: `dLoss/dp = first + 2 second (p - pivot)`.
 
     Attributes:
-        first, second: `[rows, channels]`, or None for zero.
+        first, second: `[rows, channels]` or `[rows, 1]`, or None for zero.
         gain, shift: `[channels]`; with them `gain (p - pivot) + shift` is written over `p`.
     """
 

@@ -82,18 +82,71 @@ def test_bfloat16_maps(objective, statistics, pool):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("pool", [None, 2, torch.nn.AvgPool2d(2)])
-def test_numbers_that_are_none_stay_where_they_are(value, pool):
+@pytest.mark.parametrize("statistics", [None, "running"])
+@pytest.mark.parametrize("row", [0, 1])
+def test_numbers_that_are_none_stay_where_they_are(value, pool, statistics, row):
     """One row's do not reach another's activities, and come out of the pool as PyTorch lets them."""
-    case = made("mean", rows=4, padding=1, pool=pool, dtype=torch.float32, optimizer=None)
-    case.x[1, 0, 2, 2] = value
-    y = {name: case.copy().ours(backend=name).y for name in ("native", "eager")}
+    case = made("mean", rows=4, padding=1, pool=pool, dtype=torch.float32, optimizer=None, statistics=statistics)
+    others = [i for i in range(4) if i != row]
+    clean = case.copy().ours(backend="native").y
+    case.x[row, 0, 2, 2] = value
+    results = {name: case.copy().ours(backend=name) for name in ("native", "eager")}
+    y = {name: result.y for name, result in results.items()}
     assert torch.equal(y["native"].isnan(), y["eager"].isnan())
-    torch.testing.assert_close(y["native"][[0, 2, 3]], y["eager"][[0, 2, 3]])
     torch.testing.assert_close(y["native"], y["eager"], equal_nan=True)
+    for result in results.values():
+        torch.testing.assert_close(result.y[others], clean[others])
+        assert result.goodness[others].isfinite().all()
+    with torch.no_grad():
+        layer = case.copy().layer
+        torch.testing.assert_close(layer(case.x)[others], clean[others])
+        assert torch.equal(layer.goodness(case.x)[others].isfinite(), torch.ones(3, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("backend", ["native", "eager"])
+def test_a_row_is_evaluated_alone(backend):
+    """By running statistics no other row has a part in its numbers, however far from it."""
+    case = made("cross_entropy mean", rows=6, padding=1, pool=2, dtype=torch.float32, statistics="running")
+    layer = case.layer
+    layer.backend = backend
+    with torch.no_grad():
+        y, goodness = layer(case.x), layer.goodness(case.x)
+        case.x[0] *= 1e6
+        assert error(layer(case.x)[1:], y[1:]) <= 1e-6
+        assert error(layer.goodness(case.x)[1:], goodness[1:]) <= 1e-6
+
+
+def test_sums_of_squares_are_never_below_zero():
+    layer = ff.FFConv2d(1, 2, 1, batch_norm="behind", activation="identity", objective=ff.Objective(goodness="norm"))
+    with torch.no_grad():
+        layer.weight.fill_(1.0), layer.bias.zero_()
+    x = torch.tensor([1000.0, 3.3, -993.4, 3.3]).view(4, 1, 1, 1)
+    for backend in ("native", "eager"):
+        result = layer.step(x[:2], x[2:], None, backend=backend)
+        assert (result.sumsq >= 0).all() and result.goodness.isfinite().all()
+
+
+def test_derivatives_forward_are_pytorchs():
+    case = made("mean", padding=1, dtype=torch.float32)
+    weight, tangent = case.layer.weight.detach(), torch.randn(case.layer.weight.shape)
+    y, along = torch.func.jvp(lambda w: ff.conv2d_forward(case.x, w)[0], (weight,), (tangent,))
+    plain, expected = torch.func.jvp(lambda w: torch.relu(torch.conv2d(case.x, w)), (weight,), (tangent,))
+    torch.testing.assert_close(y, plain)
+    torch.testing.assert_close(along, expected)
+
+
+def test_the_environment_forces_what_can_run(monkeypatch):
+    layer = ff.FFConv2d(1, 4, 3, activation="gelu")
+    x = torch.rand(4, 1, 8, 8)
+    monkeypatch.setenv("FFKERNELS_BACKEND", "native")
+    assert layer.step(x, x.flip(3), torch.optim.SGD(layer.parameters(), lr=0.1)).loss.isfinite()
+    monkeypatch.setenv("FFKERNELS_BACKEND", "nonsense")
+    with pytest.raises(ValueError, match="nonsense"):
+        layer(x)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_threads_change_no_bit(threads):
+def test_threads_change_nothing(threads):
     case = made("cross_entropy mean", rows=7, channels=(4, 20), maps=(16, 16), padding=1, pool=2, statistics="batch",
                 dtype=torch.float32)  # fmt: skip
     before = torch.get_num_threads()
@@ -104,13 +157,41 @@ def test_threads_change_no_bit(threads):
             layer = case.layer
             record = Layer(layer.weight.detach(), layer.bias.detach(), "none", 0.0, "add", "relu", torch.float32)
             rows, geometry = MapRows(case.x.contiguous(memory_format=torch.channels_last), None), layer.geometry()
-            made_maps = select.load("native").conv2d_forward(rows, record, geometry, True)
+            made_maps = select.load("native").conv2d_forward(rows, record, geometry, True, None)
             maps.append([t.clone() for t in made_maps[:5]])
         finally:
             torch.set_num_threads(before)
     # The product is PyTorch's, whose bits may hang on its threads; here it has whole channels to itself.
     for one, other in zip(*maps, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["native", "eager"])
+def test_a_single_number_has_no_statistics(backend):
+    layer = ff.FFConv2d(1, 4, 3, batch_norm="behind", backend=backend)
+    x = torch.rand(1, 1, 3, 3)
+    with pytest.raises(ValueError, match="batch_norm"), torch.no_grad():
+        layer(x)
+    layer.eval()
+    assert layer(x).shape == (1, 4, 1, 1)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("backend", ["native", "eager"])
+@pytest.mark.parametrize("objective", ["mean", "cross_entropy mean", "cross_entropy activity", "projection"])
+def test_a_forward_pass_without_a_graph_is_that_with_one(objective, backend, training):
+    case = made(objective, padding=1, pool=2, norm="l2", statistics="running", dtype=torch.float32)
+    layer, x = case.layer, case.x
+    layer.backend = backend
+    layer.train(training)
+    y, sumsq = layer.activity(x)
+    goodness = layer.goodness(x)
+    assert y.requires_grad and goodness.requires_grad
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    with torch.no_grad():
+        for one, other in zip((*layer.activity(x), layer.goodness(x)), (y, sumsq, goodness), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
 
 
 def operator_arguments(backend: str, pool: str, activation: str, gain: bool) -> tuple[tuple, tuple]:
@@ -120,11 +201,11 @@ def operator_arguments(backend: str, pool: str, activation: str, gain: bool) -> 
     size = (2, 2) if pool != "none" else (1, 1)
     geometry = Geometry(padding=(1, 1), groups=2, pool=pool, pool_size=size, pool_stride=size)
     rows = MapRows(torch.randn(3, 4, 6, 6).contiguous(memory_format=torch.channels_last), None)
-    maps = ops.conv2d_forward(rows, layer, geometry, True, backend)
+    maps = ops.conv2d_forward(rows, layer, geometry, True, None, backend)
     line = (torch.rand(6), torch.rand(6)) if gain else (None, None)
     slopes = MapSlopes(torch.randn(3, 6), torch.randn(3, 6), *line)
     convolution = ops.flatten(rows, layer, geometry)
-    return (*convolution, True, backend), (*convolution, *maps, *slopes, backend)
+    return (*convolution, not gain, torch.rand(6) if gain else None, backend), (*convolution, *maps, *slopes, backend)
 
 
 @pytest.mark.parametrize("backend", ["eager", "native"])

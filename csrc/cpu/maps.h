@@ -111,7 +111,7 @@ struct Passes {
         const int64_t n = channels - channel;
         const T* z = static_cast<const T*>(call.z) + channel;
         T* p = static_cast<T*>(call.p) + channel;
-        uint8_t* where = call.where + channel;
+        uint8_t* where = POOL == ffk::POOL_MAX ? call.where + channel : nullptr;
         const bool scaled = call.scale != nullptr;
         const vec scale = broadcast(scaled ? call.scale[row] : 1), none = {},
                   bias = call.bias ? get<WHOLE>(call.bias + channel, n) : none,
@@ -155,7 +155,7 @@ struct Passes {
     }
 
     void forward() const {
-        if (call.pivot != nullptr && call.rows > 0) {
+        if (call.finds_pivot && call.rows > 0) {
             // Squares about what is like the rest keep the digits of a variance.
             forward_row(0, nullptr, false);
             const float places = float(call.pooled_height * call.pooled_width);
@@ -180,10 +180,12 @@ struct Passes {
     template <bool WHOLE>
     void backward_line(int64_t row, int64_t line, int64_t channel) const {
         const int64_t n = channels - channel;
-        const T* z = static_cast<const T*>(call.z) + channel;
+        const T* z =
+            POOL == ffk::POOL_AVERAGE ? static_cast<const T*>(call.z) + channel : nullptr;
         T* p = static_cast<T*>(call.p) + channel;
         T* dz = static_cast<T*>(call.dz) + channel;
-        const uint8_t* where = call.where + channel;
+        const uint8_t* where = POOL == ffk::POOL_MAX ? call.where + channel : nullptr;
+        const bool has_second = call.slope_second != nullptr;
         const auto number = [&](const float* values, int64_t i) {
             return values ? get<WHOLE>(values + i + channel, n) : vec{};
         };
@@ -196,7 +198,7 @@ struct Passes {
         for (int64_t x = 0; x < call.pooled_width; x++) {
             const int64_t begin = window(row, line, x), from = unit(row, line, x);
             const vec a = get<WHOLE>(p + from, n), apart = a - centre;
-            vec g = first + second * apart;
+            vec g = has_second ? first + second * apart : first;
             if (POOL == ffk::POOL_AVERAGE) {
                 g *= 1.f / float(pool_height * pool_width);
                 each_place([&](uint32_t, int64_t offset) {

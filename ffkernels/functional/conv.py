@@ -1,4 +1,4 @@
-"""A convolutional layer's forward pass and its step, in plain PyTorch on every device."""
+"""A convolutional layer's forward pass and its step: arguments to records, operators, and the optimizer's rule."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from ..objectives import (
     by_unit,
     dense,
     move,
+    pivot_of,
     standardise_moments,
     through_moments,
 )
@@ -88,7 +89,7 @@ def conv2d_forward(
         "norm": norm, "eps": eps, "eps_mode": eps_mode, "activation": activation, "compute_dtype": compute_dtype,
         "input_sumsq": input_sumsq, "backend": backend,
     }  # fmt: skip
-    if not waits(weight, bias):
+    if not waits(x, weight, bias):
         y, moments = run_conv2d(x, weight, bias, None, **options)
         return y, moments.second.sum(1)
     rows, layer, geometry, _ = _ready(x, weight, bias, **options)
@@ -97,9 +98,11 @@ def conv2d_forward(
         return p, p.to(weight.dtype).square().sum((1, 2, 3))
 
 
-def waits(*parameters: Tensor | None) -> bool:
-    """Whether a forward pass must be differentiable by these."""
-    return torch.is_grad_enabled() and any(isinstance(p, Tensor) and p.requires_grad for p in parameters)
+def waits(x: Tensor, *parameters: Tensor | None) -> bool:
+    """Whether a forward pass of rows `x` must be differentiable by these, or is followed otherwise."""
+    if torch.is_grad_enabled() and any(isinstance(p, Tensor) and p.requires_grad for p in parameters):
+        return True
+    return not torch.compiler.is_compiling() and is_transformed(x, *parameters)
 
 
 def run_conv2d(
@@ -110,11 +113,11 @@ def run_conv2d(
     Running statistics stay as they are.
     """
     rows, layer, geometry, backend = _ready(x, weight, bias, **options)
+    _enough_for_statistics(batch_norm, geometry, weight, x)
     with torch.no_grad(), without_autocast(weight.device):
-        maps = ops.conv2d_forward(rows, layer, geometry, batch_norm is not None, backend)
+        maps = ops.conv2d_forward(rows, layer, geometry, *pivot_of(batch_norm), backend)
         read = _read(maps, batch_norm)
-        if read.behind is not None:
-            _hand_on(maps, MapSlopes(None, None, *read.behind.line()))
+        _hand_on(maps, read)
         return maps.p, Moments(read.first, read.second)
 
 
@@ -212,7 +215,9 @@ def conv2d_step_(
         batch_norm: a `torch.nn.BatchNorm2d` behind the pool: the objective reads the moments of its signed output,
             which the result hands on; the optimizer must hold its weight and bias too. In train mode its statistics
             are those of the batch, both sides together, and the running ones move.
-        backend: as in `linear_step_`; "native" has no overlapping windows, no gelu and no silu.
+        backend: as in `linear_step_`. "native" has neither gelu nor silu, no leaky_relu in front of maximum pooling, no
+            windows that overlap or have more than 256 places, and no float64; "triton" has no convolutions yet. Where
+            the environment alone forces a backend that cannot run a convolution, the next that can does.
 
     Returns:
         `y` `[rows, out, h, w]`, channels-last; `sumsq` `[rows]` over all of a row; goodness and loss as ever.
@@ -281,8 +286,7 @@ def conv2d_pass(
     rows = checked_rows(weight, compute, objective, x_pos, x_neg, rows_of=rows_of, **of_rows)
     if rows.x_neg.shape[1:] != x_pos.shape[1:]:
         raise ValueError(f"x_neg has maps of {tuple(rows.x_neg.shape[1:])}; accepted: {tuple(x_pos.shape[1:])}")
-    _, behind = geometry.maps_of(x_pos.shape[2], x_pos.shape[3], (weight.shape[2], weight.shape[3]))
-    check.enough_for_statistics(batch_norm, len(x_pos) + len(rows.x_neg), behind[0] * behind[1])
+    _enough_for_statistics(batch_norm, geometry, weight, x_pos, rows.x_neg)
     if is_transformed(x_pos, rows.x_neg, weight, bias):
         raise ValueError(
             "conv2d_step_ was called on tensors of a torch.func transform or with a forward-mode tangent; accepted: "
@@ -290,6 +294,8 @@ def conv2d_pass(
         )
     learning = {"weight": weight, **({} if bias is None else {"bias": bias}), **others_of(objective, batch_norm)}
     update = _update_of(optimizer, learning, rows) if learns else None
+    if batch_norm is not None:
+        check.writable_here([t for t in batch_norm.buffers() if t is not None])
     layer = Layer(weight, bias, norm, float(eps), eps_mode, activation, compute)
     chosen = _backend_of(layer, geometry, None if update is None else update.rule, backend)
     n_pos = len(x_pos) if rows.is_positive is None else None
@@ -301,13 +307,13 @@ def conv2d_pass(
         with torch.no_grad(), without_autocast(weight.device):
             x = torch.cat([x_pos, rows.x_neg]) if len(rows.x_neg) else x_pos
             of_product = rows_for(x, layer, geometry, rows.input_sumsq)
-            maps = ops.conv2d_forward(of_product, layer, geometry, batch_norm is not None, chosen)
+            maps = ops.conv2d_forward(of_product, layer, geometry, *pivot_of(batch_norm), chosen)
             read = _read(maps, batch_norm)
             judged, by_head = _judged(objective, read, rows, skip_below)
-            slopes, gradients = _slopes(read, judged, outputs == "pre")
             if update is None:
-                _hand_on(maps, slopes)
+                _hand_on(maps, read)
             else:
+                slopes, gradients = _slopes(read, judged, outputs == "pre")
                 dw, db = ops.conv2d_gradients_(of_product, layer, geometry, maps, slopes, chosen)
                 gradients |= {"weight": dw, "bias": db}
                 if by_head is not None:
@@ -325,7 +331,7 @@ def conv2d_pass(
     return StepResult(y, read.sumsq, judged.goodness, judged.loss, n_pos, rows.is_positive)
 
 
-@never_compiled("a convolution's step runs in plain PyTorch, and writes by the caller's optimizer in its midst")
+@never_compiled("a convolution's step writes by the caller's optimizer in its midst")
 def _step_never_compiled(*tensors: Any, **options: Any) -> StepResult:
     return conv2d_pass(*tensors, **options)
 
@@ -344,6 +350,14 @@ class Read(NamedTuple):
     sumsq: Tensor
     places: int
     behind: StandardisedMoments | None
+
+
+def _enough_for_statistics(
+    batch_norm: nn.BatchNorm2d | None, geometry: Geometry, weight: Tensor, x: Tensor, *others: Tensor
+) -> None:
+    """Raises where a channel has a single number in the rows of these maps, which has no variance."""
+    _, behind = geometry.maps_of(x.shape[2], x.shape[3], (weight.shape[2], weight.shape[3]))
+    check.enough_for_statistics(batch_norm, len(x) + sum(map(len, others)), behind[0] * behind[1])
 
 
 def _backend_of(layer: Layer, geometry: Geometry, rule: str | None, backend: str | None) -> str:
@@ -397,11 +411,16 @@ def _slopes(read: Read, judged: Judged, hands_on: bool) -> tuple[MapSlopes, dict
     return MapSlopes(offset, gain / 2, *line), {"batch_norm.weight": by_weight, "batch_norm.bias": by_bias}
 
 
-def _hand_on(maps: Maps, slopes: MapSlopes) -> None:
+def _hand_on(maps: Maps, read: Read) -> None:
     """What an update leaves in the place of the activities, without one."""
-    if slopes.gain is not None and slopes.shift is not None:
-        variance = torch.ones_like(maps.pivot)
-        maps.p.copy_(F.batch_norm(maps.p, maps.pivot, variance, slopes.gain, slopes.shift, False, 0.0, 0.0))
+    if read.behind is None:
+        return
+    p, (gain, shift) = maps.p, read.behind.line()
+    if p.dtype == gain.dtype:
+        p.sub_(maps.pivot[:, None, None]).mul_(gain[:, None, None]).add_(shift[:, None, None])
+    else:
+        # One pass, whose sums are as wide as its parameters.
+        p.copy_(F.batch_norm(p, maps.pivot, torch.ones_like(gain), gain, shift, False, 0.0, 0.0))
 
 
 def _update_of(optimizer: Optimizer | None, learning: dict[str, Tensor], rows: Rows) -> optim.Plan:

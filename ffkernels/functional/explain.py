@@ -41,6 +41,8 @@ def explain(
     if isinstance(weight, Tensor) and weight.dim() == 4:
         geometry = checked_geometry(1, 0, "zeros", 1, pool)
         conv_tensors(weight, None, geometry)
+        if peer is not None:
+            raise ValueError("peer came with a convolution's weight, which has no peer normalisation; accepted: None")
     else:
         check.layer_tensors(weight, None)
         if pool is not None:

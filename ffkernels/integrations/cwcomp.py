@@ -163,6 +163,8 @@ class Conv_Layer(nn.Conv2d):
             return "hooks watch it"
         if common.any_waits(x):
             return "x_pos waits for a gradient"
+        if type(self.dropout) is not nn.Dropout or (self.ismaxpool and type(self.maxpool) is not nn.MaxPool2d):
+            return "another module stands for its dropout or its pool"
         if self.dropout.p > 0 and self.dropout.training:
             return f"it drops {self.dropout.p} of its input"
         if type(self.conv_bn) is not nn.BatchNorm2d:

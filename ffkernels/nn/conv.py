@@ -25,7 +25,7 @@ from ..objectives import (
     moments_goodness,
 )
 from ..spec import Activation, EpsMode, Geometry, Norm, OutputsOf, PaddingMode
-from .layer import Ran, called_only, watched
+from .layer import Ran, called_only, overridden, watched
 
 GEOMETRY_OPTIONS = ("stride", "padding", "padding_mode", "groups", "pool")
 FORWARD_OPTIONS = (*GEOMETRY_OPTIONS, "norm", "eps", "eps_mode", "activation", "compute_dtype", "backend")
@@ -48,6 +48,8 @@ class FFConv2d(nn.Conv2d):
     """
 
     _plain: ClassVar[type[nn.Module]]
+    # Layers pickled by earlier versions lack it.
+    backend: str | None = None
 
     def __init__(
         self,
@@ -119,7 +121,7 @@ class FFConv2d(nn.Conv2d):
     def _activity(self, x: Tensor, input_sumsq: Tensor | None = None, **options: Any) -> Ran:
         options = {"input_sumsq": input_sumsq, **self._options(), **options}
         norm = self.batch_norm
-        if not waits(*self.parameters()):
+        if not waits(x, *self.parameters()):
             y, moments = run_conv2d(x, self.weight, self.bias, norm, **options)
             return Ran(y, moments.second.sum(1), moments)
         y, sumsq = functional.conv2d_forward(x, self.weight, self.bias, **options)
@@ -136,7 +138,7 @@ class FFConv2d(nn.Conv2d):
 
     def goodness(self, x: Tensor) -> Tensor:
         """Goodness of rows `x` `[rows, in, H, W]`: `[rows]`; `[rows, classes]` where the objective has classes."""
-        return self._goodness_of(self._activity(x))
+        return self._goodness_of(Ran(*self.activity(x)) if overridden(self, "activity") else self._activity(x))
 
     def _goodness_of(self, ran: Ran) -> Tensor:
         """Goodness from what a forward pass has left; activities are read for classes alone, without their moments."""

@@ -262,7 +262,8 @@ class FFLinear(nn.Linear):
         if side is None:
             side = torch.arange(len(x), device=x.device) < n_pos if is_positive is None else is_positive
         with self._set(own):
-            if batch_norm is not None:
+            before = None
+            if batch_norm is not None and batch_norm.training:
                 with torch.no_grad():
                     weights = (self.weight, self.bias)
                     before = standardise(functional.linear_forward(x, *weights, **own)[0].to(weight.dtype), batch_norm)
@@ -285,7 +286,7 @@ class FFLinear(nn.Linear):
             try:
                 if parameters:
                     optim.step_on_loss(optimizer, parameters, loss, alone=not isinstance(objective, GivenLoss))
-                if batch_norm is not None:
+                if batch_norm is not None and before is not None:
                     with torch.no_grad():
                         move(batch_norm, before)
             finally:

@@ -503,7 +503,7 @@ class FFNetwork(nn.Module):
         Each layer's activities are scaled by its own norm option, as the layer above would see them (rms for "none").
 
         Args:
-            x: `[rows, in]`.
+            x: `[rows, in]`, or maps, of which so many run at once that their activities take little memory.
             layers: indices; None for all but the first (Hinton 2022, section 3.3), or the only one.
             num_classes: columns of the label field; 0 for rows without one. None: 10, or 0 where the objectives have
                 classes, whose rows bear no label.
@@ -514,7 +514,8 @@ class FFNetwork(nn.Module):
         """
         if num_classes is None:
             num_classes = 10 if next(iter(self)).objective.classes is None else 0
-        if x.dim() == 4 and len(x) > PREDICTION_IMAGES:
+        by_batch = any(layer.batch_norm is not None and layer.batch_norm.training for layer in self)
+        if x.dim() == 4 and len(x) > PREDICTION_IMAGES and not by_batch:
             return torch.cat([self.features(part, layers, num_classes) for part in x.split(PREDICTION_IMAGES)])
         shared: dict[str, Any] = {} if product is None else {"product": product, "label_field": num_classes}
         passed = self._pass(negatives.neutral_label(x, num_classes) if num_classes else x, **shared)

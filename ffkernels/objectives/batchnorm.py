@@ -93,10 +93,12 @@ def standardise_moments(maps: Maps, norm: nn.BatchNorm2d) -> StandardisedMoments
         assert mean is not None
         rest = mean - maps.pivot
     # Sums about the mean, from those about the pivot.
-    second = maps.spread - 2 * rest * maps.first + places * rest.square()
     first = maps.first - places * rest
+    second = maps.spread - 2 * rest * maps.first + places * rest.square()
+    # Rounding must not leave less than any numbers of that sum have.
+    second = torch.maximum(second, first.square() / places)
     if is_of_batch:
-        mean, variance = maps.pivot + rest, second.sum(0).clamp_min(0) / count
+        mean, variance = maps.pivot + rest, second.sum(0) / count
     assert variance is not None
     deviation = (variance + norm.eps).sqrt()
     x_first, x_second = first / deviation, second / deviation.square()
@@ -107,6 +109,13 @@ def standardise_moments(maps: Maps, norm: nn.BatchNorm2d) -> StandardisedMoments
     of_batch = (mean, variance) if is_of_batch else (None, None)
     moments = (u_first, u_second, x_first, x_second)
     return StandardisedMoments(*moments, places, rest, deviation, weight, bias, *of_batch)
+
+
+def pivot_of(norm: nn.BatchNorm2d | None) -> tuple[bool, Tensor | None]:
+    """Whether moments are about a pivot, and which if it is known: no row has a part in running statistics."""
+    if norm is None:
+        return False, None
+    return True, None if norm.training else norm.running_mean
 
 
 def through_moments(

@@ -61,10 +61,12 @@ def dropped(x: Tensor, share: float, generator: torch.Generator | None = None) -
     """
     of_all = 1 << 16
     left_out = round(share * of_all)
+    if left_out == of_all:
+        return torch.zeros_like(x)
     draws = x.new_empty(-(-x.numel() // 4), dtype=torch.int64)
     draws.random_(-(1 << 63), (1 << 63) - 1, generator=generator)
     kept = draws.view(torch.int16)[: x.numel()].view(x.shape).ge(left_out - of_all // 2)
-    return kept.to(x.dtype).mul_(of_all / max(of_all - left_out, 1)).mul_(x)
+    return x * kept.to(x.dtype).mul_(of_all / (of_all - left_out))
 
 
 def labelled_sides(

@@ -249,7 +249,8 @@ class Trainer:
     def _set_learning(self, epoch: int) -> None:
         """Which layers learn in an epoch (from 1)."""
         for i, layer in enumerate(self.net):
-            layer.requires_grad_(self._learns(i, epoch))
+            if i < len(self.recipe.convolutions) and self.recipe.convolutions[i].learns is not None:
+                layer.requires_grad_(self._learns(i, epoch))
 
     def _learns(self, index: int, epoch: int) -> bool:
         window = self.recipe.convolutions[index].learns if index < len(self.recipe.convolutions) else None
@@ -392,11 +393,12 @@ class Trainer:
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
+        was_training = self.net.training
         self.net.eval()
         try:
             yield
         finally:
-            self.net.train()
+            self.net.train(was_training)
 
     def _test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         sizes = self._split(len(self.test_labels), EVALUATION_ROWS)

@@ -53,15 +53,21 @@ def is_told_before(activation: str, geometry: Geometry) -> bool:
     return ACTIVATIONS[activation].keeps_z or (geometry.pool == "average" and activation != "identity")
 
 
-def conv2d_forward(rows: MapRows, layer: Layer, geometry: Geometry, is_centred: bool) -> Maps:
+def conv2d_forward(
+    rows: MapRows, layer: Layer, geometry: Geometry, is_centred: bool, pivot: Tensor | None
+) -> Maps:
     """See `ops.SCHEMAS`."""
     p, where, before = activities(rows, layer, geometry)
     before, where = (p.new_empty(0) if kept is None else kept for kept in (before, where))
-    wide, pivot = p.to(layer.weight.dtype), layer.weight.new_empty(0)
-    if is_centred:
+    wide = p.to(layer.weight.dtype)
+    if pivot is not None:
+        pivot = pivot.clone()
+    elif is_centred:
         pivot = wide.sum((0, 2, 3)) / max(len(p) * p.shape[2] * p.shape[3], 1)
+    if pivot is not None:
         wide = wide - pivot[:, None, None]
-    return Maps(p, wide.sum((2, 3)), wide.square().sum((2, 3)), pivot, where, before)
+    about = layer.weight.new_empty(0) if pivot is None else pivot
+    return Maps(p, wide.sum((2, 3)), wide.square().sum((2, 3)), about, where, before)
 
 
 # It runs on tensors without numbers too.
@@ -94,7 +100,7 @@ def conv2d_gradients_(
     if len(maps.p):
         gradients = _gradients(rows, layer, geometry, maps, slopes.first, slopes.second, centre)
     else:
-        gradients = torch.zeros_like(weight), weight.new_zeros(len(weight))
+        gradients = weight.new_zeros(weight.shape), weight.new_zeros(len(weight))
     if slopes.gain is not None and slopes.shift is not None:
         apart = p.to(weight.dtype) - maps.pivot[:, None, None]
         p.copy_(apart.mul_(slopes.gain[:, None, None]).add_(slopes.shift[:, None, None]))
@@ -114,7 +120,9 @@ def _gradients(
     dz = _by_activity(maps.p, first, second, centre)
     told_before, size = is_told_before(layer.activation, geometry), size_of(rows, layer, geometry)
     if not told_before:
-        dz = _gated(dz, maps.p, layer.activation)
+        # What a ReLU has shut off is zero, and so is its multiple.
+        if layer.activation != "relu" or first is not None or centre is not None:
+            dz = _gated(dz, maps.p, layer.activation)
     else:
         dz = _in_front_of_pool(dz, maps.where, geometry, size)
         if activation.keeps_z:

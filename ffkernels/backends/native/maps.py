@@ -27,17 +27,22 @@ def unsupported_pool(geometry: Geometry, activation: str) -> str | None:
     return None
 
 
-def conv2d_forward(rows: MapRows, layer: Layer, geometry: Geometry, is_centred: bool) -> Maps:
+def conv2d_forward(
+    rows: MapRows, layer: Layer, geometry: Geometry, is_centred: bool, pivot: Tensor | None
+) -> Maps:
     """See `ops.SCHEMAS`."""
     z = product(rows, layer, geometry)
-    maps = _maps_of(z, layer, geometry, is_centred)
-    _run("ffk_maps_forward", _pass(z, rows, layer, geometry, maps, _size(z), first=maps.first, spread=maps.spread))
+    maps = _maps_of(z, layer, geometry, is_centred, pivot)
+    moments: dict[str, Any] = {"finds_pivot": is_centred and pivot is None, "first": maps.first, "spread": maps.spread}
+    _run("ffk_maps_forward", _pass(z, rows, layer, geometry, maps, _size(z), **moments))
     return maps
 
 
-def conv2d_forward_like(rows: MapRows, layer: Layer, geometry: Geometry, is_centred: bool) -> Maps:
+def conv2d_forward_like(
+    rows: MapRows, layer: Layer, geometry: Geometry, is_centred: bool, pivot: Tensor | None
+) -> Maps:
     """What `conv2d_forward` returns, of tensors without numbers."""
-    return _maps_of(product(rows, layer, geometry), layer, geometry, is_centred)
+    return _maps_of(product(rows, layer, geometry), layer, geometry, is_centred, pivot)
 
 
 def conv2d_gradients_(
@@ -51,7 +56,7 @@ def conv2d_gradients_(
         rows, maps, slopes = unsaturated(rows, maps, slopes)
     (count, channels), size = maps.p.shape[:2], size_of(rows, layer, geometry)
     if count == 0:
-        return torch.zeros_like(layer.weight), layer.weight.new_zeros(channels)
+        return layer.weight.new_zeros(layer.weight.shape), layer.weight.new_zeros(channels)
     if geometry.pool == "max":
         dz = memory[:count]
     # An average's gradient takes the place of what it reads, but where there are places in no window.
@@ -71,10 +76,10 @@ def _given(slopes: MapSlopes, channels: int) -> dict[str, Tensor | None]:
     wide = {"slope_first": slopes.first, "slope_second": slopes.second}
     line = {"gain": slopes.gain, "shift": slopes.shift}
     given = {name: None if slope is None else slope.expand(-1, channels) for name, slope in wide.items()} | line
-    return {name: None if value is None else value.contiguous() for name, value in given.items()}
+    return {name: None if value is None else value.to(torch.float32).contiguous() for name, value in given.items()}
 
 
-def _maps_of(z: Tensor, layer: Layer, geometry: Geometry, is_centred: bool) -> Maps:
+def _maps_of(z: Tensor, layer: Layer, geometry: Geometry, is_centred: bool, pivot: Tensor | None) -> Maps:
     """Room for what a forward pass makes of products `z`; without a pool activities come in their place."""
     rows, channels = z.shape[:2]
     p, before, where = z, z.new_empty(0), z.new_empty(0, dtype=torch.uint8)
@@ -85,8 +90,8 @@ def _maps_of(z: Tensor, layer: Layer, geometry: Geometry, is_centred: bool) -> M
         if geometry.pool == "max":
             where = torch.empty_like(p, dtype=torch.uint8)
     first, spread = (layer.weight.new_empty(rows, channels) for _ in range(2))
-    pivot = layer.weight.new_zeros(channels if is_centred else 0)
-    return Maps(p, first, spread, pivot, where, before)
+    about = layer.weight.new_zeros(channels if is_centred else 0) if pivot is None else pivot.clone()
+    return Maps(p, first, spread, about, where, before)
 
 
 def _size(z: Tensor) -> tuple[int, int]:

@@ -36,6 +36,7 @@ class MapsPass(NamedTuple):
     Attributes:
         height, width, pooled_height, pooled_width: of maps in front of the pool and behind it.
         has_gaps: whether there are places in no window.
+        finds_pivot: whether the pivot is to be found among the activities.
         z, dz: the product, and its gradient, which may lie in its place.
         dz_sums: `[rows, channels]`, over places, before the row scale.
     """
@@ -60,6 +61,7 @@ class MapsPass(NamedTuple):
     scale: spec.Vector | None
     bias: spec.Vector | None
     pivot: spec.WrittenVector | None
+    finds_pivot: bool = False
     first: spec.WrittenVector | None = None
     spread: spec.WrittenVector | None = None
     slope_first: spec.Vector | None = None

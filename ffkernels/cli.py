@@ -18,11 +18,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import cast
+from typing import Any
 
 import torch
 
-from . import FFLinear, Objective, __version__, explain
+from . import FFConv2d, Objective, __version__, explain
 from .backends.native import library
 from .backends.select import Request
 from .backends.triton import support as triton_support
@@ -274,15 +274,16 @@ def _prepare(arguments: argparse.Namespace) -> Trainer:
             compute_dtype=COMPUTE_DTYPES[arguments.compute_dtype],
             skip_below=arguments.skip_below,
         )
-        first = cast("FFLinear", trainer.net.layers[0])
+        first = next(iter(trainer.net))
+        own: dict[str, Any] = {"pool": first.pool} if isinstance(first, FFConv2d) else {"peer": first.peer}
         explanation = explain(
             first.weight,
             trainer.net_optimizer,
             objective=first.objective,
             activation=first.activation,
             compute_dtype=first.compute_dtype,
-            peer=first.peer,
             skip_below=trainer.skip_below,
+            **own,
         )
     except (ValueError, ModuleNotFoundError) as error:
         raise UserError(error) from error

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from ffkernels.recipes import batches, picture
+from ffkernels import cli
+from ffkernels.recipes import batches, catalogue, picture
 from ffkernels.recipes.catalogue import RECIPES, Convolution
 from ffkernels.recipes.data import Dataset
 from ffkernels.recipes.train import Trainer
 
-from .toy_data import toy_data
+from .toy_data import toy_data, write_idx
 
 LAYERS = (Convolution(10), Convolution(10, by_class=True, pool=2), Convolution(20, by_class=True, pool=2))
 SMALL = replace(
@@ -125,6 +126,17 @@ def test_colours(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     picture.draw(trainer, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 20_000
+
+
+def test_on_the_command_line(tmp_path: Path, monkeypatch, capsys, data) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_idx(Path("textures"), data)
+    monkeypatch.setitem(catalogue.RECIPES, "cwc-mnist", replace(SMALL, name="cwc-mnist", epochs=2))
+    arguments = ["train", "--preset", "cwc-mnist", "--data", "textures", "--device", "cpu", "--output", "out"]
+    assert cli.main([*arguments, "--no-picture"]) == 0
+    out, err = capsys.readouterr()
+    assert "cwc-mnist (1-10-10-20) on " in out and "backend: " in err and "epoch 2/2: test error " in err
+    assert cli.main([*arguments, "--no-picture", "--resume"]) == 0
 
 
 def test_half_the_images_are_turned() -> None:

@@ -180,8 +180,7 @@ struct Passes {
     template <bool WHOLE>
     void backward_line(int64_t row, int64_t line, int64_t channel) const {
         const int64_t n = channels - channel;
-        const T* z =
-            POOL == ffk::POOL_AVERAGE ? static_cast<const T*>(call.z) + channel : nullptr;
+        const T* z = POOL == ffk::POOL_AVERAGE ? static_cast<const T*>(call.z) + channel : nullptr;
         T* p = static_cast<T*>(call.p) + channel;
         T* dz = static_cast<T*>(call.dz) + channel;
         const uint8_t* where = POOL == ffk::POOL_MAX ? call.where + channel : nullptr;

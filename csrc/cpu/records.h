@@ -5,7 +5,7 @@
 
 namespace ffk {
 
-constexpr int INTERFACE = 266666799;
+constexpr int INTERFACE = 163964775;
 
 enum Norm : int32_t { NORM_L2, NORM_RMS, NORM_NONE };
 enum EpsMode : int32_t { EPS_ADD, EPS_CLAMP, EPS_INSIDE };
@@ -143,6 +143,7 @@ struct MapsPass {
     const float* scale;
     const float* bias;
     float* pivot;
+    int32_t finds_pivot;
     float* first;
     float* spread;
     const float* slope_first;
@@ -290,6 +291,7 @@ constexpr size_t LAYOUT[] = {
     offsetof(MapsPass, scale),
     offsetof(MapsPass, bias),
     offsetof(MapsPass, pivot),
+    offsetof(MapsPass, finds_pivot),
     offsetof(MapsPass, first),
     offsetof(MapsPass, spread),
     offsetof(MapsPass, slope_first),

@@ -74,7 +74,7 @@ void run(const Case& o) {
     call.z = z.numbers.data(), call.p = pools ? p.numbers.data() : z.numbers.data();
     call.where = where.data();
     if (o.scaled) call.scale = scale.data(), call.bias = bias.data();
-    if (o.centred) call.pivot = pivot.data();
+    if (o.centred) call.pivot = pivot.data(), call.finds_pivot = 1;
     call.first = first.data(), call.spread = spread.data(), call.threads = 1;
     maps_forward(call);
     const Stored<T>& made = pools ? p : z;
@@ -165,7 +165,7 @@ void run(const Case& o) {
 }  // namespace
 
 int main() {
-    for (const int64_t channels : {1, 3, 4, 8, 15, 16, 17, 20, 40, 67})
+    for (const int64_t channels : {1, 4, 15, 16, 20, 35})
         for (const ffk::Activation activation : {ffk::RELU, ffk::LEAKY_RELU, ffk::IDENTITY})
             for (int kind = 0; kind < 7; kind++)
                 for (int option = 0; option < 8; option++) {

@@ -84,10 +84,10 @@ def _choose(backend: str | None, *fields: Any) -> str:
 
 def _chosen(backend: str | None, request: Request) -> str:
     forced, source = forced_backend(backend)
-    if request.geometry is not None and backend is None and forced in BACKENDS:
-        # The environment speaks of linear layers too, which more backends run.
-        if load(forced).unsupported(request._replace(forced=True)) is not None:
-            forced = None
+    # The environment speaks of linear layers too, which more backends run.
+    may_give_way = request.geometry is not None and backend is None and forced in BACKENDS
+    if may_give_way and load(str(forced)).unsupported(request._replace(forced=True)) is not None:
+        forced = None
     if forced is None:
         for name in BACKENDS:
             if load(name).unsupported(request) is None:

@@ -53,9 +53,7 @@ def is_told_before(activation: str, geometry: Geometry) -> bool:
     return ACTIVATIONS[activation].keeps_z or (geometry.pool == "average" and activation != "identity")
 
 
-def conv2d_forward(
-    rows: MapRows, layer: Layer, geometry: Geometry, is_centred: bool, pivot: Tensor | None
-) -> Maps:
+def conv2d_forward(rows: MapRows, layer: Layer, geometry: Geometry, is_centred: bool, pivot: Tensor | None) -> Maps:
     """See `ops.SCHEMAS`."""
     p, where, before = activities(rows, layer, geometry)
     before, where = (p.new_empty(0) if kept is None else kept for kept in (before, where))

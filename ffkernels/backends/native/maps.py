@@ -27,9 +27,7 @@ def unsupported_pool(geometry: Geometry, activation: str) -> str | None:
     return None
 
 
-def conv2d_forward(
-    rows: MapRows, layer: Layer, geometry: Geometry, is_centred: bool, pivot: Tensor | None
-) -> Maps:
+def conv2d_forward(rows: MapRows, layer: Layer, geometry: Geometry, is_centred: bool, pivot: Tensor | None) -> Maps:
     """See `ops.SCHEMAS`."""
     z = product(rows, layer, geometry)
     maps = _maps_of(z, layer, geometry, is_centred, pivot)

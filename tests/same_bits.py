@@ -45,10 +45,12 @@ def main() -> int:
             )
         finally:
             subprocess.run(["git", "-C", HERE, "worktree", "remove", "--force", other], check=True)
-    different = [(a, b) for a, b in zip(old, new, strict=True) if a != b]
+    # Hypothesis draws numbers that it finds in the sources, too: such a case is another one there.
+    same = [(a, b) for a, b in zip(old, new, strict=True) if a.split()[:3] == b.split()[:3]]
+    different = [(a, b) for a, b in same if a != b]
     for a, b in different[:10]:
         print(f"- {a}\n+ {b}")
-    print(f"{len(new)} cases, {len(different)} with other bits than {arguments.commit}")
+    print(f"{len(same)} of {len(new)} cases are the same ones, {len(different)} with other bits than {arguments.commit}")
     return 1 if different else 0
 
 
@@ -83,7 +85,8 @@ def print_cases(backend: str, steps: int) -> None:
     )  # fmt: skip
     @hypothesis.given(cases(backend))
     def run(case):
-        print(backend, next(numbers), case.compute, digest_of(case, backend), flush=True)
+        words = hashlib.sha256(repr(case).encode()).hexdigest()[:8]
+        print(backend, next(numbers), words, case.compute, digest_of(case, backend), flush=True)
 
     run()
 

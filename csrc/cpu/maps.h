@@ -49,8 +49,8 @@ struct Gate {
     }
 };
 
-// TWO: windows of two by two, which the compiler unrolls.
-template <class T, ffk::Pool POOL, bool TWO>
+// BY_TWO: windows of two by two, which the compiler unrolls.
+template <class T, ffk::Pool POOL, bool BY_TWO>
 struct Passes {
     const ffk::MapsPass& call;
     const Gate gate;
@@ -61,10 +61,10 @@ struct Passes {
           gate(c.activation),
           channels(c.channels),
           pool_height(POOL == ffk::POOL_NONE ? 1
-                      : TWO                  ? 2
+                      : BY_TWO               ? 2
                                              : c.pool_height),
           pool_width(POOL == ffk::POOL_NONE ? 1
-                     : TWO                  ? 2
+                     : BY_TWO               ? 2
                                             : c.pool_width) {}
 
     // Where a window begins, and where its unit stands behind the pool.

@@ -515,7 +515,7 @@ class FFNetwork(nn.Module):
         if num_classes is None:
             num_classes = 10 if next(iter(self)).objective.classes is None else 0
         by_batch = any(layer.batch_norm is not None and layer.batch_norm.training for layer in self)
-        if x.dim() == 4 and len(x) > PREDICTION_IMAGES and not by_batch:
+        if isinstance(x, Tensor) and x.dim() == 4 and len(x) > PREDICTION_IMAGES and not by_batch:
             return torch.cat([self.features(part, layers, num_classes) for part in x.split(PREDICTION_IMAGES)])
         shared: dict[str, Any] = {} if product is None else {"product": product, "label_field": num_classes}
         passed = self._pass(negatives.neutral_label(x, num_classes) if num_classes else x, **shared)

@@ -86,7 +86,8 @@ def compare(made: Problem, dtype: torch.dtype, steps: int = 2, x_neg_is_there: b
             b = by_definition(torchs, x_neg_is_there, peer_mean=means[1], **options)
         c = by_definition(exact, x_neg_is_there, peer_mean=means[2], **options)
         for name in ("y", "sumsq", "goodness", "loss"):
-            assert_close(getattr(a, name), getattr(b, name), getattr(c, name), dtype, name)
+            size = _logit_size(c.goodness, options["objective"]) if name == "loss" else 0.0
+            assert_close(getattr(a, name), getattr(b, name), getattr(c, name), dtype, name, size)
     ours_state, torchs_state, exact_state = state_of(ours), state_of(torchs), state_of(exact)
     assert ours_state.keys() == exact_state.keys()
     if peer is not None:
@@ -106,8 +107,16 @@ def by_definition(p: Problem, x_neg_is_there: bool, **options: object) -> ff.Ste
     return reference.linear_step_(p.x_pos, x_neg, p.weight, p.bias, p.optimizer, **as_weight)
 
 
-def assert_close(ours, torchs, exact, dtype: torch.dtype, name: str) -> None:
-    budget = 2 * error(torchs, exact, FLOOR) + ROUNDINGS[dtype] * torch.finfo(dtype).eps
+def _logit_size(goodness: torch.Tensor, objective: ff.Objective) -> float:
+    """How large the numbers are whose difference a loss is a function of."""
+    factor = objective.alpha if objective.paired else 1 / objective.temperature
+    return factor * float(goodness.detach().abs().amax()) if goodness.numel() else 0.0
+
+
+def assert_close(ours, torchs, exact, dtype: torch.dtype, name: str, size: float = 0.0) -> None:
+    """`size`: of what cancels in it, whose roundings it has."""
+    relative = max(1.0, size / max(float(exact.detach().norm()), FLOOR)) if exact is not None else 1.0
+    budget = 2 * error(torchs, exact, FLOOR) + relative * ROUNDINGS[dtype] * torch.finfo(dtype).eps
     assert error(ours, exact, FLOOR) <= budget, (name, error(ours, exact, FLOOR), budget)
 
 

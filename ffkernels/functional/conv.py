@@ -50,7 +50,7 @@ from ..spec import (
     Slopes,
 )
 from .loss import sides_in_order
-from .maps import PoolOf, Size, checked_geometry, compute_dtype_of, conv_tensors, maps_of, rows_for
+from .maps import ConvOptions, PoolOf, Size, maps_of, rows_for
 from .plan import others_of
 from .result import StepResult
 from .rows import checked_rows
@@ -84,15 +84,13 @@ def conv2d_forward(
     Raises:
         ValueError, TypeError: for an argument that does not fit.
     """
-    options: dict[str, Any] = {
-        "stride": stride, "padding": padding, "padding_mode": padding_mode, "groups": groups, "pool": pool,
-        "norm": norm, "eps": eps, "eps_mode": eps_mode, "activation": activation, "compute_dtype": compute_dtype,
-        "input_sumsq": input_sumsq, "backend": backend,
-    }  # fmt: skip
+    options = ConvOptions(
+        stride, padding, padding_mode, groups, pool, norm, eps, eps_mode, activation, compute_dtype, backend
+    )
     if not waits(x, weight, bias):
-        y, moments = run_conv2d(x, weight, bias, None, **options)
+        y, moments = run_conv2d(x, weight, bias, None, options, input_sumsq)
         return y, moments.second.sum(1)
-    rows, layer, geometry, _ = _ready(x, weight, bias, **options)
+    rows, layer, geometry, _ = _ready(x, weight, bias, options, input_sumsq)
     with without_autocast(weight.device):
         p, *_ = conv.activities(rows, layer, geometry)
         return p, p.to(weight.dtype).square().sum((1, 2, 3))
@@ -106,13 +104,18 @@ def waits(x: Tensor, *parameters: Tensor | None) -> bool:
 
 
 def run_conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, batch_norm: nn.BatchNorm2d | None, **options: Any
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    batch_norm: nn.BatchNorm2d | None,
+    options: ConvOptions,
+    input_sumsq: Tensor | None,
 ) -> tuple[Tensor, Moments]:
     """`conv2d_forward` without a graph, the batch normalisation behind it included: what it hands on, and its moments.
 
     Running statistics stay as they are.
     """
-    rows, layer, geometry, backend = _ready(x, weight, bias, **options)
+    rows, layer, geometry, backend = _ready(x, weight, bias, options, input_sumsq)
     _enough_for_statistics(batch_norm, geometry, weight, x)
     with torch.no_grad(), without_autocast(weight.device):
         maps = ops.conv2d_forward(rows, layer, geometry, *pivot_of(batch_norm), backend)
@@ -122,36 +125,17 @@ def run_conv2d(
 
 
 def _ready(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    stride: Size,
-    padding: Size,
-    padding_mode: PaddingMode,
-    groups: int,
-    pool: PoolOf,
-    norm: Norm,
-    eps: float,
-    eps_mode: EpsMode,
-    activation: Activation,
-    compute_dtype: torch.dtype | None,
-    input_sumsq: Tensor | None,
-    backend: str | None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions, input_sumsq: Tensor | None
 ) -> tuple[MapRows, Layer, Geometry, str]:
     """The records of a forward pass and its backend; raises for what does not fit."""
-    check.layer_options(norm, eps, eps_mode, activation)
-    geometry = checked_geometry(stride, padding, padding_mode, groups, pool)
-    conv_tensors(weight, bias, geometry)
-    compute = compute_dtype_of(compute_dtype, weight)
-    maps_of("x", x, weight, compute, geometry)
+    layer, geometry = options.checked(weight, bias)
+    maps_of("x", x, weight, layer.compute_dtype, geometry)
     if input_sumsq is not None:
         check.vector("input_sumsq", input_sumsq, len(x), weight.dtype, weight.device)
         input_sumsq = input_sumsq.detach()
-    layer = Layer(weight, bias, norm, float(eps), eps_mode, activation, compute)
     with without_autocast(weight.device):
         rows = rows_for(x.detach(), layer, geometry, input_sumsq)
-    return rows, layer, geometry, _backend_of(layer, geometry, None, backend)
+    return rows, layer, geometry, _backend_of(layer, geometry, None, options.backend)
 
 
 def conv2d_step_(
@@ -226,12 +210,13 @@ def conv2d_step_(
         ValueError, TypeError: for an argument that does not fit, before anything is written.
     """
     step = _step_never_compiled if torch.compiler.is_compiling() else conv2d_pass
+    options = ConvOptions(
+        stride, padding, padding_mode, groups, pool, norm, eps, eps_mode, activation, compute_dtype, backend
+    )
     return step(
-        x_pos, x_neg, weight, bias, optimizer, objective=any_objective(objective), stride=stride, padding=padding,
-        padding_mode=padding_mode, groups=groups, pool=pool, norm=norm, eps=eps, eps_mode=eps_mode,
-        activation=activation, outputs=outputs, compute_dtype=compute_dtype, sample_weight=sample_weight,
-        is_positive=is_positive, labels=labels, input_sumsq=input_sumsq, skip_below=skip_below, batch_norm=batch_norm,
-        only_checks=only_checks, backend=backend,
+        x_pos, x_neg, weight, bias, optimizer, options, objective=any_objective(objective), outputs=outputs,
+        sample_weight=sample_weight, is_positive=is_positive, labels=labels, input_sumsq=input_sumsq,
+        skip_below=skip_below, batch_norm=batch_norm, only_checks=only_checks,
     )  # fmt: skip
 
 
@@ -241,37 +226,24 @@ def conv2d_pass(
     weight: Tensor,
     bias: Tensor | None,
     optimizer: Optimizer | None,
+    options: ConvOptions,
     *,
     objective: AnyObjective,
-    stride: Size,
-    padding: Size,
-    padding_mode: PaddingMode,
-    groups: int,
-    pool: PoolOf,
-    norm: Norm,
-    eps: float,
-    eps_mode: EpsMode,
-    activation: Activation,
     outputs: OutputsOf,
-    compute_dtype: torch.dtype | None,
     skip_below: float,
     batch_norm: nn.BatchNorm2d | None,
     only_checks: bool,
-    backend: str | None,
     learns: bool = True,
     **of_rows: Any,
 ) -> StepResult:
     """`conv2d_step_`; without `learns` all but its update."""
-    check.layer_options(norm, eps, eps_mode, activation)
     check.one_of("outputs", outputs, check.OUTPUTS)
     if outputs == "post":
         raise ValueError(
             "outputs='post' came to a convolution, which would have to run again after its update; accepted: 'pre', "
             "'none'"
         )
-    geometry = checked_geometry(stride, padding, padding_mode, groups, pool)
-    conv_tensors(weight, bias, geometry)
-    compute = compute_dtype_of(compute_dtype, weight)
+    layer, geometry = options.checked(weight, bias)
     check.head(objective, weight)
     check.batch_norm(batch_norm, weight, outputs, None, nn.BatchNorm2d)
     check.fraction("skip_below", skip_below)
@@ -283,7 +255,7 @@ def conv2d_pass(
         )
     check.optimizer_object(optimizer)
     rows_of = partial(maps_of, geometry=geometry)
-    rows = checked_rows(weight, compute, objective, x_pos, x_neg, rows_of=rows_of, **of_rows)
+    rows = checked_rows(weight, layer.compute_dtype, objective, x_pos, x_neg, rows_of=rows_of, **of_rows)
     if rows.x_neg.shape[1:] != x_pos.shape[1:]:
         raise ValueError(f"x_neg has maps of {tuple(rows.x_neg.shape[1:])}; accepted: {tuple(x_pos.shape[1:])}")
     _enough_for_statistics(batch_norm, geometry, weight, x_pos, rows.x_neg)
@@ -296,8 +268,7 @@ def conv2d_pass(
     update = _update_of(optimizer, learning, rows) if learns else None
     if batch_norm is not None:
         check.writable_here([t for t in batch_norm.buffers() if t is not None])
-    layer = Layer(weight, bias, norm, float(eps), eps_mode, activation, compute)
-    chosen = _backend_of(layer, geometry, None if update is None else update.rule, backend)
+    chosen = _backend_of(layer, geometry, None if update is None else update.rule, options.backend)
     n_pos = len(x_pos) if rows.is_positive is None else None
     if only_checks:
         nothing = weight.new_empty(0)

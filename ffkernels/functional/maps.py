@@ -2,17 +2,47 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import validation as check
 from ..normalisation import row_scale, row_sumsq
-from ..spec import Geometry, Layer, MapRows, PaddingMode, Pool
+from ..spec import Activation, EpsMode, Geometry, Layer, MapRows, Norm, PaddingMode, Pool
 
 Size = int | tuple[int, int]
 # A size is that of maximum pooling, as `nn.MaxPool2d(size)` has it.
 PoolOf = Size | nn.MaxPool2d | nn.AvgPool2d | None
+
+
+class ConvOptions(NamedTuple):
+    """What the caller says of a convolutional layer's forward pass: these arguments of `conv2d_step_`, unchecked."""
+
+    stride: Size
+    padding: Size
+    padding_mode: PaddingMode
+    groups: int
+    pool: PoolOf
+    norm: Norm
+    eps: float
+    eps_mode: EpsMode
+    activation: Activation
+    compute_dtype: torch.dtype | None
+    backend: str | None
+
+    def geometry(self) -> Geometry:
+        """The record of those that say where a window lies, checked."""
+        return checked_geometry(self.stride, self.padding, self.padding_mode, self.groups, self.pool)
+
+    def checked(self, weight: Tensor, bias: Tensor | None) -> tuple[Layer, Geometry]:
+        """The records of a layer with these parameters; raises ValueError or TypeError for what does not fit."""
+        check.layer_options(self.norm, self.eps, self.eps_mode, self.activation)
+        geometry = self.geometry()
+        conv_tensors(weight, bias, geometry)
+        compute = compute_dtype_of(self.compute_dtype, weight)
+        return Layer(weight, bias, self.norm, float(self.eps), self.eps_mode, self.activation, compute), geometry
 
 
 def checked_geometry(stride: Size, padding: Size, padding_mode: PaddingMode, groups: int, pool: PoolOf) -> Geometry:

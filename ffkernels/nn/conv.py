@@ -15,7 +15,14 @@ from .. import validation as check
 from ..backends import select
 from ..functional import StepResult
 from ..functional.conv import conv2d_pass, run_conv2d, waits
-from ..functional.maps import PoolOf, Size, checked_geometry, compute_dtype_of, conv_tensors
+from ..functional.maps import (
+    ConvOptions,
+    PoolOf,
+    Size,
+    checked_geometry,
+    compute_dtype_of,
+    conv_tensors,
+)
 from ..objectives import (
     DEFAULT_OBJECTIVE,
     AnyObjective,
@@ -26,9 +33,6 @@ from ..objectives import (
 )
 from ..spec import Activation, EpsMode, Geometry, Norm, OutputsOf, PaddingMode
 from .layer import Ran, called_only, overridden, watched
-
-GEOMETRY_OPTIONS = ("stride", "padding", "padding_mode", "groups", "pool")
-FORWARD_OPTIONS = (*GEOMETRY_OPTIONS, "norm", "eps", "eps_mode", "activation", "compute_dtype", "backend")
 
 
 class FFConv2d(nn.Conv2d):
@@ -104,11 +108,11 @@ class FFConv2d(nn.Conv2d):
         self.batch_norm = None if batch_norm is None else nn.BatchNorm2d(out_channels, device=device, dtype=dtype)
 
     def _options(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in FORWARD_OPTIONS}
+        return {name: getattr(self, name) for name in ConvOptions._fields}
 
     def geometry(self) -> Geometry:
         """The options of the geometry, checked."""
-        return checked_geometry(*(getattr(self, name) for name in GEOMETRY_OPTIONS))
+        return ConvOptions(**self._options()).geometry()
 
     def activity(self, x: Tensor, input_sumsq: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
         """Activities `[rows, out, h, w]` of rows `x` `[rows, in, H, W]`, and their sums of squares `[rows]`.
@@ -119,12 +123,12 @@ class FFConv2d(nn.Conv2d):
         return y, sumsq
 
     def _activity(self, x: Tensor, input_sumsq: Tensor | None = None, **options: Any) -> Ran:
-        options = {"input_sumsq": input_sumsq, **self._options(), **options}
+        options = {**self._options(), **options}
         norm = self.batch_norm
         if not waits(x, *self.parameters()):
-            y, moments = run_conv2d(x, self.weight, self.bias, norm, **options)
+            y, moments = run_conv2d(x, self.weight, self.bias, norm, ConvOptions(**options), input_sumsq)
             return Ran(y, moments.second.sum(1), moments)
-        y, sumsq = functional.conv2d_forward(x, self.weight, self.bias, **options)
+        y, sumsq = functional.conv2d_forward(x, self.weight, self.bias, input_sumsq=input_sumsq, **options)
         if norm is None:
             return Ran(y, sumsq)
         of_batch = norm.training or norm.running_mean is None
@@ -171,7 +175,8 @@ class FFConv2d(nn.Conv2d):
         """What `step` returns, without one."""
         options = {"skip_below": 0.0, "only_checks": False, **self._step_options(), **options}
         options["objective"] = any_objective(options["objective"])
-        return conv2d_pass(x_pos, x_neg, self.weight, self.bias, None, learns=False, **options)
+        own = ConvOptions(**{name: options.pop(name) for name in ConvOptions._fields})
+        return conv2d_pass(x_pos, x_neg, self.weight, self.bias, None, own, learns=False, **options)
 
     def _run(self, x: Tensor, input_sumsq: Tensor | None = None, **_: Any) -> Ran:
         """`activity`, by a call where one is waited for."""

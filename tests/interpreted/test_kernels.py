@@ -86,14 +86,14 @@ def compare(made: Problem, dtype: torch.dtype, steps: int = 2, x_neg_is_there: b
             b = by_definition(torchs, x_neg_is_there, peer_mean=means[1], **options)
         c = by_definition(exact, x_neg_is_there, peer_mean=means[2], **options)
         for name in ("y", "sumsq", "goodness", "loss"):
-            size = _logit_size(c.goodness, options["objective"]) if name == "loss" else 0.0
+            size = _logit_size(c.goodness, options["objective"])
             assert_close(getattr(a, name), getattr(b, name), getattr(c, name), dtype, name, size)
     ours_state, torchs_state, exact_state = state_of(ours), state_of(torchs), state_of(exact)
     assert ours_state.keys() == exact_state.keys()
     if peer is not None:
         assert_close(*means, dtype, "peer_mean")
     for name, value in exact_state.items():
-        assert_close(ours_state[name], torchs_state[name], value, dtype, name)
+        assert_close(ours_state[name], torchs_state[name], value, dtype, name, size)
 
 
 def by_definition(p: Problem, x_neg_is_there: bool, **options: object) -> ff.StepResult:
@@ -114,8 +114,8 @@ def _logit_size(goodness: torch.Tensor, objective: ff.Objective) -> float:
 
 
 def assert_close(ours, torchs, exact, dtype: torch.dtype, name: str, size: float = 0.0) -> None:
-    """`size`: of what cancels in it, whose roundings it has."""
-    relative = max(1.0, size / max(float(exact.detach().norm()), FLOOR)) if exact is not None else 1.0
+    """`size`: of the numbers whose difference decides the loss; an exponential of it decides the update."""
+    relative = max(1.0, size / max(float(exact.detach().norm()), FLOOR) if name == "loss" else size)
     budget = 2 * error(torchs, exact, FLOOR) + relative * ROUNDINGS[dtype] * torch.finfo(dtype).eps
     assert error(ours, exact, FLOOR) <= budget, (name, error(ours, exact, FLOOR), budget)
 

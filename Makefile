@@ -12,7 +12,7 @@ VENV := .venv
 LIBRARY := ffkernels/backends/native/libffkernels_cpu.so
 PIP := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: mnist test lint records sanitize fuzz campaign configurations compilers nightly bench gpu clean
+.PHONY: mnist test lint records sanitize properties fuzz campaign configurations compilers nightly bench gpu clean
 
 mnist: $(VENV)/train
 	$(VENV)/bin/python -m ffkernels train --preset quick --data mnist --resume
@@ -42,9 +42,14 @@ sanitize: $(VENV)/test
 	  $(VENV)/bin/python -m pytest -p no:faulthandler tests/test_native.py tests/test_native_conv.py tests/test_large_labels.py tests/test_csrc_parts.py \
 	  -k "not 4200 and not 4300 and not profiler"
 
-# Minutes each: random calls against float64, trainings that are killed and interrupted, every shipped configuration
-# of the Triton kernels compiled for every device, and compiled training loops through each of torch's compilers.
-nightly: fuzz campaign configurations compilers
+# Minutes each: tests of random cases with others than `make test` draws, random calls against float64, trainings that
+# are killed and interrupted, every shipped configuration of the Triton kernels compiled for every device, and compiled
+# training loops through each of torch's compilers.
+nightly: properties fuzz campaign configurations compilers
+
+properties: $(VENV)/test $(VENV)/contenders
+	for round in 1 2 3; do $(VENV)/bin/python -m pytest -m hypothesis --hypothesis-profile=default || exit 1; done
+	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -m hypothesis --hypothesis-profile=default tests/interpreted
 
 fuzz: $(VENV)/test
 	$(VENV)/bin/python -m tests.fuzz

@@ -127,6 +127,17 @@ def definition(layer: ff.FFConv2d, x: Tensor, behind: bool = True) -> Tensor:
     return layer.batch_norm(y) if layer.batch_norm is not None and behind else y
 
 
+def sensitivity(case: Case) -> float:
+    """How much larger than a rounding error of the activities one behind their standardisation is, at least 1."""
+    norm = case.layer.batch_norm
+    if norm is None or not norm.training:
+        return 1.0
+    with torch.no_grad():
+        y = definition(case.layer, case.x, behind=False)
+        size = y.abs().amax((0, 2, 3)) / (y.var((0, 2, 3), correction=0) + norm.eps).sqrt()
+    return max(1.0, float(size.max()))
+
+
 def judged(objective: Any, y: Tensor, side: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
     """Goodness and loss of activities `y` `[rows, channels, h, w]`; differentiable."""
     if isinstance(objective, ff.ProjectionHead):

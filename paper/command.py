@@ -42,11 +42,12 @@ def add_to(commands: Commands) -> None:
         help="the runs and measurements behind docs/paper.md",
         description="ablation trains what is missing in results/ablation; steps and target measure steps, and the time "
         "to 2% error, against backprop's and write results/backprop; classes trains backprop on what recipes of class "
-        "goodness train on; tables makes those of docs/paper.md and docs/classes.md; "
+        "goodness train on; variations changes each choice of the recipe projected; tables makes those of "
+        "docs/paper.md and docs/classes.md; "
         "epoch trains fflib's example by fflib and accelerated, in turns, and writes results/epoch.",
     )
     command.set_defaults(run=_paper)
-    command.add_argument("what", choices=("ablation", "steps", "target", "classes", "tables", "epoch"))
+    command.add_argument("what", choices=("ablation", "steps", "target", "classes", "variations", "tables", "epoch"))
     command.add_argument("--data", default="mnist", help="mnist, fashion-mnist or a folder of IDX files (%(default)s)")
 
 
@@ -85,7 +86,7 @@ def _paper(arguments: argparse.Namespace, argv: list[str]) -> int:
     # With the benchmark's contenders, which the other commands need not wait for.
     from bench.contenders import installed
 
-    from . import ablation, backprop, classes, epoch
+    from . import ablation, backprop, classes, epoch, variations
 
     def backprop_tables() -> str:
         try:
@@ -108,6 +109,9 @@ def _paper(arguments: argparse.Namespace, argv: list[str]) -> int:
         elif arguments.what == "classes":
             checkpoint.try_writing(classes.FILE)
             classes.save(data.load(arguments.data), say)
+        elif arguments.what == "variations":
+            checkpoint.try_writing(variations.FILE)
+            variations.save(data.load(arguments.data), say)
         elif arguments.what != "tables":
             backprop.save(arguments.what, data.load(arguments.data), say)
         else:
@@ -116,6 +120,7 @@ def _paper(arguments: argparse.Namespace, argv: list[str]) -> int:
             page.update(paper, backprop.BEGIN, backprop.END, backprop_tables())
             print(f"{paper}: made from {ablation.FOLDER} and {backprop.FILE}")
             page.update(classes.PAGE, classes.BEGIN, classes.END, classes.table())
+            page.update(classes.PAGE, variations.BEGIN, variations.END, variations.table())
             print(f"{classes.PAGE}: made from {results.FOLDER} and {classes.FILE}")
     except ValueError as error:
         raise UserError(error) from error

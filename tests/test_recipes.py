@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,6 @@ from torch import Tensor, nn
 
 import ffkernels as ff
 from bench.originals import HintonSGD
-from ffkernels import cli
 from ffkernels.recipes import batches, picture
 from ffkernels.recipes.catalogue import (
     FFLIB,
@@ -24,17 +21,14 @@ from ffkernels.recipes.catalogue import (
     LOEWEX,
     MOHAMMADPZ,
     MONO_FORWARD,
-    PROJECTED,
     RECIPES,
     Recipe,
 )
 from ffkernels.recipes.metrics import describe
 from ffkernels.recipes.run import train
 from ffkernels.recipes.train import Totals, Trainer
-from paper import ablation, backprop, classes, results
-from paper import page as made_page
 
-from .toy_data import toy_data, write_idx
+from .toy_data import toy_data
 
 SMALL = {
     "hinton-matlab": replace(HINTON_MATLAB, hidden=(60, 40, 40), batch_size=50),
@@ -370,111 +364,6 @@ def test_every_recipe_says_where_it_is_from() -> None:
     assert set(SMALL) <= set(RECIPES) and "hinton-supervised" in RECIPES
 
 
-def test_a_row_of_results_and_the_table_made_of_it(data, tmp_path: Path) -> None:
-    for seed, dtype in ((0, None), (1, None), (0, torch.bfloat16)):
-        trainer = Trainer(SMALL["loewex"], data, epochs=1, seed=seed, compute_dtype=dtype)
-        assert train(trainer, tmp_path / "run")
-        (tmp_path / "run" / "checkpoint.pt").unlink()
-        row = results.row_of(trainer)
-        assert row["error_classifier"] == trainer.rows[-1]["test_error_classifier"]
-        assert row["train_seconds"] == round(trainer.rows[0]["train_seconds"], 1)
-        path = results.write(tmp_path / "rows", row)
-        assert json.loads(path.read_text()) == row
-    assert path.name == "loewex-toy-1ep-bfloat16-seed0.json"
-    rows = results.load(tmp_path / "rows")
-    assert len(rows) == 3
-    float32 = [row for row in rows if row["compute_dtype"] == "float32"]
-    errors = sorted(row["error_classifier"] for row in float32)
-    text = results.table(rows)
-    lines = text.splitlines()
-    assert len(lines) == 4
-    line = next(line for line in lines if "| float32 |" in line)
-    assert f"| {sum(errors) / 2:.2%} [{errors[0]:.2%}, {errors[1]:.2%}] |" in line
-    assert "| loewex on toy | 1 |" in line and "| 2 |" in line
-    machines = [{"device": "A", "threads": 2}, {"device": "B", "threads": 1}, {"device": "A", "threads": 2}]
-    runs = [{**row, **where, "train_seconds": s} for row, where, s in zip(rows, machines, (1200, 9, 1400), strict=True)]
-    assert results.seconds(runs) == "1,300 (A, 2 threads); 9 (B, 1 thread)"
-
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{results.BEGIN}\nold\n{results.END}\nafter\n")
-    results.update_readme(readme, tmp_path / "rows")
-    assert readme.read_text() == f"before\n{results.BEGIN}\n\n{text}\n\n{results.END}\nafter\n"
-    results.update_readme(readme, tmp_path / "none")
-    assert results.NONE_YET in readme.read_text()
-    readme.write_text("no markers")
-    with pytest.raises(ValueError, match="markers"):
-        results.update_readme(readme, tmp_path / "rows")
-    (tmp_path / "rows" / "bad.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"bad\.json: no row of results"):
-        results.load(tmp_path / "rows")
-
-
-ROW = {
-    "recipe": "quick", "data": "toy", "seed": 0, "epochs": 1, "compute_dtype": "float32", "skip_below": 0.0,
-    "error_classifier": 0.5, "error_goodness": None, "train_seconds": 1.5, "seconds": 2, "kept": [1.0, 0.5],
-    "device": "A", "threads": 1,
-}  # fmt: skip
-MALFORMED = [
-    *[(name, None) for name in ROW if name != "error_goodness"],
-    ("recipe", 3), ("recipe", ["quick"]), ("data", {}), ("device", 1.5),
-    ("seed", -1), ("seed", 0.5), ("epochs", 0), ("epochs", True), ("epochs", "6"), ("threads", 0), ("threads", 10**400),
-    ("skip_below", -0.1), ("skip_below", "0"), ("error_classifier", 1.5), ("error_classifier", "1%"),
-    ("error_goodness", math.nan), ("error_goodness", [0.1]), ("train_seconds", math.inf), ("train_seconds", 10**400),
-    ("seconds", "2"), ("kept", 1.0), ("kept", ["1"]), ("kept", [2.0]), ("kept", [math.nan]), ("kept", {"0": 1.0}),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("name", "value"), [pair for pair in MALFORMED if pair[0] != "error_classifier" or pair[1]])
-def test_malformed_rows_are_named(name: str, value: object, tmp_path: Path) -> None:
-    (tmp_path / "good.json").write_text(json.dumps(ROW))
-    assert results.load(tmp_path) == [ROW]
-    (tmp_path / "row.json").write_text(json.dumps({**ROW, name: value}))
-    with pytest.raises(ValueError, match=rf"row\.json: no row of results \({name} .* is not ") as caught:
-        results.load(tmp_path)
-    assert len(str(caught.value)) < 300
-    (tmp_path / "row.json").write_text(json.dumps({key: item for key, item in ROW.items() if key != name}))
-    with pytest.raises(ValueError, match=rf"row\.json: no row of results \('{name}' is missing\)"):
-        results.load(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "content", [b"", b"[]", b"null", b"3", b'"row"', b"{", b"\xff\xfe", b"[" * 100_000, b"9" * 5000]
-)
-def test_files_that_are_no_rows_are_named(content: bytes, tmp_path: Path) -> None:
-    (tmp_path / "row.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"row\.json: no row of results"):
-        results.load(tmp_path)
-
-
-def test_rows_of_an_ablation_must_have_the_same_layers() -> None:
-    with pytest.raises(ValueError, match="rows of float32, 0: their `kept`"):
-        ablation.table([ROW, {**ROW, "seed": 1, "kept": [1.0]}])
-
-
-def test_names_do_not_break_the_table_nor_the_page(tmp_path: Path) -> None:
-    text = results.table([{**ROW, "data": "a|b\n\udce9", "device": "x | y"}])
-    assert text.splitlines()[2] == (
-        "| quick on a\\|b \\udce9 | 1 | float32 | 50.00% |  |  | 1 | 2 (x \\| y, 1 thread) |"
-    )
-    page = tmp_path / "page.md"
-    content = f"é\r\n{results.BEGIN}{results.END}\r\nend".encode()
-    page.write_bytes(content)
-    made_page.update(page, results.BEGIN, results.END, text)
-    made = content.replace(results.BEGIN.encode(), f"{results.BEGIN}\n\n{text}\n\n".encode())
-    assert page.read_bytes() == made
-    page.write_bytes(b"\xe9")
-    with pytest.raises(ValueError, match=r"page\.md: not in UTF-8"):
-        made_page.update(page, results.BEGIN, results.END, text)
-    assert page.read_bytes() == b"\xe9"
-
-
-def test_the_ablation_sees_what_it_cannot_write_before_it_trains(data, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(Trainer, "run_epoch", None)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(NotADirectoryError, match="file"):
-        ablation.run(data, tmp_path / "file", print, replace(ablation.ABLATION, hidden=(20, 20)))
-
-
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("count", [1, 2, 51, 101])
 def test_any_number_of_images_is_trained_on(name: str, count: int, tmp_path: Path) -> None:
@@ -528,101 +417,3 @@ def test_empty_data_are_refused() -> None:
     for data in (toy_data(0, 5), toy_data(5, 0)):
         with pytest.raises(ValueError, match=r"\d training and \d test images; loewex needs at least 1 and 1"):
             Trainer(SMALL["loewex"], data)
-
-
-def test_the_ablation_runs_what_is_missing(data, tmp_path, monkeypatch) -> None:
-    small = replace(ablation.ABLATION, hidden=(20, 20), epochs=1, goodness_every=1, goodness_layers=None)
-    monkeypatch.setattr(ablation, "SEEDS", (0, 1))
-    monkeypatch.setattr(ablation, "SKIP_BELOW", (0.0, 3e-2))
-    assert ablation.table([]) == ablation.NONE_YET
-    said: list[str] = []
-    written = ablation.run(data, tmp_path, said.append, small)
-    assert len(set(written)) == len(said) == 8
-    written[3].unlink()
-    assert ablation.run(data, tmp_path, said.append, small) == [written[3]]
-    rows = results.load(tmp_path)
-    lines = ablation.table(rows).splitlines()
-    assert [line.split(" | ")[:2] for line in lines[2:6]] == [
-        ["| float32", "0 (exact)"], ["| float32", "0.03"], ["| bfloat16", "0 (exact)"], ["| bfloat16", "0.03"]
-    ]  # fmt: skip
-    errors = [r["error_classifier"] for r in rows if r["compute_dtype"] == "float32" and r["skip_below"]]
-    assert f"| {sum(errors) / 2:.2%} [{min(errors):.2%}, {max(errors):.2%}] |" in lines[3]
-
-
-def test_steps_against_backprop_are_rows_and_a_table(data, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(torch, "compile", lambda f, **options: f)
-    small = {name: replace(SMALL[name], goodness_every=1) for name in ("loewex", "hinton-matlab")}
-    monkeypatch.setattr(backprop.catalogue, "RECIPES", small)
-    monkeypatch.setattr(backprop, "MOST_EPOCHS", 1)
-    monkeypatch.setattr(backprop, "POOL", 3)
-    stages = [backprop.Stage(name, 2, "third step") for name in small]
-    steps = backprop.measure(data, lambda text: None, 0.01, stages)
-    assert [(row["recipe"], row["compute_dtype"]) for row in steps] == list(product(small, ("float32", "bfloat16")))
-    assert all(row["ms"] > 0 and row["over_plain"][1] <= row["over_plain"][0] <= row["over_plain"][2] for row in steps)
-    target = backprop.time_to_target(data, lambda text: None, list(small))
-    assert [row["recipe"] for row in target] == [*small, "backprop"] * 2
-    path = tmp_path / "rows.json"
-    assert backprop.tables(path) == "\n\n".join(backprop.NOT_YET.format(part) for part in ("steps", "target"))
-    monkeypatch.setattr(backprop, "measure", lambda *_: steps)
-    monkeypatch.setattr(backprop, "time_to_target", lambda *_: target)
-    backprop.save("steps", data, lambda text: None, path)
-    assert backprop.tables(path).endswith(backprop.NOT_YET.format("target"))
-    backprop.save("target", data, lambda text: None, path)
-    text = backprop.tables(path)
-    assert "{:.2f} [{:.2f}, {:.2f}]".format(*steps[0]["over_compiled"]) in text
-    assert text.count("not in 1 epochs") + text.count(" s, 1 epochs") == 2 * (2 + 2 + 1)
-
-
-def test_backprop_trains_on_what_a_recipe_of_classes_does(data, tmp_path, monkeypatch) -> None:
-    small = {"projected": replace(PROJECTED, hidden=(40, 30), batch_size=50, epochs=3)}
-    monkeypatch.setattr(classes, "RECIPES", small)
-    path, rows = tmp_path / "classes.json", tmp_path / "rows"
-    assert classes.table(path) == classes.NOT_YET
-    classes.save(data, lambda text: None, path, ["projected"])
-    measured = json.loads(path.read_text())["rows"]
-    assert [(row["recipe"], row["lr"]) for row in measured] == [("projected", rate) for rate in classes.RATES]
-    assert all(len(row["errors"]) == 3 and row["seconds"] == sorted(row["seconds"]) for row in measured)
-    assert min(row["errors"][-1] for row in measured) < 0.5
-    rows.mkdir()
-    ours = {**ROW, "recipe": "projected", "compute_dtype": "bfloat16", "error_goodness": 1.0}
-    (rows / "row.json").write_text(json.dumps(ours))
-    lines = classes.table(path, rows).splitlines()
-    assert lines[2] == "| projected | 100.00% | 2 (A, 1 thread) |  |"
-    first = measured[0]
-    assert lines[3] == (
-        f"| backprop of its network, rate 0.0003 | {first['errors'][-1]:.2%} | {first['seconds'][-1]:.0f} | "
-        f"{first['seconds'][0]:.0f} s |"
-    )
-    (rows / "row.json").write_text(json.dumps({**ours, "error_goodness": 0.0}))
-    assert all(
-        line.endswith("| never |") == (0 not in row["errors"])
-        for line, row in zip(classes.table(path, rows).splitlines()[3:6], measured, strict=True)
-    )
-
-
-def test_reproduce_on_the_command_line(tmp_path, monkeypatch, capsys) -> None:
-    folder = write_idx(tmp_path / "toy", toy_data(200, 50))
-    monkeypatch.chdir(tmp_path)
-    options = ["--data", str(folder), "--device", "cpu", "--epochs", "1", "--no-picture", "--skip-below", "0.001"]
-    assert cli.main(["reproduce", "quick", "--seed", "4", *options]) == 0
-    out = capsys.readouterr().out
-    path = Path("results/quick-toy-1ep-float32-skip0.001-seed4.json")
-    assert f"result:     {path}" in out
-    row = json.loads(path.read_text())
-    assert (row["seed"], row["skip_below"], row["epochs"], row["recipe"]) == (4, 0.001, 1, "quick")
-    assert Path("runs/quick-toy-1ep-float32-skip0.001-seed4/metrics.jsonl").exists()
-    Path("README.md").write_text(f"{results.BEGIN}\n{results.END}\n")
-    assert cli.main(["reproduce", "--readme"]) == 0
-    assert "| quick on toy | 1 | float32, rows below 0.001 left out |" in Path("README.md").read_text()
-    for wrong in (["reproduce"], ["reproduce", "quick", "--readme"]):
-        assert cli.main(wrong) == 2
-        assert "NAME or --readme" in capsys.readouterr().err
-    assert cli.main(["reproduce", "quick", *options[:-1], "2"]) == 2
-    assert "skip_below=2.0 is not in 0..1" in capsys.readouterr().err
-
-
-def test_readme_is_what_the_command_makes() -> None:
-    root = Path(__file__).parent.parent
-    text = (root / "README.md").read_text()
-    made = text.partition(results.BEGIN)[2].partition(results.END)[0].strip()
-    assert made == results.table(results.load(root / results.FOLDER))

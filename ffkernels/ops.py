@@ -18,10 +18,12 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .backends import select
+from .backends.eager.conv import size_of
 from .spec import (
     Geometry,
     Goal,
     Layer,
+    MapGradients,
     MapRows,
     Maps,
     MapSlopes,
@@ -207,7 +209,7 @@ _CONV_GRADIENTS = schema(
     *_CONVOLUTION,
     *arguments(Maps),
     *arguments(MapSlopes, prefix="slope_"),
-    returns="(Tensor, Tensor)",
+    returns=f"({', '.join(['Tensor'] * len(MapGradients._fields))})",
 )
 
 
@@ -232,17 +234,20 @@ def _conv_forward_fake(*args: Any) -> Maps:
     return select.load(backend).conv2d_forward_like(*read, is_centred, pivot)
 
 
-def _conv_gradients(*args: Any) -> tuple[Tensor, Tensor]:
+def _conv_gradients(*args: Any) -> MapGradients:
     values = iter(args)
     read, maps = _convolution_of(values), _put_together(Maps, values)
     slopes = _put_together(MapSlopes, values)
     return select.load(next(values)).conv2d_gradients_(*read, maps, slopes)
 
 
-def _conv_gradients_fake(*args: Any) -> tuple[Tensor, Tensor]:
+def _conv_gradients_fake(*args: Any) -> MapGradients:
     values = iter(args)
-    layer = _convolution_of(values)[1]
-    return layer.weight.new_empty(layer.weight.shape), layer.weight.new_empty(len(layer.weight))
+    rows, layer, geometry = _convolution_of(values)
+    _, slopes = _put_together(Maps, values), _put_together(MapSlopes, values)
+    new, channels = layer.weight.new_empty, len(layer.weight)
+    by_place = new(1, channels, *size_of(rows, layer, geometry)) if slopes.by_place else new(0)
+    return MapGradients(new(layer.weight.shape), new(channels), by_place)
 
 
 # Arguments of an operator that only writes, to its backend.
@@ -338,8 +343,8 @@ def conv2d_forward(
 
 def conv2d_gradients_(
     rows: MapRows, layer: Layer, geometry: Geometry, maps: Maps, slopes: MapSlopes, backend: str
-) -> tuple[Tensor, Tensor]:
+) -> MapGradients:
     """Gradients of weight and bias by the moments' slopes; what is handed on comes over `maps.p`."""
     if _watched(layer, rows.x):
-        return _operators.conv2d_gradients_(*flatten(rows, layer, geometry, maps, slopes), backend)
+        return MapGradients(*_operators.conv2d_gradients_(*flatten(rows, layer, geometry, maps, slopes), backend))
     return select.load(backend).conv2d_gradients_(rows, layer, geometry, maps, slopes)

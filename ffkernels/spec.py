@@ -146,12 +146,28 @@ class MapSlopes(NamedTuple):
     Attributes:
         first, second: `[rows, channels]` or `[rows, 1]`, or None for zero.
         gain, shift: `[channels]`; with them `gain (p - pivot) + shift` is written over `p`.
+        by_place: whether the gradient in front of the activation is summed over rows too.
     """
 
     first: Matrix | None
     second: Matrix | None
     gain: Vector | None = None
     shift: Vector | None = None
+    by_place: bool = False
+
+
+class MapGradients(NamedTuple):
+    """What a convolution's update gives, in the weight's dtype.
+
+    Attributes:
+        weight, bias: of their shapes.
+        by_place: `[1, channels, h', w']` the gradient in front of the activation, as the weight's product read it,
+            summed over rows; without elements unless it was asked for.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    by_place: Tensor
 
 
 class Goal(NamedTuple):

@@ -159,7 +159,7 @@ def head(objective: AnyObjective, weight: Tensor) -> Tensor | None:
         raise ValueError(
             "objective is a ProjectionHead without a matrix; accepted: one made with units, or that of an FFLinear"
         )
-    _plain_module("objective", objective, ProjectionHead)
+    plain_module("objective", objective, ProjectionHead)
     objective.fit(weight)
     if not matrix_of_head.is_contiguous():
         raise ValueError(f"objective.weight has strides {matrix_of_head.stride()}; accepted: a contiguous one")
@@ -176,7 +176,7 @@ def is_watched(module: nn.Module) -> bool:
     )
 
 
-def _plain_module(name: str, module: nn.Module, kind: type[nn.Module]) -> None:
+def plain_module(name: str, module: nn.Module, kind: type[nn.Module]) -> None:
     """Raises unless a module is of this very kind and unwatched: a closed form does not call it."""
     if type(module) is not kind:
         raise TypeError(f"{name} is a {type(module).__name__}; accepted: a {kind.__name__}, or None")
@@ -194,20 +194,7 @@ def batch_norm(
     """Checks a batch normalisation behind a layer with this weight, and what does not go with it."""
     if norm is None:
         return
-    if not isinstance(norm, kind):
-        raise TypeError(f"batch_norm is a {type(norm).__name__}; accepted: a torch.nn.{kind.__name__}, or None")
-    _plain_module("batch_norm", norm, kind)
-    if norm.num_features != len(weight):
-        raise ValueError(f"batch_norm has {norm.num_features} features; accepted: {len(weight)}, the layer's units")
-    for name, value in (*norm.named_parameters(), *norm.named_buffers()):
-        if name != "num_batches_tracked":
-            vector(f"batch_norm.{name}", value, len(weight), weight.dtype, weight.device)
-            writable(f"batch_norm.{name}", value)
-    momentum = norm.momentum
-    if momentum is not None:
-        fraction("batch_norm.momentum", momentum)
-    elif norm.running_mean is not None and norm.num_batches_tracked is None:
-        raise ValueError("batch_norm.momentum=None came without num_batches_tracked; accepted: both, or a momentum")
+    batch_norm_alone("batch_norm", norm, len(weight), weight, kind)
     if outputs == "post":
         raise ValueError(
             "outputs='post' came with batch_norm, whose statistics are those of the step's own pass; accepted: 'pre', "
@@ -217,10 +204,32 @@ def batch_norm(
         raise ValueError("peer came with batch_norm, behind which means are fixed already; accepted: one of the two")
 
 
-def enough_for_statistics(norm: nn.BatchNorm1d | nn.BatchNorm2d | None, rows: int, places: int = 1) -> None:
+def batch_norm_alone(
+    name: str, norm: object, features: int, weight: Tensor, kind: type[nn.BatchNorm1d] | type[nn.BatchNorm2d]
+) -> None:
+    """Checks a batch normalisation of so many units or channels beside a layer with this weight."""
+    if not isinstance(norm, kind):
+        raise TypeError(f"{name} is a {type(norm).__name__}; accepted: a torch.nn.{kind.__name__}, or None")
+    plain_module(name, norm, kind)
+    if norm.num_features != features:
+        raise ValueError(f"{name} has {norm.num_features} features; accepted: {features}")
+    for part, value in (*norm.named_parameters(), *norm.named_buffers()):
+        if part != "num_batches_tracked":
+            vector(f"{name}.{part}", value, features, weight.dtype, weight.device)
+            writable(f"{name}.{part}", value)
+    momentum = norm.momentum
+    if momentum is not None:
+        fraction(f"{name}.momentum", momentum)
+    elif norm.running_mean is not None and norm.num_batches_tracked is None:
+        raise ValueError(f"{name}.momentum=None came without num_batches_tracked; accepted: both, or a momentum")
+
+
+def enough_for_statistics(
+    norm: nn.BatchNorm1d | nn.BatchNorm2d | None, rows: int, places: int = 1, name: str = "batch_norm"
+) -> None:
     """Raises ValueError for a single row of one place, which has no variance."""
     if norm is not None and rows * places == 1 and (norm.training or norm.running_mean is None):
-        raise ValueError("x_pos has 1 row, which has no variance for batch_norm; accepted: at least 2, or eval()")
+        raise ValueError(f"x_pos has 1 row, which has no variance for {name}; accepted: at least 2, or eval()")
 
 
 def goodness_values(goodness: object, classes: int | None = None) -> Tensor:

@@ -65,7 +65,7 @@ def held_back(data: Dataset, count: int = HELD_BACK) -> Dataset:
 def save(data: Dataset, say: Callable[[str], object], path: Path = FILE, recipe: Recipe = PROJECTED) -> None:
     """Trains each variation under each seed that `path` does not have yet, and adds it there."""
     split = held_back(data)
-    found = json.loads(path.read_text()) if path.exists() else {"data": data.name, "rows": []}
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"data": data.name, "rows": []}
     done = {(row["what"], row["seed"]) for row in found["rows"]}
     # Seed by seed and next to each other, so that a machine that drifts meets all of them alike.
     for seed, (what, changes) in product(SEEDS, VARIATIONS.items()):

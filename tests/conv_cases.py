@@ -28,6 +28,16 @@ POOLS: dict[str, Any] = {
 }
 
 
+IN_FRONT: dict[str | None, Any] = {
+    None: lambda channels, height, width: None,
+    "batch": lambda channels, height, width: nn.BatchNorm2d(channels),
+    "running": lambda channels, height, width: nn.BatchNorm2d(channels),
+    "without a line": lambda channels, height, width: nn.BatchNorm2d(channels, affine=False),
+    "layer": lambda channels, height, width: nn.LayerNorm([channels, height, width], elementwise_affine=False),
+    "group": lambda channels, height, width: nn.GroupNorm(2, channels, affine=False),
+}
+
+
 def margin(goodness: Tensor, labels: Tensor) -> Tensor:
     return F.multi_margin_loss(goodness, labels)
 
@@ -114,6 +124,7 @@ class Case:
 def definition(layer: ff.FFConv2d, x: Tensor, behind: bool = True) -> Tensor:
     """What a layer hands on, differentiable."""
     x = reference.normalise(x.flatten(1), layer.norm, layer.eps, layer.eps_mode).view_as(x)
+    x = x if layer.input_norm is None else layer.input_norm(x)
     padding = layer.padding
     if layer.padding_mode == "reflect":
         (down, across), padding = padding, 0
@@ -175,6 +186,7 @@ def made(
     statistics: str | None = None,
     weighted: bool = False,
     ties: bool = False,
+    in_front: str | None = None,
     dtype: torch.dtype = torch.float64,
     **options: Any,
 ) -> Case:
@@ -184,6 +196,8 @@ def made(
         of = ff.ProjectionHead(3, form=of, temperature=0.5)
     behind = None if statistics is None else "behind"
     layer = ff.FFConv2d(*channels, kernel, objective=of, batch_norm=behind, dtype=dtype, **options)
+    layer.input_norm = IN_FRONT[in_front](channels[0], *maps)
+    layer.to(dtype)
     x = torch.randn(rows, channels[0], *maps, dtype=dtype)
     with torch.no_grad():
         layer.weight.mul_(1.5)
@@ -200,6 +214,13 @@ def made(
             norm.running_mean.copy_(torch.randn(channels[1]) / 3)
             norm.running_var.copy_(torch.rand(channels[1]) + 0.5)
             norm.train(statistics == "batch")
+        if isinstance(layer.input_norm, nn.BatchNorm2d):
+            norm = layer.input_norm
+            for parameter in norm.parameters():
+                parameter.copy_(torch.randn(channels[0]))
+            norm.running_mean.copy_(torch.randn(channels[0]) / 3)
+            norm.running_var.copy_(torch.rand(channels[0]) + 0.5)
+            norm.train(in_front != "running")
     has_labels = layer.objective.classes is not None
     side = torch.randint(3, (rows,)) if has_labels else torch.arange(rows) < (rows + 1) // 2
     weight = None
@@ -218,6 +239,7 @@ def cases(draw) -> dict[str, Any]:
     padding = draw(st.sampled_from([0, 1, (1, 0), (2, 1)]))
     ties = draw(st.booleans())
     norm, eps_mode = draw(st.sampled_from([("none", "add"), ("l2", "add"), ("rms", "inside"), ("l2", "clamp")]))
+    in_front = None if ties else draw(st.sampled_from([None, None, *IN_FRONT]))
     rows = draw(st.integers(1, 5))
     if objective in ("symba", "swish"):
         rows += rows % 2
@@ -235,7 +257,8 @@ def cases(draw) -> dict[str, Any]:
         "pool": POOLS[draw(st.sampled_from(list(POOLS)))],
         "activation": draw(st.sampled_from(list(reference.ACTIVATIONS))),
         # A scale rounds equal numbers apart in one of the two orders.
-        "norm": "none" if ties else norm,
+        "norm": "none" if ties or in_front else norm,
+        "in_front": in_front,
         "eps_mode": eps_mode,
         "ties": ties,
         "statistics": draw(st.sampled_from([None, "batch", "running"])),

@@ -49,6 +49,8 @@ from ..spec import (
     Rows,
     Slopes,
 )
+from . import in_front
+from .in_front import InputNorm
 from .loss import sides_in_order
 from .maps import ConvOptions, PoolOf, Size, maps_of, rows_for
 from .plan import others_of
@@ -71,6 +73,7 @@ def conv2d_forward(
     eps: float = 1e-4,
     eps_mode: EpsMode = "add",
     activation: Activation = "relu",
+    input_norm: InputNorm = None,
     compute_dtype: torch.dtype | None = None,
     input_sumsq: Tensor | None = None,
     backend: str | None = None,
@@ -78,16 +81,17 @@ def conv2d_forward(
     """`y = pool(act(conv(r x) + b))` `[rows, out, h, w]`, channels-last in the compute dtype, and its rows' sums of
     squares `[rows]`.
 
-    The arguments are those of `conv2d_step_`, but weight and bias may be frozen. Where they require a gradient, `y` and
-    the sums carry one to them, by PyTorch's own operations; none reaches `x`.
+    The arguments are those of `conv2d_step_`, but parameters may be frozen. Where they require a gradient, `y` and the
+    sums carry one to them, by PyTorch's own operations; none reaches `x`. Running statistics stay as they are.
 
     Raises:
         ValueError, TypeError: for an argument that does not fit.
     """
     options = ConvOptions(
-        stride, padding, padding_mode, groups, pool, norm, eps, eps_mode, activation, compute_dtype, backend
+        stride, padding, padding_mode, groups, pool, norm, eps, eps_mode, activation, input_norm, compute_dtype, backend
     )
-    if not waits(x, weight, bias):
+    of_norm = () if input_norm is None else input_norm.parameters()
+    if not waits(x, weight, bias, *of_norm):
         y, moments = run_conv2d(x, weight, bias, None, options, input_sumsq)
         return y, moments.second.sum(1)
     rows, layer, geometry, _ = _ready(x, weight, bias, options, input_sumsq)
@@ -130,11 +134,14 @@ def _ready(
     """The records of a forward pass and its backend; raises for what does not fit."""
     layer, geometry = options.checked(weight, bias)
     maps_of("x", x, weight, layer.compute_dtype, geometry)
+    in_front.check_fits(options.input_norm, x, weight, layer.norm)
+    _enough_in_front(options.input_norm, x)
     if input_sumsq is not None:
         check.vector("input_sumsq", input_sumsq, len(x), weight.dtype, weight.device)
         input_sumsq = input_sumsq.detach()
     with without_autocast(weight.device):
-        rows = rows_for(x.detach(), layer, geometry, input_sumsq)
+        x = in_front.normalised(options.input_norm, x.detach(), weight.dtype)
+        rows = rows_for(x, layer, geometry, input_sumsq)
     return rows, layer, geometry, _backend_of(layer, geometry, None, options.backend)
 
 
@@ -155,6 +162,7 @@ def conv2d_step_(
     eps: float = 1e-4,
     eps_mode: EpsMode = "add",
     activation: Activation = "relu",
+    input_norm: InputNorm = None,
     outputs: OutputsOf = "pre",
     compute_dtype: torch.dtype | None = None,
     sample_weight: Tensor | None = None,
@@ -191,6 +199,9 @@ def conv2d_step_(
         pool: None; a size or a pair, that of maximum pooling behind the activation; or an `nn.MaxPool2d` or
             `nn.AvgPool2d` without padding. As in PyTorch, the first of equal units wins.
         norm, eps, eps_mode, activation: as in `linear_step_`.
+        input_norm: in place of `norm` a module that normalises the input: a `torch.nn.BatchNorm2d`, whose weight and
+            bias the optimizer must hold, and whose gradients come out of the update without one of `x`; or an
+            `nn.GroupNorm` or `nn.LayerNorm` over whole rows, without parameters. Statistics are of both sides together.
         outputs: "pre" or "none". "post" is refused: it would take the convolution again, a third of a step, and no
             published convolutional network hands on activities from after its update.
         compute_dtype: torch.bfloat16: maps and products are rounded to it, moments, slopes and masters stay float32.
@@ -211,7 +222,7 @@ def conv2d_step_(
     """
     step = _step_never_compiled if torch.compiler.is_compiling() else conv2d_pass
     options = ConvOptions(
-        stride, padding, padding_mode, groups, pool, norm, eps, eps_mode, activation, compute_dtype, backend
+        stride, padding, padding_mode, groups, pool, norm, eps, eps_mode, activation, input_norm, compute_dtype, backend
     )
     return step(
         x_pos, x_neg, weight, bias, optimizer, options, objective=any_objective(objective), outputs=outputs,
@@ -254,20 +265,28 @@ def conv2d_pass(
             "'moments'"
         )
     check.optimizer_object(optimizer)
+    check.tensor("x_pos", x_pos)
     rows_of = partial(maps_of, geometry=geometry)
     rows = checked_rows(weight, layer.compute_dtype, objective, x_pos, x_neg, rows_of=rows_of, **of_rows)
     if rows.x_neg.shape[1:] != x_pos.shape[1:]:
         raise ValueError(f"x_neg has maps of {tuple(rows.x_neg.shape[1:])}; accepted: {tuple(x_pos.shape[1:])}")
+    in_front.check_fits(options.input_norm, x_pos, weight, layer.norm)
+    _enough_in_front(options.input_norm, x_pos, rows.x_neg)
     _enough_for_statistics(batch_norm, geometry, weight, x_pos, rows.x_neg)
     if is_transformed(x_pos, rows.x_neg, weight, bias):
         raise ValueError(
             "conv2d_step_ was called on tensors of a torch.func transform or with a forward-mode tangent; accepted: "
             "plain tensors, or conv2d_forward and goodness_loss"
         )
-    learning = {"weight": weight, **({} if bias is None else {"bias": bias}), **others_of(objective, batch_norm)}
+    learning = {
+        "weight": weight,
+        **({} if bias is None else {"bias": bias}),
+        **others_of(objective, batch_norm, options.input_norm),
+    }
     update = _update_of(optimizer, learning, rows) if learns else None
-    if batch_norm is not None:
-        check.writable_here([t for t in batch_norm.buffers() if t is not None])
+    for module in (batch_norm, options.input_norm):
+        if module is not None:
+            check.writable_here(list(module.buffers()))
     chosen = _backend_of(layer, geometry, None if update is None else update.rule, options.backend)
     n_pos = len(x_pos) if rows.is_positive is None else None
     if only_checks:
@@ -277,7 +296,8 @@ def conv2d_pass(
     try:
         with torch.no_grad(), without_autocast(weight.device):
             x = torch.cat([x_pos, rows.x_neg]) if len(rows.x_neg) else x_pos
-            of_product = rows_for(x, layer, geometry, rows.input_sumsq)
+            normalised, standardising = in_front.standardising(options.input_norm, x, weight.dtype)
+            of_product = rows_for(normalised, layer, geometry, rows.input_sumsq)
             maps = ops.conv2d_forward(of_product, layer, geometry, *pivot_of(batch_norm), chosen)
             read = _read(maps, batch_norm)
             judged, by_head = _judged(objective, read, rows, skip_below)
@@ -285,8 +305,16 @@ def conv2d_pass(
                 _hand_on(maps, read)
             else:
                 slopes, gradients = _slopes(read, judged, outputs == "pre")
-                dw, db = ops.conv2d_gradients_(of_product, layer, geometry, maps, slopes, chosen)
+                line = standardising if in_front.has_line(options.input_norm) else None
+                if line is not None:
+                    slopes = slopes._replace(by_place=True)
+                    # The normalised maps give their memory back first.
+                    del normalised, of_product
+                    of_product = rows_for(line.standardised(x), layer, geometry, None)
+                dw, db, dz = ops.conv2d_gradients_(of_product, layer, geometry, maps, slopes, chosen)
                 gradients |= {"weight": dw, "bias": db}
+                if line is not None:
+                    gradients |= in_front.through_line(line.module, dw, dz, of_product, layer, geometry)
                 if by_head is not None:
                     gradients["objective.weight"] = by_head
                 for name, part in zip(learning, update.parts, strict=True):
@@ -295,6 +323,8 @@ def conv2d_pass(
                 update.finish(optimizer)
             if batch_norm is not None and read.behind is not None:
                 move(batch_norm, read.behind)
+            if standardising is not None:
+                move(standardising.module, standardising)
     finally:
         interrupts.release(held)
     assert judged.goodness is not None
@@ -329,6 +359,12 @@ def _enough_for_statistics(
     """Raises where a channel has a single number in the rows of these maps, which has no variance."""
     _, behind = geometry.maps_of(x.shape[2], x.shape[3], (weight.shape[2], weight.shape[3]))
     check.enough_for_statistics(batch_norm, len(x) + sum(map(len, others)), behind[0] * behind[1])
+
+
+def _enough_in_front(input_norm: InputNorm, *sides: Tensor) -> None:
+    """Likewise of these maps themselves."""
+    if isinstance(input_norm, nn.BatchNorm2d):
+        check.enough_for_statistics(input_norm, sum(map(len, sides)), sides[0].shape[2:].numel(), "input_norm")
 
 
 def _backend_of(layer: Layer, geometry: Geometry, rule: str | None, backend: str | None) -> str:

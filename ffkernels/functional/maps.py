@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import validation as check
 from ..normalisation import row_scale, row_sumsq
 from ..spec import Activation, EpsMode, Geometry, Layer, MapRows, Norm, PaddingMode, Pool
+from .in_front import InputNorm
 
 Size = int | tuple[int, int]
 # A size is that of maximum pooling, as `nn.MaxPool2d(size)` has it.
@@ -29,6 +30,7 @@ class ConvOptions(NamedTuple):
     eps: float
     eps_mode: EpsMode
     activation: Activation
+    input_norm: InputNorm
     compute_dtype: torch.dtype | None
     backend: str | None
 

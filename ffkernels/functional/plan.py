@@ -119,11 +119,14 @@ def _facts(weight: Tensor, bias: Tensor | None, peer_mean: Tensor | None, option
     )  # fmt: skip
 
 
-def others_of(objective: AnyObjective, batch_norm: nn.BatchNorm1d | nn.BatchNorm2d | None) -> dict[str, Tensor]:
+def others_of(
+    objective: AnyObjective, batch_norm: nn.Module | None, input_norm: nn.Module | None = None
+) -> dict[str, Tensor]:
     """What learns besides weight and bias, by name."""
     others = {"objective.weight": objective.weight if isinstance(objective, ProjectionHead) else None}
-    if batch_norm is not None:
-        others |= {"batch_norm.weight": batch_norm.weight, "batch_norm.bias": batch_norm.bias}
+    for name, norm in (("batch_norm", batch_norm), ("input_norm", input_norm)):
+        if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):
+            others |= {f"{name}.weight": norm.weight, f"{name}.bias": norm.bias}
     return {name: p for name, p in others.items() if p is not None}
 
 

@@ -15,6 +15,7 @@ from .. import validation as check
 from ..backends import select
 from ..functional import StepResult
 from ..functional.conv import conv2d_pass, run_conv2d, waits
+from ..functional.in_front import InputNorm
 from ..functional.maps import (
     ConvOptions,
     PoolOf,
@@ -41,8 +42,9 @@ class FFConv2d(nn.Conv2d):
     Parameters, their initialisation and their names in `state_dict` are those of `torch.nn.Conv2d`. The options are
     those of `conv2d_step_`, and plain attributes: they can be changed at any time. With `batch_norm="behind"` the
     module `batch_norm`, a `torch.nn.BatchNorm2d`, stands behind the pool: goodness is of what it makes, which the layer
-    hands on. Only a step moves its running statistics; in train mode a forward pass goes by those of its own rows, so
-    call `eval()` to predict.
+    hands on. With `batch_norm="before"` the module `input_norm`, another, stands in front of the convolution. Only a
+    step moves running statistics; in train mode a forward pass goes by those of its own rows, so call `eval()` to
+    predict.
 
     A step calls neither `forward` nor the modules within: where hooks watch them, or a subclass overrides `forward`,
     `activity` or `goodness`, it raises.
@@ -72,10 +74,11 @@ class FFConv2d(nn.Conv2d):
         eps: float = 1e-4,
         eps_mode: EpsMode = "add",
         activation: Activation = "relu",
+        input_norm: nn.GroupNorm | nn.LayerNorm | None = None,
         outputs: OutputsOf = "pre",
         compute_dtype: torch.dtype | None = None,
         backend: str | None = None,
-        batch_norm: Literal["behind"] | None = None,
+        batch_norm: Literal["behind", "before"] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -103,9 +106,16 @@ class FFConv2d(nn.Conv2d):
         self.outputs = outputs
         self.compute_dtype = compute_dtype
         self.backend = backend
-        if batch_norm not in (None, "behind"):
-            raise ValueError(f"batch_norm={batch_norm!r} is not one of None, 'behind'")
-        self.batch_norm = None if batch_norm is None else nn.BatchNorm2d(out_channels, device=device, dtype=dtype)
+        if batch_norm is not None:
+            check.one_of("batch_norm", batch_norm, ("behind", "before"))
+        self.batch_norm: nn.BatchNorm2d | None = None
+        self.input_norm: InputNorm = input_norm
+        if batch_norm == "behind":
+            self.batch_norm = nn.BatchNorm2d(out_channels, device=device, dtype=dtype)
+        elif batch_norm == "before":
+            if input_norm is not None:
+                raise ValueError("batch_norm='before' came with input_norm; accepted: one of the two")
+            self.input_norm = nn.BatchNorm2d(in_channels, device=device, dtype=dtype)
 
     def _options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ConvOptions._fields}

@@ -332,6 +332,11 @@ def watched(module: nn.Module) -> bool:
     )  # fmt: skip
 
 
+def batch_norms(layer: nn.Module) -> list[nn.BatchNorm1d | nn.BatchNorm2d]:
+    """A layer's own, whose statistics a step moves."""
+    return [module for module in layer.children() if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)]
+
+
 # What a layer is where nobody has overridden anything.
 FFLinear._plain = FFLinear
 

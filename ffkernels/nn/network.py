@@ -17,7 +17,7 @@ from ..functional import StepResult
 from ..normalisation import row_scale
 from ..objectives import Objective
 from .conv import FFConv2d
-from .layer import FFLinear, Ran, called_only, overridden
+from .layer import FFLinear, Ran, batch_norms, called_only, overridden
 from .stack import Layer, stacked
 
 # Rows times labels that a prediction works on at once; of images.
@@ -64,8 +64,9 @@ def _facts(
             facts += [id(layer.peer), of(layer.peer_mean)]
         parameters: Iterable[Tensor | None] = (layer.weight, layer.bias)
         if layer._modules:
-            norm = layer.batch_norm
-            facts += [layer.training, norm and (id(norm), norm.training, norm.momentum, *map(of, norm.buffers()))]
+            facts.append(layer.training)
+            for norm in batch_norms(layer):
+                facts += [id(norm), norm.training, norm.momentum, *map(of, norm.buffers())]
             facts += [check.is_watched(module) for module in layer.children()]
             parameters = layer.parameters()
         for p in parameters:
@@ -341,7 +342,7 @@ class FFNetwork(nn.Module):
             x_pos, x_neg = self._into(i, x_pos), None if x_neg is None else self._into(i, x_neg)
             results = [step(x_pos, x_neg, optimizer, outputs="none", **options) for _ in range(steps)]
             losses.append(torch.stack([result.loss for result in results]))
-            if x_neg is not None and layer.batch_norm is not None:
+            if x_neg is not None and batch_norms(layer):
                 # The statistics are those of both sides together, as in the steps.
                 x_pos, x_neg = layer(torch.cat([x_pos, x_neg])).split([len(x_pos), len(x_neg)])
             else:
@@ -514,7 +515,7 @@ class FFNetwork(nn.Module):
         """
         if num_classes is None:
             num_classes = 10 if next(iter(self)).objective.classes is None else 0
-        by_batch = any(layer.batch_norm is not None and layer.batch_norm.training for layer in self)
+        by_batch = any(norm.training for layer in self for norm in batch_norms(layer))
         if isinstance(x, Tensor) and x.dim() == 4 and len(x) > PREDICTION_IMAGES and not by_batch:
             return torch.cat([self.features(part, layers, num_classes) for part in x.split(PREDICTION_IMAGES)])
         shared: dict[str, Any] = {} if product is None else {"product": product, "label_field": num_classes}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -150,7 +150,18 @@ def through(of: Standardised, du: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return dy * of.scale, by_weight, by_bias
 
 
-def move(norm: nn.BatchNorm1d | nn.BatchNorm2d, of: Standardised | StandardisedMoments) -> None:
+class OfBatch(Protocol):
+    """Statistics that running ones follow: `mean` and `variance` `[units]` or None, and how many numbers each is of."""
+
+    @property
+    def mean(self) -> Tensor | None: ...
+    @property
+    def variance(self) -> Tensor | None: ...
+    @property
+    def samples(self) -> int: ...
+
+
+def move(norm: nn.BatchNorm1d | nn.BatchNorm2d, of: OfBatch) -> None:
     """Moves the running statistics towards those of the batch, as `norm` does in a forward pass."""
     mean, variance = norm.running_mean, norm.running_var
     if of.mean is None or of.variance is None or mean is None or variance is None or not norm.track_running_stats:

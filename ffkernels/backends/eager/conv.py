@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...spec import Geometry, Layer, MapRows, Maps, MapSlopes
+from ...spec import Geometry, Layer, MapGradients, MapRows, Maps, MapSlopes
 from .gradient import unsaturated_rows
 from .layer import ACTIVATIONS, LEAKY_SLOPE
 
@@ -88,34 +88,39 @@ def unsaturated(rows: MapRows, maps: Maps, slopes: MapSlopes) -> tuple[MapRows, 
     )
 
 
-def conv2d_gradients_(
-    rows: MapRows, layer: Layer, geometry: Geometry, maps: Maps, slopes: MapSlopes
-) -> tuple[Tensor, Tensor]:
+def conv2d_gradients_(rows: MapRows, layer: Layer, geometry: Geometry, maps: Maps, slopes: MapSlopes) -> MapGradients:
     """See `ops.SCHEMAS`."""
     p, weight = maps.p, layer.weight
     rows, maps, slopes = unsaturated(rows, maps, slopes)
-    centre = maps.pivot if maps.pivot.numel() else None
     if len(maps.p):
-        gradients = _gradients(rows, layer, geometry, maps, slopes.first, slopes.second, centre)
+        dz, db = _gradient(rows, layer, geometry, maps, slopes)
+        gradients = MapGradients(by_weight(dz, rows.x, layer, geometry), db, summed(dz, weight, slopes))
     else:
-        gradients = weight.new_zeros(weight.shape), weight.new_zeros(len(weight))
+        gradients = nothing(rows, layer, geometry, slopes)
     if slopes.gain is not None and slopes.shift is not None:
         apart = p.to(weight.dtype) - maps.pivot[:, None, None]
         p.copy_(apart.mul_(slopes.gain[:, None, None]).add_(slopes.shift[:, None, None]))
     return gradients
 
 
-def _gradients(
-    rows: MapRows,
-    layer: Layer,
-    geometry: Geometry,
-    maps: Maps,
-    first: Tensor | None,
-    second: Tensor | None,
-    centre: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def summed(dz: Tensor, weight: Tensor, slopes: MapSlopes) -> Tensor:
+    """`MapGradients.by_place`."""
+    return dz.sum(0, keepdim=True, dtype=weight.dtype) if slopes.by_place else weight.new_empty(0)
+
+
+def nothing(rows: MapRows, layer: Layer, geometry: Geometry, slopes: MapSlopes) -> MapGradients:
+    """The gradients of no rows."""
+    new, channels = layer.weight.new_zeros, len(layer.weight)
+    by_place = new(1, channels, *size_of(rows, layer, geometry)) if slopes.by_place else new(0)
+    return MapGradients(new(layer.weight.shape), new(channels), by_place)
+
+
+def _gradient(rows: MapRows, layer: Layer, geometry: Geometry, maps: Maps, slopes: MapSlopes) -> tuple[Tensor, Tensor]:
+    """`dz` in the compute dtype, and the bias's gradient."""
     activation = ACTIVATIONS[layer.activation]
-    dz = _by_activity(maps.p, first, second, centre)
+    centre = maps.pivot if maps.pivot.numel() else None
+    first = slopes.first
+    dz = _by_activity(maps.p, first, slopes.second, centre)
     told_before, size = is_told_before(layer.activation, geometry), size_of(rows, layer, geometry)
     if not told_before:
         # What a ReLU has shut off is zero, and so is its multiple.
@@ -134,7 +139,7 @@ def _gradients(
     dz = dz.to(layer.compute_dtype)
     if not told_before:
         dz = _in_front_of_pool(dz, maps.where, geometry, size)
-    return by_weight(dz, rows.x, layer, geometry), db
+    return dz, db
 
 
 def by_weight(dz: Tensor, x: Tensor, layer: Layer, geometry: Geometry) -> Tensor:

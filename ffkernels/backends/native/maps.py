@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...spec import Geometry, Layer, MapRows, Maps, MapSlopes
-from ..eager.conv import POOLED_FIRST, by_weight, product, size_of, unsaturated
+from ...spec import Geometry, Layer, MapGradients, MapRows, Maps, MapSlopes
+from ..eager.conv import POOLED_FIRST, by_weight, nothing, product, size_of, summed, unsaturated
 from .library import load
 from .records import MEMBERS, PASS_LAYOUT, MapsPass
 
@@ -43,9 +43,7 @@ def conv2d_forward_like(
     return _maps_of(product(rows, layer, geometry), layer, geometry, is_centred, pivot)
 
 
-def conv2d_gradients_(
-    rows: MapRows, layer: Layer, geometry: Geometry, maps: Maps, slopes: MapSlopes
-) -> tuple[Tensor, Tensor]:
+def conv2d_gradients_(rows: MapRows, layer: Layer, geometry: Geometry, maps: Maps, slopes: MapSlopes) -> MapGradients:
     """See `ops.SCHEMAS`."""
     memory = maps.before
     if geometry.pool == "max":
@@ -54,7 +52,7 @@ def conv2d_gradients_(
         rows, maps, slopes = unsaturated(rows, maps, slopes)
     (count, channels), size = maps.p.shape[:2], size_of(rows, layer, geometry)
     if count == 0:
-        return layer.weight.new_zeros(layer.weight.shape), layer.weight.new_zeros(channels)
+        return nothing(rows, layer, geometry, slopes)
     if geometry.pool == "max":
         dz = memory[:count]
     # An average's gradient takes the place of what it reads, but where there are places in no window.
@@ -66,7 +64,8 @@ def conv2d_gradients_(
     given = _given(slopes, channels)
     call = _pass(maps.before, rows, layer, geometry, maps, size, **given, dz=dz, dz_sums=dz_sums)
     _run("ffk_maps_backward", call)
-    return by_weight(dz, rows.x, layer, geometry), dz_sums.sum(0)
+    dw, by_place = by_weight(dz, rows.x, layer, geometry), summed(dz, layer.weight, slopes)
+    return MapGradients(dw, dz_sums.sum(0), by_place)
 
 
 def _given(slopes: MapSlopes, channels: int) -> dict[str, Tensor | None]:

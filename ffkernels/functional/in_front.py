@@ -1,0 +1,152 @@
+"""What stands in front of a convolution: a normalisation of its input, and what the convolution's update tells of it.
+
+With `x = (u - mean) / deviation` of maps `u`, batch normalisation hands `weight x + bias` to the convolution. Let `V`
+be the convolution's weight gradient on `x`, and `S` that on maps of ones, which is of `sum_rows dz` alone. Then by
+channel of the input `dW = weight V + bias S`, and without any gradient of the input `dbias = sum W S`,
+`dweight = sum W V`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import validation as check
+from ..backends.eager.conv import by_weight
+from ..spec import Geometry, Layer, MapRows
+
+InputNorm = nn.BatchNorm2d | nn.GroupNorm | nn.LayerNorm | None
+_ROW_NORMS = (nn.GroupNorm, nn.LayerNorm)
+
+
+class Standardising(NamedTuple):
+    """How the batch normalisation `module` standardises maps `[rows, channels, H, W]`.
+
+    Attributes:
+        mean, variance: `[channels]` of the batch's `samples` for each; None where the running ones count.
+    """
+
+    module: nn.BatchNorm2d
+    mean: Tensor | None
+    variance: Tensor | None
+    samples: int
+
+    def standardised(self, u: Tensor) -> Tensor:
+        """`(u - mean) / deviation`."""
+        if len(u) == 0:
+            return u
+        norm, mean, variance = self.module, self.mean, self.variance
+        if mean is None:
+            mean, variance = norm.running_mean, norm.running_var
+        assert mean is not None
+        return F.batch_norm(_wide(u, mean.dtype), mean, variance, None, None, False, 0.0, norm.eps)
+
+
+def check_fits(norm: InputNorm, x: Tensor, weight: Tensor, row_norm: str) -> None:
+    """Raises unless `norm` can stand in front of a convolution of maps `x`."""
+    if norm is None:
+        return
+    if row_norm != "none":
+        raise ValueError(f"norm={row_norm!r} came with input_norm, which normalises already; accepted: one of the two")
+    if isinstance(norm, nn.BatchNorm2d):
+        check.batch_norm_alone("input_norm", norm, x.shape[1], weight, nn.BatchNorm2d)
+        return
+    if not isinstance(norm, _ROW_NORMS):
+        raise TypeError(
+            f"input_norm is a {type(norm).__name__}; accepted: a torch.nn.BatchNorm2d, GroupNorm or LayerNorm, or None"
+        )
+    check.plain_module("input_norm", norm, type(norm))
+    if next(norm.parameters(), None) is not None:
+        raise ValueError(
+            "input_norm has parameters of its own for each place or channel, whose gradient would be the input's; "
+            "accepted: affine=False, elementwise_affine=False, or a BatchNorm2d"
+        )
+    if isinstance(norm, nn.GroupNorm) and norm.num_channels != x.shape[1]:
+        raise ValueError(f"input_norm has {norm.num_channels} channels; accepted: {x.shape[1]}, those of x")
+    if isinstance(norm, nn.LayerNorm) and tuple(norm.normalized_shape) != tuple(x.shape[1:]):
+        raise ValueError(
+            f"input_norm has normalized_shape={tuple(norm.normalized_shape)}; accepted: {tuple(x.shape[1:])}, a row's"
+        )
+
+
+def normalised(norm: InputNorm, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What `norm` makes of maps `x`; autograd-compatible, its running statistics stay as they are.
+
+    `dtype`: of the weight, in which the arithmetic is.
+    """
+    return _normalised(norm, x, dtype, None, None)
+
+
+def standardising(norm: InputNorm, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Standardising | None]:
+    """`normalised`, and how a batch normalisation has standardised."""
+    if not isinstance(norm, nn.BatchNorm2d):
+        return normalised(norm, x, dtype), None
+    samples = len(x) * x.shape[2:].numel()
+    if not _of_batch(norm) or samples == 0:
+        return normalised(norm, x, dtype), Standardising(norm, None, None, samples)
+    mean, variance = torch.zeros(2, x.shape[1], dtype=dtype, device=x.device)
+    x = _normalised(norm, x, dtype, mean, variance)
+    return x, Standardising(norm, mean, variance * ((samples - 1) / samples), samples)
+
+
+def _normalised(norm: InputNorm, x: Tensor, dtype: torch.dtype, mean: Tensor | None, variance: Tensor | None) -> Tensor:
+    """`mean`, `variance`: where the batch's own are written, the variance without its bias."""
+    if norm is None or len(x) == 0:
+        return x
+    x = _wide(x, dtype)
+    if isinstance(norm, nn.GroupNorm):
+        return F.group_norm(x, norm.num_groups, eps=norm.eps)
+    if isinstance(norm, nn.LayerNorm):
+        # Over a whole row, and by one group it keeps maps channels-last.
+        return F.group_norm(x, 1, eps=norm.eps)
+    if not _of_batch(norm):
+        return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
+    return F.batch_norm(x, mean, variance, norm.weight, norm.bias, True, 1.0, norm.eps)
+
+
+def _wide(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Maps that PyTorch's normalisations take beside numbers of `dtype`."""
+    return x if dtype == torch.float32 else x.to(dtype)
+
+
+def _of_batch(norm: nn.BatchNorm2d) -> bool:
+    return norm.training or norm.running_mean is None
+
+
+def has_line(norm: InputNorm) -> bool:
+    """Whether a weight or a bias stands between what is standardised and the convolution."""
+    return isinstance(norm, nn.BatchNorm2d) and (norm.weight is not None or norm.bias is not None)
+
+
+def through_line(
+    norm: nn.BatchNorm2d, v: Tensor, dz: Tensor, rows: MapRows, layer: Layer, geometry: Geometry
+) -> dict[str, Tensor]:
+    """The gradients of the convolution's weight and of the line's by their names.
+
+    Args:
+        v: the convolution's weight gradient on the standardised input `rows`.
+        dz: `[1, out, h, w]` the sum over rows of the gradient in front of the activation.
+    """
+    weight, groups = layer.weight, geometry.groups
+    # The same for each of a group's inputs: of one map of ones for each group.
+    ones = dz.new_ones(1, groups, *rows.x.shape[2:])
+    s = by_weight(dz, ones, layer._replace(weight=weight[:, :1], compute_dtype=dz.dtype), geometry)
+    by_group = weight.unflatten(0, (groups, -1))
+    v, s = v.view_as(by_group), s.unflatten(0, (groups, -1))
+    gradients = {}
+    dw = v
+    if norm.weight is not None:
+        gradients["input_norm.weight"] = (by_group * v).sum((1, 3, 4)).flatten()
+        dw = dw * _by_input(norm.weight, groups)
+    if norm.bias is not None:
+        gradients["input_norm.bias"] = (by_group * s).sum((1, 3, 4)).flatten()
+        dw = dw + s * _by_input(norm.bias, groups)
+    return {"weight": dw.reshape(weight.shape), **gradients}
+
+
+def _by_input(values: Tensor, groups: int) -> Tensor:
+    """Numbers of the input's channels as they stand in `[groups, out / groups, in / groups, k, k]`."""
+    return values.view(groups, 1, -1, 1, 1)

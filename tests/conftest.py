@@ -6,18 +6,22 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
-import hypothesis
 import pytest
 import torch
 
 from ffkernels.backends.triton import support
 from ffkernels.integrations import common
 
-# The same cases at every run of one commit; `make properties` draws others, by Hypothesis's own profile.
-hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
-hypothesis.settings.load_profile("repeatable")
+# What runs on a GPU does without it.
+with suppress(ModuleNotFoundError):
+    import hypothesis
+
+    # The same cases at every run of one commit; `make properties` draws others, by Hypothesis's own profile.
+    hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+    hypothesis.settings.load_profile("repeatable")
 
 INTERPRETER = "test_kernels_in_the_interpreter"
 

@@ -19,8 +19,9 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -86,42 +87,81 @@ def words(variable: str) -> list[str]:
         raise RuntimeError(f"{variable}={os.environ[variable]!r} cannot be split into words: {error}") from error
 
 
-def compile_library(folder: Path) -> dict[str, Any]:
-    """Compiles the library in `folder`; returns what to remember about it. Raises RuntimeError with the reason."""
-    cxx = compiler()
-    sets = INSTRUCTION_SETS if platform.machine() in ("x86_64", "AMD64") else {"baseline": []}
+class Command(NamedTuple):
+    """How this build compiles and links.
+
+    Attributes:
+        cxx: the compiler, and options that came with its name.
+        flags, of_user, of_linker: this file's own, and those of the environment.
+    """
+
+    cxx: list[str]
+    flags: list[str]
+    of_user: list[str]
+    of_linker: list[str]
+
+    def record(self) -> dict[str, Any]:
+        """What a library is made by; with the same it would be the same."""
+        return {
+            "compiler": (call([*self.cxx, "--version"]).splitlines() or ["unknown"])[0],
+            "flags": " ".join([*self.cxx[1:], *self.flags, *self.of_user, *self.of_linker]),
+            "sources": digest_of_sources(),
+            "setup": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+        }
+
+
+def build_command() -> Command:
+    """That of this environment. Raises RuntimeError with the reason why there is none."""
     sanitizer = os.environ.get("FFKERNELS_SANITIZE")
     checked = ["-O1", "-g", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-DFFK_EMULATES_MATRIX_UNIT"]
     flags = [*FLAGS, *(checked if sanitizer else [])]
-    of_user, of_linker = [*words("CPPFLAGS"), *words("CXXFLAGS")], words("LDFLAGS")
+    return Command(compiler(), flags, [*words("CPPFLAGS"), *words("CXXFLAGS")], words("LDFLAGS"))
+
+
+def compile_library(of: Command, folder: Path) -> dict[str, Any]:
+    """Compiles the library in `folder`; returns what to remember about it. Raises RuntimeError with the reason."""
+    sets = INSTRUCTION_SETS if platform.machine() in ("x86_64", "AMD64") else {"baseline": []}
 
     def unit(source: str, name: str, options: list[str]) -> str:
         made = str(folder / f"{name}.o")
-        call([*cxx, *flags, *options, *of_user, "-c", str(SOURCES / source), "-o", made])
+        call([*of.cxx, *of.flags, *options, *of.of_user, "-c", str(SOURCES / source), "-o", made])
         return made
 
     built, left_out = {}, {}
-    for name, options in sets.items():
-        try:
-            built[name] = unit("kernels.cpp", name, [*options, f"-DFFK_SET={name}"])
-        except RuntimeError as error:
-            if not options:
-                raise
-            lines = str(error).splitlines()
-            left_out[name] = next((line for line in lines if "error" in line), lines[0])
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        units = {
+            name: pool.submit(unit, "kernels.cpp", name, [*options, f"-DFFK_SET={name}"])
+            for name, options in sets.items()
+        }
+        for name, made in units.items():
+            try:
+                built[name] = made.result()
+            except RuntimeError as error:
+                if not sets[name]:
+                    raise
+                lines = str(error).splitlines()
+                left_out[name] = next((line for line in lines if "error" in line), lines[0])
     has = [f"-DFFK_HAS_{name.upper()}" for name in built]
-    units = [unit("dispatch.cpp", "dispatch", has), unit("threads.cpp", "threads", []), *built.values()]
-    call([*cxx, *flags, *of_user, "-shared", *of_linker, *units, "-o", str(folder / LIBRARY)])
+    objects = [unit("dispatch.cpp", "dispatch", has), unit("threads.cpp", "threads", []), *built.values()]
+    call([*of.cxx, *of.flags, *of.of_user, "-shared", *of.of_linker, *objects, "-o", str(folder / LIBRARY)])
     library = (folder / LIBRARY).read_bytes()
     return {
-        "compiler": (call([*cxx, "--version"]).splitlines() or ["unknown"])[0],
-        "flags": " ".join([*cxx[1:], *flags, *of_user, *of_linker]),
+        **of.record(),
         "instruction_sets": ", ".join(built),
         "left_out": left_out,
-        "sources": digest_of_sources(),
         "size": len(library),
         "sha256": hashlib.sha256(library).hexdigest(),
     }
+
+
+def is_made(of: Command, folder: Path) -> bool:
+    """Whether the library in `folder` is what this build would make."""
+    try:
+        record, library = json.loads((folder / RECORD).read_bytes()), (folder / LIBRARY).read_bytes()
+    except (OSError, ValueError):
+        return False
+    of_library = {"size": len(library), "sha256": hashlib.sha256(library).hexdigest()}
+    return isinstance(record, dict) and record.items() >= (of.record() | of_library).items()
 
 
 def digest_of_sources() -> str:
@@ -178,8 +218,11 @@ class BuildLibrary(build_ext):
         try:
             if switch() == "off":
                 raise RuntimeError("FFKERNELS_BUILD=off")
+            of = build_command()
+            if in_place and is_made(of, folder):
+                return
             with tempfile.TemporaryDirectory() as temporary:
-                record = compile_library(Path(temporary))
+                record = compile_library(of, Path(temporary))
                 library = Path(temporary, LIBRARY).read_bytes()
         except (RuntimeError, OSError) as error:
             if switch() == "cpu":

@@ -301,6 +301,30 @@ def test_two_builds_at_once_leave_a_library_and_its_own_record(build):
     assert sorted(path.name for path in (build.folder / "out" / NATIVE).iterdir()) == ["build.json", LIBRARY]
 
 
+@needs_gcc
+def test_in_place_only_what_has_changed_is_built(build):
+    folder = build.folder / NATIVE
+
+    def made(**environment: str) -> int:
+        done = build("build_ext", "--inplace", **{**quick(build), **environment})
+        assert done.returncode == 0, done.stderr
+        content = (folder / LIBRARY).read_bytes()
+        assert json.loads((folder / "build.json").read_text())["sha256"] == hashlib.sha256(content).hexdigest()
+        return (folder / LIBRARY).stat().st_mtime_ns
+
+    first = made()
+    assert made() == first
+    of_other_options = made(CXXFLAGS="-O0 -g")
+    assert of_other_options != first
+    (folder / LIBRARY).write_bytes(b"damaged")
+    again = made(CXXFLAGS="-O0 -g")
+    source = build.folder / "csrc" / "cpu" / "threads.cpp"
+    source.write_text(source.read_text() + "// another\n")
+    assert made(CXXFLAGS="-O0 -g") != again
+    (folder / "build.json").write_text("{")
+    made()
+
+
 def test_a_build_that_is_killed_leaves_nothing_half_made(build):
     folder = build.folder / "out" / NATIVE
     folder.mkdir(parents=True)

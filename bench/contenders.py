@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ffkernels as ff
+from ffkernels import reference
 from ffkernels.backends import select
 from ffkernels.backends.select import BACKENDS
+from ffkernels.objectives.given import Reads
 from ffkernels.reference import ACTIVATIONS
 from ffkernels.spec import Geometry
 
@@ -47,10 +49,13 @@ Maker = Callable[[Case, Layers], Contender]
 
 
 class FFKernels(Contender):
-    """This package, on the backend it chooses or on a given one."""
+    """This package, on the backend it chooses or on a given one; by its own loss, or by one that is given to it."""
 
-    def __init__(self, case: Case, initial: Layers, backend: str | None = None) -> None:
+    def __init__(self, case: Case, initial: Layers, backend: str | None = None, reads: Reads | None = None) -> None:
         self.net, self.by_labels = our_network(case, initial, backend), case.sides == 1
+        if reads is not None:
+            for layer in cast("Iterable[ff.FFLinear]", self.net):
+                layer.objective = given_loss(case.original.objective_for(layer.out_features), reads)
         self.layers = [tuple(layer.parameters()) for layer in cast("Iterable[ff.FFLinear]", self.net)]
         self.sample_weight = case.original.weights_for(case.rows, case.rows, case.master_dtype)
         if self.sample_weight is not None:
@@ -89,6 +94,19 @@ def our_network(case: Case, initial: Layers, backend: str | None = None) -> ff.F
     )
     copy_into(list(net.parameters()), initial)
     return net
+
+
+def given_loss(objective: Any, reads: Reads) -> ff.GivenLoss:
+    """An objective as a caller would write it, in plain PyTorch, of the goodness or of the activities."""
+
+    def of_goodness(goodness: Tensor, side: Tensor) -> Tensor:
+        return reference.loss_of(goodness, side, objective, None)
+
+    def of_activities(y: Tensor, side: Tensor) -> Tensor:
+        return of_goodness(reference.goodness_of(y, objective.goodness), side)
+
+    function = of_activities if reads == "activities" else of_goodness
+    return ff.GivenLoss(function, goodness=objective.goodness, reads=reads)
 
 
 def backends_of(case: Case) -> list[str]:
@@ -388,6 +406,9 @@ def trainers_of(case: Case, compiled: bool) -> dict[str, Maker]:
     curve = case.label == "none" and not case.compiled
     if not curve:
         makers |= {f"{OURS}, {backend}": partial(FFKernels, backend=backend) for backend in backends_of(case)[1:]}
+    if case.package == "fflib" and case.device == "cpu":
+        given: tuple[Reads, ...] = ("goodness", "activities")
+        makers |= {f"{OURS}, given loss of {reads}": partial(FFKernels, reads=reads) for reads in given}
     package, maker = case.package and installed(case.package), BioFF if case.package == "bioff" else FFLib
     if package:
         makers[package] = maker

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -124,7 +123,8 @@ def run_conv2d(
     with torch.no_grad(), without_autocast(weight.device):
         maps = ops.conv2d_forward(rows, layer, geometry, *pivot_of(batch_norm), backend)
         read = _read(maps, batch_norm)
-        _hand_on(maps, read)
+        if read.behind is not None:
+            conv.hand_on_(maps, *read.behind.line())
         return maps.p, Moments(read.first, read.second)
 
 
@@ -302,7 +302,9 @@ def conv2d_pass(
             read = _read(maps, batch_norm)
             judged, by_head = _judged(objective, read, rows, skip_below)
             if update is None:
-                _hand_on(maps, read)
+                # What an update would leave in the place of the activities.
+                if read.behind is not None:
+                    conv.hand_on_(maps, *read.behind.line())
             else:
                 slopes, gradients = _slopes(read, judged, outputs == "pre")
                 line = standardising if in_front.has_line(options.input_norm) else None
@@ -416,18 +418,6 @@ def _slopes(read: Read, judged: Judged, hands_on: bool) -> tuple[MapSlopes, dict
     offset, gain, by_weight, by_bias = through_moments(read.behind, judged.first, judged.second)
     line = read.behind.line() if hands_on else (None, None)
     return MapSlopes(offset, gain / 2, *line), {"batch_norm.weight": by_weight, "batch_norm.bias": by_bias}
-
-
-def _hand_on(maps: Maps, read: Read) -> None:
-    """What an update leaves in the place of the activities, without one."""
-    if read.behind is None:
-        return
-    p, (gain, shift) = maps.p, read.behind.line()
-    if p.dtype == gain.dtype:
-        p.sub_(maps.pivot[:, None, None]).mul_(gain[:, None, None]).add_(shift[:, None, None])
-    else:
-        # One pass, whose sums are as wide as its parameters.
-        p.copy_(F.batch_norm(p, maps.pivot, torch.ones_like(gain), gain, shift, False, 0.0, 0.0))
 
 
 def _update_of(optimizer: Optimizer | None, learning: dict[str, Tensor], rows: Rows) -> optim.Plan:

@@ -90,7 +90,7 @@ def unsaturated(rows: MapRows, maps: Maps, slopes: MapSlopes) -> tuple[MapRows, 
 
 def conv2d_gradients_(rows: MapRows, layer: Layer, geometry: Geometry, maps: Maps, slopes: MapSlopes) -> MapGradients:
     """See `ops.SCHEMAS`."""
-    p, weight = maps.p, layer.weight
+    whole, weight = maps, layer.weight
     rows, maps, slopes = unsaturated(rows, maps, slopes)
     if len(maps.p):
         dz, db = _gradient(rows, layer, geometry, maps, slopes)
@@ -98,9 +98,18 @@ def conv2d_gradients_(rows: MapRows, layer: Layer, geometry: Geometry, maps: Map
     else:
         gradients = nothing(rows, layer, geometry, slopes)
     if slopes.gain is not None and slopes.shift is not None:
-        apart = p.to(weight.dtype) - maps.pivot[:, None, None]
-        p.copy_(apart.mul_(slopes.gain[:, None, None]).add_(slopes.shift[:, None, None]))
+        hand_on_(whole, slopes.gain, slopes.shift)
     return gradients
+
+
+def hand_on_(maps: Maps, gain: Tensor, shift: Tensor) -> None:
+    """Writes `gain (p - pivot) + shift` over the activities."""
+    p = maps.p
+    if p.dtype == gain.dtype:
+        p.sub_(maps.pivot[:, None, None]).mul_(gain[:, None, None]).add_(shift[:, None, None])
+    else:
+        # One pass, whose sums are as wide as its parameters.
+        p.copy_(F.batch_norm(p, maps.pivot, torch.ones_like(gain), gain, shift, False, 0.0, 0.0))
 
 
 def summed(dz: Tensor, weight: Tensor, slopes: MapSlopes) -> Tensor:

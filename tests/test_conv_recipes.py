@@ -50,6 +50,25 @@ def assert_equal(one: Trainer, other: Trainer) -> None:
     assert torch.equal(one.classifier.weight, other.classifier.weight)
 
 
+def test_settled_statistics_are_those_of_images_as_they_are(data) -> None:
+    recipe = replace(SMALL, jitter=1, dropout=0.3, settling=3)
+    trainer = run(recipe, data, epochs=2)
+    assert [p.requires_grad for p in trainer.net.parameters()] == [True] * len(list(trainer.net.parameters()))
+    plain = run(replace(recipe, settling=0), data, epochs=2)
+    for (name, value), other in zip(trainer.net.named_parameters(), plain.net.parameters(), strict=True):
+        assert torch.equal(value, other), name
+    first = next(iter(trainer.net))
+    maps = [
+        torch.relu(torch.conv2d(images.view(-1, 1, 28, 28) / 255, first.weight, first.bias, padding=1))
+        for images in trainer.train_images[:60].split(20)
+    ]
+    mean = torch.stack([p.mean((0, 2, 3)) for p in maps]).mean(0)
+    variance = torch.stack([p.var((0, 2, 3)) for p in maps]).mean(0)
+    torch.testing.assert_close(first.batch_norm.running_mean, mean)
+    torch.testing.assert_close(first.batch_norm.running_var, variance)
+    assert first.batch_norm.momentum == 0.1 and not torch.equal(mean, next(iter(plain.net)).batch_norm.running_mean)
+
+
 @pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16])
 def test_it_learns_and_goes_on_to_the_same_numbers(compute_dtype, data) -> None:
     recipe = replace(SMALL, jitter=1, flips=True, dropout=0.1)

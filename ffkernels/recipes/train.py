@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -219,6 +220,8 @@ class Trainer:
         if totals is None:
             return None
         averages = totals.averages()
+        if self.recipe.settling:
+            self._settle()
         trained = time.monotonic()
         if not all(map(math.isfinite, averages["loss"])):
             raise FloatingPointError(f"epoch {epoch}: the training has diverged, its losses are {averages['loss']}")
@@ -264,6 +267,27 @@ class Trainer:
             if after_step(totals.describe) and totals.rows < len(self.train_labels):
                 return None
         return totals
+
+    @torch.no_grad()
+    def _settle(self) -> None:
+        """Takes the running statistics anew, as the mean of those of some minibatches of images as they are."""
+        norms = [module for module in self.net.modules() if isinstance(module, nn.BatchNorm2d)]
+        momenta = [norm.momentum for norm in norms]
+        learning = [p for p in self.net.parameters() if p.requires_grad]
+        self.net.requires_grad_(False)
+        try:
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None
+            size = self.recipe.batch_size
+            batches = zip(self.train_images.split(size), self.train_labels.split(size), strict=True)
+            for images, labels in islice(batches, self.recipe.settling):
+                self.net.step(self._as_input(images), None, None, labels=labels)
+        finally:
+            for parameter in learning:
+                parameter.requires_grad_(True)
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
 
     def minibatches(self, epoch: int) -> Iterator[Minibatch]:
         """The minibatches of an epoch (from 1), as `run_epoch` trains on them.

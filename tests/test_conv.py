@@ -170,6 +170,24 @@ def test_fifty_steps_of_cwcs_network(loss, options, tolerance):
         assert error(p, q, 1.0) <= tolerance, name
 
 
+def test_fifty_steps_of_it_end_as_near_to_float64_as_torchs():
+    """With units that change sides and windows that change winners: in the mean over losses, at most twice as far."""
+    ratios = []
+    for loss in ("cross_entropy", "pvn", "cwc", "cwg"):
+        ours = network(loss)
+        theirs, exact = deepcopy(ours), deepcopy(ours).double()
+        nets = (ours, theirs, exact)
+        optimizers = [[OPTIMIZERS["adam"](layer.parameters()) for layer in net] for net in nets]
+        for _ in range(50):
+            x, labels = torch.randn(16, 3, 8, 8), torch.randint(10, (16,))
+            ours.step(x, None, optimizers[0], labels=labels)
+            by_autograd(theirs, optimizers[1], x, labels)
+            by_autograd(exact, optimizers[2], x.double(), labels)
+        for one, other, known in zip(*(net.parameters() for net in nets), strict=True):
+            ratios.append(error(one, known, 1.0) / error(other, known, 1.0))
+    assert torch.tensor(ratios).log().mean().exp() <= 2
+
+
 def test_rows_in_any_order_are_the_same_step():
     for objective in ("mean", "symba"):
         ours = made(objective, padding=1, pool=2, optimizer=None)

@@ -12,13 +12,17 @@ VENV := .venv
 LIBRARY := ffkernels/backends/native/libffkernels_cpu.so
 PIP := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: mnist test lint records sanitize sanitize-library properties fuzz campaign configurations compilers nightly bench gpu clean
+.PHONY: mnist test docs lint records sanitize sanitize-library properties fuzz campaign configurations compilers nightly bench gpu clean
 
 mnist: $(VENV)/train
 	$(VENV)/bin/python -m ffkernels train --preset quick --data mnist --resume
 
 test: $(VENV)/test $(VENV)/contenders
 	$(VENV)/bin/python -m pytest
+
+# A site in build/site; what is wrong with a page is an error.
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet
 
 lint: $(VENV)/lint
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy && $(VENV)/bin/lint-imports
@@ -99,6 +103,10 @@ $(VENV)/test: $(VENV)/train
 $(VENV)/contenders: $(VENV)/core
 	$(PIP) install --no-deps fflib==0.3.0 bioff==1.1.0
 	$(PIP) install "scikit-learn>=1.3" "tqdm>=4.60"
+	touch $@
+
+$(VENV)/docs: $(VENV)/core
+	$(PIP) install --editable ".[docs]"
 	touch $@
 
 $(VENV)/lint: $(VENV)/test

@@ -86,7 +86,11 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--agree", nargs=2, type=Path, metavar="JSON", help="whether two results of one commit lie within 5%%"
     )
-    parser.add_argument("--readme", action="store_true", help="make README's table and picture from the results")
+    parser.add_argument(
+        "--readme",
+        action="store_true",
+        help="make the tables and pictures of README and docs from the results",
+    )
     return parser
 
 

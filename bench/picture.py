@@ -33,7 +33,7 @@ KINDS = {
     "plain, compiled": ("torch.compile", "#6b5ca5", "^"),
     "backprop": ("backpropagation", "#3d85c6", "v"),
     "backprop, compiled": ("backpropagation, compiled", "#8fb8de", "v"),
-    "floor": ("floor: products and state", FAINT, "|"),
+    "floor": ("bare products and state", FAINT, "|"),
 }
 LEAST = 0.1  # of the ratios that are drawn where they are
 CURVES = {"median_ms": "Time of a step (ms)", "peak_bytes": "Memory of a step at its peak (MB)"}

@@ -1,4 +1,4 @@
-"""`python -m ffkernels reproduce` and `paper`: recipes for the record, and the measurements behind docs/paper.md."""
+"""`python -m ffkernels reproduce` and `paper`: recipes for the record, measurements behind docs/lab/paper.md."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ def add_to(commands: Commands) -> None:
     )
     command.set_defaults(run=_reproduce)
     command.add_argument("recipe", nargs="?", choices=RECIPES, metavar="NAME", help="the recipe")
-    command.add_argument("--readme", action="store_true", help="no training: make README.md's table from the results")
+    command.add_argument("--readme", action="store_true", help="no training: make the table of docs/results.md")
     command.add_argument("--results", type=to_path, default=Path(results.FOLDER), help="folder of rows (%(default)s)")
     add_run_options(command)
 
     command = commands.add_parser(
         "paper",
-        help="the runs and measurements behind docs/paper.md",
+        help="the runs and measurements behind docs/lab/paper.md",
         description="ablation trains what is missing in results/ablation; steps and target measure steps, and the time "
         "to 2% error, against backprop's and write results/backprop; classes trains backprop on what recipes of class "
         "goodness train on; variations changes each choice of the recipe projected; tables makes those of "
-        "docs/paper.md and docs/classes.md; "
+        "docs/lab/paper.md and docs/classes.md; "
         "epoch trains fflib's example by fflib and accelerated, in turns, and writes results/epoch.",
     )
     command.set_defaults(run=_paper)
@@ -52,7 +52,7 @@ def add_to(commands: Commands) -> None:
 
 
 def bench(argv: list[str]) -> int:
-    """`python -m ffkernels bench`: the benchmark measures, its README is written here."""
+    """`python -m ffkernels bench`: the benchmark measures, its pages are written here."""
     from bench.command import main
 
     from . import readme
@@ -75,10 +75,10 @@ def _reproduce(arguments: argparse.Namespace, argv: list[str]) -> int:
     if not folder.is_dir():
         raise UserError(f"--results {folder}: no folder, so there are no rows to make the table of")
     try:
-        results.update_readme(Path("README.md"), folder)
+        results.update_page(results.PAGE, folder)
     except ValueError as error:
         raise UserError(error) from error
-    print(f"README.md: made from {folder}")
+    print(f"{results.PAGE}: made from {folder}")
     return 0
 
 
@@ -115,7 +115,7 @@ def _paper(arguments: argparse.Namespace, argv: list[str]) -> int:
         elif arguments.what != "tables":
             backprop.save(arguments.what, data.load(arguments.data), say)
         else:
-            paper = Path("docs", "paper.md")
+            paper = Path("docs", "lab", "paper.md")
             page.update(paper, ablation.BEGIN, ablation.END, ablation.table(results.load(ablation.FOLDER)))
             page.update(paper, backprop.BEGIN, backprop.END, backprop_tables())
             print(f"{paper}: made from {ablation.FOLDER} and {backprop.FILE}")

@@ -1,4 +1,4 @@
-"""README's tables and pictures of the benchmark, made from its result files and never typed."""
+"""Tables and pictures of the benchmark in README and docs/benchmarks.md, made from its results and never typed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from bench.timing import Ratio
 from . import page
 
 README = machine.ROOT / "README.md"
-PICTURE = "docs/benchmarks-{device}.png"
+PAGE = machine.ROOT / "docs" / "benchmarks.md"
+PICTURE = "benchmarks-{device}.png"
 BEGIN, END = "<!-- benchmarks: made by `python -m ffkernels bench --readme` -->", "<!-- /benchmarks -->"
 # Columns of the table: the kinds of contenders as `picture.kind_of` names them; of several the fastest that is exact.
 COLUMNS = {
@@ -23,25 +24,39 @@ COLUMNS = {
     "plain PyTorch": "plain PyTorch",
     "`torch.compile`": "torch.compile",
     "backprop": "backpropagation",
-    "floor": "floor: products and state",
+    "bare products": "bare products and state",
 }
+# README's rows, in a user's words, and its columns.
+SHORT = {
+    "fflib-float32": "fflib's example, 794-2000-2000",
+    "loewex-float32": "loeweX, 784-1000-1000-1000",
+    "mohammadpz-float32": "mohammadpz, 784-500, one batch of all images",
+    "bioff-float32": "bioff, 794-256-128",
+    "cwc-mnist-float32": "CwC's convolutions on MNIST",
+    "overhead": "8-8, one image: overhead alone",
+    "square-2048": "2048-2048, 2x2,048 rows: products alone",
+    "predict-mohammadpz": "prediction, 784-500-500",
+}
+SHORT_COLUMNS = ("its own package", "plain PyTorch", "`torch.compile`", "backprop")
 
 INTRODUCTION = """\
 The time of a step of this package, and how many times as long the others take: the median of ratios paired
 within one run, and its interval."""
 LEGEND = """\
-The floor is the bare products of all rows and one pass over weights and optimizer state; above 1 there, this
-package does fewer products than that. The pictures also have single layers, and growth."""
+Bare products are those of all rows, and one pass over weights and optimizer state; above 1 there, this package does
+fewer products than that. The pictures also have single layers, and growth."""
 
 
-def update(readme: Path = README) -> list[Path]:
-    """Rewrites what stands between the two markers, and draws the pictures; what was written."""
+def update(readme: Path = README, benchmarks: Path = PAGE) -> list[Path]:
+    """Rewrites what stands between the markers of both pages, and draws the pictures; what was written."""
     results = by_device(report.load_results())
-    page.update(readme, BEGIN, END, text(results))
-    written = [readme]
+    for path in (readme, benchmarks):
+        page.parts(path, BEGIN, END)  # both or neither
+    page.update(readme, BEGIN, END, short(results))
+    page.update(benchmarks, BEGIN, END, text(results))
+    written = [readme, benchmarks]
     for name, result in results.items():
-        written.append(readme.parent / PICTURE.format(device=name))
-        written[-1].parent.mkdir(exist_ok=True)
+        written.append(benchmarks.parent / PICTURE.format(device=name))
         picture.draw(result, written[-1])
     return written
 
@@ -83,6 +98,19 @@ def text(results: dict[str, Result]) -> str:
     return "\n\n".join([INTRODUCTION, *(_section(name, result) for name, result in results.items()), LEGEND])
 
 
+def short(results: dict[str, Result]) -> str:
+    """README's table: ratios of a few cases, on the kind of CPU that was measured last."""
+    of_cpus = [result for name, result in results.items() if name in ("cpu", "cpu-amx")]
+    if not of_cpus:
+        return "Nothing is measured yet."
+    result = max(of_cpus, key=lambda result: str(result["machine"]["date"]))
+    about, rows = result["machine"], [row for row in result["rows"] if "median_ms" in row]
+    table = {words: _cells(of_case) for case, words in SHORT.items() if (of_case := _rows_of(rows, case))}
+    filled = [column for column in SHORT_COLUMNS if any(cells[column] for cells in table.values())]
+    lines = ([case, *(cells[column] for column in filled)] for case, cells in table.items())
+    return f"{page.table(['a step of', *filled], lines)}\n\n{machine.in_words(about)}, {about['date'][:10]}."
+
+
 def _section(name: str, result: Result) -> str:
     about, rows = result["machine"], [row for row in result["rows"] if "median_ms" in row]
     on_curves = {case for cases in AXES.values() for case in cases}
@@ -91,7 +119,7 @@ def _section(name: str, result: Result) -> str:
         for case in dict.fromkeys(row["case"] for row in rows)
         if case not in on_curves and not case.startswith("optimizer-")
     ]
-    table = {case: _cells([row for row in rows if row["case"] == case]) for case in cases}
+    table = {case: _cells(_rows_of(rows, case)) for case in cases}
     filled = [column for column in next(iter(table.values()), {}) if any(cells[column] for cells in table.values())]
     forced = f", with `FFKERNELS_BACKEND={about['backend_forced']}`" if about.get("backend_forced") else ""
     lines = [
@@ -102,6 +130,10 @@ def _section(name: str, result: Result) -> str:
     if any(row["quick"] for row in rows):
         lines += ["", "(q): from a `--quick` run, with wide intervals."]
     return "\n".join([*lines, "", f"![Benchmarks, {name}]({PICTURE.format(device=name)})"])
+
+
+def _rows_of(rows: Sequence[Row], case: str) -> list[Row]:
+    return [row for row in rows if row["case"] == case]
 
 
 def _cells(rows: Sequence[Row]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What finished runs have come to: a row of data each, and the table that README makes of them."""
+"""What finished runs have come to: a row of data each, and the table of docs/results.md made of them."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from ffkernels.recipes.train import MOST_EPOCHS, Trainer
 from . import page
 
 FOLDER = "results"
+PAGE = Path("docs", "results.md")
 BEGIN, END = "<!-- results: made by `python -m ffkernels reproduce --readme` -->", "<!-- /results -->"
 NONE_YET = "No run is recorded yet: `python -m ffkernels reproduce NAME` writes one into `results/`."
 COLUMNS = (
@@ -185,10 +186,10 @@ def errors(of_runs: Sequence[float | None]) -> str:
     return mean if len(found) == 1 else f"{mean} [{min(found):.2%}, {max(found):.2%}]"
 
 
-def update_readme(readme: Path, folder: Path) -> None:
-    """Rewrites what stands between README's two markers.
+def update_page(path: Path, folder: Path) -> None:
+    """Rewrites what stands between the page's two markers.
 
     Raises:
         ValueError: where a marker is missing, or a file of results is none.
     """
-    page.update(readme, BEGIN, END, table(load(folder)))
+    page.update(path, BEGIN, END, table(load(folder)))

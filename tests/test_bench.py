@@ -1,4 +1,4 @@
-"""The benchmark's command: plan, refusal, results as data, table, picture and README."""
+"""The benchmark's command: plan, refusal, results as data, table, pictures and pages."""
 
 from __future__ import annotations
 
@@ -234,7 +234,7 @@ def test_every_visit_starts_from_the_same_weights(monkeypatch) -> None:
     assert not any(map(torch.equal, before, after))
 
 
-# Text and README.
+# Text and pages.
 
 
 def test_growth_tells_the_exponents() -> None:
@@ -312,10 +312,10 @@ def test_readme_shows_each_kind_of_cpu_by_the_newest_full_run_of_it() -> None:
     }
     text = readme.text(results)
     assert text.count("\n| a | ") == 2 and text.count(readme.INTRODUCTION) == text.count(readme.LEGEND) == 1
-    of_plain, of_amx = text.split("![Benchmarks, cpu](docs/benchmarks-cpu.png)")
+    of_plain, of_amx = text.split("![Benchmarks, cpu](benchmarks-cpu.png)")
     assert "**plain with no bfloat16 unit, no AMX, 2 threads, torch 2**, 4:" in of_plain and "| 4 ms |" in of_plain
     said = "**new with AMX and AVX512-BF16, 2 threads, torch 2**, 2, with `FFKERNELS_BACKEND=native`:"
-    assert said in of_amx and "| 2 ms |" in of_amx and "![Benchmarks, cpu-amx](docs/benchmarks-cpu-amx.png)" in of_amx
+    assert said in of_amx and "| 2 ms |" in of_amx and "![Benchmarks, cpu-amx](benchmarks-cpu-amx.png)" in of_amx
 
 
 def test_a_run_records_the_backend_that_was_forced(monkeypatch) -> None:
@@ -324,20 +324,41 @@ def test_a_run_records_the_backend_that_was_forced(monkeypatch) -> None:
     assert machine.describe("cpu")["backend_forced"] == "native"
 
 
-def test_readme_is_made_from_the_results() -> None:
+def test_readme_has_a_few_cases_of_the_cpu_measured_last() -> None:
+    old = result_of(("fflib-float32", OURS, 1.0, 1.0), ("fflib-float32", "autograd", 5.0, 5.0), cpu="old", date="1")
+    new = result_of(
+        ("loewex-float32", OURS, 1.0, 1.0), ("loewex-float32", "autograd", 3.0, 3.0), ("width-512", OURS, 1.0, 1.0),
+        cpu="new", date="2026-01-02T03", torch="2",
+    )  # fmt: skip
+    for row in (*old["rows"], *new["rows"]):
+        row["over_ours"] |= {"low": 1.0, "high": 9.0, "coverage": 0.95}
+    gpu = old["machine"] | {"device": "some GPU", "date": "2027"}
+    lines = readme.short(readme.by_device([old, new, {**old, "machine": gpu}])).splitlines()
+    assert lines[0] == "| a step of | plain PyTorch |"
+    assert lines[2].startswith("| loeweX, 784-1000-1000-1000 | 3.00 [1.00, 9.00] |") and lines[3] == ""
+    assert lines[4].startswith("new ") and lines[4].endswith(", 2026-01-02.")
+    assert len(lines) == 5
+    assert readme.short({}) == "Nothing is measured yet."
+
+
+def test_the_pages_are_made_from_the_results() -> None:
     results = readme.by_device(report.load_results())
-    assert page.parts(readme.README, readme.BEGIN, readme.END)[1].strip() == readme.text(results), "run: bench --readme"
+    for path, text in ((readme.README, readme.short(results)), (readme.PAGE, readme.text(results))):
+        assert page.parts(path, readme.BEGIN, readme.END)[1].strip() == text, "run: bench --readme"
     for name, result in results.items():
-        drawn = machine.ROOT / readme.PICTURE.format(device=name)
+        drawn = readme.PAGE.parent / readme.PICTURE.format(device=name)
         assert description_of(drawn) == picture.fingerprint(result), "run: bench --readme"
 
 
-def test_readme_without_markers_is_left_alone(tmp_path: Path) -> None:
-    path = tmp_path / "README.md"
-    path.write_text("no markers")
-    with pytest.raises(ValueError, match="markers"):
-        readme.update(path)
-    assert path.read_text() == "no markers"
+def test_a_page_without_markers_leaves_both_alone(tmp_path: Path) -> None:
+    with_markers, without = tmp_path / "a.md", tmp_path / "b.md"
+    marked = f"{readme.BEGIN}\n{readme.END}\n"
+    with_markers.write_text(marked)
+    without.write_text("no markers")
+    for paths in ((with_markers, without), (without, with_markers)):
+        with pytest.raises(ValueError, match="markers"):
+            readme.update(*paths)
+    assert (with_markers.read_text(), without.read_text()) == (marked, "no markers")
 
 
 def description_of(path: Path) -> str:

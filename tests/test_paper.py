@@ -52,15 +52,15 @@ def test_a_row_of_results_and_the_table_made_of_it(data, tmp_path: Path) -> None
     runs = [{**row, **where, "train_seconds": s} for row, where, s in zip(rows, machines, (1200, 9, 1400), strict=True)]
     assert results.seconds(runs) == "1,300 (A, 2 threads); 9 (B, 1 thread)"
 
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{results.BEGIN}\nold\n{results.END}\nafter\n")
-    results.update_readme(readme, tmp_path / "rows")
-    assert readme.read_text() == f"before\n{results.BEGIN}\n\n{text}\n\n{results.END}\nafter\n"
-    results.update_readme(readme, tmp_path / "none")
-    assert results.NONE_YET in readme.read_text()
-    readme.write_text("no markers")
+    written = tmp_path / "results.md"
+    written.write_text(f"before\n{results.BEGIN}\nold\n{results.END}\nafter\n")
+    results.update_page(written, tmp_path / "rows")
+    assert written.read_text() == f"before\n{results.BEGIN}\n\n{text}\n\n{results.END}\nafter\n"
+    results.update_page(written, tmp_path / "none")
+    assert results.NONE_YET in written.read_text()
+    written.write_text("no markers")
     with pytest.raises(ValueError, match="markers"):
-        results.update_readme(readme, tmp_path / "rows")
+        results.update_page(written, tmp_path / "rows")
     (tmp_path / "rows" / "bad.json").write_text("[]")
     with pytest.raises(ValueError, match=r"bad\.json: no row of results"):
         results.load(tmp_path / "rows")
@@ -249,9 +249,10 @@ def test_reproduce_on_the_command_line(tmp_path, monkeypatch, capsys) -> None:
     row = json.loads(path.read_text())
     assert (row["seed"], row["skip_below"], row["epochs"], row["recipe"]) == (4, 0.001, 1, "quick")
     assert Path("runs/quick-toy-1ep-float32-skip0.001-seed4/metrics.jsonl").exists()
-    Path("README.md").write_text(f"{results.BEGIN}\n{results.END}\n")
+    results.PAGE.parent.mkdir()
+    results.PAGE.write_text(f"{results.BEGIN}\n{results.END}\n")
     assert cli.main(["reproduce", "--readme"]) == 0
-    assert "| quick on toy | 1 | float32, rows below 0.001 left out |" in Path("README.md").read_text()
+    assert "| quick on toy | 1 | float32, rows below 0.001 left out |" in results.PAGE.read_text()
     for wrong in (["reproduce"], ["reproduce", "quick", "--readme"]):
         assert cli.main(wrong) == 2
         assert "NAME or --readme" in capsys.readouterr().err
@@ -259,8 +260,8 @@ def test_reproduce_on_the_command_line(tmp_path, monkeypatch, capsys) -> None:
     assert "skip_below=2.0 is not in 0..1" in capsys.readouterr().err
 
 
-def test_readme_is_what_the_command_makes() -> None:
+def test_the_page_is_what_the_command_makes() -> None:
     root = Path(__file__).parent.parent
-    text = (root / "README.md").read_text()
+    text = (root / results.PAGE).read_text()
     made = text.partition(results.BEGIN)[2].partition(results.END)[0].strip()
     assert made == results.table(results.load(root / results.FOLDER))

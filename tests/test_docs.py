@@ -62,6 +62,11 @@ def test_lines_of_prose_are_of_120_columns_at_most(page):
     assert [line for line in prose.splitlines() if len(line) > 120] == []
 
 
+@of_each_page
+def test_words_are_the_fields(page):
+    assert re.findall(r"\b(?:twins?|at rest|in doubt|floor|visit\w*)\b", page.read_text()) == []
+
+
 @pytest.mark.parametrize("page", sorted((DOCS / "tutorial").glob("*.md")), ids=lambda page: page.stem)
 def test_sentences_of_the_tutorial_have_30_words_at_most(page):
     prose = re.sub(r"^(\||#|!\[).*$", "", CODE.sub("\n", page.read_text()), flags=re.MULTILINE)

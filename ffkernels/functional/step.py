@@ -75,7 +75,7 @@ def linear_step_(
         objective: goodness, threshold and loss; a `ProjectionHead`, whose matrix the optimizer must hold too; or a
             loss of your own, `GivenLoss`, or a function of goodness and side as it takes it.
         norm: "l2" (`norm(x)`), "rms" (`sqrt(mean x^2)`) or "none".
-        eps: >= 0; `eps_mode` says where it goes: "add" `x / (norm + eps)`, "clamp" `x / max(norm, eps)`,
+        eps: not below 0; `eps_mode` says where it goes: "add" `x / (norm + eps)`, "clamp" `x / max(norm, eps)`,
             "inside" `x / sqrt(norm^2 + eps)`. A row of zeros stays zero.
         activation: "relu", "leaky_relu" (0.01), "gelu" (exact), "silu" or "identity".
         outputs: which activities the result carries: "post", those after the update, "pre", those before it, or "none".

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 NEEDS = {"fflib": "fflib", "bioff": "bioff", "lightning": "lightning"}
-of_each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+of_each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 # Blocks of code, which are neither prose nor links.
 CODE = re.compile(r"^```.*?^```|^    .*?$", re.DOTALL | re.MULTILINE)
 
@@ -100,7 +100,7 @@ def test_the_command_line_page_has_every_command_and_option():
 def test_the_site_has_every_page_once():
     nav = (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2]
     named = re.findall(r"([\w/-]+\.md)$", nav, re.MULTILINE)
-    assert sorted(named) == sorted(str(page.relative_to(DOCS)) for page in PAGES[1:])
+    assert sorted(named) == sorted(page.relative_to(DOCS).as_posix() for page in PAGES[1:])
 
 
 def test_the_citation_has_the_version():

@@ -12,6 +12,7 @@ import torch
 
 import ffkernels as ff
 
+from .image_files import cifar_parts, write_cifar
 from .toy_data import toy_data
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -57,6 +58,15 @@ def test_cifar():
     assert module.train(module.made(300), module.made(100), epochs=4, batch=20) < 0.3
     net = module.network()
     assert [type(layer) for layer in net.layers] == [ff.FFConv2d] * 3 + [ff.FFLinear]
+
+
+def test_cifar_from_a_folder(tmp_path):
+    module, parts = example("cifar"), cifar_parts("cifar-10-batches-bin")
+    training, test = module.from_folder(str(write_cifar(tmp_path / "cifar", "cifar-10-batches-bin", parts)))
+    images, _, labels = parts["test_batch.bin"]
+    assert torch.equal(test[0], images.view(-1, 3, 32, 32) / 255)
+    assert torch.equal(test[1], labels)
+    assert 0 <= module.train(training, test, epochs=1) <= 1
 
 
 def test_lightning(tmp_path):

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ffkernels.autograd import NEEDS_Z
 from ffkernels.backends.native import step
 from ffkernels.reference import ACTIVATIONS
 from ffkernels.spec import Layer, Numbers, PeerPull, Rows, Slopes, Slot, Update
@@ -35,7 +36,8 @@ def expected(
     if slopes.first is not None:
         slope = slope + (slopes.first @ slopes.basis if slopes.basis is not None else by_unit(slopes.first, z.shape[1]))
     if slopes.second is not None:
-        slope = slope + 2 * by_unit(slopes.second, z.shape[1]) * z.detach()
+        y = ACTIVATIONS[activation](z) if activation in NEEDS_Z else z
+        slope = slope + 2 * by_unit(slopes.second, z.shape[1]) * y.detach()
     (dz,) = torch.autograd.grad(ACTIVATIONS[activation](z), z, slope.expand_as(z))
     scale = 1 / (x.square().sum(1, keepdim=True).sqrt() + 1e-4)
     left, right = ((dz * scale).to(product).to(x.dtype), x.to(product).to(x.dtype))
@@ -53,14 +55,22 @@ def spread(values: Tensor, how: str) -> Tensor:
     return wide[::2, : values.shape[1]] if how == "gaps" else values
 
 
-def update_of(x_pos: Tensor, x_neg: Tensor, slopes: Slopes, activation: str, product: torch.dtype, mean: Tensor | None):
+def update_of(
+    x_pos: Tensor,
+    x_neg: Tensor,
+    slopes: Slopes,
+    activation: str,
+    product: torch.dtype,
+    mean: Tensor | None,
+    peers: str | None = None,
+) -> tuple[Tensor, Tensor]:
     """The gradients that the library hands out."""
     units = slopes.activity.shape[1]
     weight, bias = torch.full((units, x_pos.shape[1]), torch.nan), torch.full((units,), torch.nan)
     layer = Layer(torch.zeros_like(weight), torch.zeros_like(bias), "l2", 1e-4, "add", activation, product)
     update = Update("grad", Slot([weight], Numbers()), Slot([bias], Numbers()))
     # A pull of no strength: the activities are seen, and nothing else changes.
-    pull = PeerPull(mean, 0.0, 0.9, False)
+    pull = PeerPull(mean, 0.0, 0.9, peers == "gated")
     step.linear_update_(Rows(x_pos, x_neg), layer, slopes, pull, update)
     return weight, bias
 
@@ -73,11 +83,11 @@ def update_of(x_pos: Tensor, x_neg: Tensor, slopes: Slopes, activation: str, pro
     first=st.sampled_from(["none", "row", "groups", "units", "basis"]),
     second=st.sampled_from(["none", "row", "groups", "units"]),
     rank=st.one_of(st.integers(1, 12), st.just(90)),
-    activation=st.sampled_from(["relu", "leaky_relu", "identity"]),
+    activation=st.sampled_from(list(ACTIVATIONS)),
     product=st.sampled_from([torch.float32, torch.bfloat16]),
     how=st.sampled_from(["whole", "columns", "gaps"]),
     copies=st.booleans(),
-    peers=st.booleans(),
+    peers=st.sampled_from([None, "straight through", "gated"]),
     instruction_set=st.sampled_from(SETS),
     threads=st.sampled_from([1, 3]),
     seed=st.integers(0, 2**20),
@@ -95,7 +105,9 @@ def test_given_slopes(
         total = sum(rows)
         x = torch.randn(rows[0], columns).repeat(3, 1)
         x[:, 0] = torch.randn(total)
-    y = ACTIVATIONS[activation](torch.randn(total, units))
+    y = torch.randn(total, units)
+    if activation not in NEEDS_Z:
+        y = ACTIVATIONS[activation](y)
     wide = {"row": 1, "groups": min(rank, units), "units": units, "basis": rank}
     found = [None if kind == "none" else torch.randn(total, wide[kind]) / 8 for kind in (first, second)]
     left_out = torch.rand(total) < 0.3
@@ -104,12 +116,12 @@ def test_given_slopes(
             slope[left_out] = 0
     basis = torch.randn(rank, units) / rank**0.5 if first == "basis" else None
     slopes = Slopes(*(None if t is None else spread(t, how) for t in (y, *found, basis)))
-    mean = torch.rand(units) if peers and activation != "leaky_relu" else None
+    mean = torch.rand(units) if peers else None
     before = torch.get_num_threads()
     LOADED.library.ffk_limit(instruction_set.encode())
     torch.set_num_threads(threads)
     try:
-        ours = update_of(spread(x[: rows[0]], how), spread(x[rows[0] :], how), slopes, activation, product, mean)
+        ours = update_of(spread(x[: rows[0]], how), spread(x[rows[0] :], how), slopes, activation, product, mean, peers)
     finally:
         torch.set_num_threads(before)
         LOADED.library.ffk_limit(BEST)

@@ -1,6 +1,6 @@
 // A block of the joint batch and the memory its step works in.
 #pragma once
-#include "rows.h"
+#include "activation.h"
 #include "threads.h"
 
 namespace {
@@ -40,12 +40,6 @@ struct Groups {
         return unit < end ? unit / (size + 1) : larger_ones + (unit - end) / size;
     }
 };
-
-// act'(z) where z is not positive; elsewhere it is one.
-inline float slope_below_zero(const ffk::Call& call) {
-    if (call.layer.activation == ffk::LEAKY_RELU) return 0.01f;
-    return call.layer.activation == ffk::RELU ? 0 : 1;
-}
 
 // Where rows differ from the positive rows whose copies they are; `copies` 0 where they are none.
 struct Field {

@@ -227,7 +227,8 @@ struct Update {
                 round(own, depth, operand);
             }
             round(to, depth, left + o * depth_stride);
-            if (peers.there() && index == blocks - 1) bias += float(peers.count) * peers.pull(unit);
+            if (peers.straight() && index == blocks - 1)
+                bias += float(peers.count) * peers.pull(unit);
             bias_sum[unit] = index ? bias_sum[unit] + bias : bias;
         }
     }
@@ -309,7 +310,7 @@ struct Update {
                             tile.write(to, sum_stride);
                             continue;
                         }
-                        if (peers.there())
+                        if (peers.straight())
                             tile.add_outer(peers.activity + first + o, peers.input + p * PANEL);
                         float finished[TILE_ROWS * PANEL];
                         tile.write(finished, PANEL);

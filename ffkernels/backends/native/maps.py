@@ -12,11 +12,14 @@ from ..eager.conv import POOLED_FIRST, by_weight, nothing, product, size_of, sum
 from .library import load
 from .records import MEMBERS, PASS_LAYOUT, MapsPass
 
+ACTIVATIONS = ("relu", "leaky_relu", "identity")
 MOST_PLACES = 256  # of a window, whose places are numbered by bytes
 
 
-def unsupported_pool(geometry: Geometry, activation: str) -> str | None:
-    """Why the compiled passes cannot run a convolution's pool, or None."""
+def unsupported(geometry: Geometry, activation: str) -> str | None:
+    """Why the compiled passes cannot run a convolution, or None."""
+    if activation not in ACTIVATIONS:
+        return f"activation {activation!r} of a convolution: has {', '.join(ACTIVATIONS)}"
     (height, width), (down, across) = geometry.pool_size, geometry.pool_stride
     if down < height or across < width:
         return "windows of a pool that overlap: has those that lie apart"

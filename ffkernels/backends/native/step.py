@@ -17,7 +17,6 @@ from .records import LAYOUT, MEMBERS, NO_MATRIX, NOTHING, STATES
 if TYPE_CHECKING:
     from ..select import Request
 
-_ACTIVATIONS = ("relu", "leaky_relu", "identity")
 # Those that csrc/cpu/objective.h and classes.h have.
 LOSSES = ("logistic", "symba", "swish", "cross_entropy", "pvn", "cwc")
 _RULES = get_args(spec.Rule)
@@ -39,18 +38,12 @@ def unsupported(request: Request) -> str | None:
         return f"{request.dtype} parameters: has float32 ones"
     if request.compute_dtype == torch.float16:
         return "torch.float16 products: has float32 and bfloat16 ones"
-    if request.activation not in _ACTIVATIONS:
-        return f"activation {request.activation!r}: has {', '.join(_ACTIVATIONS)}"
-    if request.geometry is not None and (reason := maps.unsupported_pool(request.geometry, request.activation)):
+    if request.geometry is not None and (reason := maps.unsupported(request.geometry, request.activation)):
         return reason
     if request.shares:
         return "finds out by itself what rows share: takes no product"
     if request.rule is not None and request.rule not in _RULES:
         return f"rule {request.rule!r}: has {', '.join(_RULES)}"
-    if request.peer == "gated" or (request.peer and request.activation == "leaky_relu"):
-        return (
-            f"{request.peer} peer normalisation of {request.activation}: has it straight through, of relu and identity"
-        )
     return None
 
 

@@ -212,7 +212,7 @@ def test_the_number_of_threads_changes_no_bit(shape, compute, activation, instru
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_layouts(layout, dtype):
     made = problem(9, 5, 40, 30, dtype=torch.float32)
     compute = None if dtype == torch.float32 else dtype
@@ -293,11 +293,12 @@ COPIES = [(shape, columns) for shape in SHAPES[2:] if shape[0] == shape[1] for c
 
 @pytest.mark.parametrize(("shape", "columns"), [*((shape, None) for shape in SHAPES), *COPIES])
 @pytest.mark.parametrize(("saturated", "activation"), [(False, "relu"), (True, "relu"), (False, "gelu")])
-def test_bfloat16_products(shape, columns, saturated, activation):
+@pytest.mark.parametrize("compute", check.COMPUTE_DTYPES, ids=str)
+def test_narrow_products(shape, columns, saturated, activation, compute):
     """What is rounded is known, so results before the update agree with float64 on the rounded operands closely."""
     made = problem(*shape, dtype=torch.float32)
     made.weight.data.div_(shape[2] ** 0.5)
-    made = made._replace(x_pos=made.x_pos.bfloat16().float(), x_neg=made.x_neg.bfloat16().float())
+    made = made._replace(x_pos=made.x_pos.to(compute).float(), x_neg=made.x_neg.to(compute).float())
     if columns is not None:
         changed = made.x_neg[:, columns].sign()
         made.x_neg.copy_(made.x_pos)
@@ -305,18 +306,18 @@ def test_bfloat16_products(shape, columns, saturated, activation):
         made.x_pos[:, columns] = 0
     objective = ff.Objective(threshold=(-1e4, 0.5) if saturated else 0.5)
     exact = made.copy(torch.float64)
-    exact.weight.data.copy_(made.weight.data.bfloat16())
+    exact.weight.data.copy_(made.weight.data.to(compute))
     options = {"objective": objective, "outputs": "pre", "activation": activation}
     b = reference.linear_step_(
         exact.x_pos, exact.x_neg, exact.weight, exact.bias, torch.optim.SGD([exact.weight, exact.bias]), **options
     )
-    half_ulp = torch.finfo(torch.bfloat16).eps / 2
-    for instruction_set, rows_in in product(SETS, (torch.float32, torch.bfloat16)):
+    half_ulp = torch.finfo(compute).eps / 2
+    for instruction_set, rows_in in product(SETS, (torch.float32, compute)):
         ours = made.copy()
         with limited_to(instruction_set):
             a = ff.linear_step_(
                 ours.x_pos.to(rows_in), ours.x_neg.to(rows_in), ours.weight, ours.bias, None,
-                compute_dtype=torch.bfloat16, backend="native", **options,
+                compute_dtype=compute, backend="native", **options,
             )  # fmt: skip
         where = instruction_set, rows_in
         for name in ("sumsq", "goodness", "loss"):
@@ -342,11 +343,10 @@ def test_it_is_the_default_for_what_it_has():
     for activation, gated in product(check.ACTIVATIONS, (False, True)):
         options = {"activation": activation, "peer": ff.PeerNormalisation(gated=gated)}
         assert "backend: native" in ff.explain(p.weight, p.optimizer, **options)
-    assert "backend: eager" in ff.explain(p.weight, p.optimizer, compute_dtype=torch.float16)
-    with pytest.raises(ValueError, match="native"):
-        ff.linear_step_(
-            p.x_pos, p.x_neg, p.weight, p.bias, p.optimizer, backend="native", compute_dtype=torch.float16
-        )  # fmt: skip
+    for compute in check.COMPUTE_DTYPES:
+        assert "backend: native" in ff.explain(p.weight, p.optimizer, compute_dtype=compute)
+    with pytest.raises(ValueError, match=r"backend='native' cannot run this call: torch.float64 parameters"):
+        ff.linear_forward(p.x_pos.double(), p.weight.double(), backend="native")
 
 
 def test_no_memory_is_an_error_and_changes_nothing():

@@ -97,7 +97,7 @@ void parallel(int64_t tasks, int workers, const F& f) {
 // over again, in all but one short run of columns: then they share their products.
 inline Field label_field(const ffk::Call& call) {
     const int64_t pairs = rows_of(call, 0), others = rows_of(call, 1),
-                  bytes = call.rows.x_pos.is_bfloat16 ? 2 : 4, most = in_of(call) / 8;
+                  bytes = bytes_of(call.rows.x_pos.dtype), most = in_of(call) / 8;
     if (pairs == 0 || others == 0 || others % pairs != 0 || call.rows.is_positive != nullptr)
         return {};
     const auto numbers = [&](int64_t row) {

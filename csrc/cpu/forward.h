@@ -151,7 +151,7 @@ struct Forward {
             if (pairs)
                 to_pairs(at, in_of(call), to);
             else if (rounds(call))
-                round_all(at, in_of(call), to);
+                round_all(at, in_of(call), call.layer.compute_dtype, to);
             else
                 std::memcpy(to, at, size_t(in_of(call)) * 4);
         }
@@ -269,13 +269,15 @@ struct Forward {
 
     // y_t [units, columns] to y [rows, out].
     void write_rows(const Block& block, int64_t chunk, const float* y_t) const {
-        if (call.outputs.y.is_bfloat16)
-            write_rows<uint16_t>(block, chunk, y_t);
+        if (call.outputs.y.dtype == ffk::BFLOAT16)
+            write_rows<uint16_t, ffk::BFLOAT16>(block, chunk, y_t);
+        else if (call.outputs.y.dtype == ffk::FLOAT16)
+            write_rows<uint16_t, ffk::FLOAT16>(block, chunk, y_t);
         else
-            write_rows<float>(block, chunk, y_t);
+            write_rows<float, ffk::FLOAT32>(block, chunk, y_t);
     }
 
-    template <class Number>
+    template <class Number, ffk::Dtype DTYPE>
     void write_rows(const Block& block, int64_t chunk, const float* y_t) const {
         const int64_t first = chunks.first(chunk), units = chunks.size(chunk), out = out_of(call),
                       width = stride;
@@ -295,19 +297,22 @@ struct Forward {
                     transpose(v);
 #pragma GCC unroll 16
                     for (int j = 0; j < LANES; j++)
-                        if (i + j < count) write(v[j], valid, y + (i + j) * out + unit);
+                        if (i + j < count) write<DTYPE>(v[j], valid, y + (i + j) * out + unit);
                 }
         }
     }
 
+    template <ffk::Dtype>
     static void write(vec values, int64_t n, float* to) {
         if (n == LANES)
             store(to, values);
         else
             std::memcpy(to, &values, size_t(n) * 4);
     }
+    template <ffk::Dtype DTYPE>
     static void write(vec values, int64_t n, uint16_t* to) {
-        const vec_of_halves numbers = to_bfloat16(values);
+        const vec_of_halves numbers =
+            DTYPE == ffk::BFLOAT16 ? to_bfloat16(values) : to_float16(values);
         if (n == LANES)
             store(to, numbers);
         else

@@ -254,8 +254,12 @@ struct Update {
     void round(float* values, int64_t n, float* operand) const {
         if (pairs)
             to_pairs(values, n, operand);
-        else if (rounds(call))
+        else if (call.layer.compute_dtype == ffk::BFLOAT16)
             round_all(values, n, values);
+        else if (call.layer.compute_dtype == ffk::FLOAT16)
+            // Coefficients carry 1 / (rows units), and lie below float16's range.
+            for (int64_t k = 0; k < n; k += LANES)
+                store_some(values + k, to_eleven_digits(load_some(values + k, n - k)), n - k);
     }
 
     template <int KIND>

@@ -12,7 +12,7 @@ from ... import spec
 from ...spec import Goal, Layer, Outputs, PeerPull, Rows, Slopes, Slot, Update
 from . import maps
 from .library import load
-from .records import LAYOUT, MEMBERS, NO_MATRIX, NOTHING, STATES
+from .records import DTYPES, LAYOUT, MEMBERS, NO_MATRIX, NOTHING, STATES
 
 if TYPE_CHECKING:
     from ..select import Request
@@ -36,8 +36,8 @@ def unsupported(request: Request) -> str | None:
         return load().reason
     if request.dtype != torch.float32:
         return f"{request.dtype} parameters: has float32 ones"
-    if request.compute_dtype == torch.float16:
-        return "torch.float16 products: has float32 and bfloat16 ones"
+    if request.geometry is not None and request.compute_dtype == torch.float16:
+        return "torch.float16 products of a convolution: has float32 and bfloat16 ones"
     if request.geometry is not None and (reason := maps.unsupported(request.geometry, request.activation)):
         return reason
     if request.shares:
@@ -146,7 +146,7 @@ class _Call:
         numbers = slot.numbers or _NO_NUMBERS
         values += numbers if slot.lr is None else (float(slot.lr), *numbers[1:])
 
-    def _matrix(self, tensor: Tensor, is_whole: bool, is_written: bool) -> tuple[int, int, int, int, bool]:
+    def _matrix(self, tensor: Tensor, is_whole: bool, is_written: bool) -> tuple[int, int, int, int, int]:
         """`is_whole`: the library takes such a matrix without gaps; of others, only the rows must be."""
         if is_written:
             tensor = self._written(tensor, tensor.dtype)
@@ -157,7 +157,7 @@ class _Call:
                 tensor = tensor.contiguous()
             self.alive.append(tensor)
         rows, columns = tensor.shape
-        return tensor.data_ptr(), rows, columns, tensor.stride(0), tensor.dtype == torch.bfloat16
+        return tensor.data_ptr(), rows, columns, tensor.stride(0), DTYPES.index(tensor.dtype)
 
     def _read(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         if tensor.dtype != dtype or not tensor.is_contiguous():

@@ -22,7 +22,7 @@ from ffkernels.normalisation import row_scale, row_sumsq
 LOW = (torch.bfloat16, torch.float16)
 WAYS = [("eager", torch.bfloat16), ("eager", torch.float16)]
 if library.load().library is not None:
-    WAYS.append(("native", torch.bfloat16))
+    WAYS += [("native", dtype) for dtype in LOW]
 ways = pytest.mark.parametrize(("backend", "dtype"), WAYS, ids=[f"{b}-{d}".replace("torch.", "") for b, d in WAYS])
 EPS = torch.finfo(torch.float32).eps
 

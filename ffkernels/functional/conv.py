@@ -211,7 +211,7 @@ def conv2d_step_(
             which the result hands on; the optimizer must hold its weight and bias too. In train mode its statistics
             are those of the batch, both sides together, and the running ones move.
         backend: as in `linear_step_`. "native" has neither gelu nor silu, no leaky_relu in front of maximum pooling, no
-            windows that overlap or have more than 256 places, and no float64; "triton" has no convolutions yet. Where
+            windows that overlap or have more than 256 places, no float16 and no float64; "triton" has no convolutions yet. Where
             the environment alone forces a backend that cannot run a convolution, the next that can does.
 
     Returns:

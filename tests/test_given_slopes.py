@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from ffkernels.autograd import NEEDS_Z
+from ffkernels.backends.eager import step as eager_step
 from ffkernels.backends.native import step
 from ffkernels.reference import ACTIVATIONS
 from ffkernels.spec import Layer, Numbers, PeerPull, Rows, Slopes, Slot, Update
@@ -144,3 +146,33 @@ def test_rows_left_out_may_hold_anything():
         whole, update_of(x, x[:0], Slopes(y, slopes, None, basis), "relu", torch.float32, None), strict=True
     ):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_pull_over_several_blocks(gated, activation):
+    """More activities than are kept at once, under a pull that all positive rows have a part in."""
+    rows, units = 4300, 1000
+    x, z = torch.randn(rows, 9), torch.randn(rows, units)
+    activity = z if activation in NEEDS_Z else z.relu()
+    slopes = Slopes(activity, torch.randn(rows, 1) / rows, torch.randn(rows, 5) / rows)
+    sides = torch.rand(rows) < 0.5
+
+    def gradients(backend, dtype: torch.dtype) -> list[Tensor]:
+        mean, weight, bias = (
+            torch.full((units,), 0.5, dtype=dtype),
+            torch.zeros(units, 9, dtype=dtype),
+            torch.zeros(units),
+        )
+        state = [torch.zeros_like(weight)], [torch.zeros_like(bias, dtype=dtype)]
+        layer = Layer(weight, bias.to(dtype), "l2", 1e-4, "add", activation, dtype)
+        given = Slopes(*(None if t is None else t.to(dtype) for t in slopes))
+        update = Update("grad", *(Slot(own, Numbers()) for own in state))
+        backend.linear_update_(
+            Rows(x.to(dtype), x[:0].to(dtype), sides), layer, given, PeerPull(mean, 0.5, 0.9, gated), update
+        )
+        return [*state[0], *state[1], mean]
+
+    exact, torchs = gradients(eager_step, torch.float64), gradients(eager_step, torch.float32)
+    for a, b, c in zip(gradients(step, torch.float32), exact, torchs, strict=True):
+        assert error(a, b) <= 2 * error(c, b) + 1e-6

@@ -327,6 +327,18 @@ def test_narrow_products(shape, columns, saturated, activation, compute):
         assert error(ours.bias.grad, exact.bias.grad) <= NEAR, where
 
 
+@pytest.mark.parametrize("size", [2.0**-40, 2.0**40])
+def test_float16_products_of_rows_of_any_length(size, instruction_set):
+    """A power of two moves no digit of a normalised row, far beyond what float16 can hold."""
+    made = problem(20, 20, 30, 40, dtype=torch.float32)
+    ours, theirs = made.copy(), made.copy()._replace(x_pos=made.x_pos * size, x_neg=made.x_neg * size)
+    options = {"eps": 0.0, "compute_dtype": torch.float16, "backend": "native"}
+    for p in (ours, theirs):
+        ff.linear_step_(p.x_pos, p.x_neg, p.weight, p.bias, p.optimizer, **options)
+    assert bool(theirs.weight.isfinite().all())
+    assert_same_state(ours, theirs, 1e-6)
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_transposed_weight(optimizer):
     made = problem(20, 20, 30, 40, optimizer=optimizer, dtype=torch.float32)

@@ -43,12 +43,13 @@ inline void to_pairs(const float* values, int64_t n, float* to) {
     end_pairs(to, n);
 }
 
-// `n` numbers to the nearest ones of a narrow dtype.
+// `n` numbers to the nearest ones of a narrow dtype; float16's digits alone, as what is multiplied
+// in float32 needs no range of its own.
 inline void round_all(const float* values, int64_t n, ffk::Dtype dtype, float* to) {
     if (dtype == ffk::BFLOAT16) return round_all(values, n, to);
     int64_t k = 0;
-    for (; k + LANES <= n; k += LANES) store(to + k, rounded_to_float16(load(values + k)));
-    for (; k < n; k++) to[k] = rounded_to_float16(values[k]);
+    for (; k + LANES <= n; k += LANES) store(to + k, to_eleven_digits(load(values + k)));
+    for (; k < n; k++) to[k] = to_eleven_digits(values[k]);
 }
 
 // One input row as float32 operands: narrow numbers are widened, and float32 rounded where the
@@ -60,7 +61,7 @@ struct Row {
     float operator[](int64_t k) const {
         if (dtype != ffk::FLOAT32) return exact(k);
         const float value = exact(k);
-        if (products == ffk::FLOAT16) return rounded_to_float16(value);
+        if (products == ffk::FLOAT16) return to_eleven_digits(value);
         return products == ffk::BFLOAT16 ? rounded(value) : value;
     }
 

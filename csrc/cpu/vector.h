@@ -202,6 +202,8 @@ inline vec to_eleven_digits(vec values) {
     return values != values ? values : (vec)((bits + 0xfff + ((bits >> 13) & 1)) & 0xffffe000u);
 }
 
+inline float to_eleven_digits(float value) { return to_eleven_digits(broadcast(value))[0]; }
+
 // To the nearest float16 number, ties to even.
 inline vec rounded_to_float16(vec values) {
     const vec_of_bits sign = (vec_of_bits)values & 0x80000000u;
@@ -212,7 +214,6 @@ inline vec rounded_to_float16(vec values) {
     nearest = nearest >= 0x1p16f ? broadcast(__builtin_inff()) : nearest;
     return (vec)((vec_of_bits)nearest | sign);
 }
-inline float rounded_to_float16(float value) { return rounded_to_float16(broadcast(value))[0]; }
 
 inline vec_of_halves to_float16(vec values) {
     const vec nearest = rounded_to_float16(values);

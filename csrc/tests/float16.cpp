@@ -25,14 +25,14 @@ void vectors(const float* values) {
         const float to = check::nearest_float16(x);
         const uint32_t from = check::bits_of(values[i]);
         check::near(narrow[i], to, 0, "rounded_to_float16(vec) of %#x", from);
-        check::near(rounded_to_float16(values[i]), to, 0, "rounded_to_float16 of %#x", from);
+        check::near(to_eleven_digits(values[i]), digits[i], 0, "to_eleven_digits of %#x", from);
         check::near(value_of(halves[i]), to, 0, "to_float16 of %#x", from);
         check::near(widened[i], to, 0, "from_float16 of what %#x became", from);
         if (!std::isnan(x))
             check::same(std::signbit(widened[i]), std::signbit(x), "sign of what %#x became", from);
         if (std::fabs(x) >= check::SMALLEST && std::fabs(x) < 1e38)
             check::near(digits[i], check::nearest_of(x, 11, -200, 128), 0,
-                        "to_eleven_digits of %#x", from);
+                        "to_eleven_digits(vec) of %#x", from);
     }
 }
 

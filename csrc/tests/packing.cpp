@@ -47,10 +47,13 @@ void row(int64_t n) {
     const vector<float> exact = check::numbers(n), other = check::numbers(n);
     vector<float> nearest;
     vector<uint16_t> halves, float16;
-    vector<float> wide;
+    vector<float> wide, digits;
     for (const float value : exact) nearest.push_back(check::nearest_bfloat16(value));
     for (const float value : nearest) halves.push_back(uint16_t(check::bits_of(value) >> 16));
-    for (const float value : exact) wide.push_back(check::nearest_float16(value));
+    for (const float value : exact) {
+        wide.push_back(check::nearest_float16(value));
+        digits.push_back(check::nearest_of(value, 11, -200, 128));
+    }
     for (const float value : wide) float16.push_back(to_float16(broadcast(value))[0]);
     const int64_t numbers = up_to(n, 2 * PAIRS_AT_ONCE);
     struct {
@@ -61,7 +64,7 @@ void row(int64_t n) {
         {"a float32 row", {exact.data(), ffk::FLOAT32, ffk::FLOAT32}, exact, exact},
         {"a rounded row", {exact.data(), ffk::FLOAT32, ffk::BFLOAT16}, nearest, exact},
         {"a bfloat16 row", {halves.data(), ffk::BFLOAT16, ffk::BFLOAT16}, nearest, nearest},
-        {"a row for float16", {exact.data(), ffk::FLOAT32, ffk::FLOAT16}, wide, exact},
+        {"a row for float16", {exact.data(), ffk::FLOAT32, ffk::FLOAT16}, digits, exact},
         {"a float16 row", {float16.data(), ffk::FLOAT16, ffk::FLOAT16}, wide, wide}};
     for (const auto& kind : kinds) {
         vector<float> scratch(static_cast<size_t>(n)), pairs(size_t(numbers / 2), NAN);

@@ -69,8 +69,6 @@ def test_a_step_is_that_of_autograd(drawn):
 @given(drawn=steps())
 @settings(max_examples=40, deadline=None)
 def test_a_step_in_float32(backend, drawn):
-    if backend == "native" and drawn["options"]["activation"] in ("gelu", "silu"):
-        drawn["options"]["activation"] = "relu"
     check(drawn, backend, torch.float32, 2e-5)
 
 

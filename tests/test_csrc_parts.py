@@ -10,7 +10,15 @@ from . import programs
 from .test_native import SETS
 
 # Vectors differ from set to set; the others are the same code for all.
-OF_VECTORS = {"tile": (), "packing": (), "bfloat16": (), "rules": (), "maps": ("threads.cpp",)}
+OF_VECTORS = {
+    "tile": (),
+    "packing": (),
+    "bfloat16": (),
+    "float16": (),
+    "activation": (),
+    "rules": (),
+    "maps": ("threads.cpp",),
+}
 OF_SCALARS = ("row_scale", "objective", "classes")
 HERE = SETS or ["baseline"]
 FOR_FLOAT32 = library.instruction_set() or "baseline"

@@ -116,8 +116,6 @@ def expected_of(p: Problem, made: Made, options: dict, rows: Tensor, side: Tenso
 @pytest.mark.parametrize("loss", LITERATURE, ids=lambda loss: loss.__name__)
 @pytest.mark.parametrize("mixed", [False, True])
 def test_losses_of_the_literature(loss, activation, backend, dtype, mixed):
-    if backend == "native" and activation == "gelu":
-        pytest.skip("the compiled library has no gelu")
     check_loss(loss, activation, backend, dtype, mixed)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import ffkernels as ff
 from ffkernels import reference
+from ffkernels import validation as check
 from ffkernels.backends.native import library, records
 
 from .steps import OPTIMIZERS, Problem, assert_same_state, error, problem, state_of
@@ -91,7 +92,7 @@ def compare(
 @settings(max_examples=300, deadline=None)
 @given(
     data=st.data(),
-    options=specification.filter(lambda o: o["activation"] not in ("gelu", "silu")),
+    options=specification,
     objective=objectives,
     optimizer=st.sampled_from(list(OPTIMIZERS)),
     shape=st.tuples(st.integers(1, 70), st.integers(1, 40)),
@@ -135,33 +136,36 @@ def test_agrees_with_the_definition(
 LARGE = [(450, 380, 130, 70), (300, 300, 900, 50), (4300, 4300, 37, 530), (513, 513, 512, 96), (700, 0, 20, 1000)]
 
 
-@pytest.mark.parametrize("optimizer", ["sgd-momentum", "adam", "rmsprop"])
+@pytest.mark.parametrize(
+    ("optimizer", "activation"), [("sgd-momentum", "relu"), ("adam", "relu"), ("rmsprop", "relu"), ("adam", "gelu")]
+)
 @pytest.mark.parametrize("shape", LARGE)
-def test_large_shapes(shape, optimizer):
+def test_large_shapes(shape, optimizer, activation):
     ours = problem(*shape, optimizer=optimizer, dtype=torch.float32)
     ours.weight.data /= shape[2] ** 0.5
-    compare(ours, steps=2, sets=SETS, objective=ff.Objective(threshold=0.5), outputs="pre")
+    compare(ours, steps=2, sets=SETS, objective=ff.Objective(threshold=0.5), outputs="pre", activation=activation)
 
 
 @pytest.mark.parametrize("rows", [1, 9, 130, 4200])
 @pytest.mark.parametrize("columns", [slice(0, 10), slice(90, 101), slice(501, 512), slice(0, 0), slice(40, 300)])
-@pytest.mark.parametrize("saturated", [False, True])
-def test_sides_that_differ_in_a_label_field(rows, columns, saturated):
+@pytest.mark.parametrize(("saturated", "activation"), [(False, "relu"), (True, "relu"), (False, "gelu")])
+def test_sides_that_differ_in_a_label_field(rows, columns, saturated, activation):
     ours = problem(rows, rows, 512, 530 if rows > 4000 else 40, optimizer="adam", dtype=torch.float32)
     ours.weight.data /= 512**0.5
     ours.x_neg.copy_(ours.x_pos)
     ours.x_neg[:, columns] = torch.randn(rows, columns.stop - columns.start)
     objective = ff.Objective(goodness="sum", threshold=20.0, temperature=0.02 if saturated else 5.0)
-    compare(ours, steps=1, sets=SETS, objective=objective, norm="none", outputs="pre")
+    compare(ours, steps=1, sets=SETS, objective=objective, norm="none", outputs="pre", activation=activation)
 
 
-def test_rows_with_zero_coefficient_are_left_out_exactly(instruction_set):
+@pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
+def test_rows_with_zero_coefficient_are_left_out_exactly(activation, instruction_set):
     """Half of the rows have no say: their values, infinity among them, reach no sum of the update."""
     ours = problem(60, 60, 30, 50, dtype=torch.float32)
     theirs = ours.copy()
     objective = ff.Objective(goodness="sum", threshold=torch.cat([torch.full((60,), -1e6), torch.full((60,), 30.0)]))
     for p, scale in ((ours, 1.0), (theirs, 1e3)):
-        options = {"objective": objective, "norm": "none", "backend": "native"}
+        options = {"objective": objective, "norm": "none", "activation": activation, "backend": "native"}
         ff.linear_step_(p.x_pos * scale, p.x_neg, p.weight, p.bias, p.optimizer, **options)
     assert_same_state(ours, theirs, 0)
 
@@ -188,18 +192,17 @@ def test_coefficients_below_the_smallest_normal_number_count_as_zero(compute, in
 
 @pytest.mark.parametrize("shape", [(200, 200, 300, 200), (4300, 4300, 37, 530), (64, 64, 100, 5)])
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16], ids=str)
-def test_the_number_of_threads_changes_no_bit(shape, compute, instruction_set):
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_the_number_of_threads_changes_no_bit(shape, compute, activation, instruction_set):
     made = problem(*shape, optimizer="adam", dtype=torch.float32)
     runs, before = [], torch.get_num_threads()
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
         try:
             run = made.copy()
+            given = {"compute_dtype": compute, "activation": activation, "backend": "native"}
             results = [
-                ff.linear_step_(
-                    run.x_pos, run.x_neg, run.weight, run.bias, run.optimizer, compute_dtype=compute, backend="native"
-                )
-                for _ in range(2)
+                ff.linear_step_(run.x_pos, run.x_neg, run.weight, run.bias, run.optimizer, **given) for _ in range(2)
             ]
         finally:
             torch.set_num_threads(before)
@@ -209,7 +212,7 @@ def test_the_number_of_threads_changes_no_bit(shape, compute, instruction_set):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_layouts(layout, dtype):
     made = problem(9, 5, 40, 30, dtype=torch.float32)
     compute = None if dtype == torch.float32 else dtype
@@ -222,8 +225,11 @@ def test_layouts(layout, dtype):
 
 @pytest.mark.parametrize("case", ["sides", "copies", "mask", "pairs by mask", "saturated", "no positives"])
 @pytest.mark.parametrize("shape", [(30, 30, 120, 40), (4300, 4300, 37, 530)])
-@pytest.mark.parametrize("activation", ["relu", "identity"])
-def test_peer_normalisation(case, shape, activation):
+@pytest.mark.parametrize(
+    ("activation", "gated"),
+    [("relu", False), ("identity", False), ("leaky_relu", False), ("gelu", False), ("relu", True), ("silu", True)],
+)
+def test_peer_normalisation(case, shape, activation, gated):
     """The pull of all positive rows, whichever of them the update leaves out, block by block."""
     made = problem(*shape, optimizer="adam", dtype=torch.float32)
     made.weight.data /= shape[2] ** 0.5
@@ -241,7 +247,7 @@ def test_peer_normalisation(case, shape, activation):
             options["objective"] = ff.Objective(loss="symba")
     if case == "no positives":
         made = made._replace(x_pos=made.x_pos[:0])
-    peer = ff.PeerNormalisation(strength=0.5)
+    peer = ff.PeerNormalisation(strength=0.5, gated=gated)
 
     def run(step, p, **asked) -> dict[str, Tensor]:
         mean = torch.full((shape[3],), 0.5, dtype=p.weight.dtype)
@@ -286,12 +292,13 @@ COPIES = [(shape, columns) for shape in SHAPES[2:] if shape[0] == shape[1] for c
 
 
 @pytest.mark.parametrize(("shape", "columns"), [*((shape, None) for shape in SHAPES), *COPIES])
-@pytest.mark.parametrize("saturated", [False, True])
-def test_bfloat16_products(shape, columns, saturated):
+@pytest.mark.parametrize(("saturated", "activation"), [(False, "relu"), (True, "relu"), (False, "gelu")])
+@pytest.mark.parametrize("compute", check.COMPUTE_DTYPES, ids=str)
+def test_narrow_products(shape, columns, saturated, activation, compute):
     """What is rounded is known, so results before the update agree with float64 on the rounded operands closely."""
     made = problem(*shape, dtype=torch.float32)
     made.weight.data.div_(shape[2] ** 0.5)
-    made = made._replace(x_pos=made.x_pos.bfloat16().float(), x_neg=made.x_neg.bfloat16().float())
+    made = made._replace(x_pos=made.x_pos.to(compute).float(), x_neg=made.x_neg.to(compute).float())
     if columns is not None:
         changed = made.x_neg[:, columns].sign()
         made.x_neg.copy_(made.x_pos)
@@ -299,18 +306,18 @@ def test_bfloat16_products(shape, columns, saturated):
         made.x_pos[:, columns] = 0
     objective = ff.Objective(threshold=(-1e4, 0.5) if saturated else 0.5)
     exact = made.copy(torch.float64)
-    exact.weight.data.copy_(made.weight.data.bfloat16())
-    options = {"objective": objective, "outputs": "pre"}
+    exact.weight.data.copy_(made.weight.data.to(compute))
+    options = {"objective": objective, "outputs": "pre", "activation": activation}
     b = reference.linear_step_(
         exact.x_pos, exact.x_neg, exact.weight, exact.bias, torch.optim.SGD([exact.weight, exact.bias]), **options
     )
-    half_ulp = torch.finfo(torch.bfloat16).eps / 2
-    for instruction_set, rows_in in product(SETS, (torch.float32, torch.bfloat16)):
+    half_ulp = torch.finfo(compute).eps / 2
+    for instruction_set, rows_in in product(SETS, (torch.float32, compute)):
         ours = made.copy()
         with limited_to(instruction_set):
             a = ff.linear_step_(
                 ours.x_pos.to(rows_in), ours.x_neg.to(rows_in), ours.weight, ours.bias, None,
-                compute_dtype=torch.bfloat16, backend="native", **options,
+                compute_dtype=compute, backend="native", **options,
             )  # fmt: skip
         where = instruction_set, rows_in
         for name in ("sumsq", "goodness", "loss"):
@@ -318,6 +325,18 @@ def test_bfloat16_products(shape, columns, saturated):
         assert error(a.y, b.y) <= half_ulp + NEAR, where
         assert error(ours.weight.grad, exact.weight.grad) <= half_ulp + NEAR, where
         assert error(ours.bias.grad, exact.bias.grad) <= NEAR, where
+
+
+@pytest.mark.parametrize("size", [2.0**-40, 2.0**40])
+def test_float16_products_of_rows_of_any_length(size, instruction_set):
+    """A power of two moves no digit of a normalised row, far beyond what float16 can hold."""
+    made = problem(20, 20, 30, 40, dtype=torch.float32)
+    ours, theirs = made.copy(), made.copy()._replace(x_pos=made.x_pos * size, x_neg=made.x_neg * size)
+    options = {"eps": 0.0, "compute_dtype": torch.float16, "backend": "native"}
+    for p in (ours, theirs):
+        ff.linear_step_(p.x_pos, p.x_neg, p.weight, p.bias, p.optimizer, **options)
+    assert bool(theirs.weight.isfinite().all())
+    assert_same_state(ours, theirs, 1e-6)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -333,14 +352,13 @@ def test_it_is_the_default_for_what_it_has():
     p = problem(dtype=torch.float32)
     assert "backend: native" in ff.explain(p.weight, p.optimizer)
     assert "float64" in ff.explain(p.weight.double(), None)
-    for options in ({"activation": "gelu"}, {"compute_dtype": torch.float16}):
-        assert "backend: eager" in ff.explain(p.weight, p.optimizer, **options)
-        with pytest.raises(ValueError, match="native"):
-            ff.linear_step_(p.x_pos, p.x_neg, p.weight, p.bias, p.optimizer, backend="native", **options)
-    peer = {"peer": ff.PeerNormalisation(gated=True), "peer_mean": torch.zeros(7)}
-    with pytest.raises(ValueError, match="backend='native' cannot run this call: gated peer normalisation"):
-        ff.linear_step_(p.x_pos, p.x_neg, p.weight, p.bias, p.optimizer, backend="native", **peer)
-    assert ff.linear_step_(p.x_pos, p.x_neg, p.weight, p.bias, p.optimizer, **peer).loss.isfinite()
+    for activation, gated in product(check.ACTIVATIONS, (False, True)):
+        options = {"activation": activation, "peer": ff.PeerNormalisation(gated=gated)}
+        assert "backend: native" in ff.explain(p.weight, p.optimizer, **options)
+    for compute in check.COMPUTE_DTYPES:
+        assert "backend: native" in ff.explain(p.weight, p.optimizer, compute_dtype=compute)
+    with pytest.raises(ValueError, match=r"backend='native' cannot run this call: torch.float64 parameters"):
+        ff.linear_forward(p.x_pos.double(), p.weight.double(), backend="native")
 
 
 def test_no_memory_is_an_error_and_changes_nothing():

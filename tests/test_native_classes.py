@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import ffkernels as ff
 from ffkernels import ops, optim, reference
+from ffkernels import validation as check
 from ffkernels.objectives import CLASS_GOODNESS, CLASS_LOSSES
 from ffkernels.spec import Layer, Outputs, PeerPull, Rows
 
@@ -78,12 +79,12 @@ def stepped(step, p, objective, labels, compute_dtype, options):
     wider=st.one_of(st.just(0), st.integers(0, 60), st.just(500)),
     columns=st.integers(1, 40),
     optimizer=st.sampled_from(list(OPTIMIZERS)),
-    activation=st.sampled_from(["relu", "leaky_relu", "identity"]),
+    activation=st.sampled_from(check.ACTIVATIONS),
     norm=st.sampled_from(["l2", "rms", "none"]),
     outputs=st.sampled_from(["post", "pre"]),
     bias=st.booleans(),
     weighted=st.booleans(),
-    pulled=st.booleans(),
+    pulled=st.sampled_from([None, "straight through", "gated"]),
     instruction_set=st.sampled_from(SETS),
     threads=st.sampled_from([1, 3]),
     seed=st.integers(0, 2**20),
@@ -101,7 +102,7 @@ def test_agrees_with_autograd(
     weights = torch.rand(rows) * 2 if weighted else None
     if weighted:
         weights[rows // 2] = 0
-    peer = ff.PeerNormalisation(strength=0.3) if pulled and activation != "leaky_relu" else None
+    peer = ff.PeerNormalisation(strength=0.3, gated=pulled == "gated") if pulled else None
     options = {"activation": activation, "norm": norm, "outputs": outputs, "sample_weight": weights, "peer": peer}
     exact, plain = ours.copy(torch.float64), ours.copy()
     with running_on(instruction_set, threads):
@@ -130,7 +131,7 @@ def test_bfloat16_products(loss, goodness, norm, instruction_set):
         ours.weight.data /= columns**0.5
         labels = torch.randint(classes, (rows,))
         options = {
-            "activation": draw.choice(["relu", "leaky_relu", "identity"]), "norm": norm,
+            "activation": draw.choice(check.ACTIVATIONS), "norm": norm,
             "outputs": draw.choice(["post", "pre"]), "sample_weight": None, "peer": None,
         }  # fmt: skip
         exact, plain = ours.copy(torch.float64), ours.copy()

@@ -1,6 +1,6 @@
 // A block of the joint batch and the memory its step works in.
 #pragma once
-#include "rows.h"
+#include "activation.h"
 #include "threads.h"
 
 namespace {
@@ -40,12 +40,6 @@ struct Groups {
         return unit < end ? unit / (size + 1) : larger_ones + (unit - end) / size;
     }
 };
-
-// act'(z) where z is not positive; elsewhere it is one.
-inline float slope_below_zero(const ffk::Call& call) {
-    if (call.layer.activation == ffk::LEAKY_RELU) return 0.01f;
-    return call.layer.activation == ffk::RELU ? 0 : 1;
-}
 
 // Where rows differ from the positive rows whose copies they are; `copies` 0 where they are none.
 struct Field {
@@ -103,7 +97,7 @@ void parallel(int64_t tasks, int workers, const F& f) {
 // over again, in all but one short run of columns: then they share their products.
 inline Field label_field(const ffk::Call& call) {
     const int64_t pairs = rows_of(call, 0), others = rows_of(call, 1),
-                  bytes = call.rows.x_pos.is_bfloat16 ? 2 : 4, most = in_of(call) / 8;
+                  bytes = bytes_of(call.rows.x_pos.dtype), most = in_of(call) / 8;
     if (pairs == 0 || others == 0 || others % pairs != 0 || call.rows.is_positive != nullptr)
         return {};
     const auto numbers = [&](int64_t row) {

@@ -3,6 +3,7 @@
 #pragma once
 #include "block.h"
 #include "objective.h"
+#include "peers.h"
 
 namespace {
 
@@ -218,18 +219,23 @@ struct Classes {
         return any;
     }
 
-    // y act'(z) of a chunk's units to dLoss/dz.
-    void apply(const Block& block, int64_t chunk, float* y, int64_t stride) const {
-        const float other = slope_below_zero(call);
-        each_segment(chunk, [&](int64_t group, int64_t first, int64_t end) {
-            for (int64_t column = 0; column < block.columns(); column += LANES) {
-                const vec c = load(values + group * width + column);
-                for (int64_t o = first; o < end; o++) {
-                    float* at = y + o * stride + column;
-                    const vec activity = load(at);
-                    store(at, squares ? flushed(activity * c) : activity > 0 ? c : c * other);
+    // What the forward pass has kept of a chunk's units to dLoss/dz.
+    void apply(const Block& block, int64_t chunk, float* kept, int64_t stride,
+               const Peers& peers) const {
+        with_activation(call, [&](auto act) {
+            each_segment(chunk, [&](int64_t group, int64_t first, int64_t end) {
+                for (int64_t column = 0; column < block.columns(); column += LANES) {
+                    const vec c = load(values + group * width + column);
+                    for (int64_t o = first; o < end; o++) {
+                        float* at = kept + o * stride + column;
+                        const Active a = act(load(at));
+                        vec dz = squares ? flushed(a.y * a.slope * c) : a.slope * c;
+                        if (peers.gated())
+                            dz += peers.pulled(chunks.first(chunk) + o, column, a.slope);
+                        store(at, dz);
+                    }
                 }
-            }
+            });
         });
     }
 };

@@ -23,7 +23,7 @@ struct Forward {
     int64_t scratch_size, weight_scratch, weight_stride, y_scratch;
     bool copies_weights;
 
-    Forward(const ffk::Call& c, const Block& largest, bool keeps_y, Memory& memory)
+    Forward(const ffk::Call& c, const Block& largest, bool keeps, Memory& memory)
         // Whole vectors are read beyond a group's last column.
         : call(c),
           chunks(out_of(c), largest.operands()),
@@ -45,33 +45,34 @@ struct Forward {
         copies_weights = rounds(call) || (in_of(call) % 512 == 0 && rows >= 512);
         weight_stride = stride_for(depth);
         weight_scratch = copies_weights ? chunks.rows * weight_stride : 0;
-        y_scratch = keeps_y ? 0 : chunks.rows * stride;
+        y_scratch = keeps && !is_curved(call) ? 0 : chunks.rows * stride;
         scratch_size = up_to(LANES * depth + weight_scratch + y_scratch, 16);
         scratch = memory.take(scratch_size * call.threads);
     }
 
-    void run(const Block& block, float* kept_y_t) const {
-        run(block, kept_y_t, [](int64_t, const float*) {});
+    void run(const Block& block) const {
+        run(block, nullptr, [](int64_t, const float*) {});
     }
 
-    // `see(chunk, y_t)` is called with each chunk's activities [units, stride] while they are warm.
+    // `kept`: [out, stride], for what the update reads of each unit: z of a curve, else y; null
+    // where there is no update. `see(chunk, y_t)` is called with each chunk's activities
+    // [units, stride] while they are warm.
     template <class F>
-    void run(const Block& block, float* kept_y_t, F see) const {
+    void run(const Block& block, float* kept, F see) const {
         const int workers = workers_for(call, block.operands() * in_of(call) * out_of(call));
         pack(block, workers);
         parallel(chunks.count(), workers, [&](int64_t chunk, int worker) {
             float* own = scratch + worker * scratch_size;
             // The rows that packing put into `own` have had their use: a chunk's weights take their
             // place.
-            float* y_t = kept_y_t != nullptr ? kept_y_t + chunks.first(chunk) * stride
-                                             : own + weight_scratch;
+            float *z_t =
+                      kept != nullptr ? kept + chunks.first(chunk) * stride : own + weight_scratch,
+                  *y_t = is_curved(call) ? own + weight_scratch : z_t;
             with_pairs(pairs, [&](auto in_pairs) {
-                multiply<decltype(in_pairs)::value>(block, chunk, weights(chunk, own), y_t);
+                multiply<decltype(in_pairs)::value>(block, chunk, weights(chunk, own), z_t, y_t);
             });
             if (call.outputs.y.at != nullptr) write_rows(block, chunk, y_t);
             see(chunk, y_t);
-            if (kept_y_t != nullptr && call.layer.activation == ffk::LEAKY_RELU)
-                gate(block, chunk, y_t);
         });
         for (int64_t i = 0; i < block.columns(); i++) {
             // In the order of the chunks, whichever thread had them.
@@ -150,7 +151,7 @@ struct Forward {
             if (pairs)
                 to_pairs(at, in_of(call), to);
             else if (rounds(call))
-                round_all(at, in_of(call), to);
+                round_all(at, in_of(call), call.layer.compute_dtype, to);
             else
                 std::memcpy(to, at, size_t(in_of(call)) * 4);
         }
@@ -158,9 +159,10 @@ struct Forward {
     }
 
     // A group's rows are those of the first in all places but the label field's: its sum is theirs
-    // without the field, and its own part on top.
+    // without the field, and its own part on top. Curves leave z too, unless it has the same place
+    // as y.
     template <bool PAIRS>
-    void multiply(const Block& block, int64_t chunk, Weights w, float* y_t) const {
+    void multiply(const Block& block, int64_t chunk, Weights w, float* z_t, float* y_t) const {
         const Panels panels{block.operands(), depth};
         const int64_t out = chunks.size(chunk), field_end = field_first + field_depth;
         float* q = partial + chunk * block.columns();
@@ -176,7 +178,7 @@ struct Forward {
                     constexpr int NV = decltype(vectors)::value;
                     for (int64_t o = 0; o < out; o += TILE_ROWS) {
                         const TileRows a(w.at + o * w.stride, w.stride, out - o);
-                        float* to = y_t + o * stride + p * PANEL;
+                        float* to = z_t + o * stride + p * PANEL;
                         Tile<NV> tile;
                         tile.expect(to, stride);
                         tile.clear();
@@ -205,13 +207,17 @@ struct Forward {
                             const int64_t column = block.column(g, 0);
                             finish(tile, a.valid, chunks.first(chunk) + o, column + p * PANEL,
                                    to + column, q + column + p * PANEL, o == 0);
+                            if (is_curved(call))
+                                bend<NV>(a.valid, to + column, to + (y_t - z_t) + column,
+                                         q + column + p * PANEL, o == 0);
                         }
                     }
                 });
         }
     }
 
-    // z = r acc + b, y = act(z), q += y^2; the accumulators stay as they are.
+    // z = r acc + b, y = act(z), q += y^2; the accumulators stay as they are. Of a curve it leaves
+    // z in the place of y, and q to `bend`.
     template <int NV>
     __attribute__((always_inline)) void finish(const Tile<NV>& tile, int valid, int64_t unit,
                                                int64_t column, float* y, float* q,
@@ -239,18 +245,39 @@ struct Forward {
                 squares[v] += z * z;
             }
         }
+        if (is_curved(call)) return;
         for (int v = 0; v < NV; v++) store(q + v * LANES, squares[v]);
+    }
+
+    // y = act(z), q += y^2 of a tile, whose registers a curve would need for itself.
+    template <int NV>
+    __attribute__((noinline)) void bend(int valid, const float* z, float* y, float* q,
+                                        bool first) const {
+        with_activation(call, [&](auto act) {
+            vec squares[NV];
+            for (int v = 0; v < NV; v++) squares[v] = first ? vec{} : load(q + v * LANES);
+            for (int m = 0; m < valid; m++)
+                for (int v = 0; v < NV; v++) {
+                    const int64_t at = m * stride + v * LANES;
+                    const vec activity = act(load(z + at)).y;
+                    store(y + at, activity);
+                    squares[v] += activity * activity;
+                }
+            for (int v = 0; v < NV; v++) store(q + v * LANES, squares[v]);
+        });
     }
 
     // y_t [units, columns] to y [rows, out].
     void write_rows(const Block& block, int64_t chunk, const float* y_t) const {
-        if (call.outputs.y.is_bfloat16)
-            write_rows<uint16_t>(block, chunk, y_t);
+        if (call.outputs.y.dtype == ffk::BFLOAT16)
+            write_rows<uint16_t, ffk::BFLOAT16>(block, chunk, y_t);
+        else if (call.outputs.y.dtype == ffk::FLOAT16)
+            write_rows<uint16_t, ffk::FLOAT16>(block, chunk, y_t);
         else
-            write_rows<float>(block, chunk, y_t);
+            write_rows<float, ffk::FLOAT32>(block, chunk, y_t);
     }
 
-    template <class Number>
+    template <class Number, ffk::Dtype DTYPE>
     void write_rows(const Block& block, int64_t chunk, const float* y_t) const {
         const int64_t first = chunks.first(chunk), units = chunks.size(chunk), out = out_of(call),
                       width = stride;
@@ -270,33 +297,26 @@ struct Forward {
                     transpose(v);
 #pragma GCC unroll 16
                     for (int j = 0; j < LANES; j++)
-                        if (i + j < count) write(v[j], valid, y + (i + j) * out + unit);
+                        if (i + j < count) write<DTYPE>(v[j], valid, y + (i + j) * out + unit);
                 }
         }
     }
 
+    template <ffk::Dtype>
     static void write(vec values, int64_t n, float* to) {
         if (n == LANES)
             store(to, values);
         else
             std::memcpy(to, &values, size_t(n) * 4);
     }
+    template <ffk::Dtype DTYPE>
     static void write(vec values, int64_t n, uint16_t* to) {
-        const vec_of_halves numbers = to_bfloat16(values);
+        const vec_of_halves numbers =
+            DTYPE == ffk::BFLOAT16 ? to_bfloat16(values) : to_float16(values);
         if (n == LANES)
             store(to, numbers);
         else
             std::memcpy(to, &numbers, size_t(n) * 2);
-    }
-
-    // y to y act'(z), where they differ: the slope of leaky ReLU once more.
-    void gate(const Block& block, int64_t chunk, float* y_t) const {
-        for (int64_t o = 0; o < chunks.size(chunk); o++)
-            for (int64_t i = 0; i < block.columns(); i += LANES) {
-                float* at = y_t + o * stride + i;
-                const vec y = load(at);
-                store(at, y < 0 ? y * 0.01f : y);
-            }
     }
 };
 

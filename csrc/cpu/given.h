@@ -1,12 +1,13 @@
 // Activities and slopes that the caller brings, in the layout that the update reads: the last stage
 // of a step whose objective was somebody else's.
 #pragma once
-#include "block.h"
+#include "peers.h"
 
 namespace {
 
 struct Given {
     const ffk::Call& call;
+    const Peers& peers;
     Chunks chunks;
     int64_t stride;      // of y_t
     float* y_t;          // [units, columns]: activities, where somebody sees them before the update
@@ -19,11 +20,13 @@ struct Given {
                      // where among them each unit's lie
     int64_t scratch_size, y_scratch, slope_scratch;
 
-    Given(const ffk::Call& c, const Block& largest, bool keeps_y, Memory& memory)
+    Given(const ffk::Call& c, const Peers& p, const Block& largest, Memory& memory)
         : call(c),
+          peers(p),
           chunks(out_of(c), largest.operands()),
           stride(stride_for(largest.columns() + LANES)),
           basis_stride(up_to(c.slopes.basis.rows, LANES)) {
+        const bool keeps_y = peers.there();
         y_t = keeps_y ? memory.take(up_to(out_of(call), TILE_ROWS) * stride) : nullptr;
         scale = memory.take(largest.columns()), coefficient = memory.take(largest.columns());
         basis_t = memory.take(out_of(call) * basis_stride);
@@ -35,7 +38,7 @@ struct Given {
 
     // One slope for a whole row weighs it, as a compiled objective's coefficient does.
     bool by_row() const {
-        return call.slopes.first.at == nullptr && call.slopes.second.columns == 1;
+        return call.slopes.first.at == nullptr && call.slopes.second.columns == 1 && !peers.gated();
     }
     bool has_basis() const { return call.slopes.basis.at != nullptr; }
 
@@ -84,8 +87,11 @@ struct Given {
         each_row(block, [&](int64_t i, int64_t column) {
             scale[column] = scale_of_row(call, i);
             // A row without any slope has no part in the sum, whatever it holds.
-            coefficient[column] = by_row() ? 2 * row(second, i)[0]
-                                           : float(any_slope(first, i) || any_slope(second, i));
+            const auto takes_part = [&] {
+                return any_slope(first, i) || any_slope(second, i)
+                       || (peers.gated() && peers.is_positive(i));
+            };
+            coefficient[column] = by_row() ? 2 * row(second, i)[0] : float(takes_part());
         });
         for (int64_t column = 0; has_basis() && column < block.columns(); column += LANES)
             transpose_rows(block, first, column, 0, first.columns, first_t + column * first.columns,
@@ -105,39 +111,49 @@ struct Given {
                               : scratch + worker * scratch_size;
     }
 
-    // Activities of a chunk's units: y [units, columns].
-    void read(const Block& block, int64_t chunk, float* y) const {
+    // Activities of a chunk's units, or z of a curve: kept [units, columns].
+    void read(const Block& block, int64_t chunk, float* kept) const {
         for (int64_t column = 0; column < block.columns(); column += LANES)
             transpose_rows(block, call.slopes.activity, column, chunks.first(chunk),
-                           chunks.size(chunk), y + column, stride);
+                           chunks.size(chunk), kept + column, stride);
     }
 
-    void read(const Block& block) const {
+    // Reads a block, and shows it to the pull.
+    void show(const Block& block) const {
         parallel(chunks.count(), workers_for(call, block.columns() * out_of(call) * 64),
-                 [&](int64_t chunk, int worker) { read(block, chunk, y_of(chunk, worker)); });
+                 [&](int64_t chunk, int worker) {
+                     float* kept = y_of(chunk, worker);
+                     read(block, chunk, kept);
+                     peers.see(block, chunks.first(chunk), chunks.size(chunk), kept, stride);
+                 });
     }
 
-    // A chunk's activities become `y act'(z)` beside one slope a row, else `(s1 + 2 s2 y) act'(z)`.
-    void apply(const Block& block, int64_t chunk, int worker, float* y) const {
+    // A chunk's activities (of a curve, its z) become `y act'(z)` beside one slope a row, else
+    // `(s1 + 2 s2 y) act'(z)`.
+    void apply(const Block& block, int64_t chunk, int worker, float* kept) const {
         float* own = scratch + worker * scratch_size + y_scratch;
         const SlopesOfUnits first{*this, call.slopes.first, chunk, own},
             second{*this, call.slopes.second, chunk, own + slope_scratch + chunks.rows};
-        const float other = slope_below_zero(call);
         const bool whole = by_row();
-        for (int64_t column = 0; column < block.columns(); column += LANES) {
-            if (!whole) first.read(block, column), second.read(block, column);
-            for (int64_t o = 0; o < chunks.size(chunk); o++) {
-                float* at = y + o * stride + column;
-                const vec activity = load(at);
-                vec slope = activity;
-                if (!whole && second.there()) {
-                    slope = 2 * second.of(o) * activity;
-                    if (first.there()) slope += first.of(o);
-                } else if (!whole)
-                    slope = first.of(o);
-                store(at, activity > 0 ? slope : slope * other);
+        with_activation(call, [&](auto act) {
+            for (int64_t column = 0; column < block.columns(); column += LANES) {
+                if (!whole) first.read(block, column), second.read(block, column);
+                for (int64_t o = 0; o < chunks.size(chunk); o++) {
+                    float* at = kept + o * stride + column;
+                    const Active a = act(load(at));
+                    vec slope = a.y;
+                    if (!whole && second.there()) {
+                        slope = 2 * second.of(o) * a.y;
+                        if (first.there()) slope += first.of(o);
+                    } else if (!whole)
+                        slope = first.of(o);
+                    slope *= a.slope;
+                    if (peers.gated())
+                        slope += peers.pulled(chunks.first(chunk) + o, column, a.slope);
+                    store(at, slope);
+                }
             }
-        }
+        });
     }
 
     // The slopes of a chunk's units, for one vector of columns at a time.

@@ -44,7 +44,7 @@ struct WholeForward {
 
     void run() const {
         for (int64_t index = 0; index < blocks; index++)
-            forward.run(block_of(call, index, blocks, field), nullptr);
+            forward.run(block_of(call, index, blocks, field));
     }
 };
 
@@ -95,6 +95,26 @@ double coefficients(const Objective& objective, const Block& block, const float*
     return loss;
 }
 
+// What the forward pass has kept of some units [units, stride] to y act'(z), or, under a gated
+// pull, by the rows' coefficients `weights` to dLoss/dz.
+void apply_slopes(const ffk::Call& call, const Peers& peers, const Block& block,
+                  const float* weights, int64_t first, int64_t units, int64_t stride, float* kept) {
+    with_activation(call, [&](auto act) {
+        for (int64_t o = 0; o < units; o++)
+            for (int64_t column = 0; column < block.columns(); column += LANES) {
+                const Active a = act(load(kept + o * stride + column));
+                vec dz = a.y * a.slope;
+                if (peers.gated()) {
+                    const vec weight = load(weights + column);
+                    // A row without a part in the loss may hold anything.
+                    dz = weight != 0 ? dz * weight : vec{};
+                    dz += peers.pulled(first + o, column, a.slope);
+                }
+                store(kept + o * stride + column, dz);
+            }
+    });
+}
+
 int linear_step(const ffk::Call& call) {
     const int64_t blocks = blocks_of_step(call);
     const Field field = label_field(call);
@@ -110,30 +130,53 @@ int linear_step(const ffk::Call& call) {
         Peers peers(call, largest, memory);
         const Classes classes(call, largest, memory);
         Update update(call, peers, largest, blocks, memory);
-        float* y_t = memory.take(up_to(out_of(call), TILE_ROWS) * forward.stride);
+        float* kept = memory.take(up_to(out_of(call), TILE_ROWS) * forward.stride);
         float* coefficient = memory.take(largest.columns());
+        float* weights = memory.take(peers.gated() ? largest.columns() : 0);
         memory.used = larger(memory.used, after_memory.used);
         if (!real) return;
+        const bool y_is_enough =
+            !peers.gated()
+            && (call.layer.activation == ffk::RELU || call.layer.activation == ffk::IDENTITY);
         double loss = 0;
+        const auto show = [&](const Block& block, int64_t chunk) {
+            const int64_t first = forward.chunks.first(chunk);
+            peers.see(block, first, forward.chunks.size(chunk), kept + first * forward.stride,
+                      forward.stride);
+        };
         if (peers.there()) peers.start();
+        // A gated pull hangs on the rows of all blocks: several are worked through twice.
+        const bool ahead = peers.gated() && blocks > 1;
+        for (int64_t index = 0; ahead && index < blocks; index++) {
+            const Block block = block_of(call, index, blocks, field);
+            peers.mark(block);
+            forward.run(block, kept, [&](int64_t chunk, const float*) { show(block, chunk); });
+        }
+        if (ahead) peers.finish();
         for (int64_t index = 0; index < blocks; index++) {
             const Block block = block_of(call, index, blocks, field);
-            forward.run(block, y_t, [&](int64_t chunk, const float* y) {
+            if (peers.there()) peers.mark(block);
+            forward.run(block, kept, [&](int64_t chunk, const float* y) {
                 if (classes.there()) classes.see(block, chunk, y, forward.stride);
+                if (peers.there() && !ahead) show(block, chunk);
             });
-            if (peers.there()) {
-                peers.see(block, y_t, forward.stride, forward.scale);
-                if (index == blocks - 1) peers.finish();
-            }
+            if (peers.straight()) peers.weigh(block, forward.scale);
+            if (peers.there() && !ahead && index == blocks - 1) peers.finish();
             if (classes.there())
                 loss += classes.solve(block, coefficient);
             else
                 loss += coefficients(objective, block, forward.sumsq, coefficient);
+            if (peers.gated()) peers.take_over(block, coefficient, weights);
             update.run(block, index, coefficient, forward.scale, forward.stride,
                        [&](int64_t chunk, int) {
-                           float* y = y_t + forward.chunks.first(chunk) * forward.stride;
-                           if (classes.there()) classes.apply(block, chunk, y, forward.stride);
-                           return y;
+                           const Chunks& chunks = forward.chunks;
+                           float* of_chunk = kept + chunks.first(chunk) * forward.stride;
+                           if (classes.there())
+                               classes.apply(block, chunk, of_chunk, forward.stride, peers);
+                           else if (!y_is_enough)
+                               apply_slopes(call, peers, block, weights, chunks.first(chunk),
+                                            chunks.size(chunk), forward.stride, of_chunk);
+                           return of_chunk;
                        });
         }
         *call.outputs.loss_out = float(loss);
@@ -147,23 +190,32 @@ int linear_update(const ffk::Call& call) {
     return with_memory([&](Memory& memory, bool real) {
         const Block largest = largest_block(call, blocks, field);
         Peers peers(call, largest, memory);
-        const Given given(call, largest, peers.there(), memory);
+        const Given given(call, peers, largest, memory);
         Update update(call, peers, largest, blocks, memory);
         if (!real) return;
         given.start();
         if (peers.there()) peers.start();
+        // As in `linear_step`.
+        const bool ahead = peers.gated() && blocks > 1;
+        for (int64_t index = 0; ahead && index < blocks; index++) {
+            const Block block = block_of(call, index, blocks, field);
+            peers.mark(block);
+            given.show(block);
+        }
+        if (ahead) peers.finish();
         for (int64_t index = 0; index < blocks; index++) {
             const Block block = block_of(call, index, blocks, field);
+            if (peers.there()) peers.mark(block);
             given.weigh(block);
-            if (peers.there()) {
-                given.read(block);
-                peers.see(block, given.y_t, given.stride, given.scale);
+            if (peers.there() && !ahead) {
+                given.show(block);
+                if (peers.straight()) peers.weigh(block, given.scale);
                 if (index == blocks - 1) peers.finish();
             }
             update.run(block, index, given.coefficient, given.scale, given.stride,
                        [&](int64_t chunk, int worker) {
                            float* y = given.y_of(chunk, worker);
-                           if (!peers.there()) given.read(block, chunk, y);
+                           if (!peers.there() || ahead) given.read(block, chunk, y);
                            given.apply(block, chunk, worker, y);
                            return y;
                        });

@@ -38,6 +38,7 @@ inline void put_stored(T* p, V v, int64_t n) {
 
 // An activation that is one of two lines: the identity above zero, below it a slope of its own.
 struct Gate {
+    static constexpr bool IS_CURVED = false;
     float other;
     uint32_t kept;  // not even an infinity times zero is left of what a ReLU shuts off
 
@@ -47,13 +48,27 @@ struct Gate {
     vec operator()(vec v, vec z) const {
         return z <= 0 ? (vec)((vec_of_bits)(v * other) & kept) : v;
     }
+    vec y(vec z) const { return (*this)(z, z); }
 };
 
-// BY_TWO: windows of two by two, which the compiler unrolls.
-template <class T, ffk::Pool POOL, bool BY_TWO>
+// One whose slope is told by z alone.
+template <ffk::Activation KIND>
+struct Curve {
+    static constexpr bool IS_CURVED = true;
+
+    explicit Curve(ffk::Activation) {}
+    static Active at(vec z) { return KIND == ffk::GELU ? gelu(z) : silu(z); }
+    vec operator()(vec v, vec z) const { return v * at(z).slope; }
+    vec y(vec z) const { return at(z).y; }
+};
+
+// BY_TWO: windows of two by two, which the compiler unrolls. ACT: Gate or Curve.
+template <class T, ffk::Pool POOL, bool BY_TWO, class ACT>
 struct Passes {
+    // A maximum of lines is the line of the maximum: pooling first leaves less to activate.
+    static constexpr bool POOLS_FIRST = !ACT::IS_CURVED;
     const ffk::MapsPass& call;
-    const Gate gate;
+    const ACT gate;
     const int64_t channels, pool_height, pool_width;
 
     explicit Passes(const ffk::MapsPass& c)
@@ -126,24 +141,23 @@ struct Passes {
             vec v = read(begin);
             if (POOL == ffk::POOL_MAX) {
                 vec_of_bits winner = {};
+                if (!POOLS_FIRST) v = gate.y(v);
                 each_place([&](uint32_t place, int64_t offset) {
                     if (place == 0) return;
-                    const vec u = read(begin + offset);
+                    vec u = read(begin + offset);
+                    if (!POOLS_FIRST) u = gate.y(u);
                     // The first of equal ones wins, and a NaN always does.
                     const auto wins = (u > v) | (u != u);
                     v = wins ? u : v, winner = wins ? vec_of_bits{} + place : winner;
                 });
                 if (writes) store_some(where + to, winner, n);
-                v = gate(v, v);
+                if (POOLS_FIRST) v = gate.y(v);
             } else if (POOL == ffk::POOL_AVERAGE) {
                 v = vec{};
-                each_place([&](uint32_t, int64_t offset) {
-                    const vec u = read(begin + offset);
-                    v += gate(u, u);
-                });
+                each_place([&](uint32_t, int64_t offset) { v += gate.y(read(begin + offset)); });
                 v *= 1.f / float(pool_height * pool_width);
             } else
-                v = gate(v, v);
+                v = gate.y(v);
             if (writes) put<WHOLE>(p + to, v, n);
             v -= centre;
             sum += v, squares += v * v;
@@ -180,7 +194,9 @@ struct Passes {
     template <bool WHOLE>
     void backward_line(int64_t row, int64_t line, int64_t channel) const {
         const int64_t n = channels - channel;
-        const T* z = POOL == ffk::POOL_AVERAGE ? static_cast<const T*>(call.z) + channel : nullptr;
+        const T* z = POOL == ffk::POOL_AVERAGE || ACT::IS_CURVED
+                         ? static_cast<const T*>(call.z) + channel
+                         : nullptr;
         T* p = static_cast<T*>(call.p) + channel;
         T* dz = static_cast<T*>(call.dz) + channel;
         const uint8_t* where = POOL == ffk::POOL_MAX ? call.where + channel : nullptr;
@@ -202,6 +218,15 @@ struct Passes {
                 g *= 1.f / float(pool_height * pool_width);
                 each_place([&](uint32_t, int64_t offset) {
                     const vec of_place = gate(g, get<WHOLE>(z + begin + offset, n) * scale + bias);
+                    sum += of_place;
+                    put<WHOLE>(dz + begin + offset, of_place * scale, n);
+                });
+            } else if (ACT::IS_CURVED) {
+                const vec_of_bits winner =
+                    POOL == ffk::POOL_MAX ? load_some(where + from, n) : vec_of_bits{};
+                each_place([&](uint32_t place, int64_t offset) {
+                    const vec before = get<WHOLE>(z + begin + offset, n) * scale + bias,
+                              of_place = only(gate(g, before), winner == place);
                     sum += of_place;
                     put<WHOLE>(dz + begin + offset, of_place * scale, n);
                 });
@@ -229,16 +254,28 @@ struct Passes {
 };
 
 // f(the passes that a call asks for)
+template <class T, class ACT, class F>
+void with_passes_of(const ffk::MapsPass& call, F f) {
+    const bool two = !ACT::IS_CURVED && call.pool_height == 2 && call.pool_width == 2;
+    constexpr bool BY_TWO = !ACT::IS_CURVED;
+    if (call.pool == ffk::POOL_NONE)
+        f(Passes<T, ffk::POOL_NONE, false, ACT>(call));
+    else if (call.pool == ffk::POOL_MAX)
+        two ? f(Passes<T, ffk::POOL_MAX, BY_TWO, ACT>(call))
+            : f(Passes<T, ffk::POOL_MAX, false, ACT>(call));
+    else
+        two ? f(Passes<T, ffk::POOL_AVERAGE, BY_TWO, ACT>(call))
+            : f(Passes<T, ffk::POOL_AVERAGE, false, ACT>(call));
+}
+
 template <class T, class F>
 void with_passes(const ffk::MapsPass& call, F f) {
-    const bool two = call.pool_height == 2 && call.pool_width == 2;
-    if (call.pool == ffk::POOL_NONE)
-        f(Passes<T, ffk::POOL_NONE, false>(call));
-    else if (call.pool == ffk::POOL_MAX)
-        two ? f(Passes<T, ffk::POOL_MAX, true>(call)) : f(Passes<T, ffk::POOL_MAX, false>(call));
+    if (call.activation == ffk::GELU)
+        with_passes_of<T, Curve<ffk::GELU>>(call, f);
+    else if (call.activation == ffk::SILU)
+        with_passes_of<T, Curve<ffk::SILU>>(call, f);
     else
-        two ? f(Passes<T, ffk::POOL_AVERAGE, true>(call))
-            : f(Passes<T, ffk::POOL_AVERAGE, false>(call));
+        with_passes_of<T, Gate>(call, f);
 }
 
 void maps_forward(const ffk::MapsPass& call) {

@@ -5,7 +5,7 @@
 
 namespace ffk {
 
-constexpr int INTERFACE = 163964775;
+constexpr int INTERFACE = 104685820;
 
 enum Norm : int32_t { NORM_L2, NORM_RMS, NORM_NONE };
 enum EpsMode : int32_t { EPS_ADD, EPS_CLAMP, EPS_INSIDE };
@@ -15,7 +15,7 @@ enum Loss : int32_t { LOGISTIC, SYMBA, SWISH, CROSS_ENTROPY, PVN, CWC };
 enum Reduction : int32_t { REDUCE_MEAN, REDUCE_SUM_OF_MEANS };
 enum Rule : int32_t { GRAD, SGD, ADAM };
 enum Pool : int32_t { POOL_NONE, POOL_MAX, POOL_AVERAGE };
-enum Dtype : int32_t { FLOAT32, BFLOAT16 };
+enum Dtype : int32_t { FLOAT32, BFLOAT16, FLOAT16 };
 
 // Row-major; rows lie `stride` numbers apart. `at` is null where there is none.
 struct Matrix {
@@ -23,7 +23,7 @@ struct Matrix {
     int64_t rows;
     int64_t columns;
     int64_t stride;
-    int32_t is_bfloat16;
+    Dtype dtype;
 };
 
 struct Numbers {
@@ -162,12 +162,12 @@ constexpr size_t LAYOUT[] = {
     offsetof(Call, rows.x_pos.rows),
     offsetof(Call, rows.x_pos.columns),
     offsetof(Call, rows.x_pos.stride),
-    offsetof(Call, rows.x_pos.is_bfloat16),
+    offsetof(Call, rows.x_pos.dtype),
     offsetof(Call, rows.x_neg.at),
     offsetof(Call, rows.x_neg.rows),
     offsetof(Call, rows.x_neg.columns),
     offsetof(Call, rows.x_neg.stride),
-    offsetof(Call, rows.x_neg.is_bfloat16),
+    offsetof(Call, rows.x_neg.dtype),
     offsetof(Call, rows.is_positive),
     offsetof(Call, rows.input_sumsq),
     offsetof(Call, rows.sample_weight),
@@ -175,14 +175,14 @@ constexpr size_t LAYOUT[] = {
     offsetof(Call, rows.product.rows),
     offsetof(Call, rows.product.columns),
     offsetof(Call, rows.product.stride),
-    offsetof(Call, rows.product.is_bfloat16),
+    offsetof(Call, rows.product.dtype),
     offsetof(Call, rows.label_field),
     offsetof(Call, rows.labels),
     offsetof(Call, layer.weight.at),
     offsetof(Call, layer.weight.rows),
     offsetof(Call, layer.weight.columns),
     offsetof(Call, layer.weight.stride),
-    offsetof(Call, layer.weight.is_bfloat16),
+    offsetof(Call, layer.weight.dtype),
     offsetof(Call, layer.bias),
     offsetof(Call, layer.norm),
     offsetof(Call, layer.eps),
@@ -234,41 +234,41 @@ constexpr size_t LAYOUT[] = {
     offsetof(Call, outputs.y.rows),
     offsetof(Call, outputs.y.columns),
     offsetof(Call, outputs.y.stride),
-    offsetof(Call, outputs.y.is_bfloat16),
+    offsetof(Call, outputs.y.dtype),
     offsetof(Call, outputs.sumsq),
     offsetof(Call, outputs.loss_out),
     offsetof(Call, outputs.rounded.at),
     offsetof(Call, outputs.rounded.rows),
     offsetof(Call, outputs.rounded.columns),
     offsetof(Call, outputs.rounded.stride),
-    offsetof(Call, outputs.rounded.is_bfloat16),
+    offsetof(Call, outputs.rounded.dtype),
     offsetof(Call, outputs.goodness_out),
     offsetof(Call, outputs.y_after.at),
     offsetof(Call, outputs.y_after.rows),
     offsetof(Call, outputs.y_after.columns),
     offsetof(Call, outputs.y_after.stride),
-    offsetof(Call, outputs.y_after.is_bfloat16),
+    offsetof(Call, outputs.y_after.dtype),
     offsetof(Call, outputs.sumsq_after),
     offsetof(Call, slopes.activity.at),
     offsetof(Call, slopes.activity.rows),
     offsetof(Call, slopes.activity.columns),
     offsetof(Call, slopes.activity.stride),
-    offsetof(Call, slopes.activity.is_bfloat16),
+    offsetof(Call, slopes.activity.dtype),
     offsetof(Call, slopes.first.at),
     offsetof(Call, slopes.first.rows),
     offsetof(Call, slopes.first.columns),
     offsetof(Call, slopes.first.stride),
-    offsetof(Call, slopes.first.is_bfloat16),
+    offsetof(Call, slopes.first.dtype),
     offsetof(Call, slopes.second.at),
     offsetof(Call, slopes.second.rows),
     offsetof(Call, slopes.second.columns),
     offsetof(Call, slopes.second.stride),
-    offsetof(Call, slopes.second.is_bfloat16),
+    offsetof(Call, slopes.second.dtype),
     offsetof(Call, slopes.basis.at),
     offsetof(Call, slopes.basis.rows),
     offsetof(Call, slopes.basis.columns),
     offsetof(Call, slopes.basis.stride),
-    offsetof(Call, slopes.basis.is_bfloat16),
+    offsetof(Call, slopes.basis.dtype),
     offsetof(Call, threads),
     sizeof(MapsPass),
     offsetof(MapsPass, rows),

@@ -10,7 +10,8 @@ inline int64_t in_of(const ffk::Call& call) { return call.layer.weight.columns; 
 inline int64_t out_of(const ffk::Call& call) { return call.layer.weight.rows; }
 inline float* weight_at(const ffk::Call& call) { return static_cast<float*>(call.layer.weight.at); }
 // Whether the operands of products are rounded.
-inline bool rounds(const ffk::Call& call) { return call.layer.compute_dtype == ffk::BFLOAT16; }
+inline bool rounds(const ffk::Call& call) { return call.layer.compute_dtype != ffk::FLOAT32; }
+inline int64_t bytes_of(ffk::Dtype dtype) { return dtype == ffk::FLOAT32 ? 4 : 2; }
 inline const ffk::Matrix& side_of(const ffk::Call& call, int side) {
     return side ? call.rows.x_neg : call.rows.x_pos;
 }
@@ -18,7 +19,9 @@ inline int64_t rows_of(const ffk::Call& call, int side) { return side_of(call, s
 
 // Whether a call's products run on a bfloat16 unit, and how many places `n` numbers take along
 // their depth.
-inline bool in_pairs(const ffk::Call& call) { return MULTIPLIES_PAIRS && rounds(call); }
+inline bool in_pairs(const ffk::Call& call) {
+    return MULTIPLIES_PAIRS && call.layer.compute_dtype == ffk::BFLOAT16;
+}
 inline int64_t places(const ffk::Call& call, int64_t n) {
     return in_pairs(call) ? up_to(pieces(n, 2), PAIRS_AT_ONCE) : n;
 }
@@ -40,35 +43,44 @@ inline void to_pairs(const float* values, int64_t n, float* to) {
     end_pairs(to, n);
 }
 
-// One input row as float32 operands: bfloat16 is widened, and float32 rounded where the products
-// are bfloat16 ones.
+// `n` numbers to the nearest ones of a narrow dtype; float16's digits alone, as what is multiplied
+// in float32 needs no range of its own.
+inline void round_all(const float* values, int64_t n, ffk::Dtype dtype, float* to) {
+    if (dtype == ffk::BFLOAT16) return round_all(values, n, to);
+    int64_t k = 0;
+    for (; k + LANES <= n; k += LANES) store(to + k, to_eleven_digits(load(values + k)));
+    for (; k < n; k++) to[k] = to_eleven_digits(values[k]);
+}
+
+// One input row as float32 operands: narrow numbers are widened, and float32 rounded where the
+// products are narrow ones.
 struct Row {
     const void* at;
-    bool is_bfloat16, rounds;
+    ffk::Dtype dtype, products;
 
     float operator[](int64_t k) const {
-        if (is_bfloat16) return from_bfloat16(static_cast<const uint16_t*>(at)[k]);
-        const float value = static_cast<const float*>(at)[k];
-        return rounds ? rounded(value) : value;
+        if (dtype != ffk::FLOAT32) return exact(k);
+        const float value = exact(k);
+        if (products == ffk::FLOAT16) return to_eleven_digits(value);
+        return products == ffk::BFLOAT16 ? rounded(value) : value;
     }
 
     // The row itself where its numbers are its operands, else its operands in `scratch` `[n]`.
     const float* operands(int64_t n, float* scratch) const {
-        if (!is_bfloat16 && !rounds) return static_cast<const float*>(at);
-        if (!is_bfloat16) {
-            round_all(static_cast<const float*>(at), n, scratch);
+        if (dtype == ffk::FLOAT32 && products == ffk::FLOAT32) return static_cast<const float*>(at);
+        if (dtype == ffk::FLOAT32) {
+            round_all(static_cast<const float*>(at), n, products, scratch);
             return scratch;
         }
-        const uint16_t* x = static_cast<const uint16_t*>(at);
         int64_t k = 0;
-        for (; k + LANES <= n; k += LANES) store(scratch + k, from_bfloat16(x + k));
-        for (; k < n; k++) scratch[k] = from_bfloat16(x[k]);
+        for (; k + LANES <= n; k += LANES) store(scratch + k, exact_vector(k));
+        for (; k < n; k++) scratch[k] = exact(k);
         return scratch;
     }
 
-    // The same in pairs; `scratch`: as many places as they take.
+    // The same in pairs of bfloat16; `scratch`: as many places as they take.
     const float* pairs(int64_t n, float* scratch) const {
-        if (!is_bfloat16) {
+        if (dtype == ffk::FLOAT32) {
             to_pairs(static_cast<const float*>(at), n, scratch);
             return scratch;
         }
@@ -81,7 +93,14 @@ struct Row {
     }
 
     float exact(int64_t k) const {
-        return is_bfloat16 ? (*this)[k] : static_cast<const float*>(at)[k];
+        if (dtype == ffk::FLOAT32) return static_cast<const float*>(at)[k];
+        const uint16_t number = static_cast<const uint16_t*>(at)[k];
+        return dtype == ffk::BFLOAT16 ? from_bfloat16(number) : from_float16(number);
+    }
+    vec exact_vector(int64_t k) const {
+        if (dtype == ffk::FLOAT32) return load(static_cast<const float*>(at) + k);
+        const uint16_t* numbers = static_cast<const uint16_t*>(at) + k;
+        return dtype == ffk::BFLOAT16 ? from_bfloat16(numbers) : from_float16(numbers);
     }
 };
 
@@ -89,10 +108,10 @@ struct Row {
 inline Row row_of(const ffk::Call& call, int64_t i) {
     // The negative side's rows follow the positive side's.
     const int side = i < rows_of(call, 0) ? 0 : 1;
-    const int64_t bytes = call.rows.x_pos.is_bfloat16 ? 2 : 4;
+    const int64_t bytes = bytes_of(call.rows.x_pos.dtype);
     const char* base = static_cast<const char*>(side_of(call, side).at);
     return {base + (side ? i - rows_of(call, 0) : i) * side_of(call, side).stride * bytes,
-            call.rows.x_pos.is_bfloat16 != 0, rounds(call) != 0};
+            call.rows.x_pos.dtype, call.layer.compute_dtype};
 }
 
 // Of the row as it came: normalisation is not a product, and is not rounded.
@@ -101,10 +120,7 @@ inline float sum_of_squares(const Row& row, int64_t n) {
     int64_t k = 0;
     for (; k + 4 * LANES <= n; k += 4 * LANES)
         for (int v = 0; v < 4; v++) {
-            const int64_t at = k + v * LANES;
-            const vec part = row.is_bfloat16
-                                 ? from_bfloat16(static_cast<const uint16_t*>(row.at) + at)
-                                 : load(static_cast<const float*>(row.at) + at);
+            const vec part = row.exact_vector(k + v * LANES);
             total[v] += part * part;
         }
     float rest = 0;

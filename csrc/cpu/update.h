@@ -227,7 +227,8 @@ struct Update {
                 round(own, depth, operand);
             }
             round(to, depth, left + o * depth_stride);
-            if (peers.there() && index == blocks - 1) bias += float(peers.count) * peers.pull(unit);
+            if (peers.straight() && index == blocks - 1)
+                bias += float(peers.count) * peers.pull(unit);
             bias_sum[unit] = index ? bias_sum[unit] + bias : bias;
         }
     }
@@ -253,8 +254,12 @@ struct Update {
     void round(float* values, int64_t n, float* operand) const {
         if (pairs)
             to_pairs(values, n, operand);
-        else if (rounds(call))
+        else if (call.layer.compute_dtype == ffk::BFLOAT16)
             round_all(values, n, values);
+        else if (call.layer.compute_dtype == ffk::FLOAT16)
+            // Coefficients carry 1 / (rows units), and lie below float16's range.
+            for (int64_t k = 0; k < n; k += LANES)
+                store_some(values + k, to_eleven_digits(load_some(values + k, n - k)), n - k);
     }
 
     template <int KIND>
@@ -309,7 +314,7 @@ struct Update {
                             tile.write(to, sum_stride);
                             continue;
                         }
-                        if (peers.there())
+                        if (peers.straight())
                             tile.add_outer(peers.activity + first + o, peers.input + p * PANEL);
                         float finished[TILE_ROWS * PANEL];
                         tile.write(finished, PANEL);

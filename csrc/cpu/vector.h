@@ -179,6 +179,54 @@ inline vec from_bfloat16(const uint16_t* p) {
     return (vec)(__builtin_convertvector(halves, vec_of_bits) << 16);
 }
 
+// float16 numbers, in the lower half of each lane; without the CPU's own instructions, which not
+// all sets have, and which a process may have told to lose numbers below the smallest normal one.
+inline vec from_float16(vec_of_bits halves) {
+    const vec_of_bits sign = (halves & 0x8000u) << 16, exponent = halves & 0x7c00u;
+    const vec_of_bits wide = ((halves & 0x7fffu) << 13) + (112u << 23);
+    // Numbers below the smallest normal one come in whole steps of 2^-24.
+    const vec steps = __builtin_convertvector(halves & 0x3ffu, vec) * (1.f / (1 << 24));
+    vec_of_bits bits = exponent == 0x7c00u ? wide + (112u << 23) : wide;
+    bits = exponent == 0 ? (vec_of_bits)steps : bits;
+    return (vec)(sign | bits);
+}
+inline vec from_float16(const uint16_t* p) {
+    return from_float16(
+        __builtin_convertvector(*reinterpret_cast<const halves_in_memory*>(p), vec_of_bits));
+}
+inline float from_float16(uint16_t bits) { return from_float16(vec_of_bits{} + bits)[0]; }
+
+// To the eleven digits of float16, ties to even, at any exponent.
+inline vec to_eleven_digits(vec values) {
+    const vec_of_bits bits = (vec_of_bits)values;
+    return values != values ? values : (vec)((bits + 0xfff + ((bits >> 13) & 1)) & 0xffffe000u);
+}
+
+inline float to_eleven_digits(float value) { return to_eleven_digits(broadcast(value))[0]; }
+
+// To the nearest float16 number, ties to even.
+inline vec rounded_to_float16(vec values) {
+    const vec_of_bits sign = (vec_of_bits)values & 0x80000000u;
+    const vec size = (vec)((vec_of_bits)values & 0x7fffffffu);
+    // The neighbours of a half are as far apart as float16's smallest numbers.
+    const vec small = (size + 0.5f) - 0.5f, large = to_eleven_digits(size);
+    vec nearest = size < 0x1p-14f ? small : large;
+    nearest = nearest >= 0x1p16f ? broadcast(__builtin_inff()) : nearest;
+    return (vec)((vec_of_bits)nearest | sign);
+}
+
+inline vec_of_halves to_float16(vec values) {
+    const vec nearest = rounded_to_float16(values);
+    const vec_of_bits sign = ((vec_of_bits)nearest & 0x80000000u) >> 16,
+                      size = (vec_of_bits)nearest & 0x7fffffffu;
+    const vec few = size < 0x38800000u ? (vec)size * 0x1p24f : vec{};
+    const vec_of_bits steps = (vec_of_bits) __builtin_convertvector(few, vec_of_choices);
+    vec_of_bits bits = size < 0x38800000u ? steps : (size - (112u << 23)) >> 13;
+    bits = size >= 0x7f800000u ? vec_of_bits{} + 0x7c00u : bits;
+    bits = values != values ? vec_of_bits{} + 0x7e00u : bits;
+    return __builtin_convertvector(sign | bits, vec_of_halves);
+}
+
 inline float rounded(float value) { return from_bfloat16(to_bfloat16(value)); }
 
 inline vec rounded(vec values) {

@@ -90,15 +90,17 @@ inline float of_bits(uint32_t bits) {
     return value;
 }
 
-// The nearest bfloat16 number, ties to even, by arithmetic alone: 8 digits, the last of them worth
-// 2^-133 or more.
-inline float nearest_bfloat16(double x) {
+// The nearest number of so many binary digits, the last of them worth 2^least or more, and of no
+// more than 2^end; ties to even, by arithmetic alone.
+inline float nearest_of(double x, int digits, int least, int end) {
     if (x == 0 || !std::isfinite(x)) return float(x);
     int exponent;
     std::frexp(x, &exponent);
-    const double unit = std::ldexp(1., std::max(exponent - 8, -133)),
+    const double unit = std::ldexp(1., std::max(exponent - digits, least)),
                  nearest = std::nearbyint(x / unit) * unit;
-    return std::fabs(nearest) < std::ldexp(1., 128) ? float(nearest) : std::copysign(INFINITY, x);
+    return std::fabs(nearest) < std::ldexp(1., end) ? float(nearest) : std::copysign(INFINITY, x);
 }
+inline float nearest_bfloat16(double x) { return nearest_of(x, 8, -133, 128); }
+inline float nearest_float16(double x) { return nearest_of(x, 11, -24, 16); }
 
 }  // namespace check

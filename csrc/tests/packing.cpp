@@ -42,31 +42,44 @@ void rows_of_panels(int64_t count) {
     check::same(int64_t(packed.size()), int64_t(place), "floats packed");
 }
 
-// One row, as float32 and as bfloat16 numbers: its operands, its pairs and its sums.
+// One row, as float32 and as narrow numbers: its operands, its pairs and its sums.
 void row(int64_t n) {
     const vector<float> exact = check::numbers(n), other = check::numbers(n);
     vector<float> nearest;
-    vector<uint16_t> halves;
+    vector<uint16_t> halves, float16;
+    vector<float> wide, digits;
     for (const float value : exact) nearest.push_back(check::nearest_bfloat16(value));
     for (const float value : nearest) halves.push_back(uint16_t(check::bits_of(value) >> 16));
+    for (const float value : exact) {
+        wide.push_back(check::nearest_float16(value));
+        digits.push_back(check::nearest_of(value, 11, -200, 128));
+    }
+    for (const float value : wide) float16.push_back(to_float16(broadcast(value))[0]);
     const int64_t numbers = up_to(n, 2 * PAIRS_AT_ONCE);
     struct {
         const char* name;
         Row row;
         const vector<float>&operands, &as_it_came;
-    } kinds[] = {{"a float32 row", {exact.data(), false, false}, exact, exact},
-                 {"a rounded row", {exact.data(), false, true}, nearest, exact},
-                 {"a bfloat16 row", {halves.data(), true, true}, nearest, nearest}};
+    } kinds[] = {
+        {"a float32 row", {exact.data(), ffk::FLOAT32, ffk::FLOAT32}, exact, exact},
+        {"a rounded row", {exact.data(), ffk::FLOAT32, ffk::BFLOAT16}, nearest, exact},
+        {"a bfloat16 row", {halves.data(), ffk::BFLOAT16, ffk::BFLOAT16}, nearest, nearest},
+        {"a row for float16", {exact.data(), ffk::FLOAT32, ffk::FLOAT16}, digits, exact},
+        {"a float16 row", {float16.data(), ffk::FLOAT16, ffk::FLOAT16}, wide, wide}};
     for (const auto& kind : kinds) {
         vector<float> scratch(static_cast<size_t>(n)), pairs(size_t(numbers / 2), NAN);
         const float* operands = kind.row.operands(n, scratch.data());
-        const char* places = reinterpret_cast<const char*>(kind.row.pairs(n, pairs.data()));
+        const bool in_pairs = kind.row.products != ffk::FLOAT16;
+        const char* places =
+            in_pairs ? reinterpret_cast<const char*>(kind.row.pairs(n, pairs.data())) : nullptr;
         double sum = 0, product = 0, size = 0;
         for (int64_t k = 0; k < numbers; k++) {
             uint16_t number;
-            std::memcpy(&number, places + 2 * k, 2);
-            check::same(number, k < n ? halves[size_t(k)] : 0, "pairs of %s of %lld: [%lld]",
-                        kind.name, (long long)n, (long long)k);
+            if (in_pairs) {
+                std::memcpy(&number, places + 2 * k, 2);
+                check::same(number, k < n ? halves[size_t(k)] : 0, "pairs of %s of %lld: [%lld]",
+                            kind.name, (long long)n, (long long)k);
+            }
             if (k >= n) continue;
             const float expected = kind.operands[size_t(k)], came = kind.as_it_came[size_t(k)];
             check::near(operands[k], expected, 0, "operands of %s of %lld: [%lld]", kind.name,

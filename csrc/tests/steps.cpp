@@ -23,11 +23,12 @@ struct Layer {
 
     int step(int64_t n_pos, int64_t n_neg, int64_t in, int64_t out, int threads) {
         ffk::Call call{};
-        call.rows.x_pos = {x_pos.data(), n_pos, in, in, 0};
-        call.rows.x_neg = {x_neg.data(), n_neg, in, in, 0};
-        call.layer.weight = {weight.data(), out, in, in, 0}, call.layer.bias = bias.data();
+        call.rows.x_pos = {x_pos.data(), n_pos, in, in, ffk::FLOAT32};
+        call.rows.x_neg = {x_neg.data(), n_neg, in, in, ffk::FLOAT32};
+        call.layer.weight = {weight.data(), out, in, in, ffk::FLOAT32},
+        call.layer.bias = bias.data();
         call.layer.norm = ffk::NORM_L2, call.layer.eps = 1e-4;
-        call.outputs.y = {y.data(), n_pos + n_neg, out, out, 0};
+        call.outputs.y = {y.data(), n_pos + n_neg, out, out, ffk::FLOAT32};
         call.outputs.sumsq = sumsq.data(), call.outputs.loss_out = &loss;
         call.goal.temperature = call.goal.alpha = 1, call.goal.maximize = 1;
         call.goal.threshold_pos = call.goal.threshold_neg = 0.5;

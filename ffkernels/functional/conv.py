@@ -210,9 +210,9 @@ def conv2d_step_(
         batch_norm: a `torch.nn.BatchNorm2d` behind the pool: the objective reads the moments of its signed output,
             which the result hands on; the optimizer must hold its weight and bias too. In train mode its statistics
             are those of the batch, both sides together, and the running ones move.
-        backend: as in `linear_step_`. "native" has neither gelu nor silu, no leaky_relu in front of maximum pooling, no
-            windows that overlap or have more than 256 places, and no float64; "triton" has no convolutions yet. Where
-            the environment alone forces a backend that cannot run a convolution, the next that can does.
+        backend: as in `linear_step_`. "native" has no leaky_relu in front of maximum pooling, no windows that overlap
+            or have more than 256 places, no float16 and no float64; "triton" has no convolutions yet. Where the
+            environment alone forces a backend that cannot run a convolution, the next that can does.
 
     Returns:
         `y` `[rows, out, h, w]`, channels-last; `sumsq` `[rows]` over all of a row; goodness and loss as ever.

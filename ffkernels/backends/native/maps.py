@@ -9,21 +9,24 @@ from torch import Tensor
 
 from ...spec import Geometry, Layer, MapGradients, MapRows, Maps, MapSlopes
 from ..eager.conv import POOLED_FIRST, by_weight, nothing, product, size_of, summed, unsaturated
+from ..eager.layer import ACTIVATIONS
 from .library import load
 from .records import MEMBERS, PASS_LAYOUT, MapsPass
 
 MOST_PLACES = 256  # of a window, whose places are numbered by bytes
+# Activations whose maximum over a window is compiled.
+_POOLED = [name for name, activation in ACTIVATIONS.items() if name in POOLED_FIRST or activation.keeps_z]
 
 
-def unsupported_pool(geometry: Geometry, activation: str) -> str | None:
-    """Why the compiled passes cannot run a convolution's pool, or None."""
+def unsupported(geometry: Geometry, activation: str) -> str | None:
+    """Why the compiled passes cannot run a convolution, or None."""
     (height, width), (down, across) = geometry.pool_size, geometry.pool_stride
     if down < height or across < width:
         return "windows of a pool that overlap: has those that lie apart"
     if height * width > MOST_PLACES:
         return f"a pool of {height} x {width}: has windows of up to {MOST_PLACES} places"
-    if geometry.pool == "max" and activation not in POOLED_FIRST:
-        return f"maximum pooling of {activation}: has it of {', '.join(POOLED_FIRST)}"
+    if geometry.pool == "max" and activation not in _POOLED:
+        return f"maximum pooling of {activation}: has it of {', '.join(_POOLED)}"
     return None
 
 
@@ -46,17 +49,18 @@ def conv2d_forward_like(
 def conv2d_gradients_(rows: MapRows, layer: Layer, geometry: Geometry, maps: Maps, slopes: MapSlopes) -> MapGradients:
     """See `ops.SCHEMAS`."""
     memory = maps.before
-    if geometry.pool == "max":
+    only_memory = geometry.pool == "max" and not ACTIVATIONS[layer.activation].keeps_z
+    if only_memory:
         maps = maps._replace(before=memory[:0])
     if slopes.gain is None:
         rows, maps, slopes = unsaturated(rows, maps, slopes)
     (count, channels), size = maps.p.shape[:2], size_of(rows, layer, geometry)
     if count == 0:
         return nothing(rows, layer, geometry, slopes)
-    if geometry.pool == "max":
+    if only_memory:
         dz = memory[:count]
-    # An average's gradient takes the place of what it reads, but where there are places in no window.
-    elif geometry.pool == "average" and not _has_gaps(geometry, size):
+    # A gradient takes the place of what it reads, but where there are places in no window.
+    elif maps.before.numel() and not _has_gaps(geometry, size):
         dz = maps.before
     else:
         dz = _channels_last(maps.p, size)
@@ -77,10 +81,13 @@ def _given(slopes: MapSlopes, channels: int) -> dict[str, Tensor | None]:
 
 
 def _maps_of(z: Tensor, layer: Layer, geometry: Geometry, is_centred: bool, pivot: Tensor | None) -> Maps:
-    """Room for what a forward pass makes of products `z`; without a pool activities come in their place."""
+    """Room for what a forward pass makes of products `z`; without a pool activities come in their place, unless the
+    slope is read from them."""
     rows, channels = z.shape[:2]
     p, before, where = z, z.new_empty(0), z.new_empty(0, dtype=torch.uint8)
-    if geometry.pool != "none":
+    if geometry.pool == "none" and ACTIVATIONS[layer.activation].keeps_z:
+        p, before = torch.empty_like(z), z
+    elif geometry.pool != "none":
         sides = zip(_size(z), geometry.pool_size, geometry.pool_stride, strict=True)
         height, width = [(side - of) // step + 1 for side, of, step in sides]
         p, before = _channels_last(z, (height, width)), z

@@ -26,7 +26,7 @@ ENUMERATIONS = {
     spec.Rule: ("Rule", ""),
     spec.Pool: ("Pool", "POOL_"),
 }
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class MapsPass(NamedTuple):
@@ -101,7 +101,7 @@ class Member(NamedTuple):
 
 
 MATRIX_MEMBERS = (
-    ("void*", "at"), ("int64_t", "rows"), ("int64_t", "columns"), ("int64_t", "stride"), ("int32_t", "is_bfloat16"),
+    ("void*", "at"), ("int64_t", "rows"), ("int64_t", "columns"), ("int64_t", "stride"), ("Dtype", "dtype"),
 )  # fmt: skip
 MATRIX = "Pqqqi0q"
 SLOT = f"{STATES}P{len(spec.Numbers._fields)}d"
@@ -161,9 +161,7 @@ def header() -> str:
     dtypes = ", ".join(str(dtype).removeprefix("torch.").upper() for dtype in DTYPES)
     lines += [f"enum Dtype : int32_t {{ {dtypes} }};", ""]
     lines += ["// Row-major; rows lie `stride` numbers apart. `at` is null where there is none."]
-    lines += _structure(
-        "Matrix", ["void* at", "int64_t rows", "int64_t columns", "int64_t stride", "int32_t is_bfloat16"]
-    )
+    lines += _structure("Matrix", ["void* at", "int64_t rows", "int64_t columns", "int64_t stride", "Dtype dtype"])
     lines += _structure("Numbers", [f"double {name}" for name in spec.Numbers._fields])
     lines += _structure("Slot", [f"float* state[{STATES}]", "Numbers numbers"])
     for record in RECORDS.values():

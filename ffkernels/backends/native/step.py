@@ -12,12 +12,11 @@ from ... import spec
 from ...spec import Goal, Layer, Outputs, PeerPull, Rows, Slopes, Slot, Update
 from . import maps
 from .library import load
-from .records import LAYOUT, MEMBERS, NO_MATRIX, NOTHING, STATES
+from .records import DTYPES, LAYOUT, MEMBERS, NO_MATRIX, NOTHING, STATES
 
 if TYPE_CHECKING:
     from ..select import Request
 
-_ACTIVATIONS = ("relu", "leaky_relu", "identity")
 # Those that csrc/cpu/objective.h and classes.h have.
 LOSSES = ("logistic", "symba", "swish", "cross_entropy", "pvn", "cwc")
 _RULES = get_args(spec.Rule)
@@ -37,20 +36,14 @@ def unsupported(request: Request) -> str | None:
         return load().reason
     if request.dtype != torch.float32:
         return f"{request.dtype} parameters: has float32 ones"
-    if request.compute_dtype == torch.float16:
-        return "torch.float16 products: has float32 and bfloat16 ones"
-    if request.activation not in _ACTIVATIONS:
-        return f"activation {request.activation!r}: has {', '.join(_ACTIVATIONS)}"
-    if request.geometry is not None and (reason := maps.unsupported_pool(request.geometry, request.activation)):
+    if request.geometry is not None and request.compute_dtype == torch.float16:
+        return "torch.float16 products of a convolution: has float32 and bfloat16 ones"
+    if request.geometry is not None and (reason := maps.unsupported(request.geometry, request.activation)):
         return reason
     if request.shares:
         return "finds out by itself what rows share: takes no product"
     if request.rule is not None and request.rule not in _RULES:
         return f"rule {request.rule!r}: has {', '.join(_RULES)}"
-    if request.peer == "gated" or (request.peer and request.activation == "leaky_relu"):
-        return (
-            f"{request.peer} peer normalisation of {request.activation}: has it straight through, of relu and identity"
-        )
     return None
 
 
@@ -153,7 +146,7 @@ class _Call:
         numbers = slot.numbers or _NO_NUMBERS
         values += numbers if slot.lr is None else (float(slot.lr), *numbers[1:])
 
-    def _matrix(self, tensor: Tensor, is_whole: bool, is_written: bool) -> tuple[int, int, int, int, bool]:
+    def _matrix(self, tensor: Tensor, is_whole: bool, is_written: bool) -> tuple[int, int, int, int, int]:
         """`is_whole`: the library takes such a matrix without gaps; of others, only the rows must be."""
         if is_written:
             tensor = self._written(tensor, tensor.dtype)
@@ -164,7 +157,7 @@ class _Call:
                 tensor = tensor.contiguous()
             self.alive.append(tensor)
         rows, columns = tensor.shape
-        return tensor.data_ptr(), rows, columns, tensor.stride(0), tensor.dtype == torch.bfloat16
+        return tensor.data_ptr(), rows, columns, tensor.stride(0), DTYPES.index(tensor.dtype)
 
     def _read(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         if tensor.dtype != dtype or not tensor.is_contiguous():

@@ -1,0 +1,6 @@
+"""Several processes on `torch.distributed`: rows divided among them, or layers. Launched by `torchrun`."""
+
+from .data import DataParallel
+from .processes import ProcessLost
+
+__all__ = ["DataParallel", "ProcessLost"]

@@ -1,0 +1,161 @@
+"""Networks, optimizers and batches that tests of several processes train; what each process runs of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
+
+import ffkernels as ff
+from ffkernels.objectives import AnyObjective
+
+IN, CLASSES = 12, 4
+
+
+def _mean_square(goodness: Tensor, is_positive: Tensor) -> Tensor:
+    return (goodness - torch.where(is_positive, 2.0, 0.5)).square().mean()
+
+
+def _sum_of_classes(goodness: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(goodness, labels, reduction="sum") / 64
+
+
+OBJECTIVES: dict[str, Callable[[], AnyObjective]] = {
+    "logistic": lambda: ff.Objective(),
+    "sum_of_means": lambda: ff.Objective(reduction="sum_of_means", threshold=(1.0, 0.5)),
+    "sum goodness": lambda: ff.Objective(goodness="sum", threshold=4.0, temperature=2.0),
+    "norm goodness, minimised": lambda: ff.Objective(goodness="norm", maximize=False),
+    "symba": lambda: ff.Objective(loss="symba", alpha=4.0),
+    "swish": lambda: ff.Objective(loss="swish", alpha=6.0),
+    "cross_entropy": lambda: ff.Objective(loss="cross_entropy", classes=CLASSES, label_smoothing=0.1),
+    "pvn": lambda: ff.Objective(loss="pvn", classes=CLASSES, goodness="mean"),
+    "cwc": lambda: ff.Objective(loss="cwc", classes=CLASSES, goodness="activity"),
+    "projection": lambda: ff.ProjectionHead(CLASSES),
+    "prototypes": lambda: ff.ProjectionHead(CLASSES, form="prototypes"),
+    "given mean": lambda: ff.GivenLoss(_mean_square),
+    "given sum": lambda: ff.GivenLoss(_sum_of_classes, classes=CLASSES),
+}
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+    "sgd": lambda p: SGD(p, lr=0.05, momentum=0.9, weight_decay=0.01),
+    "adam": lambda p: Adam(p, lr=0.003, eps=1e-3),
+    "adamw": lambda p: AdamW(p, lr=0.003, eps=1e-3),
+    "rmsprop": lambda p: RMSprop(p, lr=0.001, eps=1e-2),
+}
+
+
+class Case(NamedTuple):
+    """What is trained: a network by the name of its kind, and how."""
+
+    objective: str = "logistic"
+    outputs: str = "pre"
+    optimizer: str = "adam"
+    dtype: torch.dtype = torch.float64
+    options: tuple[tuple[str, Any], ...] = ()
+    kind: str = "linear"
+    sides: str = "apart"
+    weighted: bool = False
+    steps: int = 5
+
+    @property
+    def of_classes(self) -> bool:
+        return OBJECTIVES[self.objective]().classes is not None
+
+    def net(self) -> ff.FFNetwork:
+        torch.manual_seed(3)
+        options: dict[str, Any] = {"dtype": self.dtype, **dict(self.options)}
+        objectives = [OBJECTIVES[self.objective]() for _ in range(3)]
+        if self.kind == "linear":
+            widths = (IN, 20, 16, 12)
+            return ff.FFNetwork(
+                ff.FFLinear(a, b, objective=o, outputs=self.outputs, **options)
+                for a, b, o in zip(widths[:-1], widths[1:], objectives, strict=True)
+            )
+        return ff.FFNetwork(
+            [
+                ff.FFConv2d(2, 8, 3, padding=1, pool=2, objective=objectives[0], **options),
+                nn.AvgPool2d(2),
+                nn.Flatten(),
+                ff.FFLinear(8 * 2 * 2, 12, objective=objectives[1], outputs="pre", dtype=self.dtype),
+            ]
+        )
+
+    def batch(self, step: int, splits: Sequence[int]) -> list[tuple[tuple[Tensor, Tensor | None], dict[str, Tensor]]]:
+        """What each process steps on, and behind it the joint batch."""
+        generator = torch.Generator().manual_seed(step)
+
+        def rows(count: int) -> Tensor:
+            shape = (count, IN) if self.kind == "linear" else (count, 2, 8, 8)
+            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(self.dtype)
+
+        parts: list[Any] = []
+        for i, count in enumerate(splits):
+            pos = rows(count)
+            weight = torch.rand(count, generator=generator, dtype=torch.float64).to(self.dtype) + 0.5
+            if self.of_classes:
+                labels = torch.randint(CLASSES, (count,), generator=generator)
+                parts.append((pos, pos[:0], labels, weight, weight[:0]))
+                continue
+            is_paired = OBJECTIVES[self.objective]().paired
+            # Sides of other sizes, where nothing makes them equal.
+            neg = rows(count if is_paired or count == 0 else count + i)
+            more = torch.rand(len(neg), generator=generator, dtype=torch.float64).to(self.dtype) + 0.5
+            parts.append((pos, neg, None, weight, weight[:0] if is_paired else more))
+        joint = [None if values[0] is None else torch.cat(values) for values in zip(*parts, strict=True)]
+        return [self._as_arguments(part, step) for part in (*parts, joint)]
+
+    def _as_arguments(self, part: Any, step: int) -> tuple[tuple[Tensor, Tensor | None], dict[str, Tensor]]:
+        pos, neg, labels, *weights = part
+        options = {"sample_weight": torch.cat(weights)} if self.weighted else {}
+        if self.of_classes:
+            return (pos, None), {**options, "labels": labels}
+        if self.sides == "apart":
+            return (pos, neg), options
+        order = torch.randperm(len(pos) + len(neg), generator=torch.Generator().manual_seed(step))
+        if self.weighted:
+            options = {"sample_weight": options["sample_weight"][order]}
+        is_positive = torch.arange(len(pos) + len(neg)) < len(pos)
+        return (torch.cat([pos, neg])[order], None), {**options, "is_positive": is_positive[order]}
+
+
+def state_of(net: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """The numbers that training has moved, by name."""
+    numbers = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    for i, parameter in enumerate(net.parameters()):
+        for key, tensor in optimizer.state[parameter].items():
+            if isinstance(tensor, Tensor):
+                numbers[f"state {i} {key}"] = tensor.clone()
+    return numbers
+
+
+def trained_alone(case: Case, splits: Sequence[int]) -> tuple[dict[str, Tensor], Tensor]:
+    """One process on the joint batches: what is trained, and `[steps, layers]` losses."""
+    net = case.net()
+    optimizer = OPTIMIZERS[case.optimizer](net.parameters())
+    losses = []
+    for step in range(case.steps):
+        rows, options = case.batch(step, splits)[-1]
+        losses.append(torch.stack([result.loss for result in net.step(*rows, optimizer, **options)]))
+    return state_of(net, optimizer), torch.stack(losses)
+
+
+def trained_together(case: Case, splits: Sequence[int], rank: int) -> tuple[dict[str, Tensor], Tensor]:
+    """What a process of this rank has after its steps on its own rows."""
+    net = case.net()
+    if rank:
+        with torch.no_grad():
+            for p in net.parameters():
+                p.zero_()
+    optimizer = OPTIMIZERS[case.optimizer](net.parameters())
+    given = {"given mean": "mean", "given sum": "sum"}.get(case.objective)
+    parallel = ff.parallel.DataParallel(net, given_loss=given)
+    losses = []
+    for step in range(case.steps):
+        rows, options = case.batch(step, splits)[rank]
+        results = parallel.step(*rows, optimizer, **options)
+        assert all(len(result.goodness) == sum(map(len, [t for t in rows if t is not None])) for result in results)
+        losses.append(torch.stack([result.loss for result in results]))
+    return state_of(net, optimizer), torch.stack(losses)

@@ -1,0 +1,90 @@
+"""Several processes on gloo: data parallel against one process on the joint batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+
+import ffkernels as ff
+from tests.parallel_cases import OBJECTIVES, Case, trained_alone, trained_together
+from tests.processes import Processes
+
+RELATIVE = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Processes]:
+    processes = Processes(2)
+    yield processes
+    processes.stop()
+
+
+@pytest.fixture(scope="module")
+def three() -> Iterator[Processes]:
+    processes = Processes(3)
+    yield processes
+    processes.stop()
+
+
+def check_as_one(processes: Processes, case: Case, splits: Sequence[int]) -> None:
+    """All processes end up with the same bits, and with what one process has on the joint batch."""
+    found = processes.run(trained_together, case, splits, each=[(rank,) for rank in range(len(splits))])
+    expected, losses = trained_alone(case, splits)
+    (first, first_losses), *others = found
+    for other, other_losses in others:
+        assert torch.equal(first_losses, other_losses)
+        for name, tensor in first.items():
+            assert torch.equal(tensor, other[name]), name
+    bound = RELATIVE[case.dtype]
+    torch.testing.assert_close(first_losses, losses, rtol=10 * bound, atol=bound)
+    assert first.keys() == expected.keys()
+    for name, tensor in expected.items():
+        error = (first[name] - tensor).double().norm() / tensor.double().norm().clamp(min=1e-30)
+        assert error <= bound, f"{name}: {error}"
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_two_processes_are_one_on_the_joint_batch(two, objective):
+    check_as_one(two, Case(objective), (5, 8))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "rmsprop"])
+@pytest.mark.parametrize("outputs", ["pre", "post"])
+def test_optimizers_and_hand_overs(two, optimizer, outputs):
+    check_as_one(two, Case("logistic", outputs, optimizer), (6, 6))
+
+
+@pytest.mark.parametrize("objective", ["logistic", "sum_of_means", "symba", "cross_entropy", "projection"])
+def test_weights_of_rows(two, objective):
+    check_as_one(two, Case(objective, weighted=True), (7, 4))
+
+
+@pytest.mark.parametrize("objective", ["logistic", "sum_of_means", "symba", "given mean"])
+def test_rows_in_any_order(two, objective):
+    check_as_one(two, Case(objective, sides="mixed", weighted=objective == "logistic"), (7, 4))
+
+
+@pytest.mark.parametrize("objective", ["logistic", "sum_of_means", "swish", "cwc", "projection", "given mean"])
+def test_three_processes_one_of_them_without_rows(three, objective):
+    check_as_one(three, Case(objective), (4, 0, 7))
+
+
+@pytest.mark.parametrize("outputs", ["pre", "post"])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_peers_are_those_of_all_processes(three, outputs, gated, activation):
+    peer = ff.PeerNormalisation(strength=0.5, gated=gated)
+    check_as_one(three, Case(outputs=outputs, options=(("peer", peer), ("activation", activation))), (5, 3, 0))
+
+
+@pytest.mark.parametrize("outputs", ["pre", "post"])
+@pytest.mark.parametrize("objective", ["logistic", "cross_entropy"])
+def test_fifty_steps_in_float32(two, objective, outputs):
+    check_as_one(two, Case(objective, outputs, "sgd", torch.float32, steps=50), (9, 7))
+
+
+@pytest.mark.parametrize("objective", ["logistic", "symba", "cross_entropy", "projection", "given mean"])
+def test_convolutions(two, objective):
+    check_as_one(two, Case(objective, kind="convolution"), (3, 5))

@@ -104,8 +104,12 @@ class Case(NamedTuple):
             neg = rows(count if is_paired or count == 0 else count + i)
             more = torch.rand(len(neg), generator=generator, dtype=torch.float64).to(self.dtype) + 0.5
             parts.append((pos, neg, None, weight, weight[:0] if is_paired else more))
+        arguments = [self._as_arguments(part, step) for part in parts]
+        if self.sides == "mixed":
+            options = {name: torch.cat([of[name] for _, of in arguments]) for name in arguments[0][1]}
+            return [*arguments, ((torch.cat([x for (x, _), _ in arguments]), None), options)]
         joint = [None if values[0] is None else torch.cat(values) for values in zip(*parts, strict=True)]
-        return [self._as_arguments(part, step) for part in (*parts, joint)]
+        return [*arguments, self._as_arguments(joint, step)]
 
     def _as_arguments(self, part: Any, step: int) -> tuple[tuple[Tensor, Tensor | None], dict[str, Tensor]]:
         pos, neg, labels, *weights = part
@@ -140,6 +144,26 @@ def trained_alone(case: Case, splits: Sequence[int]) -> tuple[dict[str, Tensor],
         rows, options = case.batch(step, splits)[-1]
         losses.append(torch.stack([result.loss for result in net.step(*rows, optimizer, **options)]))
     return state_of(net, optimizer), torch.stack(losses)
+
+
+def trained_by_parts(case: Case, splits: Sequence[int]) -> dict[str, Tensor]:
+    """One process with a copy of the network for each split, whose gradients and statistics count by their rows."""
+    nets = [case.net() for _ in splits]
+    optimizer = OPTIMIZERS[case.optimizer](nets[0].parameters())
+    for step in range(case.steps):
+        rows = [sum(len(x) for x in sides if x is not None) for sides, _ in case.batch(step, splits)[:-1]]
+        shares = [count / sum(rows) for count in rows]
+        for net, (sides, options) in zip(nets, case.batch(step, splits)[:-1], strict=True):
+            net.step(*sides, None, **options)
+        for parameters in zip(*[net.parameters() for net in nets], strict=True):
+            parameters[0].grad = sum(share * p.grad for share, p in zip(shares, parameters, strict=True))
+        optimizer.step()
+        for buffers in zip(*[net.buffers() for net in nets], strict=True):
+            if buffers[0].is_floating_point():
+                buffers[0].copy_(sum(share * t for share, t in zip(shares, buffers, strict=True)))
+        for net in nets[1:]:
+            net.load_state_dict(nets[0].state_dict())
+    return state_of(nets[0], optimizer)
 
 
 def trained_together(case: Case, splits: Sequence[int], rank: int) -> tuple[dict[str, Tensor], Tensor]:

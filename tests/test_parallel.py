@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
+from torch import Tensor
 
 import ffkernels as ff
-from tests.parallel_cases import OBJECTIVES, Case, trained_alone, trained_together
+from tests.parallel_cases import OBJECTIVES, Case, trained_alone, trained_by_parts, trained_together
 from tests.processes import Processes
 
 RELATIVE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -28,20 +29,30 @@ def three() -> Iterator[Processes]:
     processes.stop()
 
 
-def check_as_one(processes: Processes, case: Case, splits: Sequence[int]) -> None:
-    """All processes end up with the same bits, and with what one process has on the joint batch."""
+def trained_by_all(processes: Processes, case: Case, splits: Sequence[int]) -> tuple[dict[str, Tensor], Tensor]:
+    """What all processes end up with, bit for bit."""
     found = processes.run(trained_together, case, splits, each=[(rank,) for rank in range(len(splits))])
-    expected, losses = trained_alone(case, splits)
     (first, first_losses), *others = found
     for other, other_losses in others:
         assert torch.equal(first_losses, other_losses)
         for name, tensor in first.items():
             assert torch.equal(tensor, other[name]), name
+    return first, first_losses
+
+
+def check_as_one(processes: Processes, case: Case, splits: Sequence[int]) -> None:
+    """All processes end up with what one has on the joint batch."""
+    found, found_losses = trained_by_all(processes, case, splits)
+    expected, losses = trained_alone(case, splits)
     bound = RELATIVE[case.dtype]
-    torch.testing.assert_close(first_losses, losses, rtol=10 * bound, atol=bound)
-    assert first.keys() == expected.keys()
+    torch.testing.assert_close(found_losses, losses, rtol=10 * bound, atol=bound)
+    check_close(found, expected, bound)
+
+
+def check_close(found: dict[str, Tensor], expected: dict[str, Tensor], bound: float) -> None:
+    assert found.keys() == expected.keys()
     for name, tensor in expected.items():
-        error = (first[name] - tensor).double().norm() / tensor.double().norm().clamp(min=1e-30)
+        error = (found[name] - tensor).double().norm() / tensor.double().norm().clamp(min=1e-30)
         assert error <= bound, f"{name}: {error}"
 
 
@@ -88,3 +99,27 @@ def test_fifty_steps_in_float32(two, objective, outputs):
 @pytest.mark.parametrize("objective", ["logistic", "symba", "cross_entropy", "projection", "given mean"])
 def test_convolutions(two, objective):
     check_as_one(two, Case(objective, kind="convolution"), (3, 5))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("linear", (("batch_norm", "behind"),)),
+        ("convolution", (("batch_norm", "behind"),)),
+        ("convolution", (("batch_norm", "before"),)),
+    ],
+)
+@pytest.mark.parametrize("objective", ["logistic", "cross_entropy"])
+def test_batch_normalisation_goes_by_each_process_s_own_rows(three, kind, options, objective):
+    splits = (4, 2, 6)
+    case = Case(objective, kind=kind, options=options)
+    found, _ = trained_by_all(three, case, splits)
+    assert any("running_mean" in name and tensor.any() for name, tensor in found.items())
+    check_close(found, trained_by_parts(case, splits), 1e-10)
+
+
+def test_batch_normalisation_and_a_process_without_rows(three):
+    case = Case("cross_entropy", options=(("batch_norm", "behind"),))
+    found, _ = trained_by_all(three, case, (4, 0, 6))
+    assert all(tensor.isfinite().all() for tensor in found.values())
+    assert found["layers.0.batch_norm.num_batches_tracked"] == case.steps

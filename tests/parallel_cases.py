@@ -12,6 +12,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
 import ffkernels as ff
 from ffkernels.objectives import AnyObjective
+from tests.processes import GROUPS
 
 IN, CLASSES = 12, 4
 
@@ -175,7 +176,7 @@ def trained_together(case: Case, splits: Sequence[int], rank: int) -> tuple[dict
                 p.zero_()
     optimizer = OPTIMIZERS[case.optimizer](net.parameters())
     given = {"given mean": "mean", "given sum": "sum"}.get(case.objective)
-    parallel = ff.parallel.DataParallel(net, given_loss=given)
+    parallel = ff.parallel.DataParallel(net, GROUPS.get(len(splits)), given_loss=given)
     losses = []
     for step in range(case.steps):
         rows, options = case.batch(step, splits)[rank]

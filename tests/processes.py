@@ -9,7 +9,6 @@ import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,12 +19,16 @@ import torch.multiprocessing as mp
 TIMEOUT, PATIENCE = 15, 60
 
 
+# In a process: the group of so many first ranks; that of all is the default.
+GROUPS: dict[int, Any] = {}
+
+
 class Failed(Exception):
     """A process has raised, or died: the text of each rank's error."""
 
 
 class Processes:
-    """`size` processes of one group; `run` calls a function of a module of tests on all of them."""
+    """`size` processes; `run` calls a function of a module of tests on them, or on the first of them."""
 
     def __init__(self, size: int, timeout: float = TIMEOUT) -> None:
         self.size, self.timeout = size, timeout
@@ -33,7 +36,9 @@ class Processes:
         self._start()
 
     def _start(self) -> None:
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
+        # What all of them import is imported once.
+        mp.set_forkserver_preload(["ffkernels", "tests.parallel_cases"])
         self.pipes: list[Any] = []
         self.workers: list[Any] = []
         store = tempfile.mktemp(dir=self.folder.name)
@@ -45,16 +50,17 @@ class Processes:
             self.pipes.append(ours)
             self.workers.append(worker)
 
-    def run(self, function: Callable[..., Any], *args: Any, each: Sequence[tuple[Any, ...]] | None = None) -> list[Any]:
-        """What each rank's call returns, of `args` and, by rank, of `each`.
+    def run(self, function: Callable[..., Any], *args: Any, each: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """What the calls of the first `len(each)` ranks return, of `args` and, by rank, of `each`.
 
         Raises:
             Failed: where one has raised or died; the processes are started anew then.
         """
         name = (function.__module__, function.__qualname__)
-        for rank, pipe in enumerate(self.pipes):
-            pipe.send((name, (*args, *(() if each is None else each[rank]))))
-        answers = [_answer(pipe) for pipe in self.pipes]
+        asked = list(zip(self.pipes, each, strict=False))
+        for pipe, own in asked:
+            pipe.send((name, (*args, *own)))
+        answers = [_answer(pipe) for pipe, _ in asked]
         errors = [error for error, _ in answers]
         if any(error is not None for error in errors):
             self.stop()
@@ -85,6 +91,8 @@ def _work(rank: int, size: int, store: str, timeout: float, pipe: Connection) ->
     os.environ["RANK"], os.environ["WORLD_SIZE"] = str(rank), str(size)
     group = dist.FileStore(store, size)
     dist.init_process_group("gloo", store=group, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
+    for some in range(1, size):
+        GROUPS[some] = dist.new_group(list(range(some)), timeout=timedelta(seconds=timeout))
     while True:
         (module, name), args = pipe.recv()
         torch.manual_seed(0)
@@ -93,7 +101,3 @@ def _work(rank: int, size: int, store: str, timeout: float, pipe: Connection) ->
         except BaseException as error:
             pipe.send((f"{type(error).__name__}: {error}\n{traceback.format_exc()}", None))
 
-
-def root() -> Path:
-    """The repository's folder."""
-    return Path(__file__).parents[1]

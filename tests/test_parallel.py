@@ -16,17 +16,10 @@ RELATIVE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
 @pytest.fixture(scope="module")
-def two() -> Iterator[Processes]:
-    processes = Processes(2)
-    yield processes
-    processes.stop()
-
-
-@pytest.fixture(scope="module")
-def three() -> Iterator[Processes]:
-    processes = Processes(3)
-    yield processes
-    processes.stop()
+def processes() -> Iterator[Processes]:
+    started = Processes(3)
+    yield started
+    started.stop()
 
 
 def trained_by_all(processes: Processes, case: Case, splits: Sequence[int]) -> tuple[dict[str, Tensor], Tensor]:
@@ -57,48 +50,48 @@ def check_close(found: dict[str, Tensor], expected: dict[str, Tensor], bound: fl
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_two_processes_are_one_on_the_joint_batch(two, objective):
-    check_as_one(two, Case(objective), (5, 8))
+def test_two_processes_are_one_on_the_joint_batch(processes, objective):
+    check_as_one(processes, Case(objective), (5, 8))
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "rmsprop"])
 @pytest.mark.parametrize("outputs", ["pre", "post"])
-def test_optimizers_and_hand_overs(two, optimizer, outputs):
-    check_as_one(two, Case("logistic", outputs, optimizer), (6, 6))
+def test_optimizers_and_hand_overs(processes, optimizer, outputs):
+    check_as_one(processes, Case("logistic", outputs, optimizer), (6, 6))
 
 
 @pytest.mark.parametrize("objective", ["logistic", "sum_of_means", "symba", "cross_entropy", "projection"])
-def test_weights_of_rows(two, objective):
-    check_as_one(two, Case(objective, weighted=True), (7, 4))
+def test_weights_of_rows(processes, objective):
+    check_as_one(processes, Case(objective, weighted=True), (7, 4))
 
 
 @pytest.mark.parametrize("objective", ["logistic", "sum_of_means", "symba", "given mean"])
-def test_rows_in_any_order(two, objective):
-    check_as_one(two, Case(objective, sides="mixed", weighted=objective == "logistic"), (7, 4))
+def test_rows_in_any_order(processes, objective):
+    check_as_one(processes, Case(objective, sides="mixed", weighted=objective == "logistic"), (7, 4))
 
 
 @pytest.mark.parametrize("objective", ["logistic", "sum_of_means", "swish", "cwc", "projection", "given mean"])
-def test_three_processes_one_of_them_without_rows(three, objective):
-    check_as_one(three, Case(objective), (4, 0, 7))
+def test_three_processes_one_of_them_without_rows(processes, objective):
+    check_as_one(processes, Case(objective), (4, 0, 7))
 
 
 @pytest.mark.parametrize("outputs", ["pre", "post"])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("activation", ["relu", "silu"])
-def test_peers_are_those_of_all_processes(three, outputs, gated, activation):
+def test_peers_are_those_of_all_processes(processes, outputs, gated, activation):
     peer = ff.PeerNormalisation(strength=0.5, gated=gated)
-    check_as_one(three, Case(outputs=outputs, options=(("peer", peer), ("activation", activation))), (5, 3, 0))
+    check_as_one(processes, Case(outputs=outputs, options=(("peer", peer), ("activation", activation))), (5, 3, 0))
 
 
 @pytest.mark.parametrize("outputs", ["pre", "post"])
 @pytest.mark.parametrize("objective", ["logistic", "cross_entropy"])
-def test_fifty_steps_in_float32(two, objective, outputs):
-    check_as_one(two, Case(objective, outputs, "sgd", torch.float32, steps=50), (9, 7))
+def test_fifty_steps_in_float32(processes, objective, outputs):
+    check_as_one(processes, Case(objective, outputs, "sgd", torch.float32, steps=50), (9, 7))
 
 
 @pytest.mark.parametrize("objective", ["logistic", "symba", "cross_entropy", "projection", "given mean"])
-def test_convolutions(two, objective):
-    check_as_one(two, Case(objective, kind="convolution"), (3, 5))
+def test_convolutions(processes, objective):
+    check_as_one(processes, Case(objective, kind="convolution"), (3, 5))
 
 
 @pytest.mark.parametrize(
@@ -110,16 +103,16 @@ def test_convolutions(two, objective):
     ],
 )
 @pytest.mark.parametrize("objective", ["logistic", "cross_entropy"])
-def test_batch_normalisation_goes_by_each_process_s_own_rows(three, kind, options, objective):
+def test_batch_normalisation_goes_by_each_process_s_own_rows(processes, kind, options, objective):
     splits = (4, 2, 6)
     case = Case(objective, kind=kind, options=options)
-    found, _ = trained_by_all(three, case, splits)
+    found, _ = trained_by_all(processes, case, splits)
     assert any("running_mean" in name and tensor.any() for name, tensor in found.items())
     check_close(found, trained_by_parts(case, splits), 1e-10)
 
 
-def test_batch_normalisation_and_a_process_without_rows(three):
+def test_batch_normalisation_and_a_process_without_rows(processes):
     case = Case("cross_entropy", options=(("batch_norm", "behind"),))
-    found, _ = trained_by_all(three, case, (4, 0, 6))
+    found, _ = trained_by_all(processes, case, (4, 0, 6))
     assert all(tensor.isfinite().all() for tensor in found.values())
     assert found["layers.0.batch_norm.num_batches_tracked"] == case.steps

@@ -73,6 +73,10 @@ def checked_network(net: object) -> FFNetwork:
         raise TypeError(f"net is a {type(net).__name__}; accepted: an ffkernels.FFNetwork{hint}")
     for name, tensor in (*net.named_parameters(), *net.named_buffers()):
         check.tensor(f"net.{name}", tensor)
+    for i, layer in enumerate(net):
+        for name, parameter in (("weight", layer.weight), ("bias", layer.bias)):
+            if parameter is not None and not (parameter.is_leaf and not parameter.requires_grad):
+                check.trainable(f"net.layers[{i}].{name}", parameter)
     devices = {tensor.device for tensor in (*net.parameters(), *net.buffers())}
     if len(devices) > 1:
         raise ValueError(f"net is on {', '.join(sorted(map(str, devices)))}; accepted: one device for each process")

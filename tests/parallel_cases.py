@@ -184,3 +184,47 @@ def trained_together(case: Case, splits: Sequence[int], rank: int) -> tuple[dict
         assert all(len(result.goodness) == sum(map(len, [t for t in rows if t is not None])) for result in results)
         losses.append(torch.stack([result.loss for result in results]))
     return state_of(net, optimizer), torch.stack(losses)
+
+
+def piped(case: Case, splits: Sequence[int], rank: int) -> dict[str, Any]:
+    """What processes that have a layer or two each come to on the joint batches."""
+    net = case.net()
+    pipeline = ff.parallel.Pipeline(net, GROUPS.get(len(splits)))
+    optimizer = OPTIMIZERS[case.optimizer](pipeline.parameters())
+    losses = []
+    for step in range(case.steps):
+        rows, options = case.batch(step, (9,))[-1]
+        if rank:
+            rows, options = (None, None), {}
+        results = pipeline.step(*rows, optimizer, **options)
+        if step % 10 == 0:
+            losses.append(pipeline.losses(results))
+    found = {"losses": torch.stack(losses), "net": pipeline.whole_state_dict()}
+    x = case.batch(1000, (6,))[-1][0][0]
+    pipeline.eval()
+    found |= {"goodness": pipeline.goodness(x), "own": list(pipeline.state_dict())}
+    if case.of_classes or case.kind == "linear":
+        found["predicted"] = pipeline.predict(x, CLASSES)
+        found["predicted by one"] = pipeline.predict(x, CLASSES, layers=[-1])
+    return found
+
+
+def not_piped(case: Case) -> dict[str, Any]:
+    """The same by one process."""
+    net = case.net()
+    optimizer = OPTIMIZERS[case.optimizer](net.parameters())
+    losses = []
+    for step in range(case.steps):
+        rows, options = case.batch(step, (9,))[-1]
+        results = net.step(*rows, optimizer, **options)
+        if step % 10 == 0:
+            losses.append(torch.stack([result.loss for result in results]))
+    x = case.batch(1000, (6,))[-1][0][0]
+    found: dict[str, Any] = {"losses": torch.stack(losses), "net": net.state_dict()}
+    with torch.no_grad():
+        net.eval()
+        found["goodness"] = net.goodness(x)
+    if case.of_classes or case.kind == "linear":
+        found["predicted"] = net.predict(x, CLASSES)
+        found["predicted by one"] = net.predict(x, CLASSES, layers=[-1])
+    return found

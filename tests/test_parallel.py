@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import ffkernels as ff
-from tests.parallel_cases import OBJECTIVES, Case, trained_alone, trained_by_parts, trained_together
+from tests.parallel_cases import OBJECTIVES, Case, not_piped, piped, trained_alone, trained_by_parts, trained_together
 from tests.processes import Processes
 
 RELATIVE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -116,3 +116,39 @@ def test_batch_normalisation_and_a_process_without_rows(processes):
     found, _ = trained_by_all(processes, case, (4, 0, 6))
     assert all(tensor.isfinite().all() for tensor in found.values())
     assert found["layers.0.batch_norm.num_batches_tracked"] == case.steps
+
+
+def check_pipeline(processes: Processes, case: Case, size: int) -> None:
+    """Each process ends up with the very bits of one."""
+    found = processes.run(piped, case, (0,) * size, each=[(rank,) for rank in range(size)])
+    expected = not_piped(case)
+    for of_rank in found:
+        assert of_rank["net"].keys() == expected["net"].keys()
+        for name, tensor in expected["net"].items():
+            assert torch.equal(of_rank["net"][name], tensor), name
+        for name in expected.keys() - {"net"}:
+            assert torch.equal(of_rank[name], expected[name]), name
+    assert [name for of_rank in found for name in of_rank["own"]] == list(expected["net"])
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("outputs", ["pre", "post"])
+def test_a_pipeline_has_the_bits_of_one_process(processes, size, outputs):
+    check_pipeline(processes, Case(outputs=outputs, dtype=torch.float32, steps=200), size)
+
+
+@pytest.mark.parametrize("objective", ["symba", "cross_entropy", "projection", "given mean"])
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_pipelines_of_every_kind(processes, objective, kind):
+    check_pipeline(processes, Case(objective, kind=kind, weighted=objective == "symba"), 2)
+
+
+@pytest.mark.parametrize("sides", ["apart", "mixed"])
+def test_a_pipeline_hands_on_what_is_known_of_rows(processes, sides):
+    check_pipeline(processes, Case(sides=sides, weighted=True), 3)
+
+
+def test_a_pipeline_of_batch_normalisation_and_of_rounded_products(processes):
+    check_pipeline(processes, Case("cross_entropy", kind="convolution", options=(("batch_norm", "behind"),)), 2)
+    rounded = (("compute_dtype", torch.bfloat16),)
+    check_pipeline(processes, Case(dtype=torch.float32, options=rounded, steps=20), 3)

@@ -423,10 +423,18 @@ class FFNetwork(nn.Module):
             )
         return optimizers
 
-    def _pass(self, x: Tensor, keep: bool = True, **shared: Any) -> Iterable[tuple[Layer, Ran]]:
-        """Layers and what each leaves; without `keep` the last linear layer's activities are left out."""
+    def _pass(
+        self, x: Tensor, keep: bool = True, input_sumsq: Tensor | None = None, **shared: Any
+    ) -> Iterable[tuple[Layer, Ran]]:
+        """Layers and what each leaves; without `keep` the last linear layer's activities are left out.
+
+        `input_sumsq`: the rows' sums of squares, where they are known.
+        """
         sumsq: Tensor | None = None
-        x = self._into(0, x)
+        if input_sumsq is None:
+            x = self._into(0, x)
+        else:
+            x, sumsq = self._between(0, x, input_sumsq)
         for index, layer in enumerate(self, 1):
             ran = layer._run(x, sumsq, keep=keep or index < len(self.layers), **shared)
             shared = {}
@@ -465,10 +473,13 @@ class FFNetwork(nn.Module):
         classes = self._classes(range(len(self.layers)))
         per_layer = []
         for i, (layer, ran) in enumerate(self._pass(x, keep=classes is not None, **shared)):
-            own = overridden(layer, "goodness")
-            per_layer.append(layer.goodness(self._into(i, x)) if own else layer._goodness_of(ran))
+            per_layer.append(self._goodness(i, layer, ran, x))
             x = ran.y
         return torch.stack(per_layer, dim=1)
+
+    def _goodness(self, index: int, layer: Layer, ran: Ran, x: Tensor) -> Tensor:
+        """A layer's goodness, from what it has left of rows `x`."""
+        return layer.goodness(self._into(index, x)) if overridden(layer, "goodness") else layer._goodness_of(ran)
 
     def _classes(self, layers: Iterable[int]) -> int | None:
         """How many classes the objectives of these layers have, which must be the same number, or none."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -228,3 +230,90 @@ def not_piped(case: Case) -> dict[str, Any]:
         found["predicted"] = net.predict(x, CLASSES)
         found["predicted by one"] = net.predict(x, CLASSES, layers=[-1])
     return found
+
+
+def refused(case: Case, wrong: str, size: int, rank: int) -> tuple[str, bool]:
+    """The error of a step whose last process is given something `wrong`, and whether everything is as before."""
+    net = case.net()
+    optimizer = OPTIMIZERS[case.optimizer](net.parameters())
+    parallel = ff.parallel.DataParallel(net, GROUPS.get(size))
+    (pos, neg), options = case.batch(0, (4,) * size)[rank]
+    parallel.step(pos, neg, optimizer, **options)
+    before = state_of(net, optimizer)
+    if rank == size - 1:
+        if wrong == "columns":
+            pos = pos[:, 1:]
+        elif wrong == "labels":
+            options = {"labels": options["labels"] + CLASSES}
+        elif wrong == "rows":
+            pos = pos[:1]
+            options = {name: values[:1] for name, values in options.items()}
+        elif wrong == "optimizer":
+            optimizer = SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    try:
+        parallel.step(pos, neg, optimizer, **options)
+        text = ""
+    except ValueError as error:
+        text = str(error)
+    after = state_of(net, optimizer) if wrong != "optimizer" or rank < size - 1 else before
+    # The processes still know each other.
+    sums = torch.ones(())
+    torch.distributed.all_reduce(sums, group=GROUPS.get(size))
+    return text, all(torch.equal(before[name], after[name]) for name in before) and sums.item() == size
+
+
+def killed(kind: str, size: int, rank: int) -> tuple[str, bool]:
+    """What a process says whose last neighbour is killed between two steps, and whether its numbers are whole."""
+    case = Case(dtype=torch.float32)
+    net = case.net()
+    trains: Any = (ff.parallel.DataParallel if kind == "data" else ff.parallel.Pipeline)(net, GROUPS.get(size))
+    parameters = list(net.parameters() if kind == "data" else trains.parameters())
+    optimizer = OPTIMIZERS[case.optimizer](parameters)
+    text = ""
+    try:
+        for step in range(1000):
+            if step == 3 and rank == size - 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            trains.step(*case.batch(step, (4,) * size)[rank][0], optimizer)
+    except ff.parallel.ProcessLost as error:
+        text = str(error)
+    return text, all(bool(p.isfinite().all()) for p in parameters)
+
+
+def with_hooks(size: int, rank: int) -> tuple[list[Tensor], Tensor]:
+    """What a gradient hook sees, and the gradient that it leaves."""
+    case = Case()
+    net = case.net()
+    seen: list[Tensor] = []
+    weight = net.layers[0].weight
+
+    def halved(gradient: Tensor) -> Tensor:
+        seen.append(gradient.clone())
+        return gradient / 2
+
+    weight.register_hook(halved)
+    parallel = ff.parallel.DataParallel(net, GROUPS.get(size))
+    parallel.step(*case.batch(0, (4, 6))[rank][0], None)
+    assert weight.grad is not None
+    return seen, weight.grad
+
+
+def partly_frozen(size: int, rank: int) -> tuple[dict[str, Tensor], Tensor]:
+    """A network whose first layer, with batch normalisation, does not learn; and its losses."""
+    case = Case(options=(("batch_norm", "behind"),))
+    net = case.net()
+    net.layers[0].requires_grad_(False)
+    optimizer = SGD([p for p in net.parameters() if p.requires_grad], lr=0.1)
+    parallel = ff.parallel.DataParallel(net, GROUPS.get(size))
+    results = parallel.step(*case.batch(0, (4, 6))[rank][0], optimizer)
+    return state_of(net, optimizer), torch.stack([result.loss for result in results])
+
+
+def layer_by_layer(case: Case, splits: Sequence[int], rank: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Three steps of each layer on the same rows; by one process for rank -1."""
+    net = case.net()
+    optimizer = OPTIMIZERS[case.optimizer](net.parameters())
+    trains = net if rank < 0 else ff.parallel.DataParallel(net, GROUPS.get(len(splits)))
+    rows, options = case.batch(0, splits)[rank]
+    losses = trains.train_layerwise(*rows, optimizer, 3, **options)
+    return state_of(net, optimizer), torch.stack(losses)

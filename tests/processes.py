@@ -1,4 +1,4 @@
-"""Processes that know each other by gloo, one thread each; they run functions that tests name, and never outlive them."""
+"""Processes that know each other by gloo, one thread each, which run functions of tests and never outlive them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,13 @@ GROUPS: dict[int, Any] = {}
 
 
 class Failed(Exception):
-    """A process has raised, or died: the text of each rank's error."""
+    """A process has raised, or died: the text of each rank's error.
+
+    Attributes:
+        values: what those that have not returned.
+    """
+
+    values: list[Any]
 
 
 class Processes:
@@ -65,7 +71,9 @@ class Processes:
         if any(error is not None for error in errors):
             self.stop()
             self._start()
-            raise Failed("\n".join(f"rank {rank}: {error}" for rank, error in enumerate(errors)))
+            failed = Failed("\n".join(f"rank {rank}: {error}" for rank, error in enumerate(errors) if error))
+            failed.values = [value for _, value in answers]
+            raise failed
         return [value for _, value in answers]
 
     def stop(self) -> None:
@@ -100,4 +108,3 @@ def _work(rank: int, size: int, store: str, timeout: float, pipe: Connection) ->
             pipe.send((None, getattr(importlib.import_module(module), name)(*args)))
         except BaseException as error:
             pipe.send((f"{type(error).__name__}: {error}\n{traceback.format_exc()}", None))
-

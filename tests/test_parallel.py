@@ -6,11 +6,26 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 import ffkernels as ff
-from tests.parallel_cases import OBJECTIVES, Case, not_piped, piped, trained_alone, trained_by_parts, trained_together
-from tests.processes import Processes
+from tests.parallel_cases import (
+    OBJECTIVES,
+    OPTIMIZERS,
+    Case,
+    killed,
+    layer_by_layer,
+    not_piped,
+    partly_frozen,
+    piped,
+    refused,
+    trained_alone,
+    trained_by_parts,
+    trained_together,
+    with_hooks,
+)
+from tests.processes import Failed, Processes
 
 RELATIVE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
@@ -20,6 +35,14 @@ def processes() -> Iterator[Processes]:
     started = Processes(3)
     yield started
     started.stop()
+
+
+@pytest.fixture
+def alone(tmp_path) -> Iterator[None]:
+    """A group of this process alone."""
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 def trained_by_all(processes: Processes, case: Case, splits: Sequence[int]) -> tuple[dict[str, Tensor], Tensor]:
@@ -152,3 +175,153 @@ def test_a_pipeline_of_batch_normalisation_and_of_rounded_products(processes):
     check_pipeline(processes, Case("cross_entropy", kind="convolution", options=(("batch_norm", "behind"),)), 2)
     rounded = (("compute_dtype", torch.bfloat16),)
     check_pipeline(processes, Case(dtype=torch.float32, options=rounded, steps=20), 3)
+
+
+@pytest.mark.parametrize("objective", ["logistic", "cross_entropy"])
+def test_layer_by_layer(processes, objective):
+    case, splits = Case(objective), (4, 0, 5)
+    found = processes.run(layer_by_layer, case, splits, each=[(rank,) for rank in range(3)])
+    expected, losses = layer_by_layer(case, splits, -1)
+    for state, of_rank in found:
+        torch.testing.assert_close(of_rank, losses, rtol=1e-10, atol=1e-12)
+        check_close(state, expected, 1e-10)
+
+
+def test_gradient_hooks_see_the_joint_gradient_once(processes):
+    found = processes.run(with_hooks, 2, each=[(0,), (1,)])
+    case = Case()
+    net = case.net()
+    net.step(*case.batch(0, (4, 6))[-1][0], None)
+    for seen, left in found:
+        assert len(seen) == 1
+        torch.testing.assert_close(seen[0], net.layers[0].weight.grad)
+        torch.testing.assert_close(left, net.layers[0].weight.grad / 2)
+
+
+def test_a_frozen_layer_hands_on_and_moves_its_statistics(processes):
+    (state, losses), (other, other_losses) = processes.run(partly_frozen, 2, each=[(0,), (1,)])
+    assert torch.equal(losses, other_losses)
+    assert all(torch.equal(tensor, other[name]) for name, tensor in state.items())
+    net = Case(options=(("batch_norm", "behind"),)).net()
+    assert torch.equal(state["layers.0.weight"], net.layers[0].weight)
+    assert not torch.equal(state["layers.1.weight"], net.layers[1].weight)
+    assert state["layers.0.batch_norm.running_mean"].any()
+    assert state["layers.0.batch_norm.num_batches_tracked"] == 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "objective", "options", "text"),
+    [
+        ("columns", "logistic", (), "x_pos has 11 columns"),
+        ("labels", "cross_entropy", (), "labels hold"),
+        ("rows", "cross_entropy", (("batch_norm", "behind"),), "x_pos has 1 row"),
+        ("optimizer", "logistic", (), "does not hold weight"),
+    ],
+)
+def test_what_one_process_refuses_all_refuse(processes, wrong, objective, options, text):
+    case = Case(objective, options=options)
+    (first, is_as_before), (last, last_is) = processes.run(refused, case, wrong, 2, each=[(0,), (1,)])
+    assert text in last
+    assert "another process refused" in first
+    assert is_as_before
+    assert last_is
+
+
+@pytest.mark.parametrize(("kind", "size"), [("data", 3), ("pipeline", 2)])
+def test_a_killed_process_ends_the_others(processes, kind, size):
+    with pytest.raises(Failed, match=f"rank {size - 1}: died") as failed:
+        processes.run(killed, kind, size, each=[(rank,) for rank in range(size)])
+    for text, is_whole in failed.value.values[:-1]:
+        assert "another process died, or did not answer within the timeout" in text
+        assert is_whole
+
+
+def test_before_there_is_a_group():
+    for kind in (ff.parallel.DataParallel, ff.parallel.Pipeline):
+        with pytest.raises(ValueError, match=r"process_group=None came before .*init_process_group"):
+            kind(Case().net())
+
+
+def wrapped(kind: str) -> nn.Module:
+    net = Case().net()
+    if kind == "ddp":
+        return nn.parallel.DistributedDataParallel(net)
+    return nn.Sequential(net)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "sequential"])
+@pytest.mark.parametrize("parallel", [ff.parallel.DataParallel, ff.parallel.Pipeline])
+def test_wrapped_networks_are_refused(alone, kind, parallel):
+    with pytest.raises(TypeError, match=r"net is a (DistributedDataParallel|Sequential); accepted: .*wrapper"):
+        parallel(wrapped(kind))
+
+
+def test_sharded_parameters_are_refused_by_name(alone):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (1,))
+    x = torch.rand(4, 12, dtype=torch.float64)
+    weight = nn.Parameter(distribute_tensor(torch.rand(5, 12, dtype=torch.float64), mesh, [Shard(0)]))
+    with pytest.raises(TypeError, match="weight is a DTensor; accepted: a plain tensor"):
+        ff.linear_step_(x, x, weight, None, None)
+    net = Case().net()
+    fully_shard(net, mesh=mesh)
+    with pytest.raises(TypeError, match="weight is a DTensor"):
+        net.step(x, x, None)
+    with pytest.raises(TypeError, match=r"net.layers.0.weight is a DTensor"):
+        ff.parallel.DataParallel(net)
+    for use_orig_params in (True, False):
+        net = Case().net()
+        FullyShardedDataParallel(net, use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+        for step in (lambda net=net: net.step(x, x, None), lambda net=net: ff.parallel.DataParallel(net)):
+            with pytest.raises(ValueError, match=r"layers.*weight (lies in a flat parameter|has requires_grad)"):
+                step()
+
+
+def learns_besides(goodness: Tensor, is_positive: Tensor) -> Tensor:
+    return (goodness * torch.ones((), dtype=goodness.dtype, requires_grad=True)).mean()
+
+
+def test_what_cannot_be_put_together_is_refused(alone):
+    net = Case("given mean").net()
+    with pytest.raises(ValueError, match=r"net.layers\[0\].objective is a loss of your own.*given_loss='mean'"):
+        ff.parallel.DataParallel(net)
+    with pytest.raises(ValueError, match="given_loss='median' is not one of 'mean', 'sum'"):
+        ff.parallel.DataParallel(net, given_loss="median")
+    parallel = ff.parallel.DataParallel(Case().net(), given_loss="mean")
+    x = torch.rand(4, 12, dtype=torch.float64)
+    with pytest.raises(ValueError, match="parameters of its own, whose gradients nobody reduces"):
+        parallel.step(x, x, None, objective=learns_besides)
+    net = Case().net()
+    net.layers[1].bias.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"net.layers\[1\] is frozen in part"):
+        ff.parallel.DataParallel(net)
+    net = Case().net()
+    net.layers[2].register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"net.layers\[2\] is watched by hooks"):
+        ff.parallel.DataParallel(net)
+    net = Case().net()
+    net.layers[0].batch_norm = nn.SyncBatchNorm(20)
+    with pytest.raises(TypeError, match=r"net.layers\[0\].batch_norm is a SyncBatchNorm"):
+        ff.parallel.DataParallel(net)
+    for layers in ([2], [1, 2], [0]):
+        with pytest.raises(ValueError, match=r"layers=.* accepted: 1 integers >= 1 that sum to the 3 layers"):
+            ff.parallel.Pipeline(Case().net(), layers=layers)
+
+
+def test_one_process_has_the_numbers_of_a_step_without_a_group(alone):
+    case = Case(optimizer="sgd", dtype=torch.float32)
+    nets = case.net(), case.net()
+    optimizers = [OPTIMIZERS["sgd"](net.parameters()) for net in nets]
+    parallel = ff.parallel.DataParallel(nets[1])
+    (pos, neg), _ = case.batch(0, (6,))[-1]
+    results, features = nets[0].step_and_features(pos, neg, optimizers[0], 4)
+    other_results, other_features = parallel.step_and_features(pos, neg, optimizers[1], 4)
+    torch.testing.assert_close(features, other_features)
+    for result, other in zip(results, other_results, strict=True):
+        torch.testing.assert_close(result.loss, other.loss)
+        torch.testing.assert_close(result.goodness, other.goodness)
+    for p, other in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        torch.testing.assert_close(p, other)

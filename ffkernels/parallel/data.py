@@ -27,7 +27,7 @@ from ..compiling import never_compiled
 from ..functional import StepResult
 from ..functional.plan import others_of
 from ..nn import FFConv2d, FFLinear, FFNetwork
-from ..nn.layer import batch_norms, called_only, overridden
+from ..nn.layer import called_only, overridden
 from ..nn.network import Ready, take_step
 from ..normalisation import row_scale, row_sumsq
 from ..objectives import AnyObjective, GivenLoss, Objective, any_objective
@@ -50,8 +50,8 @@ class DataParallel:
     `outputs="pre"` while the next layer runs; "post" waits for them, since it hands on what the updated weights make.
     Optimizers are the caller's own, one on each process, made and used alike.
 
-    Rows may differ in number, and a process may have none. Batch normalisation goes by the statistics of a process's own
-    rows, as under DistributedDataParallel; its running statistics become the mean over processes, weighted by rows.
+    Rows may differ in number, and a process may have none. Batch normalisation goes by the statistics of a process's
+    own rows, as under DistributedDataParallel; its running statistics become the mean over processes, weighted by rows.
 
     Args:
         net: the same network on each process; it takes over the parameters and buffers of the first one.
@@ -208,9 +208,9 @@ class DataParallel:
         self._check_layers(options)
         ready = net._ready(x_pos, x_neg, optimizers, options, keep=keep, **shared)
         check.tensor("x_pos", x_pos)
-        first = (net._into(0, x_pos), None if x_neg is None else net._into(0, x_neg), ready.optimizers[0])
-        layer = next(iter(net))
-        take_step(layer, *first, outputs=ready.outputs[0], only_checks=True, **ready.shared, **options)
+        x_pos, x_neg = net._into(0, x_pos), None if x_neg is None else net._into(0, x_neg)
+        of_first = {"outputs": ready.outputs[0], "only_checks": True, **ready.shared, **options}
+        take_step(next(iter(net)), x_pos, x_neg, ready.optimizers[0], **of_first)
         return ready
 
     def _check_layers(self, options: dict[str, Any]) -> None:
@@ -261,7 +261,7 @@ class Counts(NamedTuple):
             return None
         if objective.paired:
             weights = self.share(pos, like.dtype).expand(rows // 2)
-        elif objective.classes is not None or cast("Objective", objective).reduction == "mean":
+        elif objective.classes is not None or objective.reduction == "mean":
             weights = self.share(both, like.dtype).expand(rows)
         else:
             of_pos, of_neg = (self.share(side, like.dtype) for side in (pos, neg))
@@ -484,7 +484,7 @@ class _Double:
             _over_again(norm) if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) else norm
             for norm in (batch_norm, input_norm)
         )
-        self._norms = [
+        self._norms: list[tuple[nn.Module, Any]] = [
             (norm, double)
             for norm, double in ((batch_norm, self.batch_norm), (input_norm, self.input_norm))
             if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) and norm.training and norm.track_running_stats
@@ -494,7 +494,7 @@ class _Double:
     def moves_instead(self) -> Iterator[None]:
         """What moves the layer's own running statistics within moves those of the double."""
         pairs = [
-            (tensor, double._buffers[name])
+            (tensor, double.get_buffer(name))
             for norm, double in self._norms
             for name, tensor in norm.named_buffers(recurse=False)
         ]
@@ -503,14 +503,13 @@ class _Double:
             yield
         finally:
             for (tensor, double), old in zip(pairs, before, strict=True):
-                assert double is not None
                 double.copy_(tensor)
                 tensor.copy_(old)
 
     def gradients(self) -> dict[str, Tensor]:
         """By the names of `linear_step_`'s and `conv2d_step_`'s parameters."""
-        learning = {"weight": self.weight, "bias": self.bias}
-        learning |= others_of(cast("AnyObjective", self.objective), self.batch_norm, self.input_norm)
+        learning: dict[str, Tensor | None] = {"weight": self.weight, "bias": self.bias}
+        learning.update(others_of(cast("AnyObjective", self.objective), self.batch_norm, self.input_norm))
         found = {name: p.grad for name, p in learning.items() if p is not None}
         return cast("dict[str, Tensor]", found)
 
@@ -523,20 +522,18 @@ class _Double:
     def counted(self) -> list[Tensor]:
         """The counts of batches that go on."""
         counts = [norm.num_batches_tracked for norm, _ in self._norms]
-        return [count for count in counts if count is not None]
+        return [count for count in counts if isinstance(count, Tensor)]
 
 
 def _over_again(module: nn.Module) -> Any:
     double = copy.copy(module)
     parameters = {name: None if p is None else nn.Parameter(p.detach()) for name, p in module._parameters.items()}
     buffers = {name: None if t is None else t.clone() for name, t in module._buffers.items()}
-    double.__dict__ |= {"_parameters": parameters, "_buffers": buffers}
+    vars(double).update({"_parameters": parameters, "_buffers": buffers})
     return double
 
 
-def _forward(
-    layer: FFLinear, x_pos: Tensor, x_neg: Tensor | None, options: dict[str, Any]
-) -> tuple[Tensor, Tensor]:
+def _forward(layer: FFLinear, x_pos: Tensor, x_neg: Tensor | None, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Activities of the joint batch with the layer's present weights, and their sums of squares."""
     own = {key: options[key] for key in ("norm", "eps", "eps_mode", "activation", "compute_dtype", "backend")}
     x = x_pos if x_neg is None else torch.cat([x_pos, x_neg])
@@ -582,5 +579,3 @@ def _leaves(*tensors: Tensor) -> set[int]:
             found.add(id(variable))
         waiting += [below for below, _ in node.next_functions]
     return found
-
-

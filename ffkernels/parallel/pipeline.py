@@ -1,8 +1,8 @@
 """A pipeline: each process has some consecutive layers, and hands their activities on to the next one.
 
 Nothing comes back from the layers above, so that a process may begin its next minibatch while those above are still at
-this one: each layer sees the rows, the sums of squares and its own weights that it would see on one process, and ends up
-with the same bits.
+this one: each layer sees the rows, the sums of squares and its own weights that it would see on one process, and ends
+up with the same bits.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Pipeline(nn.Module):
         in_flight: how many minibatches may wait for the next process before this one does.
 
     Raises:
-        TypeError, ValueError: for a network that is wrapped or sharded, and for layers that cannot be divided like this.
+        TypeError, ValueError: for a network that is wrapped or sharded, and for layers that cannot be divided so.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Pipeline(nn.Module):
         self.rank, self.size, self.in_flight = rank, size, in_flight
         self.stage = FFNetwork(_modules_of(net, self.first, self.last))
         self.stage.train(net.training)
-        self._starts = starts
+        self._starts, self._counts = starts, counts
         # Of the whole network, what its parts do not know.
         self._depth = len(net)
         self._maximize = [layer.objective.maximize for layer in net]
@@ -156,9 +156,7 @@ class Pipeline(nn.Module):
         """
         held = interrupts.hold()
         try:
-            return self._step(
-                x_pos, x_neg, optimizers, options, keep, {"label_field": label_field, "product": product}
-            )
+            return self._step(x_pos, x_neg, optimizers, options, keep, {"label_field": label_field, "product": product})
         finally:
             interrupts.release(held)
 
@@ -268,12 +266,14 @@ class Pipeline(nn.Module):
                 dist.recv(tensor, source, group=self.process_group)
         return tensor
 
-    def _from_all(self, own: Tensor | None, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> list[Tensor]:
+    def _from_all(self, own: Tensor, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> list[Tensor]:
         """On every process, what each has; `shapes` by rank."""
         parts = []
         for rank, shape in enumerate(shapes):
             mine = rank == self.rank
-            part = own.contiguous() if mine and own is not None else torch.empty(shape, dtype=dtype, device=self._device)
+            part = (
+                own.contiguous() if mine and own is not None else torch.empty(shape, dtype=dtype, device=self._device)
+            )
             if part.numel():
                 processes.take_over([part], self.process_group, rank)
             parts.append(part)
@@ -306,7 +306,9 @@ class Pipeline(nn.Module):
             self.finish()
         goodness = torch.stack(own, dim=1)
         rest = goodness.shape[2:]
-        shapes = [(len(goodness), end - start, *rest) for start, end in zip(self._starts, self._starts[1:], strict=False)]
+        shapes = [
+            (len(goodness), end - start, *rest) for start, end in zip(self._starts, self._starts[1:], strict=False)
+        ]
         return torch.cat(self._from_all(goodness, shapes, goodness.dtype), dim=1)
 
     @torch.no_grad()
@@ -343,7 +345,7 @@ class Pipeline(nn.Module):
     def losses(self, results: Sequence[StepResult]) -> Tensor:
         """`[layers]` losses of the whole network, on every process, of what `step` has returned. All call it."""
         own = torch.stack([result.loss for result in results])
-        shapes = [(end - start,) for start, end in zip(self._starts, self._starts[1:], strict=False)]
+        shapes = [(count,) for count in self._counts]
         return torch.cat(self._from_all(own, shapes, own.dtype))
 
     def _whole_name(self, name: str) -> str:
@@ -351,12 +353,14 @@ class Pipeline(nn.Module):
         kind, index, rest = name.split(".", 2)
         return f"{kind}.{int(index) + self.first}.{rest}"
 
-    def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:
+    def state_dict(  # type: ignore[override]
+        self, *, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
+    ) -> dict[str, Any]:
         """The entries of this process's layers, under their names in the whole network."""
-        prefix = options.pop("prefix", args[1] if len(args) > 1 else "")
-        keep_vars = options.pop("keep_vars", args[2] if len(args) > 2 else False)
-        own = self.stage.state_dict(keep_vars=keep_vars)
-        return {f"{prefix}{self._whole_name(name)}": value for name, value in own.items()}
+        found = {} if destination is None else destination
+        for name, value in self.stage.state_dict(keep_vars=keep_vars).items():
+            found[f"{prefix}{self._whole_name(name)}"] = value
+        return found
 
     @torch.no_grad()
     def whole_state_dict(self) -> dict[str, Tensor]:

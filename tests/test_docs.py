@@ -17,6 +17,8 @@ import ffkernels as ff
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = [DOCS / "classes.md", DOCS / "convolution.md", *sorted((DOCS / "integrations").glob("*.md"))]
+# Whose Python is a script of several processes, which `tests/test_parallel_training.py` runs.
+OF_PROCESSES = DOCS / "parallel.md"
 NEEDS = {"fflib": "fflib", "bioff": "bioff", "lightning": "lightning"}
 
 
@@ -35,7 +37,7 @@ def test_pages_run(page):
     assert run(page)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [*PAGES, OF_PROCESSES], ids=lambda page: page.stem)
 def test_links_lead_somewhere(page):
     for link in re.findall(r"\]\((?!https?:)([^)#]*)(?:#[^)]*)?\)", page.read_text()):
         assert not link or (page.parent / link).exists(), link

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import io
 import json
 import os
 import random
+import re
+import runpy
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +34,7 @@ from tests.toy_data import toy_data, write_idx
 
 EPOCHS, STEPS = 3, 4  # of 100 images each
 PATIENCE = 120
+ROOT = Path(__file__).parents[1]
 # The command line, which ends itself by a signal within a step of its own.
 HOOKED = """
 import os, sys
@@ -118,23 +124,27 @@ def command(folder: Path, output: Path, *more: str) -> list[str]:
     return ["train", *options, *more]
 
 
-def launched(commands: Sequence[Sequence[str]]) -> list[tuple[int, str]]:
-    """Exit status and output of these processes, which a launcher would start with these variables."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    running = []
+        return int(free.getsockname()[1])
+
+
+def launched(commands: Sequence[Sequence[str]]) -> list[tuple[int, str]]:
+    """Exit status and output of these processes, which a launcher would start with these variables."""
+    port, running = free_port(), []
     for rank, of_rank in enumerate(commands):
         variables = {
             "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": len(commands), "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port, "OMP_NUM_THREADS": 1,
         }  # fmt: skip
-        environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
+        paths = {"PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, **paths, **{name: str(value) for name, value in variables.items()}}
         running.append(
             subprocess.Popen(
                 [sys.executable, *of_rank],
                 env=environment,
-                cwd=Path(__file__).parents[1],
+                cwd=ROOT,
                 text=True,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -182,6 +192,54 @@ def test_a_killed_process_ends_the_others_and_another_number_goes_on(folder, tmp
         assert row["test_error_goodness"] == pytest.approx(expected["test_error_goodness"], abs=0.05)
     for name, tensor in state_of(whole)["net"].items():
         assert (state_of(output)["net"][name] - tensor).norm() <= 1e-3 * tensor.norm(), name
+
+
+def script_of(path: str, port: int, rank: int) -> str:
+    """What a script prints as one of two processes that torchrun would have started; none of a group any longer."""
+    torch.distributed.destroy_process_group()
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in variables.items()})
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        runpy.run_path(path, run_name="__main__")
+    return said.getvalue()
+
+
+@pytest.fixture
+def scripts() -> Iterator[Callable[[Path], list[str]]]:
+    """Runs a script by two processes."""
+    started = Processes(2)
+    yield lambda path: started.run(script_of, str(path), free_port(), each=[(0,), (1,)])
+    started.stop()
+
+
+def test_the_example_learns_in_both_ways(scripts):
+    path = ROOT / "examples" / "two_processes.py"
+    assert len(path.read_text().splitlines()) < 80
+    errors = re.findall(r"error (.*)%", "".join(scripts(path)))
+    assert len(errors) == 4
+    assert all(float(error) < 20 for error in errors), errors
+
+
+def test_the_page_is_a_script_of_two_processes(tmp_path, scripts):
+    page = ROOT / "docs" / "parallel.md"
+    script = tmp_path / "script.py"
+    script.write_text("".join(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)))
+    first, second = scripts(script)
+    assert "34 own rows" in first
+    assert "32 own rows" in second
+    assert "layers 0..1" in first
+    assert "layers 2..3" in second
+    options = {action.option_strings[0] for action in train_options() if action.option_strings}
+    named = set(re.findall(r"(?<=\s)--[a-z-]+", "".join(re.findall(r"-m ffkernels train(.*)", page.read_text()))))
+    assert named <= options
+
+
+def train_options() -> list[argparse.Action]:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--preset")
+    cli.add_run_options(parser)
+    return parser._actions
 
 
 def test_what_the_first_process_refuses_ends_all(folder, tmp_path):

@@ -62,6 +62,7 @@ class Case(NamedTuple):
     sides: str = "apart"
     weighted: bool = False
     steps: int = 5
+    sync_batch_norm: bool = False
 
     @property
     def of_classes(self) -> bool:
@@ -178,7 +179,9 @@ def trained_together(case: Case, splits: Sequence[int], rank: int) -> tuple[dict
                 p.zero_()
     optimizer = OPTIMIZERS[case.optimizer](net.parameters())
     given = {"given mean": "mean", "given sum": "sum"}.get(case.objective)
-    parallel = ff.parallel.DataParallel(net, GROUPS.get(len(splits)), given_loss=given)
+    parallel = ff.parallel.DataParallel(
+        net, GROUPS.get(len(splits)), given_loss=given, sync_batch_norm=case.sync_batch_norm
+    )
     losses = []
     for step in range(case.steps):
         rows, options = case.batch(step, splits)[rank]
@@ -298,14 +301,16 @@ def with_hooks(size: int, rank: int) -> tuple[list[Tensor], Tensor]:
     return seen, weight.grad
 
 
-def partly_frozen(size: int, rank: int) -> tuple[dict[str, Tensor], Tensor]:
-    """A network whose first layer, with batch normalisation, does not learn; and its losses."""
+def partly_frozen(sync_batch_norm: bool, size: int, rank: int) -> tuple[dict[str, Tensor], Tensor]:
+    """A network whose first layer, with batch normalisation, does not learn; and its losses. Rank -1: one process."""
     case = Case(options=(("batch_norm", "behind"),))
     net = case.net()
     net.layers[0].requires_grad_(False)
     optimizer = SGD([p for p in net.parameters() if p.requires_grad], lr=0.1)
-    parallel = ff.parallel.DataParallel(net, GROUPS.get(size))
-    results = parallel.step(*case.batch(0, (4, 6))[rank][0], optimizer)
+    trains: Any = net
+    if rank >= 0:
+        trains = ff.parallel.DataParallel(net, GROUPS.get(size), sync_batch_norm=sync_batch_norm)
+    results = trains.step(*case.batch(0, (4, 6))[rank][0], optimizer)
     return state_of(net, optimizer), torch.stack([result.loss for result in results])
 
 

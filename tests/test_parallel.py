@@ -117,14 +117,20 @@ def test_convolutions(processes, objective):
     check_as_one(processes, Case(objective, kind="convolution"), (3, 5))
 
 
-@pytest.mark.parametrize(
-    ("kind", "options"),
-    [
-        ("linear", (("batch_norm", "behind"),)),
-        ("convolution", (("batch_norm", "behind"),)),
-        ("convolution", (("batch_norm", "before"),)),
-    ],
-)
+NORMALISED = [
+    ("linear", (("batch_norm", "behind"),)),
+    ("convolution", (("batch_norm", "behind"),)),
+    ("convolution", (("batch_norm", "before"),)),
+]
+
+
+@pytest.mark.parametrize(("kind", "options"), NORMALISED)
+@pytest.mark.parametrize("objective", ["logistic", "cross_entropy", "given mean"])
+def test_batch_normalisation_of_all_rows(processes, kind, options, objective):
+    check_as_one(processes, Case(objective, kind=kind, options=options, sync_batch_norm=True), (4, 0, 6))
+
+
+@pytest.mark.parametrize(("kind", "options"), NORMALISED)
 @pytest.mark.parametrize("objective", ["logistic", "cross_entropy"])
 def test_batch_normalisation_goes_by_each_process_s_own_rows(processes, kind, options, objective):
     splits = (4, 2, 6)
@@ -199,7 +205,7 @@ def test_gradient_hooks_see_the_joint_gradient_once(processes):
 
 
 def test_a_frozen_layer_hands_on_and_moves_its_statistics(processes):
-    (state, losses), (other, other_losses) = processes.run(partly_frozen, 2, each=[(0,), (1,)])
+    (state, losses), (other, other_losses) = processes.run(partly_frozen, False, 2, each=[(0,), (1,)])
     assert torch.equal(losses, other_losses)
     assert all(torch.equal(tensor, other[name]) for name, tensor in state.items())
     net = Case(options=(("batch_norm", "behind"),)).net()
@@ -207,6 +213,10 @@ def test_a_frozen_layer_hands_on_and_moves_its_statistics(processes):
     assert not torch.equal(state["layers.1.weight"], net.layers[1].weight)
     assert state["layers.0.batch_norm.running_mean"].any()
     assert state["layers.0.batch_norm.num_batches_tracked"] == 1
+    expected, expected_losses = partly_frozen(True, 2, -1)
+    for found, of_rank in processes.run(partly_frozen, True, 2, each=[(0,), (1,)]):
+        check_close(found, expected, 1e-10)
+        torch.testing.assert_close(of_rank, expected_losses)
 
 
 @pytest.mark.parametrize(

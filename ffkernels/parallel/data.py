@@ -9,7 +9,7 @@ of the same optimizer to the same gradient.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
@@ -51,7 +51,8 @@ class DataParallel:
     Optimizers are the caller's own, one on each process, made and used alike.
 
     Rows may differ in number, and a process may have none. Batch normalisation goes by the statistics of a process's
-    own rows, as under DistributedDataParallel; its running statistics become the mean over processes, weighted by rows.
+    own rows, as under DistributedDataParallel, and its running statistics become the mean over processes, weighted by
+    rows; or by those of all rows, with `sync_batch_norm`.
 
     Args:
         net: the same network on each process; it takes over the parameters and buffers of the first one.
@@ -59,6 +60,8 @@ class DataParallel:
         given_loss: what a `GivenLoss` or a function is of the rows it reads: their "mean", each process's then counting
             by its rows, or their "sum". Nothing else can be put together from losses of parts (a loss that compares
             rows, or divides by what it finds among them). None: such an objective is refused.
+        sync_batch_norm: whether batch normalisation in train mode goes by the rows of all processes, as SyncBatchNorm
+            does, for a few sums of one number a unit, which are waited for.
 
     Raises:
         TypeError, ValueError: for a network that is wrapped or sharded, for layers that a step would call (hooks,
@@ -71,12 +74,14 @@ class DataParallel:
         process_group: ProcessGroup | None = None,
         *,
         given_loss: OfGiven | None = None,
+        sync_batch_norm: bool = False,
     ) -> None:
         self.net = processes.checked_network(net)
         self.process_group: Any = processes.checked_group(process_group)
         if given_loss is not None:
             check.one_of("given_loss", given_loss, get_args(OfGiven))
-        self.given_loss = given_loss
+        check.boolean("sync_batch_norm", sync_batch_norm)
+        self.given_loss, self.sync_batch_norm = given_loss, sync_batch_norm
         self._check_layers({})
         processes.check_same_network(net, self.process_group)
         processes.take_over((*net.parameters(), *net.buffers()), self.process_group)
@@ -160,6 +165,13 @@ class DataParallel:
         finally:
             interrupts.release(held)
 
+    def _sum(self, values: Tensor) -> Tensor:
+        """The sum over all processes, at once."""
+        total = values.clone()
+        with processes.others_answer():
+            dist.all_reduce(total, group=self.process_group)
+        return total
+
     def _ready(
         self,
         x_pos: Tensor,
@@ -229,7 +241,7 @@ class DataParallel:
             for name, module in layer.named_children():
                 if isinstance(module, nn.SyncBatchNorm):
                     raise TypeError(
-                        f"net.layers[{i}].{name} is a SyncBatchNorm; accepted: a BatchNorm of each process's own rows"
+                        f"net.layers[{i}].{name} is a SyncBatchNorm; accepted: a BatchNorm, and sync_batch_norm=True"
                     )
             if isinstance(any_objective(options.get("objective", layer.objective)), GivenLoss) and not self.given_loss:
                 raise ValueError(
@@ -329,13 +341,12 @@ class Stepping:
         rows, weight, outputs = len(x_pos) + (0 if x_neg is None else len(x_neg)), layer.weight, options["outputs"]
         of_rows = {**options, "n_pos": len(x_pos)}
         options["sample_weight"] = self.counts.weights(objective, rows, of_rows, weight)
-        factor = None
         if isinstance(objective, GivenLoss):
-            factor = self.counts.share(slice(0, 2), weight.dtype) if self.parallel.given_loss == "mean" else 1.0
-            options["objective"] = _checking(objective) if rows else _of_no_rows(objective)
+            share = self.counts.share(slice(0, 2), weight.dtype) if self.parallel.given_loss == "mean" else None
+            options["objective"] = _part_of(objective, share) if rows else _of_no_rows(objective)
         learns = any(p.requires_grad for p in layer.parameters())
         others = (options["objective"], options.get("batch_norm"), options.get("input_norm"))
-        double = _Double(layer, *others)
+        double = _Double(layer, *others, self.parallel._sum if self.parallel.sync_batch_norm else None)
         of_peer, peer_mean = options.get("peer"), options.get("peer_mean")
         update = None
         if learns:
@@ -350,11 +361,7 @@ class Stepping:
         else:
             with double.moves_instead():
                 result = layer._hand_on(x_pos, x_neg, None, **options)
-        loss = result.loss if factor is None else result.loss * factor
         gradients = double.gradients() if learns else {}
-        if factor is not None and self.parallel.given_loss == "mean":
-            for gradient in gradients.values():
-                gradient.mul_(factor)
         pulled = None
         if learns and of_peer is not None and peer_mean is not None:
             assert isinstance(layer, FFLinear)
@@ -364,7 +371,7 @@ class Stepping:
         small = [gradient for name, gradient in gradients.items() if name != "weight"]
         small += [found for _, found in moved] + ([] if pulled is None else [pulled.activity, pulled.scaled_input])
         large = [gradients["weight"]] if learns else []
-        reduction = Reduction(large, [loss, *small], self.parallel.process_group)
+        reduction = Reduction(large, [result.loss, *small], self.parallel.process_group)
         counted = double.counted()
         self.jobs.append(Job(layer, optimizer, update, gradients, moved, counted, pulled, reduction))
         if learns and outputs == "post":
@@ -408,9 +415,7 @@ class Stepping:
         pulled = Pulled(of_peer, running, y.sum(0), x.sum(0))
         if not of_peer.gated:
             return pulled
-        with processes.others_answer():
-            dist.all_reduce(pulled.activity, group=self.parallel.process_group)
-        mean, pull = self._mean_and_pull(pulled)
+        mean, pull = self._mean_and_pull(pulled._replace(activity=self.parallel._sum(pulled.activity)))
         name = options["activation"]
         if ACTIVATIONS[name].keeps_z:
             own = {key: options[key] for key in ("eps", "eps_mode", "compute_dtype", "backend")}
@@ -475,7 +480,12 @@ class _Double:
     modules = ("objective", "batch_norm", "input_norm")
 
     def __init__(
-        self, layer: Layer, objective: AnyObjective, batch_norm: nn.Module | None, input_norm: nn.Module | None
+        self,
+        layer: Layer,
+        objective: AnyObjective,
+        batch_norm: nn.Module | None,
+        input_norm: nn.Module | None,
+        together: Callable[[Tensor], Tensor] | None,
     ) -> None:
         self.weight = nn.Parameter(layer.weight.detach())
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach())
@@ -489,6 +499,11 @@ class _Double:
             for norm, double in ((batch_norm, self.batch_norm), (input_norm, self.input_norm))
             if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) and norm.training and norm.track_running_stats
         ]
+        self._together, norms = together, (batch_norm, input_norm)
+        self._real = [norm for norm in norms if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)]
+        for double in (self.batch_norm, self.input_norm):
+            if together is not None and isinstance(double, nn.BatchNorm1d | nn.BatchNorm2d):
+                vars(double)["together"] = together
 
     @contextmanager
     def moves_instead(self) -> Iterator[None]:
@@ -499,9 +514,13 @@ class _Double:
             for name, tensor in norm.named_buffers(recurse=False)
         ]
         before = [tensor.clone() for tensor, _ in pairs]
+        for norm in self._real if self._together is not None else ():
+            vars(norm)["together"] = self._together
         try:
             yield
         finally:
+            for norm in self._real:
+                vars(norm).pop("together", None)
             for (tensor, double), old in zip(pairs, before, strict=True):
                 double.copy_(tensor)
                 tensor.copy_(old)
@@ -548,8 +567,8 @@ def _of_no_rows(objective: GivenLoss) -> Objective:
     return Objective(goodness=objective.goodness, loss="cross_entropy", classes=objective.classes)
 
 
-def _checking(objective: GivenLoss) -> GivenLoss:
-    """The loss, which must hang on nothing that learns but what it reads."""
+def _part_of(objective: GivenLoss, share: Tensor | None) -> GivenLoss:
+    """A process's part of the loss, by its share; it must hang on nothing that learns but what it reads."""
 
     def function(read: Any, side: Tensor) -> Tensor:
         loss = objective.function(read, side)
@@ -558,7 +577,7 @@ def _checking(objective: GivenLoss) -> GivenLoss:
                 "objective's function has parameters of its own, whose gradients nobody reduces; accepted under "
                 "DataParallel: a function of what it reads alone, or a ProjectionHead"
             )
-        return loss
+        return loss if share is None or not isinstance(loss, Tensor) else loss * share
 
     return replace(objective, function=function)
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
@@ -261,7 +263,7 @@ def refused(case: Case, wrong: str, size: int, rank: int) -> tuple[str, bool]:
     after = state_of(net, optimizer) if wrong != "optimizer" or rank < size - 1 else before
     # The processes still know each other.
     sums = torch.ones(())
-    torch.distributed.all_reduce(sums, group=GROUPS.get(size))
+    dist.all_reduce(sums, group=GROUPS.get(size))
     return text, all(torch.equal(before[name], after[name]) for name in before) and sums.item() == size
 
 
@@ -322,3 +324,41 @@ def layer_by_layer(case: Case, splits: Sequence[int], rank: int) -> tuple[dict[s
     rows, options = case.batch(0, splits)[rank]
     losses = trains.train_layerwise(*rows, optimizer, 3, **options)
     return state_of(net, optimizer), torch.stack(losses)
+
+
+def failing(size: int, rank: int) -> tuple[list[str], dict[str, Tensor]]:
+    """The errors of a step that fails on the last process in the third layer, and of the next; and what is trained."""
+    net = Case().net()
+
+    def infinite(goodness: Tensor, is_positive: Tensor) -> Tensor:
+        return goodness.mean() / (0.0 if rank == size - 1 else 1.0)
+
+    net.layers[2].objective = ff.GivenLoss(infinite)
+    parallel = ff.parallel.DataParallel(net, given_loss="mean")
+    optimizer = SGD(net.parameters(), lr=0.1)
+    errors = []
+    for _ in range(2):
+        try:
+            parallel.step(*Case().batch(0, (4,) * size)[rank][0], optimizer)
+        except (ValueError, ff.parallel.ProcessLost) as error:
+            errors.append(f"{type(error).__name__}: {error}")
+    return errors, state_of(net, optimizer)
+
+
+def saved_in_parts(folder: str, size: int, rank: int) -> dict[str, Tensor]:
+    """A trained pipeline, saved by `torch.distributed.checkpoint`; loaded into another that is divided otherwise."""
+    case, layers = Case(), ((1, 2), (2, 1))
+    pipeline = ff.parallel.Pipeline(case.net(), GROUPS.get(size), layers=layers[0])
+    optimizer = OPTIMIZERS[case.optimizer](pipeline.parameters())
+    pipeline.step(*case.batch(0, (9,))[-1][0], optimizer)
+    whole = pipeline.whole_state_dict()
+    dcp.save({"net": pipeline.state_dict()}, checkpoint_id=folder, process_group=GROUPS.get(size))
+    other = ff.parallel.Pipeline(case.net(), GROUPS.get(size), layers=layers[1])
+    state = {"net": other.state_dict()}
+    dcp.load(state, checkpoint_id=folder, process_group=GROUPS.get(size))
+    other.load_state_dict(state["net"])
+    again = other.whole_state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
+    other.load_state_dict(case.net().state_dict())
+    assert torch.equal(other.whole_state_dict()["layers.2.weight"], case.net().layers[2].weight)
+    return whole

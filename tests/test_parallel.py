@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
 import ffkernels as ff
@@ -14,12 +15,14 @@ from tests.parallel_cases import (
     OBJECTIVES,
     OPTIMIZERS,
     Case,
+    failing,
     killed,
     layer_by_layer,
     not_piped,
     partly_frozen,
     piped,
     refused,
+    saved_in_parts,
     trained_alone,
     trained_by_parts,
     trained_together,
@@ -246,6 +249,19 @@ def test_a_killed_process_ends_the_others(processes, kind, size):
         assert is_whole
 
 
+def test_a_step_that_fails_in_its_midst_leaves_all_alike():
+    short_of_patience = Processes(2, timeout=4)
+    (errors, state), (own, other) = short_of_patience.run(failing, 2, each=[(0,), (1,)])
+    short_of_patience.stop()
+    assert "the loss is inf" in own[0]
+    assert "ProcessLost: another process died, or did not answer" in errors[0]
+    assert ["no longer at the same step" in text for text in (errors[1], own[1])] == [True, True]
+    before = Case().net().state_dict()
+    for name, tensor in state.items():
+        assert torch.equal(tensor, other[name]), name
+        assert torch.equal(tensor, before[name]) == name.startswith("layers.2"), name
+
+
 def test_before_there_is_a_group():
     for kind in (ff.parallel.DataParallel, ff.parallel.Pipeline):
         with pytest.raises(ValueError, match=r"process_group=None came before .*init_process_group"):
@@ -335,3 +351,47 @@ def test_one_process_has_the_numbers_of_a_step_without_a_group(alone):
         torch.testing.assert_close(result.goodness, other.goodness)
     for p, other in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
         torch.testing.assert_close(p, other)
+
+
+def test_a_pipeline_is_saved_in_parts_and_loaded_otherwise(processes, tmp_path):
+    whole, _ = processes.run(saved_in_parts, str(tmp_path), 2, each=[(0,), (1,)])
+    net = Case().net()
+    state = {"net": net.state_dict()}
+    dcp.load(state, checkpoint_id=str(tmp_path), no_dist=True)
+    net.load_state_dict(state["net"])
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(tensor, whole[name]), name
+
+
+def test_a_pipeline_of_one_process(alone):
+    case = Case(dtype=torch.float32)
+    nets = case.net(), case.net()
+    pipeline = ff.parallel.Pipeline(nets[1])
+    optimizers = [OPTIMIZERS["adam"](nets[0].parameters()), OPTIMIZERS["adam"](pipeline.parameters())]
+    rows, _ = case.batch(0, (6,))[-1]
+    results = nets[0].step(*rows, optimizers[0], keep=True)
+    others = pipeline.step(*rows, optimizers[1], keep=True)
+    assert all(torch.equal(result.y, other.y) for result, other in zip(results, others, strict=True))
+    for name, tensor in nets[0].state_dict().items():
+        assert torch.equal(tensor, pipeline.state_dict()[name])
+    with pytest.raises(ValueError, match=r"x_pos has 11 columns"):
+        pipeline.step(rows[0][:, 1:], rows[1][:, 1:], optimizers[1])
+    with pytest.raises(ValueError, match=r"state_dict holds layers\.7\.weight"):
+        pipeline.load_state_dict({"layers.7.weight": torch.zeros(1)})
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("outputs", ["pre", "post"])
+def test_on_a_gpu_by_nccl(tmp_path, outputs):
+    dist.init_process_group("nccl", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        case = Case(outputs=outputs, dtype=torch.float32)
+        nets = [case.net().cuda() for _ in range(3)]
+        trains = [nets[0], ff.parallel.DataParallel(nets[1]), ff.parallel.Pipeline(nets[2])]
+        rows = [x.cuda() for x in case.batch(0, (6,))[-1][0]]
+        for net, of in zip(nets, trains, strict=True):
+            of.step(*rows, OPTIMIZERS["sgd"](net.parameters()))
+        for found in (nets[1].state_dict(), trains[2].state_dict()):
+            check_close(found, nets[0].state_dict(), 1e-5)
+    finally:
+        dist.destroy_process_group()

@@ -33,7 +33,7 @@ from ..normalisation import row_scale, row_sumsq
 from ..objectives import AnyObjective, GivenLoss, Objective, any_objective
 from ..peer import PeerNormalisation
 from . import processes
-from .processes import Reduction
+from .processes import ProcessLost, Reduction
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -82,6 +82,7 @@ class DataParallel:
             check.one_of("given_loss", given_loss, get_args(OfGiven))
         check.boolean("sync_batch_norm", sync_batch_norm)
         self.given_loss, self.sync_batch_norm = given_loss, sync_batch_norm
+        self._failed = False
         self._check_layers({})
         processes.check_same_network(net, self.process_group)
         processes.take_over((*net.parameters(), *net.buffers()), self.process_group)
@@ -112,23 +113,22 @@ class DataParallel:
         """`FFNetwork.step` on the joint batch, of which these are the rows of this process; all call it alike.
 
         What a process refuses, all refuse before anything is written; on a device the others find out by the group's
-        timeout. A failure later on leaves each layer all old or all new.
+        timeout. A failure later on (of memory, or of a given loss) leaves each layer all old or all new, and is the
+        end: the processes are no longer at the same step.
 
         Returns:
             One result per layer: activities, sums and goodness of this process's rows, and the loss of all.
 
         Raises:
-            ProcessLost: where another process does not answer.
+            ProcessLost: where another process does not answer, or a step has failed before.
         """
         shared = {"label_field": label_field, "product": product}
-        held = interrupts.hold()
-        try:
+        with self._whole():
             stepping, ready = self._ready(x_pos, x_neg, optimizers, options, keep, shared)
-            x_pos, x_neg = self.net._into(0, x_pos), None if x_neg is None else self.net._into(0, x_neg)
-            results = self.net._climb(x_pos, x_neg, ready, options, keep=keep, take=stepping)
-            losses = stepping.finish()
-        finally:
-            interrupts.release(held)
+            with self._alike(stepping):
+                x_pos, x_neg = self.net._into(0, x_pos), None if x_neg is None else self.net._into(0, x_neg)
+                results = self.net._climb(x_pos, x_neg, ready, options, keep=keep, take=stepping)
+                losses = stepping.finish()
         return [replace(result, loss=loss) for result, loss in zip(results, losses, strict=True)]
 
     @torch.no_grad()
@@ -157,13 +157,39 @@ class DataParallel:
         """`FFNetwork.train_layerwise` on the joint batch, of which these are the rows of this process."""
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ValueError(f"steps={steps!r} is not an integer >= 1")
-        held = interrupts.hold()
-        try:
+        with self._whole():
             stepping, ready = self._ready(x_pos, x_neg, optimizers, options, False, {})
             stepping.at_once = True
-            return self.net._layer_by_layer(x_pos, x_neg, ready.optimizers, steps, options, stepping)
+            with self._alike(stepping):
+                return self.net._layer_by_layer(x_pos, x_neg, ready.optimizers, steps, options, stepping)
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Ctrl-C waits within."""
+        if self._failed:
+            raise ProcessLost(
+                "a step has failed in its midst, since when the processes are no longer at the same step; accepted: to "
+                "start again from a checkpoint"
+            )
+        held = interrupts.hold()
+        try:
+            yield
         finally:
             interrupts.release(held)
+
+    @contextmanager
+    def _alike(self, stepping: Stepping) -> Iterator[None]:
+        """After a failure within this process has the layers that the others have too."""
+        self._failed = True
+        try:
+            yield
+        except ProcessLost:
+            raise
+        except Exception:
+            # What is under way reaches all.
+            stepping.finish()
+            raise
+        self._failed = False
 
     def _sum(self, values: Tensor) -> Tensor:
         """The sum over all processes, at once."""

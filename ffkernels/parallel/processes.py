@@ -30,9 +30,10 @@ def others_answer() -> Iterator[None]:
     except ProcessLost:
         raise
     except RuntimeError as error:
-        first_line = str(error).strip().partition("\n")[0]
+        # Of what the group says, advice that is not about this program comes behind the first sentence.
+        reason = str(error).strip().partition("\n")[0].partition(". ")[0]
         raise ProcessLost(
-            f"another process died, or did not answer within the timeout of the process group ({first_line})"
+            f"another process died, or did not answer within the timeout of the process group ({reason})"
         ) from error
 
 

@@ -262,10 +262,14 @@ def test_a_step_that_fails_in_its_midst_leaves_all_alike():
         assert torch.equal(tensor, before[name]) == name.startswith("layers.2"), name
 
 
-def test_before_there_is_a_group():
+def test_before_there_is_a_group(monkeypatch):
     for kind in (ff.parallel.DataParallel, ff.parallel.Pipeline):
         with pytest.raises(ValueError, match=r"process_group=None came before .*init_process_group"):
             kind(Case().net())
+    with monkeypatch.context() as without:
+        without.setattr(dist, "is_available", lambda: False)
+        with pytest.raises(ValueError, match=r"process_group: this build of torch has no torch\.distributed"):
+            ff.parallel.DataParallel(Case().net())
 
 
 def wrapped(kind: str) -> nn.Module:

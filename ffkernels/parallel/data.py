@@ -8,11 +8,10 @@ of the same optimizer to the same gradient.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
@@ -30,9 +29,10 @@ from ..nn import FFConv2d, FFLinear, FFNetwork
 from ..nn.layer import called_only, overridden
 from ..nn.network import Ready, take_step
 from ..normalisation import row_scale, row_sumsq
-from ..objectives import AnyObjective, GivenLoss, Objective, any_objective
+from ..objectives import AnyObjective, GivenLoss, any_objective
 from ..peer import PeerNormalisation
 from . import processes
+from .doubles import Double, of_no_rows, part_of
 from .processes import ProcessLost, Reduction
 
 if TYPE_CHECKING:
@@ -354,9 +354,8 @@ class Stepping:
 
     def finish(self) -> list[Tensor]:
         """Waits for what is under way and updates the layers; the losses of all layers since the last `finish`."""
-        for job in self.jobs:
-            self.losses.append(self._apply(job))
-        losses, self.jobs, self.losses = self.losses, [], []
+        self._wait()
+        losses, self.losses = self.losses, []
         return losses
 
     def __call__(
@@ -369,10 +368,10 @@ class Stepping:
         options["sample_weight"] = self.counts.weights(objective, rows, of_rows, weight)
         if isinstance(objective, GivenLoss):
             share = self.counts.share(slice(0, 2), weight.dtype) if self.parallel.given_loss == "mean" else None
-            options["objective"] = _part_of(objective, share) if rows else _of_no_rows(objective)
+            options["objective"] = part_of(objective, share) if rows else of_no_rows(objective)
         learns = any(p.requires_grad for p in layer.parameters())
         others = (options["objective"], options.get("batch_norm"), options.get("input_norm"))
-        double = _Double(layer, *others, self.parallel._sum if self.parallel.sync_batch_norm else None)
+        double = Double(layer, *others, self.parallel._sum if self.parallel.sync_batch_norm else None)
         of_peer, peer_mean = options.get("peer"), options.get("peer_mean")
         update = None
         if learns:
@@ -411,8 +410,8 @@ class Stepping:
         return replace(result, y=None) if outputs == "none" else result
 
     def _wait(self) -> None:
-        self.losses += [self._apply(job) for job in self.jobs]
-        self.jobs = []
+        while self.jobs:
+            self.losses.append(self._apply(self.jobs.pop(0)))
 
     def _pulled(
         self,
@@ -497,130 +496,9 @@ class Stepping:
         return loss
 
 
-class _Double:
-    """A layer's parameters over again, in the same memory, for a step that leaves gradients without anybody's hooks.
-
-    Running statistics are copies, so that what moves them can be put together before they are written.
-    """
-
-    modules = ("objective", "batch_norm", "input_norm")
-
-    def __init__(
-        self,
-        layer: Layer,
-        objective: AnyObjective,
-        batch_norm: nn.Module | None,
-        input_norm: nn.Module | None,
-        together: Callable[[Tensor], Tensor] | None,
-    ) -> None:
-        self.weight = nn.Parameter(layer.weight.detach())
-        self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach())
-        self.objective = _over_again(objective) if isinstance(objective, nn.Module) else objective
-        self.batch_norm, self.input_norm = (
-            _over_again(norm) if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) else norm
-            for norm in (batch_norm, input_norm)
-        )
-        self._norms: list[tuple[nn.Module, Any]] = [
-            (norm, double)
-            for norm, double in ((batch_norm, self.batch_norm), (input_norm, self.input_norm))
-            if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) and norm.training and norm.track_running_stats
-        ]
-        self._together, norms = together, (batch_norm, input_norm)
-        self._real = [norm for norm in norms if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)]
-        for double in (self.batch_norm, self.input_norm):
-            if together is not None and isinstance(double, nn.BatchNorm1d | nn.BatchNorm2d):
-                vars(double)["together"] = together
-
-    @contextmanager
-    def moves_instead(self) -> Iterator[None]:
-        """What moves the layer's own running statistics within moves those of the double."""
-        pairs = [
-            (tensor, double.get_buffer(name))
-            for norm, double in self._norms
-            for name, tensor in norm.named_buffers(recurse=False)
-        ]
-        before = [tensor.clone() for tensor, _ in pairs]
-        for norm in self._real if self._together is not None else ():
-            vars(norm)["together"] = self._together
-        try:
-            yield
-        finally:
-            for norm in self._real:
-                vars(norm).pop("together", None)
-            for (tensor, double), old in zip(pairs, before, strict=True):
-                double.copy_(tensor)
-                tensor.copy_(old)
-
-    def gradients(self) -> dict[str, Tensor]:
-        """By the names of `linear_step_`'s and `conv2d_step_`'s parameters."""
-        learning: dict[str, Tensor | None] = {"weight": self.weight, "bias": self.bias}
-        learning.update(others_of(cast("AnyObjective", self.objective), self.batch_norm, self.input_norm))
-        found = {name: p.grad for name, p in learning.items() if p is not None}
-        return cast("dict[str, Tensor]", found)
-
-    def moved(self) -> list[tuple[Tensor, Tensor]]:
-        """Running means and variances, and what the step has made of them."""
-        of = ("running_mean", "running_var")
-        pairs = [(getattr(norm, name), getattr(double, name)) for norm, double in self._norms for name in of]
-        return [(into, found) for into, found in pairs if into is not None]
-
-    def counted(self) -> list[Tensor]:
-        """The counts of batches that go on."""
-        counts = [norm.num_batches_tracked for norm, _ in self._norms]
-        return [count for count in counts if isinstance(count, Tensor)]
-
-
-def _over_again(module: nn.Module) -> Any:
-    double = copy.copy(module)
-    parameters = {name: None if p is None else nn.Parameter(p.detach()) for name, p in module._parameters.items()}
-    buffers = {name: None if t is None else t.clone() for name, t in module._buffers.items()}
-    vars(double).update({"_parameters": parameters, "_buffers": buffers})
-    return double
-
-
 def _forward(layer: FFLinear, x_pos: Tensor, x_neg: Tensor | None, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Activities of the joint batch with the layer's present weights, and their sums of squares."""
     own = {key: options[key] for key in ("norm", "eps", "eps_mode", "activation", "compute_dtype", "backend")}
     x = x_pos if x_neg is None else torch.cat([x_pos, x_neg])
     weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
     return functional.linear_forward(x, weight, bias, input_sumsq=options.get("input_sumsq"), **own)
-
-
-def _of_no_rows(objective: GivenLoss) -> Objective:
-    """What stands in for a given loss on a process without rows: a mean of none is no number."""
-    if objective.classes is None:
-        return Objective(goodness=objective.goodness)
-    return Objective(goodness=objective.goodness, loss="cross_entropy", classes=objective.classes)
-
-
-def _part_of(objective: GivenLoss, share: Tensor | None) -> GivenLoss:
-    """A process's part of the loss, by its share; it must hang on nothing that learns but what it reads."""
-
-    def function(read: Any, side: Tensor) -> Tensor:
-        loss = objective.function(read, side)
-        if isinstance(loss, Tensor) and _leaves(loss) - _leaves(*(read if isinstance(read, tuple) else (read,))):
-            raise ValueError(
-                "objective's function has parameters of its own, whose gradients nobody reduces; accepted under "
-                "DataParallel: a function of what it reads alone, or a ProjectionHead"
-            )
-        return loss if share is None or not isinstance(loss, Tensor) else loss * share
-
-    return replace(objective, function=function)
-
-
-def _leaves(*tensors: Tensor) -> set[int]:
-    """The leaves with gradients that these hang on, by address."""
-    found: set[int] = set()
-    seen: set[Any] = set()
-    waiting = [t.grad_fn for t in tensors]
-    found |= {id(t) for t in tensors if t.grad_fn is None and t.requires_grad}
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            found.add(id(variable))
-        waiting += [below for below, _ in node.next_functions]
-    return found

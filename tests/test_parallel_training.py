@@ -26,7 +26,7 @@ from torch import Tensor
 from ffkernels import cli
 from ffkernels.recipes import processes as of_training
 from ffkernels.recipes.batches import hard_label
-from ffkernels.recipes.catalogue import RECIPES
+from ffkernels.recipes.catalogue import RECIPES, Convolution
 from ffkernels.recipes.run import CHECKPOINT, METRICS
 from ffkernels.recipes.train import Trainer
 from tests.processes import GROUPS, Processes
@@ -56,7 +56,16 @@ SMALL = {
     "mohammadpz": replace(RECIPES["mohammadpz"], hidden=(40, 30), layerwise_steps=5),
     "grouped-mnist": replace(RECIPES["grouped-mnist"], hidden=(60, 43), batch_size=50, dropout=0.2, jitter=1),
     "mono-forward": replace(RECIPES["mono-forward"], hidden=(60, 40), batch_size=50),
+    "cwc-shifted": replace(
+        RECIPES["cwc-shifted"],
+        convolutions=(Convolution(10), Convolution(10, by_class=True, pool=2), Convolution(20, by_class=True, pool=2)),
+        batch_size=50,
+        classifier_layers=(2,),
+        goodness_layers=(2,),
+    ),
 }
+# Behind batch normalisation gradients cancel to rounding noise, which Adam makes full steps of.
+BOUND = {"cwc-shifted": 1e-3}
 
 
 def small_run(name: str, size: int, rank: int = 0) -> tuple[dict[str, Any], dict[str, Tensor]]:

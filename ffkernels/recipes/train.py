@@ -70,7 +70,7 @@ class Trainer:
         compute_dtype: of the layers' products, as in `linear_step_`.
         skip_below: as in `linear_step_`.
         processes: that train it together. All draw the same numbers and each steps on its own rows, so that how many
-            they are changes no more than the order of sums; but batch normalisation goes by each one's own rows.
+            they are changes no more than the order of sums.
 
     Raises:
         TypeError: for a seed, epochs or `skip_below` that is no number.
@@ -116,7 +116,9 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             self.net = _network(recipe, data, compute_dtype).to(device)
-        self.trained = self.net if processes.size == 1 else DataParallel(self.net, processes.group)
+        self.trained: FFNetwork | DataParallel = self.net
+        if processes.size > 1:
+            self.trained = DataParallel(self.net, processes.group, sync_batch_norm=True)
         self.label_field = 0 if recipe.label == "none" else data.num_classes
         self.net_optimizer = _optimizer(recipe.layers, self.net)
         self.rules = [(recipe.layers, self.net_optimizer)]

@@ -1,5 +1,6 @@
 """ffkernels: fast, exact kernels for the Forward-Forward algorithm."""
 
+from . import parallel
 from ._version import __version__
 from .functional import (
     StepResult,
@@ -37,6 +38,7 @@ __all__ = [
     "linear_step_",
     "neutral_label",
     "overlay_label",
+    "parallel",
     "shared_product",
     "wrong_label",
 ]

@@ -13,8 +13,8 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -26,8 +26,11 @@ from . import FFConv2d, Objective, __version__, explain
 from .backends.native import library
 from .backends.select import Request
 from .backends.triton import support as triton_support
+from .parallel import ProcessLost
 from .recipes import catalogue, checkpoint, data, picture, run
+from .recipes import processes as of_training
 from .recipes.lock import locked
+from .recipes.processes import Processes
 from .recipes.train import Trainer
 
 PROGRAM = "python -m ffkernels"
@@ -56,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except BrokenPipeError:
         return CLOSED_PIPE
-    except (UserError, OSError, FloatingPointError, MemoryError, torch.OutOfMemoryError) as error:
+    except (UserError, ProcessLost, OSError, FloatingPointError, MemoryError, torch.OutOfMemoryError) as error:
         _complain(_text_of(error))
         return USER_ERROR
     except KeyboardInterrupt:
@@ -191,6 +194,13 @@ def add_run_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seed", type=int, default=0, help="of weights, order and negatives (%(default)s)")
     command.add_argument("--output", type=to_path, help="folder for metrics, checkpoint, picture (runs/RECIPE-DATA...)")
     command.add_argument("--no-picture", action="store_true", help="draw none")
+    command.add_argument(
+        "--process-timeout",
+        type=_seconds,
+        default=600,
+        metavar="SECONDS",
+        help="how long the processes that torchrun has started wait for each other (%(default)s)",
+    )
     existing = command.add_mutually_exclusive_group()
     existing.add_argument(
         "--resume", action="store_true", help="go on from the checkpoint in the output folder, if there is one"
@@ -210,27 +220,54 @@ class Record:
 def train_recipe(
     arguments: argparse.Namespace, argv: list[str], record: Callable[[Trainer], Record] | None = None
 ) -> int:
-    """Trains `arguments.recipe` with what `add_run_options` adds, and says where everything is."""
-    trainer = _prepare(arguments)
+    """Trains `arguments.recipe` with what `add_run_options` adds, and says where everything is.
+
+    Of the processes that torchrun has started the first one speaks and writes.
+    """
+    try:
+        processes = of_training.join(lambda: _device(arguments.device), arguments.process_timeout)
+    except ValueError as error:
+        raise UserError(error) from error
+    code = _train(arguments, argv, record, processes)
+    processes.leave()
+    return code
+
+
+def _train(
+    arguments: argparse.Namespace,
+    argv: list[str],
+    record: Callable[[Trainer], Record] | None,
+    processes: Processes,
+) -> int:
+    trainer = _prepare(arguments, processes)
     kept = None if record is None else record(trainer)
     name = f"{arguments.recipe}-{trainer.data.name}" if kept is None else kept.name
     output = arguments.output or Path("runs", name)
     files = {"metrics": output / run.METRICS, "checkpoint": output / run.CHECKPOINT}
     picture_file = output / picture.PICTURE
-    checkpoint.try_writing(files["checkpoint"])
-    with locked(output):
-        checkpoint.remove_leftovers([*files.values(), picture_file])
-        _take_up(arguments, trainer, output)
-        with_picture = not arguments.no_picture
-        if with_picture and (reason := picture.unavailable(trainer)):
-            say(reason)
-            with_picture = False
-        # What would fail after the training fails here.
-        for path in (files["metrics"], None if kept is None else kept.path, picture_file if with_picture else None):
-            if path is not None:
-                checkpoint.try_writing(path)
+    with_picture = processes.writes and not arguments.no_picture
+    with ExitStack() as stack:
+        with _all_or_none(processes):
+            if processes.writes:
+                checkpoint.try_writing(files["checkpoint"])
+                stack.enter_context(locked(output))
+                checkpoint.remove_leftovers([*files.values(), picture_file])
+            _take_up(arguments, trainer, output)
+            if with_picture and (reason := picture.unavailable(trainer)):
+                say(reason)
+                with_picture = False
+            # What would fail after the training fails here.
+            for path in (files["metrics"], None if kept is None else kept.path, picture_file if with_picture else None):
+                if path is not None and processes.writes:
+                    checkpoint.try_writing(path)
+        try:
+            processes.check_same(f"epochs that are done in {output}", len(trainer.rows))
+        except ValueError as error:
+            raise UserError(error) from error
         with _StopOnInterrupt() as stop:
             finished = _until_stopped(trainer, output, stop)
+        if not processes.writes:
+            return 0 if finished else INTERRUPTED
         if not finished:
             _say_stopped(trainer, output, argv)
             return INTERRUPTED
@@ -251,17 +288,30 @@ def train_recipe(
     return 0
 
 
+@contextmanager
+def _all_or_none(processes: Processes) -> Iterator[None]:
+    """What fails within on one process ends the others as well, which say nothing of it."""
+    try:
+        yield
+    except Exception:
+        with suppress(ProcessLost):
+            processes.any(True)
+        raise
+    if processes.any(False):
+        raise SystemExit(USER_ERROR)
+
+
 def _until_stopped(trainer: Trainer, output: Path, stop: Callable[[], bool]) -> bool:
     try:
         return run.train(trainer, output, stop)
     except BrokenPipeError:
         raise
-    except OSError as error:
+    except (OSError, ProcessLost) as error:
         kept = "--resume goes on from the checkpoint" if (output / run.CHECKPOINT).exists() else "no epoch is saved"
         raise UserError(f"{_text_of(error)}; {kept}") from error
 
 
-def _prepare(arguments: argparse.Namespace) -> Trainer:
+def _prepare(arguments: argparse.Namespace, processes: Processes) -> Trainer:
     """The trainer, before anything is written: what can be wrong with the data and numbers asked for shows here."""
     try:
         device = _device(arguments.device)
@@ -273,6 +323,7 @@ def _prepare(arguments: argparse.Namespace) -> Trainer:
             device=device,
             compute_dtype=COMPUTE_DTYPES[arguments.compute_dtype],
             skip_below=arguments.skip_below,
+            processes=processes,
         )
         first = next(iter(trainer.net))
         own: dict[str, Any] = {"pool": first.pool} if isinstance(first, FFConv2d) else {"peer": first.peer}
@@ -287,7 +338,8 @@ def _prepare(arguments: argparse.Namespace) -> Trainer:
         )
     except (ValueError, ModuleNotFoundError) as error:
         raise UserError(error) from error
-    say(explanation.partition("\n")[0])
+    if processes.writes:
+        say(explanation.partition("\n")[0])
     return trainer
 
 
@@ -299,8 +351,9 @@ def _take_up(arguments: argparse.Namespace, trainer: Trainer, output: Path) -> N
         except ValueError as error:
             raise UserError(f"{error}; --overwrite starts anew") from error
         done = f"{output}: {len(trainer.rows)} of {trainer.epochs} epochs are done"
-        say(done if resumed else f"{output}: no checkpoint, starting anew")
-    elif (output / run.CHECKPOINT).exists() and not arguments.overwrite:
+        if trainer.processes.writes:
+            say(done if resumed else f"{output}: no checkpoint, starting anew")
+    elif trainer.processes.writes and (output / run.CHECKPOINT).exists() and not arguments.overwrite:
         raise UserError(
             f"{output} holds a run already: --resume goes on with it, --overwrite starts anew, "
             "--output names another folder"
@@ -313,6 +366,12 @@ def _device(name: str) -> torch.device:
         name = next(name for name, here in available.items() if here)
     if not available[name]:
         raise UserError(f"--device {name}: torch {torch.__version__} finds none on this machine")
+    if name == "cuda" and of_training.launched():
+        local = int(os.environ.get("LOCAL_RANK") or 0)
+        if local >= torch.cuda.device_count():
+            raise UserError(f"LOCAL_RANK={local}, but there are {torch.cuda.device_count()} devices on this machine")
+        torch.cuda.set_device(local)
+        return torch.device("cuda", local)
     return torch.device(name)
 
 
@@ -345,7 +404,9 @@ class _StopOnInterrupt:
 def _say_stopped(trainer: Trainer, output: Path, argv: list[str]) -> None:
     # argparse takes their beginnings too.
     kept_options = [a for a in argv if len(a) < 3 or not ("--resume".startswith(a) or "--overwrite".startswith(a))]
-    again = shlex.join([*PROGRAM.split(), *kept_options, "--resume"])
+    size = trainer.processes.size
+    program = PROGRAM if size == 1 else f"torchrun --nproc-per-node {size} -m ffkernels"
+    again = shlex.join([*program.split(), *kept_options, "--resume"])
     kept = f"{len(trainer.rows)} of {trainer.epochs} epochs are kept in {output / run.CHECKPOINT}"
     say(f"stopped; {kept if trainer.rows else 'no epoch was finished'}. To go on:\n  {again}")
 

@@ -361,6 +361,11 @@ def trainable(name: str, parameter: Tensor | None) -> None:
             "accepted: a trainable nn.Parameter (for one that is computed from others, as by parametrize, there are "
             "linear_forward and goodness_loss, whose gradients go on to those)"
         )
+    if getattr(parameter, "_fsdp_flattened", False):
+        raise ValueError(
+            f"{name} lies in a flat parameter of FullyShardedDataParallel, which would not see its step; accepted: a "
+            "plain nn.Parameter"
+        )
 
 
 def writable(name: str, value: Tensor | None) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .. import validation as check
 from ..backends.eager.conv import by_weight
+from ..objectives import joint_statistics, summed
 from ..spec import Geometry, Layer, MapRows
 
 InputNorm = nn.BatchNorm2d | nn.GroupNorm | nn.LayerNorm | None
@@ -84,7 +85,13 @@ def standardising(norm: InputNorm, x: Tensor, dtype: torch.dtype) -> tuple[Tenso
     """`normalised`, and how a batch normalisation has standardised."""
     if not isinstance(norm, nn.BatchNorm2d):
         return normalised(norm, x, dtype), None
-    samples = len(x) * x.shape[2:].numel()
+    samples, together = len(x) * x.shape[2:].numel(), summed(norm)
+    if _of_batch(norm) and together is not None:
+        places = _wide(x, dtype).movedim(1, -1).flatten(0, -2)
+        mean, variance, samples = joint_statistics(places.to(dtype), together)
+        if len(x):
+            x = F.batch_norm(_wide(x, dtype), mean, variance, norm.weight, norm.bias, False, 0.0, norm.eps)
+        return x, Standardising(norm, mean, variance, samples)
     if not _of_batch(norm) or samples == 0:
         return normalised(norm, x, dtype), Standardising(norm, None, None, samples)
     mean, variance = torch.zeros(2, x.shape[1], dtype=dtype, device=x.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,29 @@ def _step_of(layer: Layer) -> Callable[..., StepResult]:
     if not layer.weight.requires_grad and not any(p.requires_grad for p in layer.parameters()):
         return layer._hand_on
     return layer.step
+
+
+class Take(Protocol):
+    """How a layer takes its step: `FFLinear.step`, but that the layer is an argument."""
+
+    def __call__(
+        self, layer: Layer, x_pos: Tensor, x_neg: Tensor | None, optimizer: Optimizer | None, **options: Any
+    ) -> StepResult: ...
+
+
+def take_step(
+    layer: Layer, x_pos: Tensor, x_neg: Tensor | None, optimizer: Optimizer | None, **options: Any
+) -> StepResult:
+    """The step of a layer on one process."""
+    return _step_of(layer)(x_pos, x_neg, optimizer, **options)
+
+
+class Ready(NamedTuple):
+    """The arguments of a network's step, layer by layer; `shared` are the first layer's alone."""
+
+    optimizers: Sequence[Optimizer | None]
+    outputs: Sequence[str]
+    shared: dict[str, Any]
 
 
 def _handed_on(layer: Layer, options: dict[str, Any]) -> torch.dtype | None:
@@ -141,6 +164,22 @@ class FFNetwork(nn.Module):
             One result per layer, its `y` None unless `keep`: activities live only until the next layer has seen them,
             so that memory does not grow with depth; the last layer's are not computed.
         """
+        ready = self._ready(x_pos, x_neg, optimizers, options, label_field=label_field, product=product, keep=keep)
+        x_pos, x_neg = self._into(0, x_pos), None if x_neg is None else self._into(0, x_neg)
+        return self._climb(x_pos, x_neg, ready, options, keep=keep)
+
+    def _ready(
+        self,
+        x_pos: Tensor,
+        x_neg: Tensor | None,
+        optimizers: Optimizer | Sequence[Optimizer | None] | None,
+        options: dict[str, Any],
+        *,
+        label_field: int | None = None,
+        product: Tensor | None = None,
+        keep: bool = False,
+    ) -> Ready:
+        """The arguments of a step, checked but for what the first layer checks itself."""
         for name in ("outputs", "input_sumsq"):
             if name in options:
                 raise TypeError(f"{name} came to a whole network; accepted: layer.outputs, and sums made by the layers")
@@ -158,13 +197,25 @@ class FFNetwork(nn.Module):
                 if value is not None:
                     raise ValueError(f"{name} came to a network whose first layer is a convolution; accepted: None")
             shared = {}
+        return Ready(per_layer, outputs, shared)
+
+    def _climb(
+        self,
+        x_pos: Tensor,
+        x_neg: Tensor | None,
+        ready: Ready,
+        options: dict[str, Any],
+        *,
+        keep: bool,
+        sumsq: Tensor | None = None,
+        take: Take = take_step,
+    ) -> list[StepResult]:
+        """A step of each layer by `take`, on rows as the first one takes them; `sumsq`: their sums of squares."""
         results = []
-        sumsq = None
-        one_side = x_neg is None
-        x_pos, x_neg = self._into(0, x_pos), None if x_neg is None else self._into(0, x_neg)
-        for i, (layer, optimizer) in enumerate(zip(self, per_layer, strict=True)):
-            result = _step_of(layer)(
-                x_pos, x_neg, optimizer, outputs=outputs[i], input_sumsq=sumsq, **shared, **options
+        one_side, last, shared = x_neg is None, len(self.layers) - 1, ready.shared
+        for i, (layer, optimizer) in enumerate(zip(self, ready.optimizers, strict=True)):
+            result = take(
+                layer, x_pos, x_neg, optimizer, outputs=ready.outputs[i], input_sumsq=sumsq, **shared, **options
             )
             shared = {}
             results.append(result if keep else replace(result, y=None))
@@ -336,11 +387,21 @@ class FFNetwork(nn.Module):
         per_layer = self._optimizers(optimizers)
         self._check_upper(x_pos, x_neg, per_layer, ["none"] * len(self.layers), options)
         self._check_labels(x_pos, options)
+        return self._layer_by_layer(x_pos, x_neg, per_layer, steps, options)
+
+    def _layer_by_layer(
+        self,
+        x_pos: Tensor,
+        x_neg: Tensor | None,
+        per_layer: Sequence[Optimizer | None],
+        steps: int,
+        options: dict[str, Any],
+        take: Take = take_step,
+    ) -> list[Tensor]:
         losses = []
         for i, (layer, optimizer) in enumerate(zip(self, per_layer, strict=True)):
-            step = _step_of(layer)
             x_pos, x_neg = self._into(i, x_pos), None if x_neg is None else self._into(i, x_neg)
-            results = [step(x_pos, x_neg, optimizer, outputs="none", **options) for _ in range(steps)]
+            results = [take(layer, x_pos, x_neg, optimizer, outputs="none", **options) for _ in range(steps)]
             losses.append(torch.stack([result.loss for result in results]))
             if x_neg is not None and batch_norms(layer):
                 # The statistics are those of both sides together, as in the steps.
@@ -362,10 +423,18 @@ class FFNetwork(nn.Module):
             )
         return optimizers
 
-    def _pass(self, x: Tensor, keep: bool = True, **shared: Any) -> Iterable[tuple[Layer, Ran]]:
-        """Layers and what each leaves; without `keep` the last linear layer's activities are left out."""
+    def _pass(
+        self, x: Tensor, keep: bool = True, input_sumsq: Tensor | None = None, **shared: Any
+    ) -> Iterable[tuple[Layer, Ran]]:
+        """Layers and what each leaves; without `keep` the last linear layer's activities are left out.
+
+        `input_sumsq`: the rows' sums of squares, where they are known.
+        """
         sumsq: Tensor | None = None
-        x = self._into(0, x)
+        if input_sumsq is None:
+            x = self._into(0, x)
+        else:
+            x, sumsq = self._between(0, x, input_sumsq)
         for index, layer in enumerate(self, 1):
             ran = layer._run(x, sumsq, keep=keep or index < len(self.layers), **shared)
             shared = {}
@@ -404,10 +473,13 @@ class FFNetwork(nn.Module):
         classes = self._classes(range(len(self.layers)))
         per_layer = []
         for i, (layer, ran) in enumerate(self._pass(x, keep=classes is not None, **shared)):
-            own = overridden(layer, "goodness")
-            per_layer.append(layer.goodness(self._into(i, x)) if own else layer._goodness_of(ran))
+            per_layer.append(self._goodness(i, layer, ran, x))
             x = ran.y
         return torch.stack(per_layer, dim=1)
+
+    def _goodness(self, index: int, layer: Layer, ran: Ran, x: Tensor) -> Tensor:
+        """A layer's goodness, from what it has left of rows `x`."""
+        return layer.goodness(self._into(index, x)) if overridden(layer, "goodness") else layer._goodness_of(ran)
 
     def _classes(self, layers: Iterable[int]) -> int | None:
         """How many classes the objectives of these layers have, which must be the same number, or none."""

@@ -3,10 +3,12 @@
 from .batchnorm import (
     Standardised,
     StandardisedMoments,
+    joint_statistics,
     move,
     pivot_of,
     standardise,
     standardise_moments,
+    summed,
     through,
     through_moments,
 )
@@ -48,6 +50,7 @@ __all__ = [
     "class_terms",
     "dense",
     "goodness_of_sums",
+    "joint_statistics",
     "moments_goodness",
     "move",
     "pivot_of",
@@ -56,6 +59,7 @@ __all__ = [
     "slopes_by_activity",
     "standardise",
     "standardise_moments",
+    "summed",
     "through",
     "through_moments",
 ]

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..spec import Maps
+
+# Sums of a tensor over the processes that have parts of a batch.
+Sums = Callable[[Tensor], Tensor]
+
+
+def summed(norm: nn.Module) -> Sums | None:
+    """How what a batch normalisation sums over rows becomes the sum over the rows of all processes; None: it is that.
+
+    Whoever divides a batch among processes says so in the module's attribute `together`.
+    """
+    return getattr(norm, "together", None)
 
 
 class Standardised(NamedTuple):
@@ -16,6 +28,8 @@ class Standardised(NamedTuple):
     Attributes:
         scale: `[units]` weight over deviation.
         mean, variance: `[units]` of the batch; None where the running ones counted.
+        samples: how many numbers of each unit the statistics are of.
+        together: as `summed` has it.
     """
 
     u: Tensor
@@ -23,11 +37,8 @@ class Standardised(NamedTuple):
     scale: Tensor
     mean: Tensor | None
     variance: Tensor | None
-
-    @property
-    def samples(self) -> int:
-        """How many numbers of each unit the statistics are of."""
-        return len(self.x)
+    samples: int
+    together: Sums | None = None
 
 
 class StandardisedMoments(NamedTuple):
@@ -38,7 +49,7 @@ class StandardisedMoments(NamedTuple):
         x_first, x_second: likewise of `x`.
         places: how many a row has.
         rest, deviation, weight, bias: `[channels]`.
-        mean, variance: as in `Standardised`.
+        mean, variance, samples, together: as in `Standardised`.
     """
 
     first: Tensor
@@ -52,11 +63,8 @@ class StandardisedMoments(NamedTuple):
     bias: Tensor
     mean: Tensor | None
     variance: Tensor | None
-
-    @property
-    def samples(self) -> int:
-        """How many numbers of each channel the statistics are of."""
-        return len(self.first) * self.places
+    samples: int
+    together: Sums | None = None
 
     def line(self) -> tuple[Tensor, Tensor]:
         """`gain` and `shift` `[channels]` of `u = gain (p - pivot) + shift`."""
@@ -68,7 +76,10 @@ def standardise(y: Tensor, norm: nn.BatchNorm1d) -> Standardised:
     """What `norm` makes of activities `y` `[rows, units]`; its running statistics stay as they are."""
     mean, variance = norm.running_mean, norm.running_var
     is_of_batch = norm.training or mean is None or variance is None
-    if is_of_batch:
+    together, samples = summed(norm), len(y)
+    if is_of_batch and together is not None:
+        mean, variance, samples = joint_statistics(y, together)
+    elif is_of_batch:
         # Of no rows there are no statistics, and nothing to standardise.
         variance, mean = torch.var_mean(y, 0, correction=0) if len(y) else y.new_zeros(2, y.shape[1])
     assert mean is not None and variance is not None
@@ -79,7 +90,17 @@ def standardise(y: Tensor, norm: nn.BatchNorm1d) -> Standardised:
         u, scale = x * norm.weight, scale * norm.weight
     if norm.bias is not None:
         u = u + norm.bias
-    return Standardised(u, x, scale, *((mean, variance) if is_of_batch else (None, None)))
+    if not is_of_batch:
+        return Standardised(u, x, scale, None, None, samples)
+    return Standardised(u, x, scale, mean, variance, samples, together)
+
+
+def joint_statistics(y: Tensor, together: Sums) -> tuple[Tensor, Tensor, int]:
+    """Means and variances `[units]` of all processes' activities, each of which has some rows `y`; and their number."""
+    samples = int(together(y.new_tensor([float(len(y))], dtype=torch.float64)))
+    mean = together(y.sum(0)) / max(samples, 1)
+    variance = together((y - mean).square().sum(0)) / max(samples, 1)
+    return mean, variance, samples
 
 
 def standardise_moments(maps: Maps, norm: nn.BatchNorm2d) -> StandardisedMoments:
@@ -87,18 +108,26 @@ def standardise_moments(maps: Maps, norm: nn.BatchNorm2d) -> StandardisedMoments
     mean, variance = norm.running_mean, norm.running_var
     is_of_batch = norm.training or mean is None or variance is None
     places = maps.p.shape[2] * maps.p.shape[3]
-    count = max(len(maps.p) * places, 1)
+    samples, together = len(maps.p) * places, summed(norm)
+    count = max(samples, 1)
     rest = maps.first.sum(0) / count
     if not is_of_batch:
         assert mean is not None
         rest = mean - maps.pivot
+    elif together is not None:
+        # Each process has a pivot of its own.
+        samples = int(together(maps.first.new_tensor([float(samples)], dtype=torch.float64)))
+        own = maps.first.sum(0) + len(maps.p) * places * maps.pivot
+        count = max(samples, 1)
+        rest = together(own) / count - maps.pivot
     # Sums about the mean, from those about the pivot.
     first = maps.first - places * rest
     second = maps.spread - 2 * rest * maps.first + places * rest.square()
     # Rounding must not leave less than any numbers of that sum have.
     second = torch.maximum(second, first.square() / places)
     if is_of_batch:
-        mean, variance = maps.pivot + rest, second.sum(0) / count
+        of_all = second.sum(0) if together is None else together(second.sum(0))
+        mean, variance = maps.pivot + rest, of_all / count
     assert variance is not None
     deviation = (variance + norm.eps).sqrt()
     x_first, x_second = first / deviation, second / deviation.square()
@@ -106,9 +135,11 @@ def standardise_moments(maps: Maps, norm: nn.BatchNorm2d) -> StandardisedMoments
     bias = torch.zeros_like(deviation) if norm.bias is None else norm.bias
     u_first = torch.addcmul(places * bias, x_first, weight)
     u_second = weight.square() * x_second + 2 * weight * bias * x_first + places * bias.square()
-    of_batch = (mean, variance) if is_of_batch else (None, None)
-    moments = (u_first, u_second, x_first, x_second)
-    return StandardisedMoments(*moments, places, rest, deviation, weight, bias, *of_batch)
+    if not is_of_batch:
+        mean = variance = None
+    return StandardisedMoments(
+        u_first, u_second, x_first, x_second, places, rest, deviation, weight, bias, mean, variance, samples, together
+    )  # fmt: skip
 
 
 def pivot_of(norm: nn.BatchNorm2d | None) -> tuple[bool, Tensor | None]:
@@ -134,7 +165,8 @@ def through_moments(
     by_weight = (by_one * of.x_first + by_x * of.x_second).sum(0)
     if of.mean is not None:
         count = max(of.samples, 1)
-        by_one, by_x = by_one - by_bias / count, by_x - by_weight / count
+        joint_bias, joint_weight = (t if of.together is None else of.together(t) for t in (by_bias, by_weight))
+        by_one, by_x = by_one - joint_bias / count, by_x - joint_weight / count
     scale = of.weight / of.deviation
     gain = by_x * (scale / of.deviation)
     return by_one * scale - gain * of.rest, gain, by_weight, by_bias
@@ -145,8 +177,9 @@ def through(of: Standardised, du: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     by_bias, by_weight = du.sum(0), (du * of.x).sum(0)
     dy = du
     if of.mean is not None:
-        rows = max(len(du), 1)
-        dy = du - (by_bias / rows) - of.x * (by_weight / rows)
+        rows = max(of.samples, 1)
+        joint_bias, joint_weight = (t if of.together is None else of.together(t) for t in (by_bias, by_weight))
+        dy = du - (joint_bias / rows) - of.x * (joint_weight / rows)
     return dy * of.scale, by_weight, by_bias
 
 

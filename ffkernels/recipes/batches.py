@@ -77,10 +77,19 @@ def labelled_sides(
     return both[: len(x)], both[len(x) :]
 
 
-def hard_label(logits: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def hard_label(
+    logits: Tensor,
+    labels: Tensor,
+    generator: torch.Generator | None = None,
+    rows: int | None = None,
+    own: slice = slice(None),
+) -> Tensor:
     """For each row a wrong label drawn from softmax(logits) with the right one left out; `[rows]`.
 
     The largest of `logit + Gumbel noise` is such a draw, whatever the logits' range.
+
+    `rows`, `own`: how many rows the noise is drawn for, and which of them these are; None: for these alone.
     """
-    noise = torch.empty_like(logits).exponential_(generator=generator).log_().neg_()
+    drawn = logits.new_empty(len(logits) if rows is None else rows, logits.shape[1])
+    noise = drawn.exponential_(generator=generator)[own].log_().neg_()
     return (logits + noise).scatter_(1, labels[:, None], -math.inf).argmax(1)

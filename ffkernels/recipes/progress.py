@@ -16,11 +16,12 @@ SECONDS_BETWEEN_LOOKS = 0.5
 
 
 class Progress:
-    """Counts steps from `done` to `total`; writes to stderr."""
+    """Counts steps from `done` to `total`; writes to stderr, or with `shows=False` nowhere."""
 
-    def __init__(self, total: int, done: int = 0) -> None:
+    def __init__(self, total: int, done: int = 0, *, shows: bool = True) -> None:
         self._bar: Any = None
-        if tqdm is not None:
+        self._shows = shows
+        if tqdm is not None and shows:
             # disable=None: no bar where stderr is not a terminal; it is None itself where it was closed from the start
             disable = True if sys.stderr is None else None
             self._bar = tqdm(total=total, initial=done, disable=disable, unit="step", dynamic_ncols=True)
@@ -43,7 +44,7 @@ class Progress:
 
     def line(self, text: str) -> None:
         """A line that stays."""
-        if sys.stderr is None:
+        if sys.stderr is None or not self._shows:
             return
         if self._bar is None:
             print(text, file=sys.stderr, flush=True)

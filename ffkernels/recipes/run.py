@@ -20,6 +20,8 @@ METRICS = "metrics.jsonl"
 def train(trainer: Trainer, output: Path, should_stop: Callable[[], bool] = lambda: False) -> bool:
     """Trains the epochs that are still to do; after each writes metrics and checkpoint into the folder `output`.
 
+    Of several processes, which all call this, the first one writes.
+
     Args:
         trainer: fresh, or brought to where a checkpoint was.
         output: is made where it does not exist.
@@ -31,30 +33,32 @@ def train(trainer: Trainer, output: Path, should_stop: Callable[[], bool] = lamb
     Raises:
         OSError: naming the file that cannot be written, before the first epoch where that can be known.
     """
-    files = [output / name for name in (CHECKPOINT, METRICS)]
-    for file in files:
-        checkpoint.try_writing(file)
+    processes = trainer.processes
+    if processes.writes:
+        for file in [output / name for name in (CHECKPOINT, METRICS)]:
+            checkpoint.try_writing(file)
+        if not trainer.rows:
+            # A later --resume must not find the run that this one replaces.
+            (output / CHECKPOINT).unlink(missing_ok=True)
+        write_metrics(output, trainer.rows)
     settings = trainer.settings()
-    if not trainer.rows:
-        # A later --resume must not find the run that this one replaces.
-        (output / CHECKPOINT).unlink(missing_ok=True)
-    write_metrics(output, trainer.rows)
     done = len(trainer.rows) * trainer.steps_per_epoch
-    with Progress(trainer.epochs * trainer.steps_per_epoch, done) as progress:
+    with Progress(trainer.epochs * trainer.steps_per_epoch, done, shows=processes.writes) as progress:
 
         def after_step(describe: Callable[[], str]) -> bool:
             progress.step(describe)
-            return should_stop()
+            return processes.any(should_stop())
 
         while not trainer.finished:
             row = trainer.run_epoch(after_step)
             if row is None:
                 return False
-            checkpoint.save(output / CHECKPOINT, settings, trainer.state())
-            write_metrics(output, trainer.rows)
+            if processes.writes:
+                checkpoint.save(output / CHECKPOINT, settings, trainer.state())
+                write_metrics(output, trainer.rows)
             numbers = f"epoch {row['epoch']}/{trainer.epochs}: {describe_test(row)}; {describe(row)}"
             progress.line(f"{numbers} ({row['seconds']:.1f} s)")
-            if should_stop():
+            if processes.any(should_stop()):
                 break
     return trainer.finished
 

@@ -26,11 +26,13 @@ from .. import FFConv2d, FFLinear, FFNetwork, StepResult, hybrid_images, wrong_l
 from .. import validation as check
 from ..objectives import Objective, ProjectionHead, class_terms
 from ..optim import SGDW
+from ..parallel import DataParallel
 from . import checkpoint
 from .batches import as_input, dropped, flipped, hard_label, labelled_sides, shifted
 from .catalogue import Recipe, Rule
 from .data import Dataset
 from .metrics import Row, check_rows, describe
+from .processes import ALONE, Processes
 
 EVALUATION_ROWS = 1000
 MOST_EPOCHS = 2**31 - 1
@@ -38,15 +40,17 @@ MOST_EPOCHS = 2**31 - 1
 
 @dataclass(frozen=True)
 class Minibatch:
-    """What a recipe trains on at once, on the trainer's device.
+    """What a recipe trains on at once, on the trainer's device: of several processes, this one's rows.
 
     Attributes:
+        rows: how many images all processes have.
         x_pos, x_neg: positive and negative rows `[rows, inputs]`; labels stand in them as the recipe says. A loss of
             classes has no negative rows: None.
         labels: the right ones, `[rows]`.
         features, logits: of the classifier, where the negatives are drawn from its softmax.
     """
 
+    rows: int
     x_pos: Tensor
     x_neg: Tensor | None
     labels: Tensor
@@ -65,6 +69,8 @@ class Trainer:
         device: where everything lives.
         compute_dtype: of the layers' products, as in `linear_step_`.
         skip_below: as in `linear_step_`.
+        processes: that train it together. All draw the same numbers and each steps on its own rows, so that how many
+            they are changes no more than the order of sums.
 
     Raises:
         TypeError: for a seed, epochs or `skip_below` that is no number.
@@ -81,6 +87,7 @@ class Trainer:
         device: torch.device | str = "cpu",
         compute_dtype: torch.dtype | None = None,
         skip_below: float = 0.0,
+        processes: Processes = ALONE,
     ) -> None:
         _whole_number("seed", seed)
         if not 0 <= seed < 2**32:
@@ -101,7 +108,7 @@ class Trainer:
         if recipe.negatives == "hybrid" and data.shape[0] != 1:
             raise ValueError(f"{data.source}: images of {data.shape[0]} channels; {recipe.name} mixes grey ones alone")
         self.recipe, self.data, self.seed, self.skip_below = recipe, data, seed, skip_below
-        self.device, self.compute_dtype = torch.device(device), compute_dtype
+        self.device, self.compute_dtype, self.processes = torch.device(device), compute_dtype, processes
         used = slice(None, recipe.train_images)
         self.train_images, self.train_labels = data.train_images[used].to(device), data.train_labels[used].to(device)
         self.test_images, self.test_labels = data.test_images.to(device), data.test_labels.to(device)
@@ -109,6 +116,9 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             self.net = _network(recipe, data, compute_dtype).to(device)
+        self.trained: FFNetwork | DataParallel = self.net
+        if processes.size > 1:
+            self.trained = DataParallel(self.net, processes.group, sync_batch_norm=True)
         self.label_field = 0 if recipe.label == "none" else data.num_classes
         self.net_optimizer = _optimizer(recipe.layers, self.net)
         self.rules = [(recipe.layers, self.net_optimizer)]
@@ -219,7 +229,7 @@ class Trainer:
         totals = self._train(epoch, after_step)
         if totals is None:
             return None
-        averages = totals.averages()
+        averages = totals.averages(self.processes)
         if self.recipe.settling:
             self._settle()
         trained = time.monotonic()
@@ -263,7 +273,7 @@ class Trainer:
         totals = Totals(self.net, self.skip_below)
         for batch in self.minibatches(epoch):
             results, logits = self.step(batch)
-            totals.add(results, batch.labels, None if logits is None else logits.argmax(1) != batch.labels)
+            totals.add(results, batch, None if logits is None else logits.argmax(1) != batch.labels)
             if after_step(totals.describe) and totals.rows < len(self.train_labels):
                 return None
         return totals
@@ -313,17 +323,23 @@ class Trainer:
             x = self._as_input(images)
             if recipe.dropout:
                 x = dropped(x, recipe.dropout, generator)
-            if recipe.of_classes or recipe.negatives == "hybrid":
-                yield Minibatch(x, None if recipe.of_classes else self._hybrid_images(x, generator), labels)
+            own = self.processes.own(len(labels))
+            if recipe.of_classes:
+                yield Minibatch(len(labels), x[own], None, labels[own])
+                continue
+            if recipe.negatives == "hybrid":
+                yield Minibatch(len(labels), x[own], self._hybrid_images(x, generator)[own], labels[own])
                 continue
             features = logits = None
+            x, of_own = x[own], labels[own]
             if recipe.negatives == "classifier":
                 features = self._features(x)
                 logits = self._logits(features)
-                wrong = hard_label(logits, labels, generator)
+                wrong = hard_label(logits, of_own, generator, len(labels), own)
             else:
-                wrong = self._wrong_label(labels, generator)
-            yield Minibatch(*labelled_sides(x, labels, wrong, classes, recipe.label_value), labels, features, logits)
+                wrong = self._wrong_label(labels, generator)[own]
+            sides = labelled_sides(x, of_own, wrong, classes, recipe.label_value)
+            yield Minibatch(len(labels), *sides, of_own, features, logits)
 
     def step(self, batch: Minibatch) -> tuple[list[StepResult], Tensor | None]:
         """Trains layers and classifier on a minibatch, at the learning rates of the last `run_epoch` or the first.
@@ -339,18 +355,18 @@ class Trainer:
         if self.classifier is None:
             return self._step(x_pos, x_neg, options), None
         if features is not None and batch.logits is not None:
-            self._step_classifier(features, batch.labels, batch.logits)
+            self._step_classifier(features, batch.labels, batch.logits, batch.rows)
             return self._step(x_pos, x_neg, options), batch.logits
         if self.label_field:
             assert x_neg is not None
-            results, features = self.net.step_and_features(
+            results, features = self.trained.step_and_features(
                 x_pos, x_neg, self.net_optimizer, self.label_field, **options
             )
         else:
-            results = self.net.step(x_pos, x_neg, self.net_optimizer, keep=True, **options)
+            results = self.trained.step(x_pos, x_neg, self.net_optimizer, keep=True, **options)
             features = self.net.features_of(results, self.recipe.classifier_layers)
         logits = self._logits(features)
-        self._step_classifier(features, batch.labels, logits)
+        self._step_classifier(features, batch.labels, logits, batch.rows)
         return results, logits
 
     def _hybrid_images(self, x: Tensor, generator: torch.Generator) -> Tensor:
@@ -364,10 +380,10 @@ class Trainer:
 
     def _step(self, x_pos: Tensor, x_neg: Tensor | None, options: dict[str, Any]) -> list[StepResult]:
         if not self.recipe.layerwise_steps:
-            return self.net.step(x_pos, x_neg, self.net_optimizer, label_field=self.label_field or None, **options)
-        self.net.train_layerwise(x_pos, x_neg, self.net_optimizer, self.recipe.layerwise_steps, **options)
+            return self.trained.step(x_pos, x_neg, self.net_optimizer, label_field=self.label_field or None, **options)
+        self.trained.train_layerwise(x_pos, x_neg, self.net_optimizer, self.recipe.layerwise_steps, **options)
         # Without an optimizer a step changes nothing and says where the layers have come to.
-        results = self.net.step(x_pos, x_neg, None, **options)
+        results = self.trained.step(x_pos, x_neg, None, **options)
         self.net.zero_grad()
         return results
 
@@ -378,12 +394,13 @@ class Trainer:
         return logits
 
     @torch.no_grad()
-    def _step_classifier(self, features: Tensor, labels: Tensor, logits: Tensor) -> None:
+    def _step_classifier(self, features: Tensor, labels: Tensor, logits: Tensor, rows: int | None = None) -> None:
         """Trains the classifier, which has these logits: `dW = (softmax - one_hot)^T features / rows`."""
         assert self.classifier is not None
         classes = torch.arange(self.data.num_classes, device=self.device)
         error = logits.softmax(1) - (labels[:, None] == classes).to(logits.dtype)
-        self.classifier.weight.grad = (error.t() @ features).div_(len(labels))
+        gradient = (error.t() @ features).div_(len(labels) if rows is None else rows)
+        self.classifier.weight.grad = self.processes.sum(gradient)
         self.classifier_optimizer.step()
 
     def _as_input(self, images: Tensor) -> Tensor:
@@ -411,8 +428,10 @@ class Trainer:
     def _test_error(self, predict: Callable[[Tensor], Tensor]) -> float:
         wrong = torch.zeros((), dtype=torch.int64, device=self.device)
         with self._evaluating():
-            for images, labels in self._test_batches():
-                wrong += (predict(self._as_input(images)) != labels).sum()
+            for i, (images, labels) in enumerate(self._test_batches()):
+                if i % self.processes.size == self.processes.rank:
+                    wrong += (predict(self._as_input(images)) != labels).sum()
+        wrong = self.processes.sum(wrong)
         return int(wrong) / len(self.test_labels)
 
     @contextmanager
@@ -468,24 +487,30 @@ class Totals:
         self._results: list[list[StepResult]] = []
         self._labels: list[Tensor] = []
         self._wrong: list[Tensor] = []
-        self.rows = 0
+        self._rows: list[int] = []
 
-    def add(self, results: list[StepResult], labels: Tensor, wrong: Tensor | None) -> None:
+    @property
+    def rows(self) -> int:
+        """How many images all processes have trained on."""
+        return sum(self._rows)
+
+    def add(self, results: list[StepResult], batch: Minibatch, wrong: Tensor | None) -> None:
         """Adds a minibatch: the layers' step results, and `[rows]` which guesses of the classifier were wrong."""
-        self._labels.append(labels)
+        self._labels.append(batch.labels)
         self._results.append([replace(result, y=None) for result in results])
         if wrong is not None:
             self._wrong.append(wrong)
-        self.rows += len(results[0].goodness_pos)
+        self._rows.append(batch.rows)
 
-    def averages(self) -> Row:
-        """Per layer over the rows, as numbers; `kept` is the share of rows that took part in the updates.
+    def averages(self, processes: Processes = ALONE) -> Row:
+        """Per layer over the rows of these processes, as numbers; `kept` is the share of rows that took part in the
+        updates.
 
         Of classes, `goodness_neg` is the mean over those that are not a row's own.
         """
         row: Row = {"loss": [], "goodness_pos": [], "goodness_neg": [], "kept": []}
         for objective, results in zip(self._objectives, zip(*self._results, strict=True), strict=True):
-            rows = torch.tensor([len(result.goodness_pos) for result in results], dtype=torch.float64)
+            rows = torch.tensor(self._rows, dtype=torch.float64)
             losses = torch.stack([result.loss for result in results]).cpu().double()
             pos, neg = (
                 torch.cat(side) for side in zip(*[(r.goodness_pos, r.goodness_neg) for r in results], strict=True)
@@ -502,12 +527,20 @@ class Totals:
                 pos, neg = own, (pos.sum(1, keepdim=True) - own) / max(objective.classes - 1, 1)
             row["loss"].append(((losses * rows).sum() / rows.sum()).item())
             for name, values in (("goodness_pos", pos), ("goodness_neg", neg), ("kept", kept.float())):
-                row[name].append(values.mean().item())
-        wrong = torch.cat(self._wrong).float().mean().item() if self._wrong else None
+                row[name].append(_mean(values, processes))
+        wrong = _mean(torch.cat(self._wrong).float(), processes) if self._wrong else None
         return {**row, "train_error_classifier": wrong}
 
     def describe(self) -> str:
         return describe(self.averages())
+
+
+def _mean(values: Tensor, processes: Processes) -> float:
+    """The mean over all of these processes' values."""
+    if processes.size == 1:
+        return values.mean().item()
+    total, count = processes.sum(torch.stack([values.sum(dtype=torch.float64).cpu(), torch.tensor(float(len(values)))]))
+    return (total / count).item()
 
 
 def _whole_number(name: str, value: object) -> None:

@@ -89,7 +89,10 @@ def test_it_learns_and_goes_on_to_the_same_numbers(compute_dtype, data) -> None:
 def test_layers_learn_in_epochs_of_their_own(data) -> None:
     windows = ((0, 1), (1, 3), (0, 2))
     recipe = replace(
-        SMALL, convolutions=tuple(replace(of, learns=w) for of, w in zip(LAYERS, windows, strict=True)), epochs=4
+        SMALL,
+        convolutions=tuple(replace(of, learns=w) for of, w in zip(LAYERS, windows, strict=True)),
+        epochs=4,
+        settling=0,
     )
     trainer = Trainer(recipe, data)
     for epoch in range(4):

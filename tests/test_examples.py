@@ -36,7 +36,9 @@ def _one_seed() -> None:
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
 def test_examples_are_short_and_tested(path):
     assert len(path.read_text().splitlines()) < 80
-    tests = "".join(Path(__file__).with_name(f"test_{name}.py").read_text() for name in ("examples", "parallel_training"))
+    tests = "".join(
+        Path(__file__).with_name(f"test_{name}.py").read_text() for name in ("examples", "parallel_training")
+    )
     assert f'example("{path.stem}")' in tests or f"{path.name}" in tests
 
 

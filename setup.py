@@ -161,7 +161,8 @@ def is_made(of: Command, folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     of_library = {"size": len(library), "sha256": hashlib.sha256(library).hexdigest()}
-    return isinstance(record, dict) and record.items() >= (of.record() | of_library).items()
+    is_whole = isinstance(record, dict) and not record.get("left_out")
+    return is_whole and record.items() >= (of.record() | of_library).items()
 
 
 def digest_of_sources() -> str:

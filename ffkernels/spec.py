@@ -125,8 +125,7 @@ class Maps(NamedTuple):
 
     Attributes:
         p: `[rows, channels, h, w]` activities behind the pool, in the compute dtype.
-        first, spread: `[rows, channels]` sums over places of `p - pivot`, and of its squares, in the weight's dtype;
-            where `p` is rounded, of it before or after that.
+        first, spread: `[rows, channels]` sums over places of `p - pivot`, and of its squares, in the weight's dtype.
         pivot: `[channels]` a number like the others for each channel, so that squares keep the digits of a variance.
         where: the winners of maximum pooling, as the backend that found them reads them.
         before: `[rows, channels, h', w']` in front of the pool: what the activation's slope is read from, or memory.

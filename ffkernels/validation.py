@@ -227,8 +227,13 @@ def batch_norm_alone(
 def enough_for_statistics(
     norm: nn.BatchNorm1d | nn.BatchNorm2d | None, rows: int, places: int = 1, name: str = "batch_norm"
 ) -> None:
-    """Raises ValueError for a single row of one place, which has no variance."""
-    if norm is not None and rows * places == 1 and (norm.training or norm.running_mean is None):
+    """Raises ValueError for a single row of one place, which has no variance; of several processes any have more."""
+    if (
+        norm is not None
+        and not hasattr(norm, "together")
+        and rows * places == 1
+        and (norm.training or norm.running_mean is None)
+    ):
         raise ValueError(f"x_pos has 1 row, which has no variance for {name}; accepted: at least 2, or eval()")
 
 

@@ -203,7 +203,12 @@ def piped(case: Case, splits: Sequence[int], rank: int) -> dict[str, Any]:
         rows, options = case.batch(step, (9,))[-1]
         if rank:
             rows, options = (None, None), {}
-        results = pipeline.step(*rows, optimizer, **options)
+        given = {name: value.clone() if isinstance(value, Tensor) else value for name, value in options.items()}
+        results = pipeline.step(*rows, optimizer, **given)
+        for value in given.values():
+            # What a step was given may change once it is back, whatever is still to be sent.
+            if isinstance(value, Tensor):
+                value.zero_()
         if step % 10 == 0:
             losses.append(pipeline.losses(results))
     found = {"losses": torch.stack(losses), "net": pipeline.whole_state_dict()}
@@ -320,7 +325,8 @@ def layer_by_layer(case: Case, splits: Sequence[int], rank: int) -> tuple[dict[s
     """Three steps of each layer on the same rows; by one process for rank -1."""
     net = case.net()
     optimizer = OPTIMIZERS[case.optimizer](net.parameters())
-    trains = net if rank < 0 else ff.parallel.DataParallel(net, GROUPS.get(len(splits)))
+    sync = case.sync_batch_norm
+    trains = net if rank < 0 else ff.parallel.DataParallel(net, GROUPS.get(len(splits)), sync_batch_norm=sync)
     rows, options = case.batch(0, splits)[rank]
     losses = trains.train_layerwise(*rows, optimizer, 3, **options)
     return state_of(net, optimizer), torch.stack(losses)

@@ -139,6 +139,10 @@ def test_what_does_not_fit_is_named(options, match):
 def test_another_kind_of_module_is_refused():
     with pytest.raises(TypeError, match="input_norm is a InstanceNorm2d"):
         refused(input_norm=nn.InstanceNorm2d(4))
+    with pytest.raises(TypeError, match="input_norm is a str"):
+        ff.FFConv2d(3, 4, 3, input_norm="x")
+    with pytest.raises(TypeError, match="input_norm is a str"):
+        ff.conv2d_forward(torch.rand(1, 3, 5, 5), torch.rand(4, 3, 3, 3), input_norm="x")
 
 
 @pytest.mark.parametrize("backend", ["eager", "native"])

@@ -83,6 +83,21 @@ def test_bfloat16_maps(objective, activation, statistics, pool):
         assert error(native.state()[name], value) <= 2 * theirs + 1e-3, (name, theirs)
 
 
+@pytest.mark.parametrize("activation", ["identity", "silu", "relu"])
+@pytest.mark.parametrize("pool", [None, torch.nn.AvgPool2d(2)])
+def test_sums_that_cancel_behind_batch_normalisation_cancel_in_bfloat16(activation, pool):
+    """A bias in front of it has next to no gradient: what is left must not be the rounding of the maps."""
+    exact = made("mean", rows=64, channels=(4, 8), maps=(10, 10), padding=1, norm="l2", statistics="batch",
+                 activation=activation, pool=pool, optimizer=None)  # fmt: skip
+    native, eager = exact.copy(torch.float32), exact.copy(torch.float32)
+    for name, case in (("native", native), ("eager", eager)):
+        case.ours(compute_dtype=torch.bfloat16, backend=name)
+    exact.ours()
+    known = exact.layer.bias.grad
+    theirs = error(eager.layer.bias.grad, known, 1e-2)
+    assert error(native.layer.bias.grad, known, 1e-2) <= 2 * theirs + 1e-3
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("pool", [None, 2, torch.nn.AvgPool2d(2)])
 @pytest.mark.parametrize("statistics", [None, "running"])

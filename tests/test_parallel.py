@@ -33,6 +33,15 @@ from tests.processes import Failed, Processes
 RELATIVE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As the others have: on more, products may be summed otherwise."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def processes() -> Iterator[Processes]:
     started = Processes(3)
@@ -186,14 +195,36 @@ def test_a_pipeline_of_batch_normalisation_and_of_rounded_products(processes):
     check_pipeline(processes, Case(dtype=torch.float32, options=rounded, steps=20), 3)
 
 
+@pytest.mark.parametrize("batch_norm", [None, "behind"])
 @pytest.mark.parametrize("objective", ["logistic", "cross_entropy"])
-def test_layer_by_layer(processes, objective):
-    case, splits = Case(objective), (4, 0, 5)
+def test_layer_by_layer(processes, objective, batch_norm):
+    options = () if batch_norm is None else (("batch_norm", batch_norm),)
+    case, splits = Case(objective, options=options, sync_batch_norm=batch_norm is not None), (4, 0, 5)
     found = processes.run(layer_by_layer, case, splits, each=[(rank,) for rank in range(3)])
     expected, losses = layer_by_layer(case, splits, -1)
     for state, of_rank in found:
         torch.testing.assert_close(of_rank, losses, rtol=1e-10, atol=1e-12)
         check_close(state, expected, 1e-10)
+
+
+def test_one_row_of_several_has_statistics(processes):
+    options = (("batch_norm", "behind"),)
+    check_as_one(processes, Case("cross_entropy", options=options, sync_batch_norm=True), (1, 4))
+
+
+def test_a_pipeline_leaves_modes_as_they_are(alone):
+    net = ff.FFNetwork([ff.FFLinear(5, 4, batch_norm="behind", outputs="pre"), ff.FFLinear(4, 3)])
+    net.layers[0].batch_norm.eval()
+    pipeline = ff.parallel.Pipeline(net)
+    assert pipeline.stage.training
+    assert not net.layers[0].batch_norm.training
+
+
+def test_what_is_no_tensor_is_refused_by_name(alone):
+    net = ff.FFNetwork([nn.Flatten(), ff.FFLinear(12, 20)])
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    with pytest.raises(TypeError, match="x_neg"):
+        ff.parallel.DataParallel(net).step(torch.rand(2, 3, 4), [1.0], optimizer)
 
 
 def test_gradient_hooks_see_the_joint_gradient_once(processes):

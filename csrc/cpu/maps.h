@@ -26,6 +26,8 @@ inline void put(uint16_t* p, vec v, int64_t n) {
 // A vector as it is stored: rounded once, wherever it goes.
 inline vec stored(float, vec v) { return v; }
 inline vec_of_halves stored(uint16_t, vec v) { return to_bfloat16(v); }
+inline vec as_stored(float, vec v) { return v; }
+inline vec as_stored(uint16_t, vec v) { return rounded(v); }
 // Numbers where `chosen`, and zeros elsewhere.
 inline vec only(vec v, vec_of_choices chosen) { return chosen ? v : vec{}; }
 inline vec_of_halves only(vec_of_halves v, vec_of_choices chosen) {
@@ -159,7 +161,8 @@ struct Passes {
             } else
                 v = gate.y(v);
             if (writes) put<WHOLE>(p + to, v, n);
-            v -= centre;
+            // Moments are of what the way back reads: sums that cancel there cancel here.
+            v = as_stored(T{}, v) - centre;
             sum += v, squares += v * v;
         }
         float *first = call.first + row * channels + channel,

@@ -119,8 +119,8 @@ void run(const Case& o) {
                                 int(n), int(c));
                     if (o.pool == ffk::POOL_MAX && !o.scaled)
                         check::same(where[size_t(unit)], winner[size_t(unit)], "winner");
-                    sum += expected - centre;
-                    squares += (expected - centre) * (expected - centre);
+                    const double apart = double(made[unit]) - centre;
+                    sum += apart, squares += apart * apart;
                 }
             const double most = double(units) * span * span * 8 * check::HALF_ULP;
             check::near(first[size_t(n * o.channels + c)], sum, most, "first moment");

@@ -89,7 +89,7 @@ def conv2d_forward(
     options = ConvOptions(
         stride, padding, padding_mode, groups, pool, norm, eps, eps_mode, activation, input_norm, compute_dtype, backend
     )
-    of_norm = () if input_norm is None else input_norm.parameters()
+    of_norm = input_norm.parameters() if isinstance(input_norm, nn.Module) else ()
     if not waits(x, weight, bias, *of_norm):
         y, moments = run_conv2d(x, weight, bias, None, options, input_sumsq)
         return y, moments.second.sum(1)

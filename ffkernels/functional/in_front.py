@@ -46,14 +46,14 @@ class Standardising(NamedTuple):
         return F.batch_norm(_wide(u, mean.dtype), mean, variance, None, None, False, 0.0, norm.eps)
 
 
-def check_fits(norm: InputNorm, x: Tensor, weight: Tensor, row_norm: str) -> None:
-    """Raises unless `norm` can stand in front of a convolution of maps `x`."""
+def check_module(norm: object, channels: int, weight: Tensor, row_norm: str) -> None:
+    """Raises unless `norm` can stand in front of a convolution of so many channels."""
     if norm is None:
         return
     if row_norm != "none":
         raise ValueError(f"norm={row_norm!r} came with input_norm, which normalises already; accepted: one of the two")
     if isinstance(norm, nn.BatchNorm2d):
-        check.batch_norm_alone("input_norm", norm, x.shape[1], weight, nn.BatchNorm2d)
+        check.batch_norm_alone("input_norm", norm, channels, weight, nn.BatchNorm2d)
         return
     if not isinstance(norm, _ROW_NORMS):
         raise TypeError(
@@ -65,8 +65,13 @@ def check_fits(norm: InputNorm, x: Tensor, weight: Tensor, row_norm: str) -> Non
             "input_norm has parameters of its own for each place or channel, whose gradient would be the input's; "
             "accepted: affine=False, elementwise_affine=False, or a BatchNorm2d"
         )
-    if isinstance(norm, nn.GroupNorm) and norm.num_channels != x.shape[1]:
-        raise ValueError(f"input_norm has {norm.num_channels} channels; accepted: {x.shape[1]}, those of x")
+    if isinstance(norm, nn.GroupNorm) and norm.num_channels != channels:
+        raise ValueError(f"input_norm has {norm.num_channels} channels; accepted: {channels}, those of x")
+
+
+def check_fits(norm: InputNorm, x: Tensor, weight: Tensor, row_norm: str) -> None:
+    """Raises unless `norm` can stand in front of a convolution of maps `x`."""
+    check_module(norm, x.shape[1], weight, row_norm)
     if isinstance(norm, nn.LayerNorm) and tuple(norm.normalized_shape) != tuple(x.shape[1:]):
         raise ValueError(
             f"input_norm has normalized_shape={tuple(norm.normalized_shape)}; accepted: {tuple(x.shape[1:])}, a row's"

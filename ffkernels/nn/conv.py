@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from .. import functional
 from .. import validation as check
 from ..backends import select
-from ..functional import StepResult
+from ..functional import StepResult, in_front
 from ..functional.conv import conv2d_pass, run_conv2d, waits
 from ..functional.in_front import InputNorm
 from ..functional.maps import (
@@ -116,6 +116,7 @@ class FFConv2d(nn.Conv2d):
             if input_norm is not None:
                 raise ValueError("batch_norm='before' came with input_norm; accepted: one of the two")
             self.input_norm = nn.BatchNorm2d(in_channels, device=device, dtype=dtype)
+        in_front.check_module(self.input_norm, in_channels, self.weight, norm)
 
     def _options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ConvOptions._fields}

@@ -26,7 +26,7 @@ from ..compiling import never_compiled
 from ..functional import StepResult
 from ..functional.plan import others_of
 from ..nn import FFConv2d, FFLinear, FFNetwork
-from ..nn.layer import called_only, overridden
+from ..nn.layer import batch_norms, called_only, overridden
 from ..nn.network import Ready, take_step
 from ..normalisation import row_scale, row_sumsq
 from ..objectives import AnyObjective, GivenLoss, any_objective
@@ -141,7 +141,10 @@ class DataParallel:
         **options: Any,
     ) -> tuple[list[StepResult], Tensor]:
         """`step`, and what `net.features(x_pos)` was before it."""
-        features = self.net.features(x_pos, num_classes=num_classes)
+        with self._whole():
+            # Refused on all processes, before one of them begins.
+            self._ready(x_pos, x_neg, optimizers, options, False, {"label_field": None, "product": None})
+            features = self.net.features(x_pos, num_classes=num_classes)
         return self.step(x_pos, x_neg, optimizers, **options), features
 
     @never_compiled("a step of several processes waits for the others in its midst")
@@ -165,16 +168,21 @@ class DataParallel:
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
-        """Ctrl-C waits within."""
+        """Ctrl-C waits within, where synchronised batch normalisation goes by the rows of all processes."""
         if self._failed:
             raise ProcessLost(
                 "a step has failed in its midst, since when the processes are no longer at the same step; accepted: to "
                 "start again from a checkpoint"
             )
         held = interrupts.hold()
+        norms = [norm for layer in self.net for norm in batch_norms(layer)] if self.sync_batch_norm else []
         try:
+            for norm in norms:
+                vars(norm)["together"] = self._sum
             yield
         finally:
+            for norm in norms:
+                vars(norm).pop("together", None)
             interrupts.release(held)
 
     @contextmanager
@@ -218,7 +226,7 @@ class DataParallel:
                 counts[0], counts[1] = is_positive.sum(), (~is_positive).sum()
             else:
                 counts[0], counts[1] = len(x_pos), 0 if x_neg is None else len(x_neg)
-        except (TypeError, ValueError, RuntimeError) as error:
+        except Exception as error:
             refused = error
             counts[2] = 1
         own = counts.clone()
@@ -246,6 +254,8 @@ class DataParallel:
         self._check_layers(options)
         ready = net._ready(x_pos, x_neg, optimizers, options, keep=keep, **shared)
         check.tensor("x_pos", x_pos)
+        if x_neg is not None:
+            check.tensor("x_neg", x_neg)
         x_pos, x_neg = net._into(0, x_pos), None if x_neg is None else net._into(0, x_neg)
         of_first = {"outputs": ready.outputs[0], "only_checks": True, **ready.shared, **options}
         take_step(next(iter(net)), x_pos, x_neg, ready.optimizers[0], **of_first)
@@ -371,7 +381,7 @@ class Stepping:
             options["objective"] = part_of(objective, share) if rows else of_no_rows(objective)
         learns = any(p.requires_grad for p in layer.parameters())
         others = (options["objective"], options.get("batch_norm"), options.get("input_norm"))
-        double = Double(layer, *others, self.parallel._sum if self.parallel.sync_batch_norm else None)
+        double = Double(layer, *others)
         of_peer, peer_mean = options.get("peer"), options.get("peer_mean")
         update = None
         if learns:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
@@ -29,7 +29,6 @@ class Double:
         objective: AnyObjective,
         batch_norm: nn.Module | None,
         input_norm: nn.Module | None,
-        together: Callable[[Tensor], Tensor] | None,
     ) -> None:
         self.weight = nn.Parameter(layer.weight.detach())
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach())
@@ -43,11 +42,6 @@ class Double:
             for norm, double in ((batch_norm, self.batch_norm), (input_norm, self.input_norm))
             if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) and norm.training and norm.track_running_stats
         ]
-        self._together, norms = together, (batch_norm, input_norm)
-        self._real = [norm for norm in norms if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)]
-        for double in (self.batch_norm, self.input_norm):
-            if together is not None and isinstance(double, nn.BatchNorm1d | nn.BatchNorm2d):
-                vars(double)["together"] = together
 
     @contextmanager
     def moves_instead(self) -> Iterator[None]:
@@ -58,13 +52,9 @@ class Double:
             for name, tensor in norm.named_buffers(recurse=False)
         ]
         before = [tensor.clone() for tensor, _ in pairs]
-        for norm in self._real if self._together is not None else ():
-            vars(norm)["together"] = self._together
         try:
             yield
         finally:
-            for norm in self._real:
-                vars(norm).pop("together", None)
             for (tensor, double), old in zip(pairs, before, strict=True):
                 double.copy_(tensor)
                 tensor.copy_(old)

@@ -99,12 +99,12 @@ class Pipeline(nn.Module):
             raise ValueError(f"in_flight={in_flight!r} is not an integer >= 1")
         rank, size = dist.get_rank(self.process_group), dist.get_world_size(self.process_group)
         counts = _divided(net, size) if layers is None else _checked_division(layers, size, len(net))
-        processes.check_same_network(net, self.process_group)
+        processes.check_same_network(net, self.process_group, counts)
         starts = [sum(counts[:i]) for i in range(size + 1)]
         self.first, self.last = starts[rank], starts[rank + 1]
         self.rank, self.size, self.in_flight = rank, size, in_flight
         self.stage = FFNetwork(_modules_of(net, self.first, self.last))
-        self.stage.train(net.training)
+        self.stage.training = net.training
         self._starts, self._counts = starts, counts
         # Of the whole network, what its parts do not know.
         self._depth = len(net)
@@ -115,10 +115,10 @@ class Pipeline(nn.Module):
             name: torch.empty_like(tensor, device="meta") for name, tensor in net.state_dict(keep_vars=False).items()
         }
         self._sent: deque[tuple[list[Any], list[Tensor]]] = deque()
-        last = self.rank == self.size - 1
-        if not last and "none" in [layer.outputs for layer in self.stage]:
+        silent = [i for i, layer in enumerate(net) if layer.outputs == "none" and i < len(net) - 1]
+        if silent:
             raise ValueError(
-                f"net.layers[{self.last - 1}].outputs='none' but a layer comes after it; accepted: 'post' or 'pre'"
+                f"net.layers[{silent[0]}].outputs='none' but a layer comes after it; accepted: 'post' or 'pre'"
             )
 
     @property
@@ -195,9 +195,11 @@ class Pipeline(nn.Module):
         if hands_on:
             top = results[-1]
             assert top.y is not None
-            of_rows = {name: options[name] for name in OF_ROWS if options.get(name) is not None}
+            # What the caller has may change before it is sent.
+            of_rows = {name: options[name].clone() for name in OF_ROWS if options.get(name) is not None}
             one_side = x_neg is None
-            self._send(Message(top.y, top.sumsq, None if one_side else len(rows), of_rows))
+            y, of_top = (top.y.clone(), top.sumsq.clone()) if keep else (top.y, top.sumsq.clone())
+            self._send(Message(y, of_top, None if one_side else len(rows), of_rows))
         return results if keep else [_without_activities(result) for result in results]
 
     def finish(self) -> None:
@@ -296,11 +298,17 @@ class Pipeline(nn.Module):
         own: list[Tensor] = []
         hands_on = self.rank < self.size - 1
         y, below = x, x
-        for i, (layer, ran) in enumerate(
-            self.stage._pass(x, keep=hands_on or self._classes[0] is not None, input_sumsq=sumsq, **shared)
-        ):
-            own.append(self.stage._goodness(i, layer, ran, below))
-            y, sumsq, below = ran.y, ran.sumsq, ran.y
+        try:
+            for i, (layer, ran) in enumerate(
+                self.stage._pass(x, keep=hands_on or self._classes[0] is not None, input_sumsq=sumsq, **shared)
+            ):
+                own.append(self.stage._goodness(i, layer, ran, below))
+                y, sumsq, below = ran.y, ran.sumsq, ran.y
+        except Exception:
+            if hands_on:
+                self._send(None)
+                self.finish()
+            raise
         if hands_on:
             self._send(Message(y, sumsq, None, {}))
             self.finish()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -84,9 +84,9 @@ def checked_network(net: object) -> FFNetwork:
     return net
 
 
-def check_same_network(net: FFNetwork, group: ProcessGroup) -> None:
-    """Raises ValueError on every process unless all of them have layers of the same shapes."""
-    facts = [(name, tuple(t.shape), str(t.dtype)) for name, t in net.state_dict().items()]
+def check_same_network(net: FFNetwork, group: ProcessGroup, division: Sequence[int] = ()) -> None:
+    """Raises ValueError on every process unless all of them have layers of the same shapes, divided alike."""
+    facts = [(name, tuple(t.shape), str(t.dtype)) for name, t in net.state_dict().items()], list(division)
     mark = zlib.crc32(repr(facts).encode())
     device = next(net.parameters()).device
     least_and_most = torch.tensor([mark, -mark], device=device)
@@ -94,7 +94,10 @@ def check_same_network(net: FFNetwork, group: ProcessGroup) -> None:
         dist.all_reduce(least_and_most, dist.ReduceOp.MIN, group=group)
     least, most = least_and_most.tolist()
     if least != -most:
-        raise ValueError("net has layers of other shapes on another process; accepted: the same network on all")
+        raise ValueError(
+            "net has layers of other shapes on another process, or they are divided otherwise there; accepted: the "
+            "same network on all"
+        )
 
 
 def take_over(tensors: Iterable[Tensor], group: ProcessGroup, source: int = 0) -> None:

@@ -124,11 +124,23 @@ class DataParallel:
         """
         shared = {"label_field": label_field, "product": product}
         with self._whole():
-            stepping, ready = self._ready(x_pos, x_neg, optimizers, options, keep, shared)
-            with self._alike(stepping):
-                x_pos, x_neg = self.net._into(0, x_pos), None if x_neg is None else self.net._into(0, x_neg)
-                results = self.net._climb(x_pos, x_neg, ready, options, keep=keep, take=stepping)
-                losses = stepping.finish()
+            return self._step(
+                x_pos, x_neg, *self._ready(x_pos, x_neg, optimizers, options, keep, shared), options, keep
+            )
+
+    def _step(
+        self,
+        x_pos: Tensor,
+        x_neg: Tensor | None,
+        stepping: Stepping,
+        ready: Ready,
+        options: dict[str, Any],
+        keep: bool,
+    ) -> list[StepResult]:
+        with self._alike(stepping):
+            x_pos, x_neg = self.net._into(0, x_pos), None if x_neg is None else self.net._into(0, x_neg)
+            results = self.net._climb(x_pos, x_neg, ready, options, keep=keep, take=stepping)
+            losses = stepping.finish()
         return [replace(result, loss=loss) for result, loss in zip(results, losses, strict=True)]
 
     @torch.no_grad()
@@ -142,10 +154,11 @@ class DataParallel:
     ) -> tuple[list[StepResult], Tensor]:
         """`step`, and what `net.features(x_pos)` was before it."""
         with self._whole():
-            # Refused on all processes, before one of them begins.
-            self._ready(x_pos, x_neg, optimizers, options, False, {"label_field": None, "product": None})
+            # What is refused is so on all processes, before one of them begins.
+            shared = {"label_field": None, "product": None}
+            ready = self._ready(x_pos, x_neg, optimizers, options, False, shared)
             features = self.net.features(x_pos, num_classes=num_classes)
-        return self.step(x_pos, x_neg, optimizers, **options), features
+            return self._step(x_pos, x_neg, *ready, options, False), features
 
     @never_compiled("a step of several processes waits for the others in its midst")
     @torch.no_grad()

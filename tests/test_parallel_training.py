@@ -49,6 +49,34 @@ def step(self, describe):
 progress.Progress.step = step
 sys.exit(cli.main(sys.argv[2:]))
 """
+# The command line, which says of what kind its threads are once all else at its exit is done.
+THREADS_AT_EXIT = """
+import atexit, os, pathlib, sys
+names = lambda: sorted(f.read_text().strip() for f in pathlib.Path("/proc/self/task").glob("*/comm"))
+atexit.register(lambda: print("at exit:", *names()))
+import torch.distributed as dist
+join = dist.init_process_group
+def joined(*args, **options):
+    join(*args, **options)
+    print("joined:", *names())
+dist.init_process_group = joined
+from ffkernels import cli
+sys.exit(cli.main(sys.argv[1:]))
+"""
+# Networks of several processes that outlive the default group.
+THREADS_AFTER_GROUP = """
+import pathlib
+import torch
+import torch.distributed as dist
+import ffkernels as ff
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+kept = [divided(ff.FFNetwork([ff.FFLinear(8, 4)])) for divided in (ff.parallel.DataParallel, ff.parallel.Pipeline)]
+for network in kept:
+    parameters = network.net.parameters() if network is kept[0] else network.parameters()
+    network.step(torch.rand(3, 8), torch.rand(3, 8), torch.optim.Adam(parameters))
+dist.destroy_process_group()
+print(*(f.read_text().strip() for f in pathlib.Path("/proc/self/task").glob("*/comm")))
+"""
 SMALL = {
     "quick": replace(RECIPES["quick"], hidden=(60, 40), batch_size=50),
     "hinton-matlab": replace(RECIPES["hinton-matlab"], hidden=(60, 40, 40), batch_size=50),
@@ -174,6 +202,24 @@ def rows_of(output: Path) -> list[dict[str, Any]]:
 
 def state_of(output: Path) -> dict[str, Any]:
     return torch.load(output / CHECKPOINT, weights_only=True)["state"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="reads /proc")
+@pytest.mark.parametrize("more", [(), ("--epochs", "0")], ids=["trained", "refused"])
+def test_no_thread_of_the_group_outlives_its_program(folder, tmp_path, more):
+    """One that lets go of a tensor while the interpreter is taken down would abort the process."""
+    ends = launched([["-c", THREADS_AT_EXIT, *command(folder, tmp_path / "run", *more)]] * 2)
+    for code, said in ends:
+        assert code == (cli.USER_ERROR if more else 0), said
+        assert "gloo" in said.partition("joined:")[2].partition("\n")[0], said
+        assert "gloo" not in said.partition("at exit:")[2], said
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="reads /proc")
+def test_no_thread_of_a_group_outlives_it():
+    said = subprocess.run([sys.executable, "-c", THREADS_AFTER_GROUP], cwd=ROOT, text=True, capture_output=True)
+    assert said.returncode == 0, said.stderr
+    assert "python" in said.stdout and "gloo" not in said.stdout
 
 
 def test_a_killed_process_ends_the_others_and_another_number_goes_on(folder, tmp_path, capsys):

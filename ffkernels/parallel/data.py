@@ -77,7 +77,7 @@ class DataParallel:
         sync_batch_norm: bool = False,
     ) -> None:
         self.net = processes.checked_network(net)
-        self.process_group: Any = processes.checked_group(process_group)
+        self._given_group = processes.checked_group(process_group)
         if given_loss is not None:
             check.one_of("given_loss", given_loss, get_args(OfGiven))
         check.boolean("sync_batch_norm", sync_batch_norm)
@@ -86,6 +86,11 @@ class DataParallel:
         self._check_layers({})
         processes.check_same_network(net, self.process_group)
         processes.take_over((*net.parameters(), *net.buffers()), self.process_group)
+
+    @property
+    def process_group(self) -> Any:
+        """The group of the processes. The default one is not held: it ends with `destroy_process_group()`."""
+        return dist.group.WORLD if self._given_group is None else self._given_group
 
     @property
     def rank(self) -> int:

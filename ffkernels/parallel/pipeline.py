@@ -94,7 +94,7 @@ class Pipeline(nn.Module):
     ) -> None:
         super().__init__()
         processes.checked_network(net)
-        self.process_group: Any = processes.checked_group(process_group)
+        self._given_group = processes.checked_group(process_group)
         if isinstance(in_flight, bool) or not isinstance(in_flight, int) or in_flight < 1:
             raise ValueError(f"in_flight={in_flight!r} is not an integer >= 1")
         rank, size = dist.get_rank(self.process_group), dist.get_world_size(self.process_group)
@@ -120,6 +120,11 @@ class Pipeline(nn.Module):
             raise ValueError(
                 f"net.layers[{silent[0]}].outputs='none' but a layer comes after it; accepted: 'post' or 'pre'"
             )
+
+    @property
+    def process_group(self) -> Any:
+        """The group of the processes. The default one is not held: it ends with `destroy_process_group()`."""
+        return dist.group.WORLD if self._given_group is None else self._given_group
 
     @property
     def _device(self) -> torch.device:

@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+if dist.is_available():
+    # Its functions' defaults keep the default group of when it is imported, and gloo's threads with it, for ever. A
+    # step of torch's optimizers would import it: so now, while there is none.
+    import torch.distributed.nn.functional
+
+
 class ProcessLost(RuntimeError):
     """Another process died, or did not answer within the timeout of the process group."""
 
@@ -38,7 +44,7 @@ def others_answer() -> Iterator[None]:
 
 
 def checked_group(process_group: object) -> Any:
-    """The group, or the default one for None.
+    """What was given as a group, None for the default one.
 
     Raises:
         ValueError, TypeError: where there is none to use.
@@ -51,7 +57,7 @@ def checked_group(process_group: object) -> Any:
             "processes know each other; accepted: a program that calls it first, launched by torchrun"
         )
     if process_group is None:
-        return dist.group.WORLD
+        return None
     if not isinstance(process_group, dist.ProcessGroup):
         raise TypeError(
             f"process_group is a {type(process_group).__name__}; accepted: a torch.distributed.ProcessGroup, or None"

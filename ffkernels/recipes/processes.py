@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -89,4 +91,14 @@ def join(device: Callable[[], torch.device], seconds: float) -> Processes:
         raise ValueError(f"several processes on {here.type}; accepted: cpu or cuda")
     with others_answer():
         dist.init_process_group(backend, timeout=timedelta(seconds=seconds))
+    if backend == "gloo":
+        atexit.register(_end_of_threads)
     return Processes(dist.group.WORLD, here)
+
+
+def _end_of_threads() -> None:
+    """Gloo's threads end with the last reference to the group. One that lets go of a tensor while the interpreter is
+    being taken down aborts the process, whatever it has done."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    gc.collect()

@@ -170,7 +170,7 @@ def test_half_the_images_are_turned() -> None:
     assert 150 < int(is_turned.sum()) < 250
 
 
-@pytest.mark.parametrize("name", ["cwc-mnist", "cwc-fashion", "cwc-cifar10", "cwc-shifted"])
+@pytest.mark.parametrize("name", ["cwc-mnist", "cwc-fashion", "cwc-cifar10", "cwc-turned"])
 def test_windows_are_those_of_the_network(name: str) -> None:
     recipe = RECIPES[name]
     assert [of.channels for of in recipe.convolutions] == [20, 80, 240, 480]

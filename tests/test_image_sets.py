@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import random
 import struct
 import sys
@@ -249,6 +251,39 @@ def test_flips_are_those_of_a_loop_and_a_half(dtype):
         assert torch.equal(found, row.flip(2) if turn else row)
     assert 400 < sum(turns) < 600
     assert torch.equal(batches.random_flips(rows, torch.Generator().manual_seed(3)), flipped)
+
+
+def plain_turns(rows: torch.Tensor, degrees: float, zoom: float, seed: int) -> torch.Tensor:
+    """Each pixel of each image on its own, in float64."""
+    draws = torch.rand(2, len(rows), generator=torch.Generator().manual_seed(seed)).double() * 2 - 1
+    out = torch.zeros(rows.shape, dtype=torch.float64)
+    _, _, height, width = rows.shape
+    for i, image in enumerate(rows.double()):
+        angle, size = math.radians(degrees) * float(draws[0, i]), 1 + zoom * float(draws[1, i])
+        for down, right in itertools.product(range(height), range(width)):
+            y, x = down - (height - 1) / 2, right - (width - 1) / 2
+            from_x = (math.cos(angle) * x - math.sin(angle) * y) / size + (width - 1) / 2
+            from_y = (math.sin(angle) * x + math.cos(angle) * y) / size + (height - 1) / 2
+            for at_y, at_x in itertools.product(*((math.floor(f), math.floor(f) + 1) for f in (from_y, from_x))):
+                if 0 <= at_y < height and 0 <= at_x < width:
+                    share = (1 - abs(from_y - at_y)) * (1 - abs(from_x - at_x))
+                    out[i, :, down, right] += share * image[:, at_y, at_x]
+    return out
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 7, 5), (2, 1, 3)])
+@pytest.mark.parametrize(("degrees", "zoom"), [(0.0, 0.0), (30.0, 0.0), (0.0, 0.3), (180.0, 0.5)])
+def test_turns_are_those_of_a_loop(shape, degrees, zoom):
+    rows = torch.randint(1, 256, (5, *shape)).to(torch.uint8)
+    kept, wanted = rows.clone(), plain_turns(rows, degrees, zoom, 5)
+    found = batches.random_turns(rows.float(), degrees, zoom, torch.Generator().manual_seed(5))
+    assert (found.double() - wanted).abs().max() < 255 * 1e-4
+    whole = batches.random_turns(rows, degrees, zoom, torch.Generator().manual_seed(5))
+    assert torch.equal(whole, found.round().to(torch.uint8)) and torch.equal(rows, kept)
+    flat = batches.turned(rows.flatten(1), degrees, zoom, torch.Generator().manual_seed(5), shape)
+    assert torch.equal(flat, whole.flatten(1))
+    if not (degrees or zoom):
+        assert torch.equal(whole, rows)
 
 
 @pytest.mark.parametrize("name", ["quick", "hinton-jitter", "loewex"])

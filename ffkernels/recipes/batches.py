@@ -41,6 +41,32 @@ def random_flips(images: Tensor, generator: torch.Generator | None = None) -> Te
     return torch.where(turned, images.flip(3), images)
 
 
+def random_turns(
+    images: Tensor, degrees: float, zoom: float = 0.0, generator: torch.Generator | None = None
+) -> Tensor:
+    """Images `[rows, channels, height, width]` of any dtype, each turned about its middle and made larger or smaller.
+
+    The angle is drawn uniformly from `-degrees` to `degrees`, the size from `1 - zoom` to `1 + zoom`, for each row.
+    Pixels are interpolated linearly, between zeros outside; those of integer dtypes are rounded.
+    """
+    height, width = images.shape[2:]
+    angle, size = torch.rand(2, len(images), generator=generator, device=images.device).mul_(2).sub_(1)
+    angle, size = angle * math.radians(degrees), 1 + size * zoom
+    cos, sin, none = angle.cos() / size, angle.sin() / size, torch.zeros_like(angle)
+    # Where a pixel comes from, both in halves of a side.
+    rows = torch.stack([cos, -sin * (height / width), none]), torch.stack([sin * (width / height), cos, none])
+    grid = F.affine_grid(torch.stack(rows).permute(2, 0, 1), list(images.shape), align_corners=False)
+    turned = F.grid_sample(images.float(), grid, align_corners=False)
+    return (turned if images.is_floating_point() else turned.round_()).to(images.dtype)
+
+
+def turned(
+    images: Tensor, degrees: float, zoom: float, generator: torch.Generator | None, shape: tuple[int, int, int]
+) -> Tensor:
+    """Images `[rows, channels * height * width]` of a `shape`, turned and zoomed: `random_turns`."""
+    return random_turns(images.view(-1, *shape), degrees, zoom, generator).flatten(1)
+
+
 def flipped(images: Tensor, generator: torch.Generator | None, shape: tuple[int, int, int]) -> Tensor:
     """Images `[rows, channels * height * width]` of a `shape`, half of them turned: `random_flips`."""
     return random_flips(images.view(-1, *shape), generator).flatten(1)

@@ -85,6 +85,8 @@ class Recipe:
         batch_size: images in a minibatch; each is one positive and one negative row, or one row alone.
         train_images: how many of the training images, the first ones; None for all.
         jitter: training images are shifted by up to so many pixels, anew in every epoch.
+        rotation, zoom: training images are turned by up to so many degrees and their size is changed by up to that
+            share, anew in every epoch.
         flips: whether training images are turned left to right, half of them, drawn anew in every epoch.
         dropout: what share of a training image's inputs is set to 0, drawn anew in every epoch; the rest is divided by
             `1 - dropout`.
@@ -124,6 +126,8 @@ class Recipe:
     batch_size: int = 100
     train_images: int | None = None
     jitter: int = 0
+    rotation: float = 0.0
+    zoom: float = 0.0
     flips: bool = False
     dropout: float = 0.0
     pixel_mean: float = 0.0
@@ -421,17 +425,19 @@ CWC_CIFAR10 = replace(
     pixel_std=0.251,
 )
 
-CWC_SHIFTED = replace(
+CWC_TURNED = replace(
     CWC_MNIST,
-    name="cwc-shifted",
-    source="Made for this package: cwc-mnist, all layers in all epochs, on images shifted by up to two pixels in each "
-    "direction, with smoothed labels.",
+    name="cwc-turned",
+    source="Made for this package: cwc-mnist, all layers in all epochs, on images turned by up to ten degrees, a tenth "
+    "smaller to larger, and shifted by up to two pixels in each direction, with smoothed labels.",
     assumed="",
     published="",
-    epochs=16,
+    epochs=25,
     convolutions=tuple(replace(of, learns=None) for of in CWC_MNIST.convolutions),
     label_smoothing=0.1,
     jitter=2,
+    rotation=10.0,
+    zoom=0.1,
 )
 
 RECIPES = {
@@ -439,6 +445,6 @@ RECIPES = {
     for recipe in (
         QUICK, HINTON_MATLAB, HINTON_SUPERVISED, HINTON_JITTER, HINTON_UNSUPERVISED, LOEWEX, MOHAMMADPZ, FFLIB,
         ABLATION, GROUPED_MNIST, MONO_FORWARD, PROJECTED, PROJECTED_SHIFTED, CWC_MNIST, CWC_FASHION, CWC_CIFAR10,
-        CWC_SHIFTED,
+        CWC_TURNED,
     )
 }  # fmt: skip

@@ -28,7 +28,7 @@ from ..objectives import Objective, ProjectionHead, class_terms
 from ..optim import SGDW
 from ..parallel import DataParallel
 from . import checkpoint
-from .batches import as_input, dropped, flipped, hard_label, labelled_sides, shifted
+from .batches import as_input, dropped, flipped, hard_label, labelled_sides, shifted, turned
 from .catalogue import Recipe, Rule
 from .data import Dataset
 from .metrics import Row, check_rows, describe
@@ -316,6 +316,8 @@ class Trainer:
         order = torch.randperm(len(self.train_labels), generator=generator, device=self.device)
         for rows in order.split(self._split(len(order), recipe.batch_size)):
             images, labels = self.train_images[rows], self.train_labels[rows]
+            if recipe.rotation or recipe.zoom:
+                images = turned(images, recipe.rotation, recipe.zoom, generator, self.data.shape)
             if recipe.jitter:
                 images = shifted(images, recipe.jitter, generator, self.data.shape)
             if recipe.flips:

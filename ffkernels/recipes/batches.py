@@ -41,9 +41,7 @@ def random_flips(images: Tensor, generator: torch.Generator | None = None) -> Te
     return torch.where(turned, images.flip(3), images)
 
 
-def random_turns(
-    images: Tensor, degrees: float, zoom: float = 0.0, generator: torch.Generator | None = None
-) -> Tensor:
+def random_turns(images: Tensor, degrees: float, zoom: float = 0.0, generator: torch.Generator | None = None) -> Tensor:
     """Images `[rows, channels, height, width]` of any dtype, each turned about its middle and made larger or smaller.
 
     The angle is drawn uniformly from `-degrees` to `degrees`, the size from `1 - zoom` to `1 + zoom`, for each row.

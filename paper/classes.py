@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.optim import Adam
 
 from bench import machine
 from ffkernels.recipes.catalogue import RECIPES
@@ -20,6 +16,7 @@ from ffkernels.recipes.data import Dataset
 from ffkernels.recipes.train import Trainer
 
 from . import page, results
+from .curves import backpropagation
 
 FILE = Path("results", "backprop", "classes.json")
 PAGE = Path("docs", "classes.md")
@@ -37,40 +34,10 @@ def measure(data: Dataset, say: Say, names: Sequence[str] = NAMES) -> list[Row]:
     rows = []
     for name in names:
         for rate in RATES:
-            row = backprop(Trainer(RECIPES[name], data, compute_dtype=torch.bfloat16), rate)
+            row = backpropagation(Trainer(RECIPES[name], data, compute_dtype=torch.bfloat16), rate).row()
             rows.append({"recipe": name, "compute_dtype": "bfloat16", "lr": rate, **row})
             say(f"{name}, backprop at {rate:g}: {row['errors'][-1]:.2%} in {row['seconds'][-1]:.0f} s")
     return rows
-
-
-def backprop(of: Trainer, rate: float) -> Row:
-    """Plain PyTorch on what a recipe trains on: its hidden layers, a linear head, Adam, its smoothing and cool-down."""
-    recipe, classes = of.recipe, of.data.num_classes
-    sizes = (of.train_images.shape[1], *recipe.hidden)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(of.seed)
-        hidden = [layer for i, o in pairwise(sizes) for layer in (nn.Linear(i, o), nn.ReLU())]
-        net = nn.Sequential(*hidden, nn.Linear(sizes[-1], classes))
-    optimizer = Adam(net.parameters(), lr=rate)
-    loss_of = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
-    precision = torch.autocast("cpu", of.compute_dtype, enabled=of.compute_dtype is not None)
-    errors, seconds, spent = [], [], 0.0
-    for epoch in range(1, of.epochs + 1):
-        start = time.monotonic()
-        for group in optimizer.param_groups:
-            group["lr"] = rate * of.lr_factor(epoch)
-        for batch in of.minibatches(epoch):
-            with precision:
-                loss = loss_of(net(batch.x_pos), batch.labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        spent += time.monotonic() - start
-        seconds.append(round(spent, 1))
-        with torch.no_grad(), precision:
-            guesses = net(of.test_images.float() / 255).argmax(1)
-        errors.append((guesses != of.test_labels).float().mean().item())
-    return {"errors": errors, "seconds": seconds}
 
 
 def save(data: Dataset, say: Say, path: Path = FILE, names: Sequence[str] = NAMES) -> None:

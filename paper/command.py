@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ffkernels.cli import Record, UserError, add_run_options, say, to_path, train_recipe
 from ffkernels.recipes import checkpoint, data
@@ -40,14 +40,14 @@ def add_to(commands: Commands) -> None:
     command = commands.add_parser(
         "paper",
         help="the runs and measurements behind docs/lab/paper.md",
-        description="ablation trains what is missing in results/ablation; steps and target measure steps, and the time "
-        "to 2% error, against backprop's and write results/backprop; classes trains backprop on what recipes of class "
-        "goodness train on; variations changes each choice of the recipe projected; tables makes those of "
-        "docs/lab/paper.md and docs/classes.md; "
+        description="ablation trains what is missing in results/ablation; steps measures steps against backprop's; "
+        "race trains recipes and backprop of one network, five seeds each, and takes the time to an error; classes "
+        "trains backprop on what recipes of class goodness train on; variations changes each choice of the recipe "
+        "projected; these four write results/backprop. tables makes the tables and the picture of docs from it. "
         "epoch trains fflib's example by fflib and accelerated, in turns, and writes results/epoch.",
     )
     command.set_defaults(run=_paper)
-    command.add_argument("what", choices=("ablation", "steps", "target", "classes", "variations", "tables", "epoch"))
+    command.add_argument("what", choices=("ablation", "steps", "race", "classes", "variations", "tables", "epoch"))
     command.add_argument("--data", default="mnist", help="mnist, fashion-mnist or a folder of IDX files (%(default)s)")
 
 
@@ -86,42 +86,32 @@ def _paper(arguments: argparse.Namespace, argv: list[str]) -> int:
     # With the benchmark's contenders, which the other commands need not wait for.
     from bench.contenders import installed
 
-    from . import ablation, backprop, classes, epoch, variations
+    from . import ablation, backprop, classes, epoch, race, variations
 
-    def backprop_tables() -> str:
-        try:
-            return backprop.tables()
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            found = f"{type(error).__name__}: {error}"
-            raise UserError(f"{backprop.FILE}: not as `paper steps` and `paper target` write it ({found})") from error
-
+    saved: dict[str, Any] = {"steps": backprop, "race": race, "classes": classes, "variations": variations}
     try:
-        if arguments.what in ("steps", "target"):
-            # What is measured is added to what the file holds: both must be possible before hours of measuring.
-            checkpoint.try_writing(backprop.FILE)
-            backprop_tables()
-        if arguments.what == "ablation":
+        if arguments.what in saved:
+            # Before hours of measuring.
+            checkpoint.try_writing(saved[arguments.what].FILE)
+            saved[arguments.what].save(data.load(arguments.data), say)
+        elif arguments.what == "ablation":
             ablation.run(data.load(arguments.data), ablation.FOLDER, say)
         elif arguments.what == "epoch":
             if installed("fflib") is None:
                 raise UserError("fflib is not installed: pip install --no-deps fflib==0.3.0")
             print(epoch.measure(data.load(arguments.data), say))
-        elif arguments.what == "classes":
-            checkpoint.try_writing(classes.FILE)
-            classes.save(data.load(arguments.data), say)
-        elif arguments.what == "variations":
-            checkpoint.try_writing(variations.FILE)
-            variations.save(data.load(arguments.data), say)
-        elif arguments.what != "tables":
-            backprop.save(arguments.what, data.load(arguments.data), say)
         else:
             paper = Path("docs", "lab", "paper.md")
             page.update(paper, ablation.BEGIN, ablation.END, ablation.table(results.load(ablation.FOLDER)))
-            page.update(paper, backprop.BEGIN, backprop.END, backprop_tables())
+            page.update(paper, backprop.BEGIN, backprop.END, backprop.table())
             print(f"{paper}: made from {ablation.FOLDER} and {backprop.FILE}")
             page.update(classes.PAGE, classes.BEGIN, classes.END, classes.table())
             page.update(classes.PAGE, variations.BEGIN, variations.END, variations.table())
             print(f"{classes.PAGE}: made from {results.FOLDER} and {classes.FILE}")
+            page.update(race.PAGE, race.BEGIN, race.END, race.table())
+            if race.FILE.exists():
+                race.draw()
+            print(f"{race.PAGE}: made from {race.FILE}")
     except ValueError as error:
         raise UserError(error) from error
     return 0

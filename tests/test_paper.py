@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from ffkernels import cli
 from ffkernels.recipes.catalogue import PROJECTED
 from ffkernels.recipes.run import train
 from ffkernels.recipes.train import Trainer
-from paper import ablation, backprop, classes, results, variations
+from paper import ablation, backprop, classes, curves, race, results, variations
 from paper import page as made_page
 
 from .test_recipes import SMALL, run
@@ -155,24 +156,74 @@ def test_steps_against_backprop_are_rows_and_a_table(data, tmp_path, monkeypatch
     monkeypatch.setattr(torch, "compile", lambda f, **options: f)
     small = {name: replace(SMALL[name], goodness_every=1) for name in ("loewex", "hinton-matlab")}
     monkeypatch.setattr(backprop.catalogue, "RECIPES", small)
-    monkeypatch.setattr(backprop, "MOST_EPOCHS", 1)
     monkeypatch.setattr(backprop, "POOL", 3)
     stages = [backprop.Stage(name, 2, "third step") for name in small]
     steps = backprop.measure(data, lambda text: None, 0.01, stages)
     assert [(row["recipe"], row["compute_dtype"]) for row in steps] == list(product(small, ("float32", "bfloat16")))
     assert all(row["ms"] > 0 and row["over_plain"][1] <= row["over_plain"][0] <= row["over_plain"][2] for row in steps)
-    target = backprop.time_to_target(data, lambda text: None, list(small))
-    assert [row["recipe"] for row in target] == [*small, "backprop"] * 2
     path = tmp_path / "rows.json"
-    assert backprop.tables(path) == "\n\n".join(backprop.NOT_YET.format(part) for part in ("steps", "target"))
+    assert backprop.table(path) == backprop.NOT_YET
     monkeypatch.setattr(backprop, "measure", lambda *_: steps)
-    monkeypatch.setattr(backprop, "time_to_target", lambda *_: target)
-    backprop.save("steps", data, lambda text: None, path)
-    assert backprop.tables(path).endswith(backprop.NOT_YET.format("target"))
-    backprop.save("target", data, lambda text: None, path)
-    text = backprop.tables(path)
-    assert "{:.2f} [{:.2f}, {:.2f}]".format(*steps[0]["over_compiled"]) in text
-    assert text.count("not in 1 epochs") + text.count(" s, 1 epochs") == 2 * (2 + 2 + 1)
+    backprop.save(data, lambda text: None, path)
+    assert "{:.2f} [{:.2f}, {:.2f}]".format(*steps[0]["over_compiled"]) in backprop.table(path)
+
+
+def test_a_race_is_curves_a_table_and_a_picture(data, tmp_path, monkeypatch) -> None:
+    """Of 151 images in batches of 50 the last has one; a test costs a day, which is not counted."""
+    monkeypatch.setattr(torch, "compile", lambda f, **options: f)
+    monkeypatch.setattr(race, "RATES", (1e-3, 3e-3))
+    clock = [0.0]
+
+    def tick() -> float:
+        clock[0] += 1.0
+        return clock[0]
+
+    monkeypatch.setattr(curves.time, "perf_counter", tick)
+    goodness_error = Trainer.goodness_error
+
+    def slow(self: Trainer) -> float:
+        clock[0] += 86_400.0
+        return goodness_error(self)
+
+    monkeypatch.setattr(Trainer, "goodness_error", slow)
+    recipe = replace(PROJECTED, hidden=(40, 30), batch_size=50, epochs=3)
+    rows = race.measure(data, lambda text: None, [recipe], (0, 1))
+    assert len(rows) == 2 * (1 + 2 * 2 + 1)
+    steps = 3 * -(-len(data.train_labels) // 50)
+    for row in rows:
+        assert len(row["errors"]) == len(row["seconds"]) == 3 * race.LOOKS
+        # Each look reads the clock once before it, and the clock starts anew behind it and with an epoch.
+        assert row["seconds"] == [float(look) for look in range(1, 3 * race.LOOKS + 1)]
+        assert row["errors"][-1] < 0.5
+    assert steps >= 3 * race.LOOKS
+    alone = Trainer(recipe, data, seed=1)
+    while not alone.finished:
+        alone.run_epoch(lambda describe: False)
+    of_second = next(row for row in rows if row["learner"] == "projected" and row["seed"] == 1)
+    assert of_second["errors"][-1] == alone.rows[-1]["test_error_goodness"]
+    path = tmp_path / "race.json"
+    assert race.table(path) == race.NOT_YET
+    monkeypatch.setattr(race, "NAMES", ("projected",))
+    monkeypatch.setattr(race, "measure", lambda *_: rows)
+    race.save(data, lambda text: None, path)
+    race.draw(path, tmp_path / "race.png")
+    assert (tmp_path / "race.png").stat().st_size > 1000
+    assert [line.split(" | ")[0] for line in race.table(path).splitlines()[2:5]] == [
+        "| Forward-Forward, projected", f"| {race.name_of(race.best(rows)[0])}",
+        f"| {race.name_of({**race.best(rows)[0], 'learner': 'compiled backprop'})}",
+    ]  # fmt: skip
+
+
+def test_the_best_rate_is_the_one_that_is_there_first() -> None:
+    def rows(rate: float, *runs: list[float]) -> list[dict[str, Any]]:
+        shared = {"learner": "backprop", "lr": rate, "label_smoothing": 0.0, "seconds": [1.0, 2.0, 3.0]}
+        return [{**shared, "errors": errors, "seed": seed} for seed, errors in enumerate(runs)]
+
+    never, late, early = [0.03, 0.02, 0.016], [0.03, 0.02, 0.015], [0.03, 0.014, 0.016]
+    found = [*rows(1.0, late, late, late), *rows(2.0, early, early, never), *rows(3.0, early, never, never)]
+    assert {row["lr"] for row in race.best(found)} == {2.0}
+    assert race.reached(rows(1.0, never)[0], 0.015) == math.inf
+    assert race.reached(rows(1.0, early)[0], 0.015) == 2.0
 
 
 def test_backprop_trains_on_what_a_recipe_of_classes_does(data, tmp_path, monkeypatch) -> None:

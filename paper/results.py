@@ -151,7 +151,8 @@ def table(rows: Sequence[Row]) -> str:
         groups.setdefault(tuple(row[name] for name in what), []).append(row)
     lines = []
     for (recipe, data, epochs, dtype, skip), of_group in groups.items():
-        published = RECIPES[recipe].published if recipe in RECIPES and data == "mnist" else ""
+        known = RECIPES.get(recipe)
+        published = known.published if known is not None and data == known.published_on else ""
         cells = (
             recipe + (f" on {data}" if data != "mnist" else ""),
             str(epochs),

@@ -69,7 +69,7 @@ class Recipe:
             test, with the weights as they are then (Wu & Johnson, Rethinking "Batch" in BatchNorm, 2021); 0: by the
             running statistics.
         assumed: what the source leaves open or what departs from it.
-        published: the test error that the source reports.
+        published, published_on: the test error that the source reports, and the data that it is of.
         goodness, loss, alpha, temperature, label_smoothing: of the `Objective`.
         threshold: of the `Objective`; None for the width of the layer.
         head: None for class groups; "projection" or "prototypes" for a `ProjectionHead` of that form in every layer.
@@ -107,6 +107,7 @@ class Recipe:
     classifier: Rule | None
     assumed: str = ""
     published: str = ""
+    published_on: str = "mnist"
     goodness: Goodness = "mean"
     loss: Loss = "logistic"
     alpha: float = 4.0
@@ -421,6 +422,7 @@ CWC_FASHION = replace(
     CWC_MNIST,
     name="cwc-fashion",
     published="7.69%",
+    published_on="fashion-mnist",
     epochs=23,
     convolutions=_windows(CWC_MNIST, (10, 15, 19, 23)),
 )
@@ -430,6 +432,7 @@ CWC_CIFAR10 = replace(
     name="cwc-cifar10",
     assumed=f"{CWC_MNIST.assumed} Never run here on the whole of CIFAR-10. The mean and deviation of all pixels.",
     published="21.89%",
+    published_on="cifar-10",
     epochs=25,
     convolutions=_windows(CWC_MNIST, (11, 16, 21, 25)),
     pixel_mean=0.473,

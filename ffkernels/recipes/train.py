@@ -150,7 +150,7 @@ class Trainer:
 
     def settings(self) -> dict[str, Any]:
         """All that decides the numbers of this run, as plain values."""
-        words = ("source", "assumed", "published")
+        words = ("source", "assumed", "published", "published_on")
         recipe = {name: value for name, value in asdict(self.recipe).items() if name not in words}
         return {
             **recipe,

@@ -26,7 +26,8 @@ from ffkernels.recipes.catalogue import (
 )
 from ffkernels.recipes.metrics import describe
 from ffkernels.recipes.run import train
-from ffkernels.recipes.train import Totals, Trainer
+from ffkernels.recipes.totals import Totals
+from ffkernels.recipes.train import Trainer
 
 from .toy_data import toy_data
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,26 @@ from torch import Tensor
 
 from ..negatives import overlay_label
 from .readers.dataset import SIDE
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """What a recipe trains on at once, on the trainer's device: of several processes, this one's rows.
+
+    Attributes:
+        rows: how many images all processes have.
+        x_pos, x_neg: positive and negative rows `[rows, inputs]`; labels stand in them as the recipe says. A loss of
+            classes has no negative rows: None.
+        labels: the right ones, `[rows]`.
+        features, logits: of the classifier, where the negatives are drawn from its softmax.
+    """
+
+    rows: int
+    x_pos: Tensor
+    x_neg: Tensor | None
+    labels: Tensor
+    features: Tensor | None = None
+    logits: Tensor | None = None
 
 
 def shifted(

@@ -14,48 +14,28 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import Optimizer
 
-from .. import FFConv2d, FFLinear, FFNetwork, StepResult, hybrid_images, wrong_label
+from .. import FFNetwork, StepResult, hybrid_images, wrong_label
 from .. import validation as check
-from ..objectives import Objective, ProjectionHead, class_terms
-from ..optim import SGDW
 from ..parallel import DataParallel
 from . import checkpoint
-from .batches import as_input, dropped, flipped, hard_label, labelled_sides, shifted, turned
-from .catalogue import Recipe, Rule
+from .batches import Minibatch, as_input, dropped, flipped, hard_label, labelled_sides, shifted, turned
+from .build import network_of, optimizer_of
+from .catalogue import Recipe
 from .data import Dataset
-from .metrics import Row, check_rows, describe
+from .metrics import Row, check_rows
 from .processes import ALONE, Processes
+from .totals import Totals
 
 EVALUATION_ROWS = 1000
 MOST_EPOCHS = 2**31 - 1
-
-
-@dataclass(frozen=True)
-class Minibatch:
-    """What a recipe trains on at once, on the trainer's device: of several processes, this one's rows.
-
-    Attributes:
-        rows: how many images all processes have.
-        x_pos, x_neg: positive and negative rows `[rows, inputs]`; labels stand in them as the recipe says. A loss of
-            classes has no negative rows: None.
-        labels: the right ones, `[rows]`.
-        features, logits: of the classifier, where the negatives are drawn from its softmax.
-    """
-
-    rows: int
-    x_pos: Tensor
-    x_neg: Tensor | None
-    labels: Tensor
-    features: Tensor | None = None
-    logits: Tensor | None = None
 
 
 class Trainer:
@@ -115,12 +95,12 @@ class Trainer:
         # Drawn on the CPU, so that a run starts from the same weights on every device.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            self.net = _network(recipe, data, compute_dtype).to(device)
+            self.net = network_of(recipe, data, compute_dtype).to(device)
         self.trained: FFNetwork | DataParallel = self.net
         if processes.size > 1:
             self.trained = DataParallel(self.net, processes.group, sync_batch_norm=True)
         self.label_field = 0 if recipe.label == "none" else data.num_classes
-        self.net_optimizer = _optimizer(recipe.layers, self.net)
+        self.net_optimizer = optimizer_of(recipe.layers, self.net)
         self.rules = [(recipe.layers, self.net_optimizer)]
         self.classifier: nn.Linear | None = None
         if recipe.classifier is not None:
@@ -128,7 +108,7 @@ class Trainer:
             self.classifier = nn.Linear(features.shape[1], data.num_classes, bias=False, device="meta")
             self.classifier.to_empty(device=device)
             nn.init.zeros_(self.classifier.weight)
-            self.classifier_optimizer = _optimizer(recipe.classifier, self.classifier)
+            self.classifier_optimizer = optimizer_of(recipe.classifier, self.classifier)
             self.rules.append((recipe.classifier, self.classifier_optimizer))
         self.rows: list[Row] = []
 
@@ -480,135 +460,9 @@ class Trainer:
         return torch.cat(goodness[0]).cpu(), torch.cat(goodness[1]).cpu()
 
 
-class Totals:
-    """What the steps of an epoch have left, on the device; nothing is computed before somebody asks."""
-
-    def __init__(self, net: FFNetwork, skip_below: float) -> None:
-        self._objectives = [layer.objective for layer in net]
-        self._skip_below = skip_below
-        self._results: list[list[StepResult]] = []
-        self._labels: list[Tensor] = []
-        self._wrong: list[Tensor] = []
-        self._rows: list[int] = []
-
-    @property
-    def rows(self) -> int:
-        """How many images all processes have trained on."""
-        return sum(self._rows)
-
-    def add(self, results: list[StepResult], batch: Minibatch, wrong: Tensor | None) -> None:
-        """Adds a minibatch: the layers' step results, and `[rows]` which guesses of the classifier were wrong."""
-        self._labels.append(batch.labels)
-        self._results.append([replace(result, y=None) for result in results])
-        if wrong is not None:
-            self._wrong.append(wrong)
-        self._rows.append(batch.rows)
-
-    def averages(self, processes: Processes = ALONE) -> Row:
-        """Per layer over the rows of these processes, as numbers; `kept` is the share of rows that took part in the
-        updates.
-
-        Of classes, `goodness_neg` is the mean over those that are not a row's own.
-        """
-        row: Row = {"loss": [], "goodness_pos": [], "goodness_neg": [], "kept": []}
-        for objective, results in zip(self._objectives, zip(*self._results, strict=True), strict=True):
-            rows = torch.tensor(self._rows, dtype=torch.float64)
-            losses = torch.stack([result.loss for result in results]).cpu().double()
-            pos, neg = (
-                torch.cat(side) for side in zip(*[(r.goodness_pos, r.goodness_neg) for r in results], strict=True)
-            )
-            objective = objective.objective if isinstance(objective, ProjectionHead) else objective
-            assert isinstance(objective, Objective)
-            if objective.classes is None:
-                is_positive = torch.arange(len(pos) + len(neg), device=pos.device) < len(pos)
-                kept = objective.in_doubt(torch.cat([pos, neg]), is_positive, self._skip_below)
-            else:
-                labels = torch.cat(self._labels)
-                kept = class_terms(objective, pos, labels, skip_below=self._skip_below)[0].any(1)
-                own = pos.gather(1, labels[:, None])
-                pos, neg = own, (pos.sum(1, keepdim=True) - own) / max(objective.classes - 1, 1)
-            row["loss"].append(((losses * rows).sum() / rows.sum()).item())
-            for name, values in (("goodness_pos", pos), ("goodness_neg", neg), ("kept", kept.float())):
-                row[name].append(_mean(values, processes))
-        wrong = _mean(torch.cat(self._wrong).float(), processes) if self._wrong else None
-        return {**row, "train_error_classifier": wrong}
-
-    def describe(self) -> str:
-        return describe(self.averages())
-
-
-def _mean(values: Tensor, processes: Processes) -> float:
-    """The mean over all of these processes' values."""
-    if processes.size == 1:
-        return values.mean().item()
-    total, count = processes.sum(torch.stack([values.sum(dtype=torch.float64).cpu(), torch.tensor(float(len(values)))]))
-    return (total / count).item()
-
-
 def _whole_number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}={value!r} is not a whole number")
-
-
-def _network(recipe: Recipe, data: Dataset, compute_dtype: torch.dtype | None) -> FFNetwork:
-    classes, (channels, height, width) = data.num_classes, data.shape
-    options: dict[str, Any] = {
-        "norm": recipe.norm, "eps": recipe.eps, "eps_mode": recipe.eps_mode, "activation": recipe.activation,
-        "outputs": recipe.outputs, "compute_dtype": compute_dtype,
-    }  # fmt: skip
-    modules: list[nn.Module] = []
-    for of in recipe.convolutions:
-        convolution = FFConv2d(
-            channels,
-            of.channels,
-            3,
-            padding=1,
-            groups=classes if of.by_class else 1,
-            pool=of.pool if of.pool > 1 else None,
-            objective=recipe.objective(of.channels, classes),
-            batch_norm="behind",
-            **options | {"norm": "none"},
-        )
-        assert convolution.batch_norm is not None
-        convolution.batch_norm.eps = recipe.eps
-        channels, height, width = of.channels, height // of.pool, width // of.pool
-        modules.append(convolution)
-    if recipe.convolutions and recipe.hidden:
-        modules.append(nn.Flatten())
-    fan_in = channels * height * width + (classes if recipe.label == "columns" else 0)
-    for units in recipe.hidden:
-        layer = FFLinear(fan_in, units, objective=recipe.objective(units, classes), peer=recipe.peer, **options)
-        if recipe.init != "torch":
-            nn.init.normal_(layer.weight, std=1 / math.sqrt(units if recipe.init == "fan_out" else fan_in))
-            nn.init.zeros_(layer.bias)
-        fan_in = units
-        modules.append(layer)
-    return FFNetwork(modules)
-
-
-def _optimizer(rule: Rule, module: nn.Module) -> Optimizer:
-    if rule.optimizer == "adam":
-        adam = AdamW if rule.decoupled else Adam
-        return adam(module.parameters(), lr=rule.lr, weight_decay=rule.weight_decay)
-    parameters = list(module.parameters())
-    options: dict[str, Any] = {
-        "lr": rule.lr,
-        "momentum": rule.momentum,
-        "dampening": rule.momentum if rule.average else 0.0,
-    }
-    optimizer: SGD
-    if rule.decoupled:
-        kinds = [[p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() < 2]]
-        decays = (rule.weight_decay, 0.0)
-        groups = [{"params": of_kind, "decoupled": d} for of_kind, d in zip(kinds, decays, strict=True) if of_kind]
-        optimizer = SGDW(groups, **options)
-    else:
-        optimizer = SGD(parameters, weight_decay=rule.weight_decay, **options)
-    if rule.average:
-        # Without a buffer SGD would start from the first gradient, undamped.
-        for p in parameters:
-            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
-    return optimizer
 
 
 def _fingerprint(data: Dataset) -> str:

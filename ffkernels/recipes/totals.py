@@ -1,0 +1,79 @@
+"""An epoch's averages, from what its steps have left."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .. import FFNetwork, StepResult
+from ..objectives import Objective, ProjectionHead, class_terms
+from .batches import Minibatch
+from .metrics import Row, describe
+from .processes import ALONE, Processes
+
+
+class Totals:
+    """What the steps of an epoch have left, on the device; nothing is computed before somebody asks."""
+
+    def __init__(self, net: FFNetwork, skip_below: float) -> None:
+        self._objectives = [layer.objective for layer in net]
+        self._skip_below = skip_below
+        self._results: list[list[StepResult]] = []
+        self._labels: list[Tensor] = []
+        self._wrong: list[Tensor] = []
+        self._rows: list[int] = []
+
+    @property
+    def rows(self) -> int:
+        """How many images all processes have trained on."""
+        return sum(self._rows)
+
+    def add(self, results: list[StepResult], batch: Minibatch, wrong: Tensor | None) -> None:
+        """Adds a minibatch: the layers' step results, and `[rows]` which guesses of the classifier were wrong."""
+        self._labels.append(batch.labels)
+        self._results.append([replace(result, y=None) for result in results])
+        if wrong is not None:
+            self._wrong.append(wrong)
+        self._rows.append(batch.rows)
+
+    def averages(self, processes: Processes = ALONE) -> Row:
+        """Per layer over the rows of these processes, as numbers; `kept` is the share of rows that took part in the
+        updates.
+
+        Of classes, `goodness_neg` is the mean over those that are not a row's own.
+        """
+        row: Row = {"loss": [], "goodness_pos": [], "goodness_neg": [], "kept": []}
+        for objective, results in zip(self._objectives, zip(*self._results, strict=True), strict=True):
+            rows = torch.tensor(self._rows, dtype=torch.float64)
+            losses = torch.stack([result.loss for result in results]).cpu().double()
+            pos, neg = (
+                torch.cat(side) for side in zip(*[(r.goodness_pos, r.goodness_neg) for r in results], strict=True)
+            )
+            objective = objective.objective if isinstance(objective, ProjectionHead) else objective
+            assert isinstance(objective, Objective)
+            if objective.classes is None:
+                is_positive = torch.arange(len(pos) + len(neg), device=pos.device) < len(pos)
+                kept = objective.in_doubt(torch.cat([pos, neg]), is_positive, self._skip_below)
+            else:
+                labels = torch.cat(self._labels)
+                kept = class_terms(objective, pos, labels, skip_below=self._skip_below)[0].any(1)
+                own = pos.gather(1, labels[:, None])
+                pos, neg = own, (pos.sum(1, keepdim=True) - own) / max(objective.classes - 1, 1)
+            row["loss"].append(((losses * rows).sum() / rows.sum()).item())
+            for name, values in (("goodness_pos", pos), ("goodness_neg", neg), ("kept", kept.float())):
+                row[name].append(_mean(values, processes))
+        wrong = _mean(torch.cat(self._wrong).float(), processes) if self._wrong else None
+        return {**row, "train_error_classifier": wrong}
+
+    def describe(self) -> str:
+        return describe(self.averages())
+
+
+def _mean(values: Tensor, processes: Processes) -> float:
+    """The mean over all of these processes' values."""
+    if processes.size == 1:
+        return values.mean().item()
+    total, count = processes.sum(torch.stack([values.sum(dtype=torch.float64).cpu(), torch.tensor(float(len(values)))]))
+    return (total / count).item()

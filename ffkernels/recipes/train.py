@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import islice
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .. import FFNetwork, StepResult, hybrid_images, wrong_label
 from .. import validation as check
@@ -110,6 +111,10 @@ class Trainer:
             nn.init.zeros_(self.classifier.weight)
             self.classifier_optimizer = optimizer_of(recipe.classifier, self.classifier)
             self.rules.append((recipe.classifier, self.classifier_optimizer))
+        self._learners = nn.ModuleList([self.net] if self.classifier is None else [self.net, self.classifier])
+        self.averages: AveragedModel | None = None
+        if recipe.averaging:
+            self.averages = AveragedModel(self._learners, multi_avg_fn=get_ema_multi_avg_fn(recipe.averaging))
         self.rows: list[Row] = []
 
     @property
@@ -186,6 +191,8 @@ class Trainer:
         names: tuple[str, ...] = ("net", "net_optimizer")
         if self.classifier is not None:
             names += ("classifier", "classifier_optimizer")
+        if self.averages is not None:
+            names += ("averages",)
         return {name: getattr(self, name) for name in names}
 
     def run_epoch(self, after_step: Callable[[Callable[[], str]], bool]) -> Row | None:
@@ -210,22 +217,23 @@ class Trainer:
         if totals is None:
             return None
         averages = totals.averages(self.processes)
-        if self.recipe.settling:
-            self._settle()
-        trained = time.monotonic()
         if not all(map(math.isfinite, averages["loss"])):
             raise FloatingPointError(f"epoch {epoch}: the training has diverged, its losses are {averages['loss']}")
-        labelled = self.label_field or self.recipe.of_classes
-        by_goodness = labelled and (epoch % self.recipe.goodness_every == 0 or epoch == self.epochs)
-        row = {
-            "epoch": epoch,
-            "lr": self.recipe.layers.lr * factor,
-            **averages,
-            "test_error_classifier": None if self.classifier is None else self.classifier_error(),
-            "test_error_goodness": self.goodness_error() if by_goodness else None,
-            "train_seconds": round(trained - start, 3),
-            "seconds": round(time.monotonic() - start, 3),
-        }
+        with self._averaged(for_good=epoch == self.epochs):
+            if self.recipe.settling:
+                self._settle()
+            trained = time.monotonic()
+            labelled = self.label_field or self.recipe.of_classes
+            by_goodness = labelled and (epoch % self.recipe.goodness_every == 0 or epoch == self.epochs)
+            row = {
+                "epoch": epoch,
+                "lr": self.recipe.layers.lr * factor,
+                **averages,
+                "test_error_classifier": None if self.classifier is None else self.classifier_error(),
+                "test_error_goodness": self.goodness_error() if by_goodness else None,
+                "train_seconds": round(trained - start, 3),
+                "seconds": round(time.monotonic() - start, 3),
+            }
         self.rows.append(row)
         return row
 
@@ -253,10 +261,28 @@ class Trainer:
         totals = Totals(self.net, self.skip_below)
         for batch in self.minibatches(epoch):
             results, logits = self.step(batch)
+            if self.averages is not None:
+                self.averages.update_parameters(self._learners)
             totals.add(results, batch, None if logits is None else logits.argmax(1) != batch.labels)
             if after_step(totals.describe) and totals.rows < len(self.train_labels):
                 return None
         return totals
+
+    @contextmanager
+    def _averaged(self, for_good: bool) -> Iterator[None]:
+        """Puts the averages of what is trained in its place, for this while or for good."""
+        if self.averages is None:
+            yield
+            return
+        kept = [p.detach().clone() for p in self._learners.parameters()]
+        _copy(self.averages.module.parameters(), self._learners)
+        done = False
+        try:
+            yield
+            done = True
+        finally:
+            if not (for_good and done):
+                _copy(kept, self._learners)
 
     @torch.no_grad()
     def _settle(self) -> None:
@@ -458,6 +484,12 @@ class Trainer:
             for rows, side in zip(sides, goodness, strict=True):
                 side.append(self.net.goodness(rows))
         return torch.cat(goodness[0]).cpu(), torch.cat(goodness[1]).cpu()
+
+
+@torch.no_grad()
+def _copy(values: Iterable[Tensor], into: nn.Module) -> None:
+    for p, value in zip(into.parameters(), values, strict=True):
+        p.copy_(value)
 
 
 def _whole_number(name: str, value: object) -> None:

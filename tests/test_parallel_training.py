@@ -84,8 +84,8 @@ SMALL = {
     "mohammadpz": replace(RECIPES["mohammadpz"], hidden=(40, 30), layerwise_steps=5),
     "grouped-mnist": replace(RECIPES["grouped-mnist"], hidden=(60, 43), batch_size=50, dropout=0.2, jitter=1),
     "mono-forward": replace(RECIPES["mono-forward"], hidden=(60, 40), batch_size=50),
-    "cwc-turned": replace(
-        RECIPES["cwc-turned"],
+    "cwc-mnist": replace(
+        RECIPES["cwc-mnist"],
         convolutions=(Convolution(10), Convolution(10, by_class=True, pool=2), Convolution(20, by_class=True, pool=2)),
         batch_size=50,
         classifier_layers=(2,),
@@ -93,7 +93,7 @@ SMALL = {
     ),
 }
 # In front of batch normalisation the gradients of these cancel to rounding noise, which Adam makes full steps of.
-NOISE = {"cwc-turned": (".bias", ".running_mean")}
+NOISE = {"cwc-mnist": (".bias", ".running_mean")}
 
 
 def small_run(name: str, size: int, rank: int = 0) -> tuple[dict[str, Any], dict[str, Tensor]]:

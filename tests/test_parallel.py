@@ -207,6 +207,14 @@ def test_layer_by_layer(processes, objective, batch_norm):
         check_close(state, expected, 1e-10)
 
 
+def test_layers_that_hand_nothing_on_learn_one_after_the_other(processes):
+    case, splits = Case(outputs="none"), (4, 0, 5)
+    expected, losses = layer_by_layer(case, splits, -1)
+    for state, of_rank in processes.run(layer_by_layer, case, splits, each=[(rank,) for rank in range(3)]):
+        torch.testing.assert_close(of_rank, losses, rtol=1e-10, atol=1e-12)
+        check_close(state, expected, 1e-10)
+
+
 def test_one_row_of_several_has_statistics(processes):
     options = (("batch_norm", "behind"),)
     check_as_one(processes, Case("cross_entropy", options=options, sync_batch_norm=True), (1, 4))
@@ -282,7 +290,7 @@ def test_a_killed_process_ends_the_others(processes, kind, size):
 
 def test_a_step_that_fails_in_its_midst_leaves_all_alike():
     short_of_patience = Processes(2, timeout=4)
-    (errors, state), (own, other) = short_of_patience.run(failing, 2, each=[(0,), (1,)])
+    (errors, state), (own, other) = short_of_patience.run(failing, 2, False, each=[(0,), (1,)])
     short_of_patience.stop()
     assert "the loss is inf" in own[0]
     assert "ProcessLost: another process died, or did not answer" in errors[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
 import pytest
@@ -28,7 +29,7 @@ from tests.parallel_cases import (
     trained_together,
     with_hooks,
 )
-from tests.processes import Failed, Processes
+from tests.processes import GROUPS, Failed, Processes
 
 RELATIVE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
@@ -421,6 +422,31 @@ def test_a_pipeline_of_one_process(alone):
         pipeline.step(rows[0][:, 1:], rows[1][:, 1:], optimizers[1])
     with pytest.raises(ValueError, match=r"state_dict holds layers\.7\.weight"):
         pipeline.load_state_dict({"layers.7.weight": torch.zeros(1)})
+
+
+def loaded_wrongly(rank: int) -> list[str]:
+    """What processes say of states that lack an entry of the third layer, or hold one of another shape."""
+    pipeline = ff.parallel.Pipeline(Case().net(), GROUPS.get(2), layers=(1, 2))
+    whole = Case().net().state_dict()
+    missing = {name: tensor for name, tensor in whole.items() if name != "layers.2.bias"}
+    narrow = {**whole, "layers.2.bias": torch.zeros(3)}
+    said = []
+    for state in (missing, narrow):
+        try:
+            pipeline.load_state_dict(state)
+            said.append("")
+        except RuntimeError as error:
+            said.append(str(error))
+    found = pipeline.load_state_dict({**missing, "layers.7.weight": torch.zeros(1)}, strict=False)
+    return [*said, *found.missing_keys, *found.unexpected_keys]
+
+
+def test_what_a_stage_cannot_load_has_the_name_that_the_whole_network_gives_it(processes):
+    first, second = processes.run(loaded_wrongly, each=[(0,), (1,)])
+    assert first == ["", "", "layers.7.weight"]
+    assert re.search(r'Missing key\(s\) in state_dict: "layers\.2\.bias"\.', second[0])
+    assert re.search(r"size mismatch for layers\.2\.bias: .*\[3\].*\[12\]", second[1])
+    assert second[2:] == ["layers.2.bias", "layers.7.weight"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

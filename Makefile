@@ -63,6 +63,7 @@ fuzz: $(VENV)/test
 
 campaign: $(VENV)/test
 	$(VENV)/bin/python -m tests.campaign
+	$(VENV)/bin/python -m tests.campaign_of_processes
 
 configurations: $(VENV)/test
 	FFKERNELS_AOT=all $(VENV)/bin/python -m pytest tests/test_triton_compiled.py

@@ -125,7 +125,7 @@ class Plan(NamedTuple):
     def _step_with_gradients(self, optimizer: Optimizer | None) -> None:
         parameters = [part.parameter for part in self.parts]
         gradients = [part.slot.state[0] for part in self.parts]
-        if not _hooked(*parameters):
+        if not hooked(*parameters):
 
             def fill() -> None:
                 for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -214,7 +214,7 @@ def _mark_as_stepped(optimizer: Optimizer) -> None:
 
 
 @once_per_trace
-def _own_step_because(optimizer: Any) -> str:
+def own_step_because(optimizer: Any) -> str:
     """Why this very object's own `step()` must be called, or ""."""
     own = vars(optimizer)
     if (
@@ -236,7 +236,7 @@ def _has_own_step(optimizer: Any) -> bool:
 
 
 @once_per_trace
-def _hooked(*parameters: Any) -> bool:
+def hooked(*parameters: Any) -> bool:
     """Whether gradient hooks wait on a parameter, which autograd alone calls."""
     for p in parameters:
         if p._backward_hooks or p._post_accumulate_grad_hooks:
@@ -265,10 +265,10 @@ def fused_rule(optimizer: Optimizer | None, *parameters: Tensor) -> tuple[Rule, 
     rule = FUSED.get(kind)
     if rule is None:
         return "grad", f"{kind.__name__} runs through .grad and its own step()"
-    because = _own_step_because(optimizer)
+    because = own_step_because(optimizer)
     if because:
         return "grad", because
-    if _hooked(*parameters):
+    if hooked(*parameters):
         return "grad", "a parameter has gradient hooks, which only autograd calls"
     for group in optimizer.param_groups:
         if because := _unfused(group):
@@ -333,13 +333,13 @@ def _held(optimizer: Optimizer) -> tuple[int, ...]:
 
 def again(optimizer: Optimizer, plan: Plan) -> Plan | None:
     """The plan of a further step on the same parameters; None where more has changed than a group's numbers."""
-    if _own_step_because(optimizer) or _held(optimizer) != plan.held:
+    if own_step_because(optimizer) or _held(optimizer) != plan.held:
         return None
     parts = []
     for part in plan.parts:
         parameter, slot, (at, index), given, _ = part
         group = optimizer.param_groups[at]
-        if group["params"][index] is not parameter or _hooked(parameter) or _unfused(group):
+        if group["params"][index] is not parameter or hooked(parameter) or _unfused(group):
             return None
         keys = STATE[plan.rule] if slot.state else ()
         state = optimizer.state.get(parameter, {}) if keys else {}

@@ -12,7 +12,20 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
+from torch.optim import (
+    ASGD,
+    SGD,
+    Adadelta,
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamW,
+    NAdam,
+    Optimizer,
+    RAdam,
+    RMSprop,
+    Rprop,
+)
 
 import ffkernels as ff
 from ffkernels.objectives import AnyObjective
@@ -49,7 +62,25 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "adam": lambda p: Adam(p, lr=0.003, eps=1e-3),
     "adamw": lambda p: AdamW(p, lr=0.003, eps=1e-3),
     "rmsprop": lambda p: RMSprop(p, lr=0.001, eps=1e-2),
+    "amsgrad": lambda p: Adam(p, lr=0.003, eps=1e-3, amsgrad=True),
+    "sgdw": lambda p: ff.optim.SGDW(p, lr=0.05, momentum=0.9, nesterov=True, decoupled=0.01),
+    "adagrad": lambda p: Adagrad(p, lr=0.01, eps=1e-2),
+    "adadelta": lambda p: Adadelta(p, lr=0.1, eps=1e-3),
+    "adamax": lambda p: Adamax(p, lr=0.003, eps=1e-3),
+    "nadam": lambda p: NAdam(p, lr=0.003, eps=1e-3, decoupled_weight_decay=True, weight_decay=0.01),
+    "radam": lambda p: RAdam(p, lr=0.003, eps=1e-3),
+    "asgd": lambda p: ASGD(p, lr=0.01, t0=2),
+    "rprop": lambda p: Rprop(p, lr=1e-4),
+    "groups": lambda p: _in_groups(list(p)),
 }
+
+
+def _in_groups(parameters: list[Tensor]) -> Optimizer:
+    """Adam whose weights decay, and move more slowly than the rest."""
+    weights = [p for p in parameters if p.dim() > 1]
+    others = [p for p in parameters if p.dim() == 1]
+    groups = [{"params": others}, {"params": weights, "lr": 0.001, "weight_decay": 0.02}]
+    return Adam(groups, lr=0.004, eps=1e-3)
 
 
 class Case(NamedTuple):
@@ -65,6 +96,7 @@ class Case(NamedTuple):
     weighted: bool = False
     steps: int = 5
     sync_batch_norm: bool = False
+    shard_optimizer: bool = False
 
     @property
     def of_classes(self) -> bool:
@@ -74,8 +106,9 @@ class Case(NamedTuple):
         torch.manual_seed(3)
         options: dict[str, Any] = {"dtype": self.dtype, **dict(self.options)}
         objectives = [OBJECTIVES[self.objective]() for _ in range(3)]
-        if self.kind == "linear":
-            widths = (IN, 20, 16, 12)
+        if self.kind != "convolution":
+            # Narrow ones have no two of three processes alike, nor a row for each of them.
+            widths = (IN, 20, 16, 12) if self.kind == "linear" else (IN, 7, 5, 2)
             return ff.FFNetwork(
                 ff.FFLinear(a, b, objective=o, outputs=self.outputs, **options)
                 for a, b, o in zip(widths[:-1], widths[1:], objectives, strict=True)
@@ -94,7 +127,7 @@ class Case(NamedTuple):
         generator = torch.Generator().manual_seed(step)
 
         def rows(count: int) -> Tensor:
-            shape = (count, IN) if self.kind == "linear" else (count, 2, 8, 8)
+            shape = (count, 2, 8, 8) if self.kind == "convolution" else (count, IN)
             return torch.randn(*shape, generator=generator, dtype=torch.float64).to(self.dtype)
 
         parts: list[Any] = []
@@ -131,11 +164,14 @@ class Case(NamedTuple):
         return (torch.cat([pos, neg])[order], None), {**options, "is_positive": is_positive[order]}
 
 
-def state_of(net: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """The numbers that training has moved, by name."""
+def state_of(net: nn.Module, optimizer: Optimizer, parallel: Any = None) -> dict[str, Tensor]:
+    """The numbers that training has moved, by name; state that `parallel` has sharded is put together."""
     numbers = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    found = optimizer.state_dict() if parallel is None else parallel.whole_optimizer_state_dict(optimizer)
+    held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
     for i, parameter in enumerate(net.parameters()):
-        for key, tensor in optimizer.state[parameter].items():
+        of_parameter = found["state"].get(held.index(id(parameter)), {}) if id(parameter) in held else {}
+        for key, tensor in of_parameter.items():
             if isinstance(tensor, Tensor):
                 numbers[f"state {i} {key}"] = tensor.clone()
     return numbers
@@ -182,7 +218,11 @@ def trained_together(case: Case, splits: Sequence[int], rank: int) -> tuple[dict
     optimizer = OPTIMIZERS[case.optimizer](net.parameters())
     given = {"given mean": "mean", "given sum": "sum"}.get(case.objective)
     parallel = ff.parallel.DataParallel(
-        net, GROUPS.get(len(splits)), given_loss=given, sync_batch_norm=case.sync_batch_norm
+        net,
+        GROUPS.get(len(splits)),
+        given_loss=given,
+        sync_batch_norm=case.sync_batch_norm,
+        shard_optimizer=case.shard_optimizer,
     )
     losses = []
     for step in range(case.steps):
@@ -190,7 +230,12 @@ def trained_together(case: Case, splits: Sequence[int], rank: int) -> tuple[dict
         results = parallel.step(*rows, optimizer, **options)
         assert all(len(result.goodness) == sum(map(len, [t for t in rows if t is not None])) for result in results)
         losses.append(torch.stack([result.loss for result in results]))
-    return state_of(net, optimizer), torch.stack(losses)
+    if case.shard_optimizer:
+        for p in net.parameters():
+            rows = -(-len(p) // len(splits))
+            own = max(0, min(rows, len(p) - rank * rows)) * p[0].numel()
+            assert {t.numel() for t in optimizer.state[p].values() if t.dim()} <= {own}
+    return state_of(net, optimizer, parallel), torch.stack(losses)
 
 
 def piped(case: Case, splits: Sequence[int], rank: int) -> dict[str, Any]:
@@ -246,7 +291,7 @@ def refused(case: Case, wrong: str, size: int, rank: int) -> tuple[str, bool]:
     """The error of a step whose last process is given something `wrong`, and whether everything is as before."""
     net = case.net()
     optimizer = OPTIMIZERS[case.optimizer](net.parameters())
-    parallel = ff.parallel.DataParallel(net, GROUPS.get(size))
+    parallel = ff.parallel.DataParallel(net, GROUPS.get(size), shard_optimizer=case.shard_optimizer)
     (pos, neg), options = case.batch(0, (4,) * size)[rank]
     parallel.step(pos, neg, optimizer, **options)
     before = state_of(net, optimizer)
@@ -276,8 +321,12 @@ def killed(kind: str, size: int, rank: int) -> tuple[str, bool]:
     """What a process says whose last neighbour is killed between two steps, and whether its numbers are whole."""
     case = Case(dtype=torch.float32)
     net = case.net()
-    trains: Any = (ff.parallel.DataParallel if kind == "data" else ff.parallel.Pipeline)(net, GROUPS.get(size))
-    parameters = list(net.parameters() if kind == "data" else trains.parameters())
+    trains: Any
+    if kind == "pipeline":
+        trains = ff.parallel.Pipeline(net, GROUPS.get(size))
+    else:
+        trains = ff.parallel.DataParallel(net, GROUPS.get(size), shard_optimizer=kind == "shards")
+    parameters = list(trains.parameters() if kind == "pipeline" else net.parameters())
     optimizer = OPTIMIZERS[case.optimizer](parameters)
     text = ""
     try:
@@ -325,14 +374,14 @@ def layer_by_layer(case: Case, splits: Sequence[int], rank: int) -> tuple[dict[s
     """Three steps of each layer on the same rows; by one process for rank -1."""
     net = case.net()
     optimizer = OPTIMIZERS[case.optimizer](net.parameters())
-    sync = case.sync_batch_norm
-    trains = net if rank < 0 else ff.parallel.DataParallel(net, GROUPS.get(len(splits)), sync_batch_norm=sync)
+    options = {"sync_batch_norm": case.sync_batch_norm, "shard_optimizer": case.shard_optimizer}
+    trains = net if rank < 0 else ff.parallel.DataParallel(net, GROUPS.get(len(splits)), **options)
     rows, options = case.batch(0, splits)[rank]
     losses = trains.train_layerwise(*rows, optimizer, 3, **options)
-    return state_of(net, optimizer), torch.stack(losses)
+    return state_of(net, optimizer, None if rank < 0 else trains), torch.stack(losses)
 
 
-def failing(size: int, rank: int) -> tuple[list[str], dict[str, Tensor]]:
+def failing(size: int, shard_optimizer: bool, rank: int) -> tuple[list[str], dict[str, Tensor]]:
     """The errors of a step that fails on the last process in the third layer, and of the next; and what is trained."""
     net = Case().net()
 
@@ -340,7 +389,7 @@ def failing(size: int, rank: int) -> tuple[list[str], dict[str, Tensor]]:
         return goodness.mean() / (0.0 if rank == size - 1 else 1.0)
 
     net.layers[2].objective = ff.GivenLoss(infinite)
-    parallel = ff.parallel.DataParallel(net, given_loss="mean")
+    parallel = ff.parallel.DataParallel(net, given_loss="mean", shard_optimizer=shard_optimizer)
     optimizer = SGD(net.parameters(), lr=0.1)
     errors = []
     for _ in range(2):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
 import pytest
@@ -28,7 +29,7 @@ from tests.parallel_cases import (
     trained_together,
     with_hooks,
 )
-from tests.processes import Failed, Processes
+from tests.processes import GROUPS, Failed, Processes
 
 RELATIVE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
@@ -207,6 +208,14 @@ def test_layer_by_layer(processes, objective, batch_norm):
         check_close(state, expected, 1e-10)
 
 
+def test_layers_that_hand_nothing_on_learn_one_after_the_other(processes):
+    case, splits = Case(outputs="none"), (4, 0, 5)
+    expected, losses = layer_by_layer(case, splits, -1)
+    for state, of_rank in processes.run(layer_by_layer, case, splits, each=[(rank,) for rank in range(3)]):
+        torch.testing.assert_close(of_rank, losses, rtol=1e-10, atol=1e-12)
+        check_close(state, expected, 1e-10)
+
+
 def test_one_row_of_several_has_statistics(processes):
     options = (("batch_norm", "behind"),)
     check_as_one(processes, Case("cross_entropy", options=options, sync_batch_norm=True), (1, 4))
@@ -282,7 +291,7 @@ def test_a_killed_process_ends_the_others(processes, kind, size):
 
 def test_a_step_that_fails_in_its_midst_leaves_all_alike():
     short_of_patience = Processes(2, timeout=4)
-    (errors, state), (own, other) = short_of_patience.run(failing, 2, each=[(0,), (1,)])
+    (errors, state), (own, other) = short_of_patience.run(failing, 2, False, each=[(0,), (1,)])
     short_of_patience.stop()
     assert "the loss is inf" in own[0]
     assert "ProcessLost: another process died, or did not answer" in errors[0]
@@ -413,6 +422,31 @@ def test_a_pipeline_of_one_process(alone):
         pipeline.step(rows[0][:, 1:], rows[1][:, 1:], optimizers[1])
     with pytest.raises(ValueError, match=r"state_dict holds layers\.7\.weight"):
         pipeline.load_state_dict({"layers.7.weight": torch.zeros(1)})
+
+
+def loaded_wrongly(rank: int) -> list[str]:
+    """What processes say of states that lack an entry of the third layer, or hold one of another shape."""
+    pipeline = ff.parallel.Pipeline(Case().net(), GROUPS.get(2), layers=(1, 2))
+    whole = Case().net().state_dict()
+    missing = {name: tensor for name, tensor in whole.items() if name != "layers.2.bias"}
+    narrow = {**whole, "layers.2.bias": torch.zeros(3)}
+    said = []
+    for state in (missing, narrow):
+        try:
+            pipeline.load_state_dict(state)
+            said.append("")
+        except RuntimeError as error:
+            said.append(str(error))
+    found = pipeline.load_state_dict({**missing, "layers.7.weight": torch.zeros(1)}, strict=False)
+    return [*said, *found.missing_keys, *found.unexpected_keys]
+
+
+def test_what_a_stage_cannot_load_has_the_name_that_the_whole_network_gives_it(processes):
+    first, second = processes.run(loaded_wrongly, each=[(0,), (1,)])
+    assert first == ["", "", "layers.7.weight"]
+    assert re.search(r'Missing key\(s\) in state_dict: "layers\.2\.bias"\.', second[0])
+    assert re.search(r"size mismatch for layers\.2\.bias: .*\[3\].*\[12\]", second[1])
+    assert second[2:] == ["layers.2.bias", "layers.7.weight"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

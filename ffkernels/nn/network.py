@@ -384,10 +384,21 @@ class FFNetwork(nn.Module):
         """
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ValueError(f"steps={steps!r} is not an integer >= 1")
-        per_layer = self._optimizers(optimizers)
-        self._check_upper(x_pos, x_neg, per_layer, ["none"] * len(self.layers), options)
+        ready = self._ready_layerwise(x_pos, x_neg, optimizers, options)
+        return self._layer_by_layer(x_pos, x_neg, ready.optimizers, steps, options)
+
+    def _ready_layerwise(
+        self,
+        x_pos: Tensor,
+        x_neg: Tensor | None,
+        optimizers: Optimizer | Sequence[Optimizer | None] | None,
+        options: dict[str, Any],
+    ) -> Ready:
+        """The arguments of steps layer by layer, which hand nothing on, checked as those of a step are."""
+        per_layer, outputs = self._optimizers(optimizers), ["none"] * len(self.layers)
+        self._check_upper(x_pos, x_neg, per_layer, outputs, options)
         self._check_labels(x_pos, options)
-        return self._layer_by_layer(x_pos, x_neg, per_layer, steps, options)
+        return Ready(per_layer, outputs, {})
 
     def _layer_by_layer(
         self,

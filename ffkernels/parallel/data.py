@@ -3,7 +3,7 @@
 A loss is a sum over rows, each over a divisor that counts the rows of all processes. A process weighs its rows by the
 share that its own divisor has in the joint one, so that gradients and losses of all processes add up to the joint
 batch's. Layer by layer these sums are under way while the next layer runs, and then every process applies the same rule
-of the same optimizer to the same gradient.
+of the same optimizer to the same gradient; or, with sharded optimizer state, to its own rows of it (`shards.py`).
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from ..peer import PeerNormalisation
 from . import processes
 from .doubles import Double, of_no_rows, part_of
 from .processes import ProcessLost, Reduction
+from .shards import Place, Shards, check_optimizer, place_in, whole_state
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -62,6 +63,10 @@ class DataParallel:
             rows, or divides by what it finds among them). None: such an objective is refused.
         sync_batch_norm: whether batch normalisation in train mode goes by the rows of all processes, as SyncBatchNorm
             does, for a few sums of one number a unit, which are waited for.
+        shard_optimizer: whether a process runs the rule on its own rows of each parameter alone (output units,
+            channels) and has their state alone, as ZeRO's first stage does; the weights stay whole on all. The
+            optimizer is one that steps on each number by itself. Its `state_dict` then holds the state of these rows;
+            `whole_optimizer_state_dict` puts it together.
 
     Raises:
         TypeError, ValueError: for a network that is wrapped or sharded, for layers that a step would call (hooks,
@@ -75,17 +80,20 @@ class DataParallel:
         *,
         given_loss: OfGiven | None = None,
         sync_batch_norm: bool = False,
+        shard_optimizer: bool = False,
     ) -> None:
         self.net = processes.checked_network(net)
         self._given_group = processes.checked_group(process_group)
         if given_loss is not None:
             check.one_of("given_loss", given_loss, get_args(OfGiven))
         check.boolean("sync_batch_norm", sync_batch_norm)
-        self.given_loss, self.sync_batch_norm = given_loss, sync_batch_norm
+        check.boolean("shard_optimizer", shard_optimizer)
+        self.given_loss, self.sync_batch_norm, self.shard_optimizer = given_loss, sync_batch_norm, shard_optimizer
         self._failed = False
         self._check_layers({})
-        processes.check_same_network(net, self.process_group)
+        processes.check_same_network(net, self.process_group, [int(shard_optimizer)])
         processes.take_over((*net.parameters(), *net.buffers()), self.process_group)
+        self._scatters = shard_optimizer and place_in(self.process_group, next(net.parameters())).scatters
 
     @property
     def process_group(self) -> Any:
@@ -101,6 +109,28 @@ class DataParallel:
     def size(self) -> int:
         """How many processes there are."""
         return dist.get_world_size(self.process_group)
+
+    @property
+    def _place(self) -> Place:
+        return Place(self.process_group, self.rank, self.size, self._scatters)
+
+    @torch.no_grad()
+    def whole_optimizer_state_dict(self, optimizer: Optimizer, to: int | None = None) -> dict[str, Any]:
+        """The `state_dict` of an optimizer whose state is sharded, put together on the CPU; all processes call it.
+
+        It is what the optimizer would have without `shard_optimizer`. An optimizer that loads it goes on alone, under
+        any number of processes, sharded or not: a sharded step takes its own rows of what it finds whole.
+
+        Args:
+            optimizer: one that `step` was given.
+            to: the rank of the process that gets it, the others' is empty; None: all get it.
+        """
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer is a {type(optimizer).__name__}; accepted: a torch.optim.Optimizer")
+        if to is not None and (isinstance(to, bool) or not isinstance(to, int) or not 0 <= to < self.size):
+            raise ValueError(f"to={to!r}; accepted: a rank from 0 to {self.size - 1}, or None")
+        sharded = list(self.net.parameters()) if self.shard_optimizer else []
+        return whole_state(optimizer, sharded, self._place, to)
 
     @never_compiled("a step of several processes waits for the others in its midst")
     @torch.no_grad()
@@ -179,7 +209,7 @@ class DataParallel:
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ValueError(f"steps={steps!r} is not an integer >= 1")
         with self._whole():
-            stepping, ready = self._ready(x_pos, x_neg, optimizers, options, False, {})
+            stepping, ready = self._ready(x_pos, x_neg, optimizers, options, False, None)
             stepping.at_once = True
             with self._alike(stepping):
                 return self.net._layer_by_layer(x_pos, x_neg, ready.optimizers, steps, options, stepping)
@@ -212,8 +242,10 @@ class DataParallel:
         except ProcessLost:
             raise
         except Exception:
-            # What is under way reaches all.
-            stepping.finish()
+            # What is under way reaches all. Sharded rows would have to be sent once more, which the others do not
+            # expect yet: these layers stay as they are on all.
+            if not self.shard_optimizer:
+                stepping.finish()
             raise
         self._failed = False
 
@@ -231,9 +263,12 @@ class DataParallel:
         optimizers: Optimizer | Sequence[Optimizer | None] | None,
         options: dict[str, Any],
         keep: bool,
-        shared: dict[str, Any],
+        shared: dict[str, Any] | None,
     ) -> tuple[Stepping, Ready]:
-        """What a step needs of this process and of the others; raises on all where one cannot take it."""
+        """What a step needs of this process and of the others; raises on all where one cannot take it.
+
+        shared: arguments of the first layer alone; None: of steps layer by layer.
+        """
         refused: Exception | None = None
         counts = next(self.net.parameters()).new_zeros(3, dtype=torch.int64)
         ready = None
@@ -264,19 +299,35 @@ class DataParallel:
         optimizers: Optimizer | Sequence[Optimizer | None] | None,
         options: dict[str, Any],
         keep: bool,
-        shared: dict[str, Any],
+        shared: dict[str, Any] | None,
     ) -> Ready:
         if torch.is_inference_mode_enabled():
             raise ValueError("DataParallel was called in inference mode; accepted: a step outside of it")
         net = self.net
         self._check_layers(options)
-        ready = net._ready(x_pos, x_neg, optimizers, options, keep=keep, **shared)
+        # A whole parameter and the state of some of its rows do not fit each other: these are checked by themselves.
+        of_layers = None if self.shard_optimizer else optimizers
+        if shared is None:
+            ready = net._ready_layerwise(x_pos, x_neg, of_layers, options)
+        else:
+            ready = net._ready(x_pos, x_neg, of_layers, options, keep=keep, **shared)
         check.tensor("x_pos", x_pos)
         if x_neg is not None:
             check.tensor("x_neg", x_neg)
         x_pos, x_neg = net._into(0, x_pos), None if x_neg is None else net._into(0, x_neg)
         of_first = {"outputs": ready.outputs[0], "only_checks": True, **ready.shared, **options}
         take_step(next(iter(net)), x_pos, x_neg, ready.optimizers[0], **of_first)
+        if not self.shard_optimizer:
+            return ready
+        ready = ready._replace(optimizers=net._optimizers(optimizers))
+        for i, (layer, optimizer) in enumerate(zip(net, ready.optimizers, strict=True)):
+            if optimizer is not None and layer.weight.requires_grad:
+                of_step = {**layer._step_options(), **options}
+                others = any_objective(of_step["objective"]), of_step.get("batch_norm"), of_step.get("input_norm")
+                try:
+                    check_optimizer(optimizer, _learning(layer, others_of(*others)), self._place)
+                except (TypeError, ValueError) as error:
+                    raise type(error)(f"net.layers[{i}]: {error}") from None
         return ready
 
     def _check_layers(self, options: dict[str, Any]) -> None:
@@ -354,8 +405,10 @@ class Job(NamedTuple):
     """A layer's step whose sums are under way.
 
     Attributes:
+        update: None where nothing learns, or where the rule runs on `shards`.
         gradients: by the names of what learns; the weight's is summed in place, the others follow the loss.
         moved: running statistics that the step moves, and this process's weighted part of what they become.
+        shards: what learns, where a process updates its own rows alone.
     """
 
     layer: Layer
@@ -366,6 +419,7 @@ class Job(NamedTuple):
     counted: list[Tensor]
     pulled: Pulled | None
     reduction: Reduction
+    shards: Shards | None
 
 
 class Stepping:
@@ -377,6 +431,7 @@ class Stepping:
     def __init__(self, parallel: DataParallel, counts: Counts) -> None:
         self.parallel, self.counts = parallel, counts
         self.jobs: list[Job] = []
+        self.gathering: list[Shards] = []
         self.losses: list[Tensor] = []
         self.at_once = False
 
@@ -401,6 +456,7 @@ class Stepping:
         others = (options["objective"], options.get("batch_norm"), options.get("input_norm"))
         double = Double(layer, *others)
         of_peer, peer_mean = options.get("peer"), options.get("peer_mean")
+        is_sharded = self.parallel.shard_optimizer and learns and optimizer is not None
         update = None
         if learns:
             if of_peer is not None:
@@ -408,7 +464,8 @@ class Stepping:
             if of_peer is not None or outputs == "post":
                 options["outputs"] = "pre" if of_peer is not None else "none"
             options |= {name: getattr(double, name) for name in double.modules if name in options}
-            update = optim.plan(optimizer, weight, layer.bias, others_of(*others))
+            if not is_sharded:
+                update = optim.plan(optimizer, weight, layer.bias, others_of(*others))
             step = functional.conv2d_step_ if isinstance(layer, FFConv2d) else functional.linear_step_
             result = step(x_pos, x_neg, double.weight, double.bias, None, **options)
         else:
@@ -421,12 +478,16 @@ class Stepping:
             pulled = self._pulled(layer, x_pos, x_neg, result, of_peer, peer_mean, gradients, options)
         share = self.counts.share(slice(0, 2), weight.dtype)
         moved = [(into, found * share) for into, found in double.moved()]
+        shards = None
+        if is_sharded:
+            shards = Shards(_learning(layer, others_of(*others)), gradients, self.parallel._place)
+            gradients = {}
         small = [gradient for name, gradient in gradients.items() if name != "weight"]
         small += [found for _, found in moved] + ([] if pulled is None else [pulled.activity, pulled.scaled_input])
-        large = [gradients["weight"]] if learns else []
+        large = [gradients["weight"]] if gradients else []
         reduction = Reduction(large, [result.loss, *small], self.parallel.process_group)
         counted = double.counted()
-        self.jobs.append(Job(layer, optimizer, update, gradients, moved, counted, pulled, reduction))
+        self.jobs.append(Job(layer, optimizer, update, gradients, moved, counted, pulled, reduction, shards))
         if learns and outputs == "post":
             self._wait()
             assert isinstance(layer, FFLinear)
@@ -440,6 +501,8 @@ class Stepping:
     def _wait(self) -> None:
         while self.jobs:
             self.losses.append(self._apply(self.jobs.pop(0)))
+        while self.gathering:
+            self.gathering.pop(0).finish()
 
     def _pulled(
         self,
@@ -496,8 +559,11 @@ class Stepping:
         """Waits for the sums of a layer, updates it, and returns its loss on all rows."""
         loss, *small = job.reduction.wait()
         gradients = dict(job.gradients)
+        rows = slice(None)
         for name in [name for name in gradients if name != "weight"]:
             gradients[name] = small.pop(0)
+        if job.shards is not None:
+            gradients, rows = job.shards.gradients(), job.shards.rows["weight"]
         moved = [(into, small.pop(0)) for into, _ in job.moved]
         mean = None
         if job.pulled is not None:
@@ -505,9 +571,9 @@ class Stepping:
             mean = pulled.mean
             if mean is None:
                 mean, pull = self._mean_and_pull(pulled)
-                gradients["weight"].addr_(pull, pulled.scaled_input)
+                gradients["weight"].addr_(pull[rows], pulled.scaled_input)
                 if "bias" in gradients:
-                    gradients["bias"].add_(pull * self.counts.joint[0].to(pull.dtype))
+                    gradients["bias"].add_(pull[rows] * self.counts.joint[0].to(pull.dtype))
         if job.update is not None:
             for gradient, part in zip(gradients.values(), job.update.parts, strict=True):
                 rules.step(job.update.rule, part.parameter, gradient, part.slot)
@@ -515,13 +581,22 @@ class Stepping:
             job.update.finish(job.optimizer)
         # Of no rows at all there are no statistics.
         any_rows = self.counts.joint[:2].sum() > 0
-        for into, found in moved:
-            into.copy_(torch.where(any_rows, found, into))
-        for count in job.counted:
-            count.add_(any_rows.to(count.dtype))
+        beside = [(into, torch.where(any_rows, found, into)) for into, found in moved]
+        beside += [(count, count + any_rows.to(count.dtype)) for count in job.counted]
         if mean is not None and job.pulled is not None:
-            job.pulled.running.copy_(mean)
+            beside.append((job.pulled.running, mean))
+        if job.shards is not None and job.optimizer is not None:
+            job.shards.update(job.optimizer, gradients, beside)
+            self.gathering.append(job.shards)
+            return loss
+        for into, found in beside:
+            into.copy_(found)
         return loss
+
+
+def _learning(layer: Layer, others: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What learns in a layer, by the names of `linear_step_` and `conv2d_step_`, in `optim.plan`'s order."""
+    return {"weight": layer.weight, **({} if layer.bias is None else {"bias": layer.bias}), **others}
 
 
 def _forward(layer: FFLinear, x_pos: Tensor, x_neg: Tensor | None, options: dict[str, Any]) -> tuple[Tensor, Tensor]:

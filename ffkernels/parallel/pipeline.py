@@ -388,12 +388,23 @@ class Pipeline(nn.Module):
         return whole
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Loads this process's layers from a `state_dict` of the whole network, or of this process's layers."""
-        names = {self._whole_name(name): name for name in self.stage.state_dict()}
-        own = {names[name]: value for name, value in state_dict.items() if name in names}
+        """Loads this process's layers from a `state_dict` of the whole network, or of this process's layers.
+
+        Errors, and what is missing or unexpected, have the whole network's names.
+        """
+        names = self.state_dict().keys()
         if strict and (unknown := [name for name in state_dict if name not in self._like]):
             raise ValueError(f"state_dict holds {', '.join(unknown)}; accepted: names of the network's own")
-        return self.stage.load_state_dict(own, strict=strict, assign=assign)
+        own = {name: value for name, value in state_dict.items() if name in names or name not in self._like}
+        return Stage(self.stage, self.first).load_state_dict(own, strict=strict, assign=assign)
+
+
+class Stage(nn.Module):
+    """Layers of a stage under their names in the whole network."""
+
+    def __init__(self, stage: FFNetwork, first: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({str(i): layer for i, layer in enumerate(stage, first)})
 
 
 def _without_activities(result: StepResult) -> StepResult:

@@ -27,7 +27,7 @@ from .backends.native import library
 from .backends.select import Request
 from .backends.triton import support as triton_support
 from .parallel import ProcessLost
-from .recipes import catalogue, checkpoint, data, picture, run
+from .recipes import catalogue, checkpoint, data, picture, report, run
 from .recipes import processes as of_training
 from .recipes.lock import locked
 from .recipes.processes import Processes
@@ -195,6 +195,9 @@ def add_run_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--output", type=to_path, help="folder for metrics, checkpoint, picture (runs/RECIPE-DATA...)")
     command.add_argument("--no-picture", action="store_true", help="draw none")
     command.add_argument(
+        "--report", action="store_true", help="leave the run as a page, report.html, beside the picture"
+    )
+    command.add_argument(
         "--process-timeout",
         type=_seconds,
         default=600,
@@ -244,22 +247,25 @@ def _train(
     name = f"{arguments.recipe}-{trainer.data.name}" if kept is None else kept.name
     output = arguments.output or Path("runs", name)
     files = {"metrics": output / run.METRICS, "checkpoint": output / run.CHECKPOINT}
-    picture_file = output / picture.PICTURE
-    with_picture = processes.writes and not arguments.no_picture
+    drawn = {
+        "picture": (output / picture.PICTURE, picture.draw, not arguments.no_picture),
+        "report": (output / report.REPORT, report.write, arguments.report),
+    }
+    drawings = {kind: (path, draw) for kind, (path, draw, asked) in drawn.items() if processes.writes and asked}
     with ExitStack() as stack:
         with _all_or_none(processes):
             if processes.writes:
                 checkpoint.try_writing(files["checkpoint"])
                 stack.enter_context(locked(output))
-                checkpoint.remove_leftovers([*files.values(), picture_file])
+                checkpoint.remove_leftovers([*files.values(), *(path for path, *_ in drawn.values())])
             _take_up(arguments, trainer, output)
-            if with_picture and (reason := picture.unavailable(trainer)):
+            if drawings and (reason := picture.unavailable(trainer)):
                 say(reason)
-                with_picture = False
+                drawings = {}
             # What would fail after the training fails here.
-            for path in (files["metrics"], None if kept is None else kept.path, picture_file if with_picture else None):
-                if path is not None and processes.writes:
-                    checkpoint.try_writing(path)
+            paths = [files["metrics"], *([] if kept is None else [kept.path]), *(path for path, _ in drawings.values())]
+            for path in paths if processes.writes else ():
+                checkpoint.try_writing(path)
         try:
             processes.check_same(f"epochs that are done in {output}", len(trainer.rows))
         except ValueError as error:
@@ -276,12 +282,12 @@ def _train(
                 files = {"result": kept.write(), **files}
             except OSError as error:
                 raise UserError(f"{_text_of(error)}; the run is kept in {output}: --resume writes its row") from error
-        if with_picture:
+        for kind, (path, draw) in drawings.items():
             try:
-                picture.draw(trainer, picture_file)
-                files = {"picture": picture_file, **files}
+                draw(trainer, path)
+                files = {kind: path, **files}
             except Exception as error:  # whatever a drawing library raises, the run is worth more
-                say(f"no picture: {type(error).__name__}: {_text_of(error)}")
+                say(f"no {kind}: {type(error).__name__}: {_text_of(error)}")
     print(run.summary(trainer))
     for kind, path in files.items():
         print(f"{kind + ':':<12}{path}")

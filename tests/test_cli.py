@@ -1,6 +1,8 @@
+import base64
 import errno
 import json
 import os
+import re
 import resource
 import shlex
 import shutil
@@ -118,6 +120,27 @@ def test_default_output_and_picture(arguments, capsys) -> None:
     assert cli.main([argument for argument in arguments if argument != "--no-picture"]) == 0
     assert "runs/quick-toy/picture.png" in capsys.readouterr().out
     assert Path("runs/quick-toy/picture.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("preset", ["quick", "projected-quick", "hinton-unsupervised"])
+def test_a_report_is_a_page_of_the_runs_own_numbers(preset, arguments, capsys) -> None:
+    """Every picture in it is there and drawn, has words beside it, and the page asks for nothing elsewhere."""
+    pytest.importorskip("matplotlib")
+    assert cli.main([*arguments, "--preset", preset, "--epochs", "2", "--report", "--output", "out"]) == 0
+    assert "report:     out/report.html" in capsys.readouterr().out
+    text = Path("out/report.html").read_text()
+    assert not re.search(r"(?:src|href)=.(?!data:)", text) and "@import" not in text and "url(" not in text
+    images = re.findall(r'<img alt="([^"]+)" src="data:image/svg\+xml;base64,([^"]+)">', text)
+    layers = len(rows_of("out")[0]["loss"])
+    assert len(images) == 2 + 2 * layers + 1 == text.count("<img")
+    assert all(b"<path" in base64.b64decode(drawn) for _, drawn in images)
+    for row in rows_of("out"):
+        cells = ["", ""]
+        for i, key in enumerate(("test_error_classifier", "test_error_goodness")):
+            cells[i] = "" if row[key] is None else f"{row[key]:.2%}"
+        losses = " / ".join(f"{loss:.4g}" for loss in row["loss"])
+        assert f"<td>{row['epoch']}</td><td>{cells[0]}</td><td>{cells[1]}</td><td>{losses}</td>" in text
+    assert "<td>seed</td><td>0</td>" in text
 
 
 def test_without_matplotlib_it_says_so_and_trains(arguments, capsys, monkeypatch) -> None:

@@ -447,8 +447,8 @@ CONV_HEADS = replace(
     name="conv-heads",
     source="Made for this package: four convolutions as in cwc-mnist, but with learned heads on their pooled maps in "
     "place of class groups, none of them divided by class, all of which learn in all epochs; images shifted by up to "
-    "two pixels in each direction, turned by up to ten degrees, and a tenth smaller to larger; smoothed labels, averaged "
-    "weights. Without turns and sizes it ended at 0.58% (seed 0) and had learned the training images by heart.",
+    "two pixels in each direction, turned by up to ten degrees, and a tenth smaller to larger; smoothed labels, "
+    "averaged weights. Without turns and sizes it ended at 0.58% (seed 0), the training images learned by heart.",
     assumed="",
     published="",
     convolutions=(Convolution(32), Convolution(64, pool=2), Convolution(128), Convolution(256, pool=2)),

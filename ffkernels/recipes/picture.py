@@ -66,29 +66,24 @@ def draw(trainer: Trainer, path: Path) -> None:
         figure = Figure(figsize=(14, 8), layout="constrained")
         figure.suptitle(f"Forward-Forward: {summary(trainer)}", x=0.01, ha="left", fontsize=12)
         grid = figure.add_gridspec(1 + layers, 3, width_ratios=(1.5, 1, 3.1), height_ratios=(2, *[1] * layers))
-        _error_curves(figure.add_subplot(grid[0, 0]), trainer.rows)
-        _kept_curves(figure.add_subplot(grid[0, 1]), trainer.rows)
+        error_curves(figure.add_subplot(grid[0, 0]), trainer.rows)
+        kept_curves(figure.add_subplot(grid[0, 1]), trainer.rows)
         sides = trainer.test_goodness()
         for i, layer in enumerate(trainer.net):
             positive, negative = (side[:, i] for side in sides)
             axes = figure.add_subplot(grid[1 + i, 0])
             axes.set_title(f"Layer {i + 1}: goodness of test images")
-            _goodness_histogram(axes, positive, negative, layer.objective)
+            goodness_histogram(axes, positive, negative, layer.objective)
             if i == 0:
                 axes.legend(fontsize=8)
             axes = figure.add_subplot(grid[1 + i, 1])
-            _difference_histogram(axes, positive - negative, layer.objective)
-        weight, label = next(iter(trainer.net)).weight, trainer.recipe.label
-        if label == "columns":
-            weight = weight[:, trainer.data.num_classes :]
-        label_pixels = trainer.data.num_classes if label == "pixels" else 0
-        shape = trainer.data.shape if weight.dim() == 2 else tuple(weight.shape[1:])
-        image = mosaic(weight.detach().cpu(), label_pixels, shape)
-        _features(figure.add_subplot(grid[:, 2]), image)
+            difference_histogram(axes, positive - negative, layer.objective)
+        features(figure.add_subplot(grid[:, 2]), trainer)
         write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
-def _error_curves(axes: Any, rows: list[Row]) -> None:
+def error_curves(axes: Any, rows: list[Row]) -> None:
+    """Errors over epochs."""
     curves = (
         ("test_error_classifier", "test, by classifier", {"color": POSITIVE, "marker": "o"}),
         ("test_error_goodness", "test, by goodness", {"color": NEGATIVE, "marker": "s"}),
@@ -107,7 +102,8 @@ def _error_curves(axes: Any, rows: list[Row]) -> None:
     axes.legend()
 
 
-def _kept_curves(axes: Any, rows: list[Row]) -> None:
+def kept_curves(axes: Any, rows: list[Row]) -> None:
+    """How many rows took part in the updates, over epochs."""
     epochs = [row["epoch"] for row in rows]
     for i, shares in enumerate(zip(*(row["kept"] for row in rows), strict=True)):
         axes.plot(epochs, [100 * share for share in shares], label=f"layer {i + 1}", marker="o", markersize=3)
@@ -118,7 +114,8 @@ def _kept_curves(axes: Any, rows: list[Row]) -> None:
     axes.legend()
 
 
-def _goodness_histogram(axes: Any, positive: Tensor, negative: Tensor, objective: AnyObjective) -> None:
+def goodness_histogram(axes: Any, positive: Tensor, negative: Tensor, objective: AnyObjective) -> None:
+    """Goodness of test images as positive and as negative rows, `[images]` each."""
     sides = ("positive", "negative") if objective.classes is None else ("own class", "best of the others")
     low, high = _range(torch.cat([positive, negative]))
     for values, label, color in zip((positive, negative), sides, (POSITIVE, NEGATIVE), strict=True):
@@ -128,7 +125,8 @@ def _goodness_histogram(axes: Any, positive: Tensor, negative: Tensor, objective
     _without_counts(axes)
 
 
-def _difference_histogram(axes: Any, difference: Tensor, objective: AnyObjective) -> None:
+def difference_histogram(axes: Any, difference: Tensor, objective: AnyObjective) -> None:
+    """By how much the positive side is above the negative one; in the title, for how many images the layer is right."""
     low, high = _range(difference)
     right = (difference > 0) if objective.maximize else (difference < 0)
     axes.hist(difference.clamp(low, high).tolist(), BINS, range=(low, high), color=FAINT)
@@ -149,7 +147,14 @@ def _without_counts(axes: Any) -> None:
     axes.spines["left"].set_visible(False)
 
 
-def _features(axes: Any, image: Tensor) -> None:
+def features(axes: Any, trainer: Trainer) -> None:
+    """Weights of the first layer as images."""
+    weight, label = next(iter(trainer.net)).weight, trainer.recipe.label
+    if label == "columns":
+        weight = weight[:, trainer.data.num_classes :]
+    label_pixels = trainer.data.num_classes if label == "pixels" else 0
+    shape = trainer.data.shape if weight.dim() == 2 else tuple(weight.shape[1:])
+    image = mosaic(weight.detach().cpu(), label_pixels, shape)
     axes.imshow(image.tolist(), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
     axes.set_axis_off()
     axes.set_title("Weights of the first layer, largest first (red +, blue -; label pixels left out)")

@@ -283,7 +283,7 @@ def conv2d_pass(
         **({} if bias is None else {"bias": bias}),
         **others_of(objective, batch_norm, options.input_norm),
     }
-    update = _update_of(optimizer, learning, rows) if learns else None
+    update = update_of(optimizer, learning, rows) if learns else None
     for module in (batch_norm, options.input_norm):
         if module is not None:
             check.writable_here(list(module.buffers()))
@@ -420,7 +420,7 @@ def _slopes(read: Read, judged: Judged, hands_on: bool) -> tuple[MapSlopes, dict
     return MapSlopes(offset, gain / 2, *line), {"batch_norm.weight": by_weight, "batch_norm.bias": by_bias}
 
 
-def _update_of(optimizer: Optimizer | None, learning: dict[str, Tensor], rows: Rows) -> optim.Plan:
+def update_of(optimizer: Optimizer | None, learning: dict[str, Tensor], rows: Rows) -> optim.Plan:
     """How the parameters will be updated; raises for what cannot be."""
     for name, parameter in learning.items():
         check.trainable(name, parameter)

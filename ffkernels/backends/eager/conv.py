@@ -80,10 +80,10 @@ def unsaturated(rows: MapRows, maps: Maps, slopes: MapSlopes) -> tuple[MapRows, 
         return rows, maps, slopes
     first, second = (None if slope is None else slope[kept] for slope in (slopes.first, slopes.second))
     scale = None if rows.scale is None else rows.scale[kept]
-    where, before = (_take(t, kept) if t.numel() else t for t in (maps.where, maps.before))
+    where, before = (take(t, kept) if t.numel() else t for t in (maps.where, maps.before))
     return (
-        MapRows(_take(rows.x, kept), scale),
-        maps._replace(p=_take(maps.p, kept), where=where, before=before),
+        MapRows(take(rows.x, kept), scale),
+        maps._replace(p=take(maps.p, kept), where=where, before=before),
         slopes._replace(first=first, second=second),
     )
 
@@ -209,6 +209,6 @@ def _padding(geometry: Geometry) -> tuple[int, int]:
     return geometry.padding if geometry.padding_mode == "zeros" else (0, 0)
 
 
-def _take(values: Tensor, rows: Tensor) -> Tensor:
+def take(values: Tensor, rows: Tensor) -> Tensor:
     """These rows, channels-last."""
     return values.permute(0, 2, 3, 1)[rows].permute(0, 3, 1, 2)

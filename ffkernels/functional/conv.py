@@ -25,6 +25,7 @@ from ..objectives import (
     Moments,
     Objective,
     ProjectionHead,
+    Standardised,
     StandardisedMoments,
     any_objective,
     by_unit,
@@ -48,7 +49,7 @@ from ..spec import (
     Rows,
     Slopes,
 )
-from . import in_front
+from . import between, in_front
 from .in_front import InputNorm
 from .loss import sides_in_order
 from .maps import ConvOptions, PoolOf, Size, maps_of, rows_for
@@ -73,6 +74,7 @@ def conv2d_forward(
     eps_mode: EpsMode = "add",
     activation: Activation = "relu",
     input_norm: InputNorm = None,
+    product_norm: nn.BatchNorm2d | None = None,
     compute_dtype: torch.dtype | None = None,
     input_sumsq: Tensor | None = None,
     backend: str | None = None,
@@ -87,15 +89,19 @@ def conv2d_forward(
         ValueError, TypeError: for an argument that does not fit.
     """
     options = ConvOptions(
-        stride, padding, padding_mode, groups, pool, norm, eps, eps_mode, activation, input_norm, compute_dtype, backend
-    )
-    of_norm = input_norm.parameters() if isinstance(input_norm, nn.Module) else ()
-    if not waits(x, weight, bias, *of_norm):
+        stride, padding, padding_mode, groups, pool, norm, eps, eps_mode, activation, input_norm, product_norm,
+        compute_dtype, backend,
+    )  # fmt: skip
+    of_norms = [p for norm in (input_norm, product_norm) if isinstance(norm, nn.Module) for p in norm.parameters()]
+    if not waits(x, weight, bias, *of_norms):
         y, moments = run_conv2d(x, weight, bias, None, options, input_sumsq)
         return y, moments.second.sum(1)
     rows, layer, geometry, _ = _ready(x, weight, bias, options, input_sumsq)
     with without_autocast(weight.device):
-        p, *_ = conv.activities(rows, layer, geometry)
+        if product_norm is None:
+            p, *_ = conv.activities(rows, layer, geometry)
+        else:
+            (p, *_), _ = between.activities(rows, layer, geometry, product_norm)
         return p, p.to(weight.dtype).square().sum((1, 2, 3))
 
 
@@ -121,7 +127,7 @@ def run_conv2d(
     rows, layer, geometry, backend = _ready(x, weight, bias, options, input_sumsq)
     _enough_for_statistics(batch_norm, geometry, weight, x)
     with torch.no_grad(), without_autocast(weight.device):
-        maps = ops.conv2d_forward(rows, layer, geometry, *pivot_of(batch_norm), backend)
+        maps, _ = _forward(rows, layer, geometry, options.product_norm, batch_norm, backend)
         read = _read(maps, batch_norm)
         if read.behind is not None:
             conv.hand_on_(maps, *read.behind.line())
@@ -136,6 +142,8 @@ def _ready(
     maps_of("x", x, weight, layer.compute_dtype, geometry)
     in_front.check_fits(options.input_norm, x, weight, layer.norm)
     _enough_in_front(options.input_norm, x)
+    between.check_module(options.product_norm, weight, options.backend)
+    _enough_between(options.product_norm, geometry, weight, x)
     if input_sumsq is not None:
         check.vector("input_sumsq", input_sumsq, len(x), weight.dtype, weight.device)
         input_sumsq = input_sumsq.detach()
@@ -143,6 +151,21 @@ def _ready(
         x = in_front.normalised(options.input_norm, x.detach(), weight.dtype)
         rows = rows_for(x, layer, geometry, input_sumsq)
     return rows, layer, geometry, _backend_of(layer, geometry, None, options.backend)
+
+
+def _forward(
+    rows: MapRows,
+    layer: Layer,
+    geometry: Geometry,
+    product_norm: nn.BatchNorm2d | None,
+    batch_norm: nn.BatchNorm2d | None,
+    backend: str,
+) -> tuple[Maps, Standardised | None]:
+    """Maps with their moments, and what a batch normalisation in front of the activation has made."""
+    if product_norm is None:
+        return ops.conv2d_forward(rows, layer, geometry, *pivot_of(batch_norm), backend), None
+    ran, standardised = between.activities(rows, layer, geometry, product_norm)
+    return conv.maps_of(*ran, layer.weight, *pivot_of(batch_norm)), standardised
 
 
 def conv2d_step_(
@@ -163,6 +186,7 @@ def conv2d_step_(
     eps_mode: EpsMode = "add",
     activation: Activation = "relu",
     input_norm: InputNorm = None,
+    product_norm: nn.BatchNorm2d | None = None,
     outputs: OutputsOf = "pre",
     compute_dtype: torch.dtype | None = None,
     sample_weight: Tensor | None = None,
@@ -202,6 +226,8 @@ def conv2d_step_(
         input_norm: in place of `norm` a module that normalises the input: a `torch.nn.BatchNorm2d`, whose weight and
             bias the optimizer must hold, and whose gradients come out of the update without one of `x`; or an
             `nn.GroupNorm` or `nn.LayerNorm` over whole rows, without parameters. Statistics are of both sides together.
+        product_norm: a `torch.nn.BatchNorm2d` between the convolution and the activation, whose weight and bias the
+            optimizer must hold. The step runs in PyTorch then.
         outputs: "pre" or "none". "post" is refused: it would take the convolution again, a third of a step, and no
             published convolutional network hands on activities from after its update.
         compute_dtype: torch.bfloat16: maps and products are rounded to it, moments, slopes and masters stay float32.
@@ -222,8 +248,9 @@ def conv2d_step_(
     """
     step = _step_never_compiled if torch.compiler.is_compiling() else conv2d_pass
     options = ConvOptions(
-        stride, padding, padding_mode, groups, pool, norm, eps, eps_mode, activation, input_norm, compute_dtype, backend
-    )
+        stride, padding, padding_mode, groups, pool, norm, eps, eps_mode, activation, input_norm, product_norm,
+        compute_dtype, backend,
+    )  # fmt: skip
     return step(
         x_pos, x_neg, weight, bias, optimizer, options, objective=any_objective(objective), outputs=outputs,
         sample_weight=sample_weight, is_positive=is_positive, labels=labels, input_sumsq=input_sumsq,
@@ -272,6 +299,8 @@ def conv2d_pass(
         raise ValueError(f"x_neg has maps of {tuple(rows.x_neg.shape[1:])}; accepted: {tuple(x_pos.shape[1:])}")
     in_front.check_fits(options.input_norm, x_pos, weight, layer.norm)
     _enough_in_front(options.input_norm, x_pos, rows.x_neg)
+    between.check_module(options.product_norm, weight, options.backend)
+    _enough_between(options.product_norm, geometry, weight, x_pos, rows.x_neg)
     _enough_for_statistics(batch_norm, geometry, weight, x_pos, rows.x_neg)
     if is_transformed(x_pos, rows.x_neg, weight, bias):
         raise ValueError(
@@ -281,10 +310,10 @@ def conv2d_pass(
     learning = {
         "weight": weight,
         **({} if bias is None else {"bias": bias}),
-        **others_of(objective, batch_norm, options.input_norm),
+        **others_of(objective, batch_norm, options.input_norm, options.product_norm),
     }
     update = update_of(optimizer, learning, rows) if learns else None
-    for module in (batch_norm, options.input_norm):
+    for module in (batch_norm, options.input_norm, options.product_norm):
         if module is not None:
             check.writable_here(list(module.buffers()))
     chosen = _backend_of(layer, geometry, None if update is None else update.rule, options.backend)
@@ -298,7 +327,7 @@ def conv2d_pass(
             x = torch.cat([x_pos, rows.x_neg]) if len(rows.x_neg) else x_pos
             normalised, standardising = in_front.standardising(options.input_norm, x, weight.dtype)
             of_product = rows_for(normalised, layer, geometry, rows.input_sumsq)
-            maps = ops.conv2d_forward(of_product, layer, geometry, *pivot_of(batch_norm), chosen)
+            maps, of_between = _forward(of_product, layer, geometry, options.product_norm, batch_norm, chosen)
             read = _read(maps, batch_norm)
             judged, by_head = _judged(objective, read, rows, skip_below)
             if update is None:
@@ -313,7 +342,11 @@ def conv2d_pass(
                     # The normalised maps give their memory back first.
                     del normalised, of_product
                     of_product = rows_for(line.standardised(x), layer, geometry, None)
-                dw, db, dz = ops.conv2d_gradients_(of_product, layer, geometry, maps, slopes, chosen)
+                if of_between is None:
+                    dw, db, dz = ops.conv2d_gradients_(of_product, layer, geometry, maps, slopes, chosen)
+                else:
+                    (dw, db, dz), further = between.gradients(of_product, layer, geometry, maps, slopes, of_between)
+                    gradients |= further
                 gradients |= {"weight": dw, "bias": db}
                 if line is not None:
                     gradients |= in_front.through_line(line.module, dw, dz, of_product, layer, geometry)
@@ -327,6 +360,8 @@ def conv2d_pass(
                 move(batch_norm, read.behind)
             if standardising is not None:
                 move(standardising.module, standardising)
+            if options.product_norm is not None and of_between is not None:
+                move(options.product_norm, of_between)
     finally:
         interrupts.release(held)
     assert judged.goodness is not None
@@ -367,6 +402,13 @@ def _enough_in_front(input_norm: InputNorm, *sides: Tensor) -> None:
     """Likewise of these maps themselves."""
     if isinstance(input_norm, nn.BatchNorm2d):
         check.enough_for_statistics(input_norm, sum(map(len, sides)), sides[0].shape[2:].numel(), "input_norm")
+
+
+def _enough_between(norm: nn.BatchNorm2d | None, geometry: Geometry, weight: Tensor, *sides: Tensor) -> None:
+    """Likewise of what the convolution makes of them."""
+    height, width = sides[0].shape[2:]
+    before, _ = geometry.maps_of(height, width, (weight.shape[2], weight.shape[3]))
+    check.enough_for_statistics(norm, sum(map(len, sides)), before[0] * before[1], "product_norm")
 
 
 def _backend_of(layer: Layer, geometry: Geometry, rule: str | None, backend: str | None) -> str:

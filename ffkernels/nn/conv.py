@@ -42,9 +42,9 @@ class FFConv2d(nn.Conv2d):
     Parameters, their initialisation and their names in `state_dict` are those of `torch.nn.Conv2d`. The options are
     those of `conv2d_step_`, and plain attributes: they can be changed at any time. With `batch_norm="behind"` the
     module `batch_norm`, a `torch.nn.BatchNorm2d`, stands behind the pool: goodness is of what it makes, which the layer
-    hands on. With `batch_norm="before"` the module `input_norm`, another, stands in front of the convolution. Only a
-    step moves running statistics; in train mode a forward pass goes by those of its own rows, so call `eval()` to
-    predict.
+    hands on. With `batch_norm="before"` the module `input_norm`, another, stands in front of the convolution; with
+    "between" the module `product_norm`, behind it and in front of the activation. Only a step moves running statistics;
+    in train mode a forward pass goes by those of its own rows, so call `eval()` to predict.
 
     A step calls neither `forward` nor the modules within: where hooks watch them, or a subclass overrides `forward`,
     `activity` or `goodness`, it raises.
@@ -78,7 +78,7 @@ class FFConv2d(nn.Conv2d):
         outputs: OutputsOf = "pre",
         compute_dtype: torch.dtype | None = None,
         backend: str | None = None,
-        batch_norm: Literal["behind", "before"] | None = None,
+        batch_norm: Literal["behind", "between", "before"] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -107,11 +107,14 @@ class FFConv2d(nn.Conv2d):
         self.compute_dtype = compute_dtype
         self.backend = backend
         if batch_norm is not None:
-            check.one_of("batch_norm", batch_norm, ("behind", "before"))
+            check.one_of("batch_norm", batch_norm, ("behind", "between", "before"))
         self.batch_norm: nn.BatchNorm2d | None = None
         self.input_norm: InputNorm = input_norm
+        self.product_norm: nn.BatchNorm2d | None = None
         if batch_norm == "behind":
             self.batch_norm = nn.BatchNorm2d(out_channels, device=device, dtype=dtype)
+        elif batch_norm == "between":
+            self.product_norm = nn.BatchNorm2d(out_channels, device=device, dtype=dtype)
         elif batch_norm == "before":
             if input_norm is not None:
                 raise ValueError("batch_norm='before' came with input_norm; accepted: one of the two")

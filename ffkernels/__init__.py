@@ -15,7 +15,7 @@ from .functional import (
     shared_product,
 )
 from .negatives import hybrid_images, neutral_label, overlay_label, wrong_label
-from .nn import FFConv2d, FFLinear, FFNetwork, GraphedStep, SCFFConv2d
+from .nn import FFConv2d, FFLinear, FFNetwork, GraphedStep, SCFFConv2d, Shortcut
 from .objectives import GivenLoss, Moments, Objective, ProjectionHead
 from .peer import PeerNormalisation
 
@@ -30,6 +30,7 @@ __all__ = [
     "PeerNormalisation",
     "ProjectionHead",
     "SCFFConv2d",
+    "Shortcut",
     "StepResult",
     "__version__",
     "conv2d_forward",

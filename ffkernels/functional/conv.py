@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -195,6 +196,7 @@ def conv2d_step_(
     input_sumsq: Tensor | None = None,
     skip_below: float = 0.0,
     batch_norm: nn.BatchNorm2d | None = None,
+    dropout: float = 0.0,
     only_checks: bool = False,
     backend: str | None = None,
 ) -> StepResult:
@@ -236,6 +238,9 @@ def conv2d_step_(
         batch_norm: a `torch.nn.BatchNorm2d` behind the pool: the objective reads the moments of its signed output,
             which the result hands on; the optimizer must hold its weight and bias too. In train mode its statistics
             are those of the batch, both sides together, and the running ones move.
+        dropout: what share of the numbers behind a ReLU and the pool, if any, of maximum pooling, is set to 0, drawn
+            from torch's global generator, while the others are divided by `1 - dropout`: the objective and the next
+            layer see what is left, and the slopes of the others are zero.
         backend: as in `linear_step_`. "native" has no leaky_relu in front of maximum pooling, no windows that overlap
             or have more than 256 places, no float16 and no float64; "triton" has no convolutions yet. Where the
             environment alone forces a backend that cannot run a convolution, the next that can does.
@@ -254,7 +259,7 @@ def conv2d_step_(
     return step(
         x_pos, x_neg, weight, bias, optimizer, options, objective=any_objective(objective), outputs=outputs,
         sample_weight=sample_weight, is_positive=is_positive, labels=labels, input_sumsq=input_sumsq,
-        skip_below=skip_below, batch_norm=batch_norm, only_checks=only_checks,
+        skip_below=skip_below, batch_norm=batch_norm, dropout=dropout, only_checks=only_checks,
     )  # fmt: skip
 
 
@@ -271,6 +276,7 @@ def conv2d_pass(
     skip_below: float,
     batch_norm: nn.BatchNorm2d | None,
     only_checks: bool,
+    dropout: float = 0.0,
     learns: bool = True,
     **of_rows: Any,
 ) -> StepResult:
@@ -291,6 +297,7 @@ def conv2d_pass(
             "objective reads 'activities' but came to a convolution, which hands it moments; accepted: 'goodness', "
             "'moments'"
         )
+    _check_dropout(dropout, layer, geometry, batch_norm)
     check.optimizer_object(optimizer)
     check.tensor("x_pos", x_pos)
     rows_of = partial(maps_of, geometry=geometry)
@@ -328,6 +335,8 @@ def conv2d_pass(
             normalised, standardising = in_front.standardising(options.input_norm, x, weight.dtype)
             of_product = rows_for(normalised, layer, geometry, rows.input_sumsq)
             maps, of_between = _forward(of_product, layer, geometry, options.product_norm, batch_norm, chosen)
+            if dropout:
+                maps = _dropped(maps, dropout)
             read = _read(maps, batch_norm)
             judged, by_head = _judged(objective, read, rows, skip_below)
             if update is None:
@@ -336,6 +345,10 @@ def conv2d_pass(
                     conv.hand_on_(maps, *read.behind.line())
             else:
                 slopes, gradients = _slopes(read, judged, outputs == "pre")
+                if dropout:
+                    # What is dropped is zero, which a ReLU's gradient does not pass.
+                    kept = [None if slope is None else slope / (1 - dropout) for slope in slopes[:2]]
+                    slopes = slopes._replace(first=kept[0], second=kept[1])
                 line = standardising if in_front.has_line(options.input_norm) else None
                 if line is not None:
                     slopes = slopes._replace(by_place=True)
@@ -417,6 +430,31 @@ def _backend_of(layer: Layer, geometry: Geometry, rule: str | None, backend: str
         weight.device, weight.dtype, layer.compute_dtype, layer.activation, rule, geometry=geometry
     )
     return select.choose(request, backend)
+
+
+def _check_dropout(dropout: float, layer: Layer, geometry: Geometry, batch_norm: nn.BatchNorm2d | None) -> None:
+    check_share(dropout)
+    if not dropout:
+        return
+    for name, value, is_wrong, accepted in (
+        ("activation", layer.activation, layer.activation != "relu", "'relu', which a zero behind it tells"),
+        ("pool", geometry.pool, geometry.pool == "average", "none, or that of maximum pooling"),
+        ("batch_norm", "BatchNorm2d", batch_norm is not None, "None"),
+    ):
+        if is_wrong:
+            raise ValueError(f"dropout={dropout} came with {name}={value!r}; accepted: {accepted}")
+
+
+def check_share(dropout: object) -> None:
+    """Raises ValueError unless `dropout` is a number from 0 to below 1."""
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise ValueError(f"dropout={dropout!r} is not a number >= 0 and < 1")
+
+
+def _dropped(maps: Maps, share: float) -> Maps:
+    p = F.dropout(maps.p, share)
+    wide = p.to(maps.first.dtype)
+    return maps._replace(p=p, first=wide.sum((2, 3)), spread=wide.square().sum((2, 3)))
 
 
 def _read(maps: Maps, batch_norm: nn.BatchNorm2d | None) -> Read:

@@ -5,5 +5,6 @@ from .graphs import GraphedStep
 from .layer import FFLinear
 from .network import FFNetwork
 from .scff import SCFFConv2d
+from .stack import Shortcut
 
-__all__ = ["FFConv2d", "FFLinear", "FFNetwork", "GraphedStep", "SCFFConv2d"]
+__all__ = ["FFConv2d", "FFLinear", "FFNetwork", "GraphedStep", "SCFFConv2d", "Shortcut"]

@@ -251,7 +251,9 @@ class Trainer:
 
     def lr_factor(self, epoch: int) -> float:
         """What the learning rates are multiplied by in an epoch (from 1)."""
-        cooldown = self.recipe.cooldown
+        cooldown, least = self.recipe.cooldown, self.recipe.cosine
+        if least is not None:
+            return least + (1 - least) * (1 + math.cos(math.pi * (epoch - 1) / self.epochs)) / 2
         return 1.0 if cooldown is None else min(1.0, (cooldown + 2 * (self.epochs - epoch)) / self.epochs)
 
     def _set_lr(self, factor: float) -> None:
@@ -555,22 +557,32 @@ def _network(recipe: Recipe, data: Dataset, compute_dtype: torch.dtype | None) -
         "outputs": recipe.outputs, "compute_dtype": compute_dtype,
     }  # fmt: skip
     modules: list[nn.Module] = []
+    by_groups = recipe.norm_of_maps == "groups"
+    if by_groups:
+        modules.append(nn.GroupNorm(1, channels, affine=False))
     for of in recipe.convolutions:
         convolution = FFConv2d(
             channels,
             of.channels,
-            3,
-            padding=1,
+            of.kernel,
+            padding=of.kernel // 2,
+            bias=not by_groups,
             groups=classes if of.by_class else 1,
-            pool=of.pool if of.pool > 1 else None,
+            pool=of.pool if of.pool > 1 and not by_groups else None,
             objective=recipe.objective(of.channels, classes),
-            batch_norm="behind",
+            batch_norm=None if by_groups else "behind",
+            dropout=recipe.dropped_units,
             **options | {"norm": "none"},
         )
-        assert convolution.batch_norm is not None
-        convolution.batch_norm.eps = recipe.eps
         channels, height, width = of.channels, height // of.pool, width // of.pool
         modules.append(convolution)
+        if by_groups:
+            nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+            modules.append(nn.GroupNorm(classes, channels, affine=False))
+            modules += [nn.AvgPool2d(of.pool)] if of.pool > 1 else []
+        else:
+            assert convolution.batch_norm is not None
+            convolution.batch_norm.eps = recipe.eps
     if recipe.convolutions and recipe.hidden:
         modules.append(nn.Flatten())
     fan_in = channels * height * width + (classes if recipe.label == "columns" else 0)
@@ -581,6 +593,8 @@ def _network(recipe: Recipe, data: Dataset, compute_dtype: torch.dtype | None) -
             nn.init.zeros_(layer.bias)
         fan_in = units
         modules.append(layer)
+    while not isinstance(modules[-1], FFLinear | FFConv2d):
+        modules.pop()
     return FFNetwork(modules)
 
 

@@ -219,7 +219,7 @@ def conv2d_step_(
         optimizer: as in `linear_step_`.
         objective: as in `linear_step_`. Its units are channels: class groups are groups of consecutive ones, a mean
             goodness is over channels and places, a `ProjectionHead` reads the globally averaged map. A `GivenLoss`
-            reads the goodness or the moments.
+            reads the goodness, the moments, or, in PyTorch, the maps themselves.
         stride, padding, padding_mode, groups: as in `torch.nn.Conv2d`; padding is an integer or a pair, its mode
             "zeros" or "reflect". Kernels are not dilated.
         pool: None; a size or a pair, that of maximum pooling behind the activation; or an `nn.MaxPool2d` or
@@ -292,11 +292,18 @@ def conv2d_pass(
     check.batch_norm(batch_norm, weight, outputs, None, nn.BatchNorm2d)
     check.fraction("skip_below", skip_below)
     check.objective_alone(objective, skip_below, len(weight))
-    if isinstance(objective, GivenLoss) and objective.reads == "activities":
-        raise ValueError(
-            "objective reads 'activities' but came to a convolution, which hands it moments; accepted: 'goodness', "
-            "'moments'"
-        )
+    if _reads_maps(objective):
+        if batch_norm is not None:
+            raise ValueError(
+                "objective reads 'activities' but came with batch_norm, which goes by moments; accepted: 'goodness', "
+                "'moments', or no batch_norm"
+            )
+        if options.backend not in (None, "eager"):
+            raise ValueError(
+                f"backend={options.backend!r} came with an objective that reads 'activities', which runs in PyTorch; "
+                "accepted: None, 'eager'"
+            )
+        options = options._replace(backend="eager")
     _check_dropout(dropout, layer, geometry, batch_norm)
     check.optimizer_object(optimizer)
     check.tensor("x_pos", x_pos)
@@ -338,7 +345,8 @@ def conv2d_pass(
             if dropout:
                 maps = _dropped(maps, dropout)
             read = _read(maps, batch_norm)
-            judged, by_head = _judged(objective, read, rows, skip_below)
+            seen = maps.p.to(weight.dtype) if _reads_maps(objective) else None
+            judged, by_head = _judged(objective, read, rows, skip_below, seen)
             if update is None:
                 # What an update would leave in the place of the activities.
                 if read.behind is not None:
@@ -465,8 +473,14 @@ def _read(maps: Maps, batch_norm: nn.BatchNorm2d | None) -> Read:
     return Read(behind.first, behind.second, behind.second.sum(1), places, behind)
 
 
-def _judged(objective: AnyObjective, read: Read, rows: Rows, skip_below: float) -> tuple[Judged, Tensor | None]:
-    """Loss, goodness and slopes by the moments `[rows, channels]` or `[rows, 1]`; and a head's gradient."""
+def _reads_maps(objective: AnyObjective) -> bool:
+    return isinstance(objective, GivenLoss) and objective.reads == "activities"
+
+
+def _judged(
+    objective: AnyObjective, read: Read, rows: Rows, skip_below: float, maps: Tensor | None
+) -> tuple[Judged, Tensor | None]:
+    """Loss, goodness and slopes by the moments `[rows, channels]` or `[rows, 1]` or by `maps`; a head's gradient."""
     first, second, sumsq, places, _ = read
     channels = first.shape[1]
     if isinstance(objective, ProjectionHead):
@@ -481,7 +495,7 @@ def _judged(objective: AnyObjective, read: Read, rows: Rows, skip_below: float) 
         first, second, sumsq, back = first[order], second[order], sumsq[order], order.argsort()
         rows = rows._replace(x_pos=rows.x_pos[:n_pos], x_neg=rows.x_pos[n_pos:], is_positive=None)
     goal = (objective if isinstance(objective, Objective) else DEFAULT_OBJECTIVE).goal(skip_below)
-    judged = judged_of(objective, first, rows, goal, sumsq, second=second, places=places)
+    judged = judged_of(objective, first, rows, goal, sumsq, second=second, places=places, maps=maps)
     goodness = judged.goodness
     if goodness is None:
         goodness = objective.goodness_of(sumsq, channels * places)

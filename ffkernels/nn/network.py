@@ -112,9 +112,9 @@ class FFNetwork(nn.Module):
 
     Args:
         layers: `FFLinear` and `FFConv2d`, first one first, of widths that fit; in front of any of them
-            `nn.MaxPool2d`, `nn.AvgPool2d`, `nn.Flatten`, `nn.GroupNorm` and `nn.LayerNorm` without parameters, and
-            `Shortcut`, which learn nothing and count for no layer: optimizers, results and indices are those of the
-            layers that learn, which `layers` holds.
+            `nn.MaxPool2d`, `nn.AvgPool2d`, `nn.LPPool2d`, `nn.Flatten`, `nn.GroupNorm` and `nn.LayerNorm` without
+            parameters, and `Shortcut`, which learn nothing and count for no layer: optimizers, results and indices are
+            those of the layers that learn, which `layers` holds.
 
     Raises:
         TypeError, ValueError: for no layers, for one of another kind, and for widths that do not fit.

@@ -47,7 +47,7 @@ class Shortcut(nn.Module):
 
 
 # What may stand between layers: it learns nothing.
-BETWEEN = (nn.MaxPool2d, nn.AvgPool2d, nn.Flatten, nn.GroupNorm, nn.LayerNorm, Shortcut)
+BETWEEN = (nn.MaxPool2d, nn.AvgPool2d, nn.LPPool2d, nn.Flatten, nn.GroupNorm, nn.LayerNorm, Shortcut)
 
 
 def stacked(modules: list[nn.Module]) -> tuple[list[Layer], list[list[nn.Module]]]:
@@ -66,7 +66,7 @@ def stacked(modules: list[nn.Module]) -> tuple[list[Layer], list[list[nn.Module]
         if not isinstance(module, Layer):
             raise TypeError(
                 f"layers[{i}] is a {type(module).__name__}; accepted: ffkernels.FFLinear or FFConv2d, and between them "
-                "nn.MaxPool2d, nn.AvgPool2d, nn.Flatten, nn.GroupNorm, nn.LayerNorm, ffkernels.Shortcut"
+                "pools, nn.Flatten, nn.GroupNorm, nn.LayerNorm, ffkernels.Shortcut"
             )
         is_flat = any(isinstance(m, nn.Flatten) for m in between[-1])
         below = layers[-1] if layers else None

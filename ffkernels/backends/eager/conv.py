@@ -91,7 +91,7 @@ conv2d_forward_like = conv2d_forward
 def unsaturated(rows: MapRows, maps: Maps, slopes: MapSlopes) -> tuple[MapRows, Maps, MapSlopes]:
     """What is left where rows have slopes of exactly zero alone, if these are worth leaving out."""
     given = [slope for slope in (slopes.first, slopes.second) if slope is not None]
-    kept = unsaturated_rows(torch.stack([(slope != 0).any(1) for slope in given]).any(0))
+    kept = unsaturated_rows(torch.stack([(slope != 0).flatten(1).any(1) for slope in given]).any(0))
     if kept is None:
         return rows, maps, slopes
     first, second = (None if slope is None else slope[kept] for slope in (slopes.first, slopes.second))
@@ -192,7 +192,7 @@ def _by_activity(p: Tensor, first: Tensor | None, second: Tensor | None, centre:
     """dLoss/dp in the slopes' dtype."""
     if second is None:
         assert first is not None
-        return first[:, :, None, None].expand(p.shape)
+        return first if first.dim() == 4 else first[:, :, None, None].expand(p.shape)
     factor = 2 * second[:, :, None, None]
     apart = p if centre is None else p - centre[:, None, None]
     return apart * factor if first is None else torch.addcmul(first[:, :, None, None], apart.to(factor.dtype), factor)

@@ -129,7 +129,7 @@ def run_conv2d(
     _enough_for_statistics(batch_norm, geometry, weight, x)
     with torch.no_grad(), without_autocast(weight.device):
         maps, _ = _forward(rows, layer, geometry, options.product_norm, batch_norm, backend)
-        read = _read(maps, batch_norm)
+        read = read_maps(maps, batch_norm)
         if read.behind is not None:
             conv.hand_on_(maps, *read.behind.line())
         return maps.p, Moments(read.first, read.second)
@@ -344,9 +344,9 @@ def conv2d_pass(
             maps, of_between = _forward(of_product, layer, geometry, options.product_norm, batch_norm, chosen)
             if dropout:
                 maps = _dropped(maps, dropout)
-            read = _read(maps, batch_norm)
+            read = read_maps(maps, batch_norm)
             seen = maps.p.to(weight.dtype) if _reads_maps(objective) else None
-            judged, by_head = _judged(objective, read, rows, skip_below, seen)
+            judged, by_head = judge_maps(objective, read, rows, skip_below, seen)
             if update is None:
                 # What an update would leave in the place of the activities.
                 if read.behind is not None:
@@ -465,7 +465,7 @@ def _dropped(maps: Maps, share: float) -> Maps:
     return maps._replace(p=p, first=wide.sum((2, 3)), spread=wide.square().sum((2, 3)))
 
 
-def _read(maps: Maps, batch_norm: nn.BatchNorm2d | None) -> Read:
+def read_maps(maps: Maps, batch_norm: nn.BatchNorm2d | None) -> Read:
     places = maps.p.shape[2] * maps.p.shape[3]
     if batch_norm is None:
         return Read(maps.first, maps.spread, maps.spread.sum(1), places, None)
@@ -477,7 +477,7 @@ def _reads_maps(objective: AnyObjective) -> bool:
     return isinstance(objective, GivenLoss) and objective.reads == "activities"
 
 
-def _judged(
+def judge_maps(
     objective: AnyObjective, read: Read, rows: Rows, skip_below: float, maps: Tensor | None
 ) -> tuple[Judged, Tensor | None]:
     """Loss, goodness and slopes by the moments `[rows, channels]` or `[rows, 1]` or by `maps`; a head's gradient."""

@@ -188,6 +188,15 @@ def by_weight(dz: Tensor, x: Tensor, layer: Layer, geometry: Geometry) -> Tensor
     return dw.to(weight.dtype).contiguous()
 
 
+def by_input(dz: Tensor, x: Tensor, layer: Layer, geometry: Geometry) -> Tensor:
+    """`dx` of maps `x` without reflected edges, in the weight's dtype, of the gradient `dz` alone."""
+    dx, _, _ = torch.ops.aten.convolution_backward(
+        dz.contiguous(memory_format=torch.channels_last), x, layer.weight.to(layer.compute_dtype), None,
+        geometry.stride, _padding(geometry), [1, 1], False, [0, 0], geometry.groups, [True, False, False],
+    )  # fmt: skip
+    return dx.to(layer.weight.dtype)
+
+
 def _by_activity(p: Tensor, first: Tensor | None, second: Tensor | None, centre: Tensor | None) -> Tensor:
     """dLoss/dp in the slopes' dtype."""
     if second is None:

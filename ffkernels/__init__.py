@@ -10,10 +10,12 @@ from .functional import (
     goodness_loss,
     linear_forward,
     linear_step_,
+    scff_forward,
+    scff_step_,
     shared_product,
 )
 from .negatives import hybrid_images, neutral_label, overlay_label, wrong_label
-from .nn import FFConv2d, FFLinear, FFNetwork, GraphedStep
+from .nn import FFConv2d, FFLinear, FFNetwork, GraphedStep, SCFFConv2d, Shortcut
 from .objectives import GivenLoss, Moments, Objective, ProjectionHead
 from .peer import PeerNormalisation
 
@@ -27,6 +29,8 @@ __all__ = [
     "Objective",
     "PeerNormalisation",
     "ProjectionHead",
+    "SCFFConv2d",
+    "Shortcut",
     "StepResult",
     "__version__",
     "conv2d_forward",
@@ -39,6 +43,8 @@ __all__ = [
     "neutral_label",
     "overlay_label",
     "parallel",
+    "scff_forward",
+    "scff_step_",
     "shared_product",
     "wrong_label",
 ]

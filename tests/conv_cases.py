@@ -130,6 +130,7 @@ def definition(layer: ff.FFConv2d, x: Tensor, behind: bool = True) -> Tensor:
         (down, across), padding = padding, 0
         x = F.pad(x, (across, across, down, down), mode="reflect")
     z = F.conv2d(x, layer.weight, layer.bias, layer.stride, padding, 1, layer.groups)
+    z = z if layer.product_norm is None else layer.product_norm(z)
     y = reference.ACTIVATIONS[layer.activation](z)
     if isinstance(layer.pool, nn.Module):
         y = layer.pool(y)

@@ -307,6 +307,39 @@ def test_autocast_says_the_compute_dtype():
         assert case.ours().y.dtype == torch.bfloat16
 
 
+def of_maps(maps: torch.Tensor, side: torch.Tensor) -> torch.Tensor:
+    """A loss of places, and of rows together: no function of the moments."""
+    ramp = torch.linspace(-1, 1, maps.shape[3], dtype=maps.dtype)
+    apart = (maps * ramp).tanh() - maps.mean(0, keepdim=True)
+    return (apart.square().mean((1, 2, 3)) * (side.to(maps.dtype) - 0.4)).mean()
+
+
+@pytest.mark.parametrize("optimizer", RULES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pool": 2, "padding": 1, "norm": "l2"},
+        {"pool": nn.AvgPool2d(2), "activation": "leaky_relu"},
+        {"activation": "gelu", "in_front": "batch", "padding": 1},
+        {"channels": (4, 6), "groups": 2, "stride": 2},
+    ],
+)
+def test_a_loss_of_the_maps_themselves(options, optimizer):
+    ours = made("given sides", optimizer=optimizer, **options)
+    ours.layer.objective = ff.GivenLoss(of_maps, reads="activities")
+    theirs = ours.copy()
+    for _ in range(3):
+        result = ours.ours()
+        theirs.layer.zero_grad()
+        y = definition(theirs.layer, theirs.x)
+        loss = of_maps(y, theirs.side)
+        loss.backward()
+        theirs.optimizer.step()
+        assert error(result.loss, loss) <= 1e-10 and error(result.y, y) <= 1e-10
+    for name, value in theirs.state().items():
+        assert error(ours.state()[name], value, 1.0) <= 1e-9, name
+
+
 BAD = [
     ({"outputs": "post"}, "outputs='post' came to a convolution, which would have to run again"),
     ({"stride": 0}, "stride=0; accepted: an integer >= 1 or a pair of them"),
@@ -328,7 +361,14 @@ BAD = [
     ({"x_neg": torch.ones(4, 2, 6, 7)}, r"x_neg has maps of \(2, 6, 7\); accepted: \(2, 6, 6\)"),
     ({"labels": torch.zeros(4, dtype=torch.int64)}, "labels came with an objective without classes"),
     ({"objective": ff.Objective(loss="symba"), "x_neg": torch.ones(3, 2, 6, 6)}, "pairs rows but there are 4 positive"),
-    ({"objective": ff.GivenLoss(lambda y, side: y.sum(), "activities")}, "objective reads 'activities'"),
+    (
+        {"objective": ff.GivenLoss(lambda y, side: y.sum(), "activities"), "batch_norm": nn.BatchNorm2d(4)},
+        "objective reads 'activities' but came with batch_norm",
+    ),
+    (
+        {"objective": ff.GivenLoss(lambda y, side: y.sum(), "activities"), "backend": "native"},
+        "backend='native' came with an objective that reads 'activities'",
+    ),
     ({"batch_norm": nn.BatchNorm1d(4)}, "batch_norm is a BatchNorm1d; accepted: a torch.nn.BatchNorm2d"),
     ({"batch_norm": nn.BatchNorm2d(5)}, "batch_norm has 5 features; accepted: 4"),
     ({"batch_norm": nn.BatchNorm2d(4)}, r"does not hold batch_norm.weight \(4,\)"),

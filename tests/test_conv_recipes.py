@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -186,6 +187,26 @@ def test_on_the_command_line(tmp_path: Path, monkeypatch, capsys, data) -> None:
     out, err = capsys.readouterr()
     assert "cwc-mnist (1-10-10-20) on " in out and "backend: " in err and "epoch 2/2: test error " in err
     assert cli.main([*arguments, "--no-picture", "--resume"]) == 0
+
+
+def test_deeper_forwards_small_network(data) -> None:
+    published = RECIPES["deeper-forward"]
+    assert [(of.channels, of.kernel, of.pool) for of in published.convolutions] == [
+        (100, 5, 2), (200, 5, 2), (400, 3, 1), (400, 3, 1),
+    ]  # fmt: skip
+    layers = tuple(replace(of, channels=of.channels // 10) for of in published.convolutions)
+    trainer = Trainer(replace(published, convolutions=layers, batch_size=20), data, epochs=4)
+    modules = [type(m).__name__ for between in trainer.net.between for m in between]
+    assert modules == ["GroupNorm", "GroupNorm", "AvgPool2d", "GroupNorm", "AvgPool2d", "GroupNorm"]
+    assert all(layer.bias is None and layer.dropout == 0.2 for layer in trainer.net)
+    assert trainer.net.layers[2].weight.std().item() == pytest.approx((2 / (9 * 40)) ** 0.5, rel=0.05)
+    rates = []
+    while not trainer.finished:
+        trainer.run_epoch(lambda describe: False)
+        rates.append(trainer.rows[-1]["lr"])
+    expected = [0.003 + 0.027 * (1 + math.cos(math.pi * epoch / 4)) / 2 for epoch in range(4)]
+    assert rates == pytest.approx(expected)
+    assert trainer.rows[-1]["test_error_goodness"] < 0.5
 
 
 def test_half_the_images_are_turned() -> None:

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 import ffkernels as ff
+from ffkernels.recipes import Dataset
 
 from .image_files import cifar_parts, write_cifar
+from .test_conv_recipes import textures
 from .toy_data import toy_data
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -54,6 +56,37 @@ def test_own_loss():
     error, thresholds = example("own_loss").train(toy_data(600, 100), epochs=2, batch=20)
     assert error < 0.3
     assert all(abs(threshold - 0.5) > 1e-3 for threshold in thresholds)
+
+
+def textured() -> Dataset:
+    generator = torch.Generator().manual_seed(0)
+    return Dataset(*textures(600, generator), *textures(100, generator), name="toy", source="")
+
+
+def test_asge():
+    module = example("asge")
+    assert module.train(textured(), epochs=3, batch=20) < 0.3
+    goodness = module.SpatialGoodness(3)
+    maps = torch.rand(2, 3, 8, 8)
+    cells = torch.stack([part.square().mean((2, 3)) for row in maps.split(2, 2) for part in row.split(2, 3)], 2)
+    torch.testing.assert_close(goodness.logits(maps), cells.flatten(1) @ goodness.matrix)
+
+
+def test_channel_assignment():
+    error, shares = example("channel_assignment").train(textured(), epochs=2, batch=20)
+    assert error < 0.3
+    # Undecided rows would have an entropy of log(10).
+    assert all(float(torch.special.entr(share).sum(1).mean()) < 1.9 for share in shares)
+
+
+def test_distance_forward():
+    module = example("distance_forward")
+    assert module.train(toy_data(600, 100), epochs=2, batch=20) < 0.3
+    centroids = module.Centroids(4, classes=2, momentum=1.0)
+    y, labels = torch.tensor([[3.0, 0, 0, 0], [0, 2.0, 0, 0]]), torch.tensor([0, 1])
+    expected = torch.tensor(-20.0 + centroids.margin).exp().log1p()
+    torch.testing.assert_close(centroids(y, labels), expected)
+    torch.testing.assert_close(centroids.centroids, torch.eye(2, 4))
 
 
 def test_cifar():

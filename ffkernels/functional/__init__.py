@@ -5,9 +5,11 @@ from .explain import explain
 from .forward import finds_copies, linear_forward, shared_product
 from .loss import goodness_loss
 from .result import StepResult
+from .scff import ScffResult, scff_forward, scff_step_
 from .step import linear_step_
 
 __all__ = [
+    "ScffResult",
     "StepResult",
     "conv2d_forward",
     "conv2d_step_",
@@ -16,5 +18,7 @@ __all__ = [
     "goodness_loss",
     "linear_forward",
     "linear_step_",
+    "scff_forward",
+    "scff_step_",
     "shared_product",
 ]

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -25,6 +26,7 @@ from ..objectives import (
     Moments,
     Objective,
     ProjectionHead,
+    Standardised,
     StandardisedMoments,
     any_objective,
     by_unit,
@@ -48,7 +50,7 @@ from ..spec import (
     Rows,
     Slopes,
 )
-from . import in_front
+from . import between, in_front
 from .in_front import InputNorm
 from .loss import sides_in_order
 from .maps import ConvOptions, PoolOf, Size, maps_of, rows_for
@@ -73,6 +75,7 @@ def conv2d_forward(
     eps_mode: EpsMode = "add",
     activation: Activation = "relu",
     input_norm: InputNorm = None,
+    product_norm: nn.BatchNorm2d | None = None,
     compute_dtype: torch.dtype | None = None,
     input_sumsq: Tensor | None = None,
     backend: str | None = None,
@@ -87,15 +90,19 @@ def conv2d_forward(
         ValueError, TypeError: for an argument that does not fit.
     """
     options = ConvOptions(
-        stride, padding, padding_mode, groups, pool, norm, eps, eps_mode, activation, input_norm, compute_dtype, backend
-    )
-    of_norm = input_norm.parameters() if isinstance(input_norm, nn.Module) else ()
-    if not waits(x, weight, bias, *of_norm):
+        stride, padding, padding_mode, groups, pool, norm, eps, eps_mode, activation, input_norm, product_norm,
+        compute_dtype, backend,
+    )  # fmt: skip
+    of_norms = [p for norm in (input_norm, product_norm) if isinstance(norm, nn.Module) for p in norm.parameters()]
+    if not waits(x, weight, bias, *of_norms):
         y, moments = run_conv2d(x, weight, bias, None, options, input_sumsq)
         return y, moments.second.sum(1)
     rows, layer, geometry, _ = _ready(x, weight, bias, options, input_sumsq)
     with without_autocast(weight.device):
-        p, *_ = conv.activities(rows, layer, geometry)
+        if product_norm is None:
+            p, *_ = conv.activities(rows, layer, geometry)
+        else:
+            (p, *_), _ = between.activities(rows, layer, geometry, product_norm)
         return p, p.to(weight.dtype).square().sum((1, 2, 3))
 
 
@@ -121,8 +128,8 @@ def run_conv2d(
     rows, layer, geometry, backend = _ready(x, weight, bias, options, input_sumsq)
     _enough_for_statistics(batch_norm, geometry, weight, x)
     with torch.no_grad(), without_autocast(weight.device):
-        maps = ops.conv2d_forward(rows, layer, geometry, *pivot_of(batch_norm), backend)
-        read = _read(maps, batch_norm)
+        maps, _ = _forward(rows, layer, geometry, options.product_norm, batch_norm, backend)
+        read = read_maps(maps, batch_norm)
         if read.behind is not None:
             conv.hand_on_(maps, *read.behind.line())
         return maps.p, Moments(read.first, read.second)
@@ -136,6 +143,8 @@ def _ready(
     maps_of("x", x, weight, layer.compute_dtype, geometry)
     in_front.check_fits(options.input_norm, x, weight, layer.norm)
     _enough_in_front(options.input_norm, x)
+    between.check_module(options.product_norm, weight, options.backend)
+    _enough_between(options.product_norm, geometry, weight, x)
     if input_sumsq is not None:
         check.vector("input_sumsq", input_sumsq, len(x), weight.dtype, weight.device)
         input_sumsq = input_sumsq.detach()
@@ -143,6 +152,21 @@ def _ready(
         x = in_front.normalised(options.input_norm, x.detach(), weight.dtype)
         rows = rows_for(x, layer, geometry, input_sumsq)
     return rows, layer, geometry, _backend_of(layer, geometry, None, options.backend)
+
+
+def _forward(
+    rows: MapRows,
+    layer: Layer,
+    geometry: Geometry,
+    product_norm: nn.BatchNorm2d | None,
+    batch_norm: nn.BatchNorm2d | None,
+    backend: str,
+) -> tuple[Maps, Standardised | None]:
+    """Maps with their moments, and what a batch normalisation in front of the activation has made."""
+    if product_norm is None:
+        return ops.conv2d_forward(rows, layer, geometry, *pivot_of(batch_norm), backend), None
+    ran, standardised = between.activities(rows, layer, geometry, product_norm)
+    return conv.maps_of(*ran, layer.weight, *pivot_of(batch_norm)), standardised
 
 
 def conv2d_step_(
@@ -163,6 +187,7 @@ def conv2d_step_(
     eps_mode: EpsMode = "add",
     activation: Activation = "relu",
     input_norm: InputNorm = None,
+    product_norm: nn.BatchNorm2d | None = None,
     outputs: OutputsOf = "pre",
     compute_dtype: torch.dtype | None = None,
     sample_weight: Tensor | None = None,
@@ -171,6 +196,7 @@ def conv2d_step_(
     input_sumsq: Tensor | None = None,
     skip_below: float = 0.0,
     batch_norm: nn.BatchNorm2d | None = None,
+    dropout: float = 0.0,
     only_checks: bool = False,
     backend: str | None = None,
 ) -> StepResult:
@@ -193,7 +219,7 @@ def conv2d_step_(
         optimizer: as in `linear_step_`.
         objective: as in `linear_step_`. Its units are channels: class groups are groups of consecutive ones, a mean
             goodness is over channels and places, a `ProjectionHead` reads the globally averaged map. A `GivenLoss`
-            reads the goodness or the moments.
+            reads the goodness, the moments, or, in PyTorch, the maps themselves.
         stride, padding, padding_mode, groups: as in `torch.nn.Conv2d`; padding is an integer or a pair, its mode
             "zeros" or "reflect". Kernels are not dilated.
         pool: None; a size or a pair, that of maximum pooling behind the activation; or an `nn.MaxPool2d` or
@@ -202,6 +228,8 @@ def conv2d_step_(
         input_norm: in place of `norm` a module that normalises the input: a `torch.nn.BatchNorm2d`, whose weight and
             bias the optimizer must hold, and whose gradients come out of the update without one of `x`; or an
             `nn.GroupNorm` or `nn.LayerNorm` over whole rows, without parameters. Statistics are of both sides together.
+        product_norm: a `torch.nn.BatchNorm2d` between the convolution and the activation, whose weight and bias the
+            optimizer must hold. The step runs in PyTorch then.
         outputs: "pre" or "none". "post" is refused: it would take the convolution again, a third of a step, and no
             published convolutional network hands on activities from after its update.
         compute_dtype: torch.bfloat16: maps and products are rounded to it, moments, slopes and masters stay float32.
@@ -210,6 +238,9 @@ def conv2d_step_(
         batch_norm: a `torch.nn.BatchNorm2d` behind the pool: the objective reads the moments of its signed output,
             which the result hands on; the optimizer must hold its weight and bias too. In train mode its statistics
             are those of the batch, both sides together, and the running ones move.
+        dropout: what share of the numbers behind a ReLU and the pool, if any, of maximum pooling, is set to 0, drawn
+            from torch's global generator, while the others are divided by `1 - dropout`: the objective and the next
+            layer see what is left, and the slopes of the others are zero.
         backend: as in `linear_step_`. "native" has no leaky_relu in front of maximum pooling, no windows that overlap
             or have more than 256 places, no float16 and no float64; "triton" has no convolutions yet. Where the
             environment alone forces a backend that cannot run a convolution, the next that can does.
@@ -222,12 +253,13 @@ def conv2d_step_(
     """
     step = _step_never_compiled if torch.compiler.is_compiling() else conv2d_pass
     options = ConvOptions(
-        stride, padding, padding_mode, groups, pool, norm, eps, eps_mode, activation, input_norm, compute_dtype, backend
-    )
+        stride, padding, padding_mode, groups, pool, norm, eps, eps_mode, activation, input_norm, product_norm,
+        compute_dtype, backend,
+    )  # fmt: skip
     return step(
         x_pos, x_neg, weight, bias, optimizer, options, objective=any_objective(objective), outputs=outputs,
         sample_weight=sample_weight, is_positive=is_positive, labels=labels, input_sumsq=input_sumsq,
-        skip_below=skip_below, batch_norm=batch_norm, only_checks=only_checks,
+        skip_below=skip_below, batch_norm=batch_norm, dropout=dropout, only_checks=only_checks,
     )  # fmt: skip
 
 
@@ -244,6 +276,7 @@ def conv2d_pass(
     skip_below: float,
     batch_norm: nn.BatchNorm2d | None,
     only_checks: bool,
+    dropout: float = 0.0,
     learns: bool = True,
     **of_rows: Any,
 ) -> StepResult:
@@ -259,11 +292,19 @@ def conv2d_pass(
     check.batch_norm(batch_norm, weight, outputs, None, nn.BatchNorm2d)
     check.fraction("skip_below", skip_below)
     check.objective_alone(objective, skip_below, len(weight))
-    if isinstance(objective, GivenLoss) and objective.reads == "activities":
-        raise ValueError(
-            "objective reads 'activities' but came to a convolution, which hands it moments; accepted: 'goodness', "
-            "'moments'"
-        )
+    if _reads_maps(objective):
+        if batch_norm is not None:
+            raise ValueError(
+                "objective reads 'activities' but came with batch_norm, which goes by moments; accepted: 'goodness', "
+                "'moments', or no batch_norm"
+            )
+        if options.backend not in (None, "eager"):
+            raise ValueError(
+                f"backend={options.backend!r} came with an objective that reads 'activities', which runs in PyTorch; "
+                "accepted: None, 'eager'"
+            )
+        options = options._replace(backend="eager")
+    _check_dropout(dropout, layer, geometry, batch_norm)
     check.optimizer_object(optimizer)
     check.tensor("x_pos", x_pos)
     rows_of = partial(maps_of, geometry=geometry)
@@ -272,6 +313,8 @@ def conv2d_pass(
         raise ValueError(f"x_neg has maps of {tuple(rows.x_neg.shape[1:])}; accepted: {tuple(x_pos.shape[1:])}")
     in_front.check_fits(options.input_norm, x_pos, weight, layer.norm)
     _enough_in_front(options.input_norm, x_pos, rows.x_neg)
+    between.check_module(options.product_norm, weight, options.backend)
+    _enough_between(options.product_norm, geometry, weight, x_pos, rows.x_neg)
     _enough_for_statistics(batch_norm, geometry, weight, x_pos, rows.x_neg)
     if is_transformed(x_pos, rows.x_neg, weight, bias):
         raise ValueError(
@@ -281,10 +324,10 @@ def conv2d_pass(
     learning = {
         "weight": weight,
         **({} if bias is None else {"bias": bias}),
-        **others_of(objective, batch_norm, options.input_norm),
+        **others_of(objective, batch_norm, options.input_norm, options.product_norm),
     }
-    update = _update_of(optimizer, learning, rows) if learns else None
-    for module in (batch_norm, options.input_norm):
+    update = update_of(optimizer, learning, rows) if learns else None
+    for module in (batch_norm, options.input_norm, options.product_norm):
         if module is not None:
             check.writable_here(list(module.buffers()))
     chosen = _backend_of(layer, geometry, None if update is None else update.rule, options.backend)
@@ -298,22 +341,33 @@ def conv2d_pass(
             x = torch.cat([x_pos, rows.x_neg]) if len(rows.x_neg) else x_pos
             normalised, standardising = in_front.standardising(options.input_norm, x, weight.dtype)
             of_product = rows_for(normalised, layer, geometry, rows.input_sumsq)
-            maps = ops.conv2d_forward(of_product, layer, geometry, *pivot_of(batch_norm), chosen)
-            read = _read(maps, batch_norm)
-            judged, by_head = _judged(objective, read, rows, skip_below)
+            maps, of_between = _forward(of_product, layer, geometry, options.product_norm, batch_norm, chosen)
+            if dropout:
+                maps = _dropped(maps, dropout)
+            read = read_maps(maps, batch_norm)
+            seen = maps.p.to(weight.dtype) if _reads_maps(objective) else None
+            judged, by_head = judge_maps(objective, read, rows, skip_below, seen)
             if update is None:
                 # What an update would leave in the place of the activities.
                 if read.behind is not None:
                     conv.hand_on_(maps, *read.behind.line())
             else:
                 slopes, gradients = _slopes(read, judged, outputs == "pre")
+                if dropout:
+                    # What is dropped is zero, which a ReLU's gradient does not pass.
+                    kept = [None if slope is None else slope / (1 - dropout) for slope in slopes[:2]]
+                    slopes = slopes._replace(first=kept[0], second=kept[1])
                 line = standardising if in_front.has_line(options.input_norm) else None
                 if line is not None:
                     slopes = slopes._replace(by_place=True)
                     # The normalised maps give their memory back first.
                     del normalised, of_product
                     of_product = rows_for(line.standardised(x), layer, geometry, None)
-                dw, db, dz = ops.conv2d_gradients_(of_product, layer, geometry, maps, slopes, chosen)
+                if of_between is None:
+                    dw, db, dz = ops.conv2d_gradients_(of_product, layer, geometry, maps, slopes, chosen)
+                else:
+                    (dw, db, dz), further = between.gradients(of_product, layer, geometry, maps, slopes, of_between)
+                    gradients |= further
                 gradients |= {"weight": dw, "bias": db}
                 if line is not None:
                     gradients |= in_front.through_line(line.module, dw, dz, of_product, layer, geometry)
@@ -327,6 +381,8 @@ def conv2d_pass(
                 move(batch_norm, read.behind)
             if standardising is not None:
                 move(standardising.module, standardising)
+            if options.product_norm is not None and of_between is not None:
+                move(options.product_norm, of_between)
     finally:
         interrupts.release(held)
     assert judged.goodness is not None
@@ -369,6 +425,13 @@ def _enough_in_front(input_norm: InputNorm, *sides: Tensor) -> None:
         check.enough_for_statistics(input_norm, sum(map(len, sides)), sides[0].shape[2:].numel(), "input_norm")
 
 
+def _enough_between(norm: nn.BatchNorm2d | None, geometry: Geometry, weight: Tensor, *sides: Tensor) -> None:
+    """Likewise of what the convolution makes of them."""
+    height, width = sides[0].shape[2:]
+    before, _ = geometry.maps_of(height, width, (weight.shape[2], weight.shape[3]))
+    check.enough_for_statistics(norm, sum(map(len, sides)), before[0] * before[1], "product_norm")
+
+
 def _backend_of(layer: Layer, geometry: Geometry, rule: str | None, backend: str | None) -> str:
     weight = layer.weight
     request = select.Request(
@@ -377,7 +440,32 @@ def _backend_of(layer: Layer, geometry: Geometry, rule: str | None, backend: str
     return select.choose(request, backend)
 
 
-def _read(maps: Maps, batch_norm: nn.BatchNorm2d | None) -> Read:
+def _check_dropout(dropout: float, layer: Layer, geometry: Geometry, batch_norm: nn.BatchNorm2d | None) -> None:
+    check_share(dropout)
+    if not dropout:
+        return
+    for name, value, is_wrong, accepted in (
+        ("activation", layer.activation, layer.activation != "relu", "'relu', which a zero behind it tells"),
+        ("pool", geometry.pool, geometry.pool == "average", "none, or that of maximum pooling"),
+        ("batch_norm", "BatchNorm2d", batch_norm is not None, "None"),
+    ):
+        if is_wrong:
+            raise ValueError(f"dropout={dropout} came with {name}={value!r}; accepted: {accepted}")
+
+
+def check_share(dropout: object) -> None:
+    """Raises ValueError unless `dropout` is a number from 0 to below 1."""
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise ValueError(f"dropout={dropout!r} is not a number >= 0 and < 1")
+
+
+def _dropped(maps: Maps, share: float) -> Maps:
+    p = F.dropout(maps.p, share)
+    wide = p.to(maps.first.dtype)
+    return maps._replace(p=p, first=wide.sum((2, 3)), spread=wide.square().sum((2, 3)))
+
+
+def read_maps(maps: Maps, batch_norm: nn.BatchNorm2d | None) -> Read:
     places = maps.p.shape[2] * maps.p.shape[3]
     if batch_norm is None:
         return Read(maps.first, maps.spread, maps.spread.sum(1), places, None)
@@ -385,8 +473,14 @@ def _read(maps: Maps, batch_norm: nn.BatchNorm2d | None) -> Read:
     return Read(behind.first, behind.second, behind.second.sum(1), places, behind)
 
 
-def _judged(objective: AnyObjective, read: Read, rows: Rows, skip_below: float) -> tuple[Judged, Tensor | None]:
-    """Loss, goodness and slopes by the moments `[rows, channels]` or `[rows, 1]`; and a head's gradient."""
+def _reads_maps(objective: AnyObjective) -> bool:
+    return isinstance(objective, GivenLoss) and objective.reads == "activities"
+
+
+def judge_maps(
+    objective: AnyObjective, read: Read, rows: Rows, skip_below: float, maps: Tensor | None
+) -> tuple[Judged, Tensor | None]:
+    """Loss, goodness and slopes by the moments `[rows, channels]` or `[rows, 1]` or by `maps`; a head's gradient."""
     first, second, sumsq, places, _ = read
     channels = first.shape[1]
     if isinstance(objective, ProjectionHead):
@@ -401,7 +495,7 @@ def _judged(objective: AnyObjective, read: Read, rows: Rows, skip_below: float) 
         first, second, sumsq, back = first[order], second[order], sumsq[order], order.argsort()
         rows = rows._replace(x_pos=rows.x_pos[:n_pos], x_neg=rows.x_pos[n_pos:], is_positive=None)
     goal = (objective if isinstance(objective, Objective) else DEFAULT_OBJECTIVE).goal(skip_below)
-    judged = judged_of(objective, first, rows, goal, sumsq, second=second, places=places)
+    judged = judged_of(objective, first, rows, goal, sumsq, second=second, places=places, maps=maps)
     goodness = judged.goodness
     if goodness is None:
         goodness = objective.goodness_of(sumsq, channels * places)
@@ -420,7 +514,7 @@ def _slopes(read: Read, judged: Judged, hands_on: bool) -> tuple[MapSlopes, dict
     return MapSlopes(offset, gain / 2, *line), {"batch_norm.weight": by_weight, "batch_norm.bias": by_bias}
 
 
-def _update_of(optimizer: Optimizer | None, learning: dict[str, Tensor], rows: Rows) -> optim.Plan:
+def update_of(optimizer: Optimizer | None, learning: dict[str, Tensor], rows: Rows) -> optim.Plan:
     """How the parameters will be updated; raises for what cannot be."""
     for name, parameter in learning.items():
         check.trainable(name, parameter)

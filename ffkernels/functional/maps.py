@@ -31,6 +31,7 @@ class ConvOptions(NamedTuple):
     eps_mode: EpsMode
     activation: Activation
     input_norm: InputNorm
+    product_norm: nn.BatchNorm2d | None
     compute_dtype: torch.dtype | None
     backend: str | None
 

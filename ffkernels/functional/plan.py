@@ -120,11 +120,14 @@ def _facts(weight: Tensor, bias: Tensor | None, peer_mean: Tensor | None, option
 
 
 def others_of(
-    objective: AnyObjective, batch_norm: nn.Module | None, input_norm: nn.Module | None = None
+    objective: AnyObjective,
+    batch_norm: nn.Module | None,
+    input_norm: nn.Module | None = None,
+    product_norm: nn.Module | None = None,
 ) -> dict[str, Tensor]:
     """What learns besides weight and bias, by name."""
     others = {"objective.weight": objective.weight if isinstance(objective, ProjectionHead) else None}
-    for name, norm in (("batch_norm", batch_norm), ("input_norm", input_norm)):
+    for name, norm in (("batch_norm", batch_norm), ("input_norm", input_norm), ("product_norm", product_norm)):
         if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):
             others |= {f"{name}.weight": norm.weight, f"{name}.bias": norm.bias}
     return {name: p for name, p in others.items() if p is not None}

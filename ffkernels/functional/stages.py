@@ -110,16 +110,17 @@ def judged_of(
     class_sums: Tensor | None = None,
     second: Tensor | None = None,
     places: int = 1,
+    maps: Tensor | None = None,
 ) -> Judged:
     """The second stage: activities `y` `[rows, units]` and their sums to loss, goodness and slopes.
 
-    `second`, `places`: as in `GivenLoss.judge`; the slopes are then those by the moments `y` and `second`.
+    `second`, `places`, `maps`: as in `GivenLoss.judge`; the slopes are then those by the moments `y` and `second`.
     """
     units, side = y.shape[1], rows.is_positive if rows.labels is None else rows.labels
     if side is None:
         side = torch.arange(len(y), device=y.device) < rows.x_pos.shape[0]
     if isinstance(objective, GivenLoss):
-        return objective.judge(y, sumsq, side, second, places)
+        return objective.judge(y, sumsq, side, second, places, maps)
     if objective.classes is not None:
         if class_sums is None:
             goodness = moments_goodness(y, second, objective.classes, objective.goodness, places)

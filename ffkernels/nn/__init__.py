@@ -4,5 +4,7 @@ from .conv import FFConv2d
 from .graphs import GraphedStep
 from .layer import FFLinear
 from .network import FFNetwork
+from .scff import SCFFConv2d
+from .stack import Shortcut
 
-__all__ = ["FFConv2d", "FFLinear", "FFNetwork", "GraphedStep"]
+__all__ = ["FFConv2d", "FFLinear", "FFNetwork", "GraphedStep", "SCFFConv2d", "Shortcut"]

@@ -14,7 +14,7 @@ from .. import functional
 from .. import validation as check
 from ..backends import select
 from ..functional import StepResult, in_front
-from ..functional.conv import conv2d_pass, run_conv2d, waits
+from ..functional.conv import check_share, conv2d_pass, run_conv2d, waits
 from ..functional.in_front import InputNorm
 from ..functional.maps import (
     ConvOptions,
@@ -42,9 +42,10 @@ class FFConv2d(nn.Conv2d):
     Parameters, their initialisation and their names in `state_dict` are those of `torch.nn.Conv2d`. The options are
     those of `conv2d_step_`, and plain attributes: they can be changed at any time. With `batch_norm="behind"` the
     module `batch_norm`, a `torch.nn.BatchNorm2d`, stands behind the pool: goodness is of what it makes, which the layer
-    hands on. With `batch_norm="before"` the module `input_norm`, another, stands in front of the convolution. Only a
-    step moves running statistics; in train mode a forward pass goes by those of its own rows, so call `eval()` to
-    predict.
+    hands on. With `batch_norm="before"` the module `input_norm`, another, stands in front of the convolution; with
+    "between" the module `product_norm`, behind it and in front of the activation. Only a step moves running statistics;
+    in train mode a forward pass goes by those of its own rows, so call `eval()` to predict. A step drops activities in
+    train mode; a forward pass never does.
 
     A step calls neither `forward` nor the modules within: where hooks watch them, or a subclass overrides `forward`,
     `activity` or `goodness`, it raises.
@@ -56,6 +57,7 @@ class FFConv2d(nn.Conv2d):
     _plain: ClassVar[type[nn.Module]]
     # Layers pickled by earlier versions lack it.
     backend: str | None = None
+    dropout: float = 0.0
 
     def __init__(
         self,
@@ -78,7 +80,8 @@ class FFConv2d(nn.Conv2d):
         outputs: OutputsOf = "pre",
         compute_dtype: torch.dtype | None = None,
         backend: str | None = None,
-        batch_norm: Literal["behind", "before"] | None = None,
+        batch_norm: Literal["behind", "between", "before"] | None = None,
+        dropout: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -106,12 +109,17 @@ class FFConv2d(nn.Conv2d):
         self.outputs = outputs
         self.compute_dtype = compute_dtype
         self.backend = backend
+        check_share(dropout)
+        self.dropout = dropout
         if batch_norm is not None:
-            check.one_of("batch_norm", batch_norm, ("behind", "before"))
+            check.one_of("batch_norm", batch_norm, ("behind", "between", "before"))
         self.batch_norm: nn.BatchNorm2d | None = None
         self.input_norm: InputNorm = input_norm
+        self.product_norm: nn.BatchNorm2d | None = None
         if batch_norm == "behind":
             self.batch_norm = nn.BatchNorm2d(out_channels, device=device, dtype=dtype)
+        elif batch_norm == "between":
+            self.product_norm = nn.BatchNorm2d(out_channels, device=device, dtype=dtype)
         elif batch_norm == "before":
             if input_norm is not None:
                 raise ValueError("batch_norm='before' came with input_norm; accepted: one of the two")
@@ -180,7 +188,8 @@ class FFConv2d(nn.Conv2d):
 
     def _step_options(self) -> dict[str, Any]:
         own = {"objective": self.objective, "outputs": self.outputs, "batch_norm": self.batch_norm}
-        return {**own, **self._options()}
+        dropout = self.dropout if self.training else 0.0
+        return {**own, "dropout": dropout, **self._options()}
 
     def _hand_on(self, x_pos: Tensor, x_neg: Tensor | None, optimizer: Optimizer | None, **options: Any) -> StepResult:
         """What `step` returns, without one."""

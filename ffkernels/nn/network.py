@@ -18,7 +18,7 @@ from ..normalisation import row_scale
 from ..objectives import Objective
 from .conv import FFConv2d
 from .layer import FFLinear, Ran, batch_norms, called_only, overridden
-from .stack import Layer, stacked
+from .stack import Layer, Shortcut, shortcuts, stacked
 
 # Rows times labels that a prediction works on at once; of images.
 PREDICTION_ROWS, PREDICTION_IMAGES = 1280, 256
@@ -83,6 +83,7 @@ def _facts(
     for layer, optimizer in zip(layers, optimizers, strict=True):
         facts += [id(layer), id(optimizer), called_only(layer), id(layer.objective), of(layer.objective.threshold)]
         facts += [of(value) for value in layer._options().values()]
+        facts.append(getattr(layer, "dropout", None))
         if isinstance(layer, FFLinear):
             facts += [id(layer.peer), of(layer.peer_mean)]
         parameters: Iterable[Tensor | None] = (layer.weight, layer.bias)
@@ -111,12 +112,16 @@ class FFNetwork(nn.Module):
 
     Args:
         layers: `FFLinear` and `FFConv2d`, first one first, of widths that fit; in front of any of them
-            `nn.MaxPool2d`, `nn.AvgPool2d` and `nn.Flatten`, which learn nothing and count for no layer: optimizers,
-            results and indices are those of the layers that learn, which `layers` holds.
+            `nn.MaxPool2d`, `nn.AvgPool2d`, `nn.LPPool2d`, `nn.Flatten`, `nn.GroupNorm` and `nn.LayerNorm` without
+            parameters, and `Shortcut`, which learn nothing and count for no layer: optimizers, results and indices are
+            those of the layers that learn, which `layers` holds.
 
     Raises:
         TypeError, ValueError: for no layers, for one of another kind, and for widths that do not fit.
     """
+
+    # Networks pickled by earlier versions lack it.
+    _shortcuts: frozenset[int] = frozenset()
 
     def __init__(self, layers: Iterable[nn.Module]) -> None:
         super().__init__()
@@ -126,6 +131,7 @@ class FFNetwork(nn.Module):
             raise ValueError("two layers have the same ProjectionHead; accepted: one for each layer")
         self.layers = nn.ModuleList(learning)
         self.between = nn.ModuleList([nn.Sequential(*modules) for modules in between]) if any(between) else None
+        self._shortcuts = shortcuts(between)
         # The facts under which the last check of all layers found nothing.
         self._checked: object = None
 
@@ -213,6 +219,7 @@ class FFNetwork(nn.Module):
         """A step of each layer by `take`, on rows as the first one takes them; `sumsq`: their sums of squares."""
         results = []
         one_side, last, shared = x_neg is None, len(self.layers) - 1, ready.shared
+        inputs = self._inputs(x_pos, x_neg)
         for i, (layer, optimizer) in enumerate(zip(self, ready.optimizers, strict=True)):
             result = take(
                 layer, x_pos, x_neg, optimizer, outputs=ready.outputs[i], input_sumsq=sumsq, **shared, **options
@@ -221,18 +228,46 @@ class FFNetwork(nn.Module):
             results.append(result if keep else replace(result, y=None))
             if i < last:
                 assert result.y is not None
-                y, sumsq = self._between(i + 1, result.y, result.sumsq)
+                y, sumsq = self._between(i + 1, result.y, result.sumsq, inputs)
                 x_pos, x_neg = (y, None) if one_side else result.sides(y)
         return results
 
-    def _into(self, index: int, x: Tensor) -> Tensor:
-        """Rows as a layer takes them: what stands in front of it is done."""
-        return x if self.between is None else self.between[index](x)
+    def _into(self, index: int, x: Tensor, inputs: dict[int, Tensor] | None = None) -> Tensor:
+        """Rows as a layer takes them: what stands in front of it is done.
 
-    def _between(self, index: int, x: Tensor, sumsq: Tensor) -> tuple[Tensor, Tensor | None]:
+        `inputs`: those of layers below that shortcuts begin at, to which its own is added if one does here.
+        """
+        if self.between is None:
+            return x
+        for module in cast("nn.Sequential", self.between[index]):
+            if isinstance(module, Shortcut):
+                if inputs is None:
+                    raise ValueError(
+                        f"layers[{index}] has a Shortcut in front of it, but its goodness is overridden; accepted: "
+                        "one of the two"
+                    )
+                x = module.join(x, inputs[index - module.back])
+            else:
+                x = module(x)
+        if inputs is not None and index in self._shortcuts:
+            inputs[index] = x
+        return x
+
+    def _inputs(self, x_pos: Tensor, x_neg: Tensor | None = None) -> dict[int, Tensor] | None:
+        """Where the inputs of layers go that shortcuts begin at, the first one's of a joint batch; None for none."""
+        if not self._shortcuts:
+            return None
+        if 0 not in self._shortcuts:
+            return {}
+        return {0: x_pos if x_neg is None else torch.cat([x_pos, x_neg])}
+
+    def _between(
+        self, index: int, x: Tensor, sumsq: Tensor, inputs: dict[int, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """`_into`, and what is known of the sums of squares of such rows."""
-        y = self._into(index, x)
-        return y, sumsq if y.shape[1:].numel() == x.shape[1:].numel() else None
+        y = self._into(index, x, inputs)
+        keeps = self.between is None or all(isinstance(m, nn.Flatten) for m in cast("Any", self.between[index]))
+        return y, sumsq if keeps else None
 
     def _check_labels(self, x: Tensor, options: dict[str, Any]) -> None:
         """Raises for labels that do not fit every layer, each of which looks at them again before it writes."""
@@ -263,10 +298,11 @@ class FFNetwork(nn.Module):
         below = None
         # A row's shape on its way up: maps hang on the geometry of all that is below.
         shape = x_pos.shape[1:] if self._takes_maps else None
+        inputs: dict[int, Tensor] | None = {} if self._shortcuts else None
         for i, (layer, optimizer) in enumerate(zip(self, per_layer, strict=True)):
             try:
                 if shape is not None:
-                    shape = self._into(i, torch.empty(1, *shape, device="meta")).shape[1:]
+                    shape = self._into(i, torch.empty(1, *shape, device="meta"), inputs).shape[1:]
                 if (below is not None or isinstance(layer, FFConv2d)) and not overridden(layer, "step"):
                     dtype = x_pos.dtype if below is None else _handed_on(below, options) or layer.weight.dtype
                     of_row = shape or (cast("FFLinear", layer).in_features,)
@@ -410,8 +446,10 @@ class FFNetwork(nn.Module):
         take: Take = take_step,
     ) -> list[Tensor]:
         losses = []
+        of_pos: dict[int, Tensor] | None = {} if self._shortcuts else None
+        of_neg: dict[int, Tensor] | None = {} if self._shortcuts else None
         for i, (layer, optimizer) in enumerate(zip(self, per_layer, strict=True)):
-            x_pos, x_neg = self._into(i, x_pos), None if x_neg is None else self._into(i, x_neg)
+            x_pos, x_neg = self._into(i, x_pos, of_pos), None if x_neg is None else self._into(i, x_neg, of_neg)
             results = [take(layer, x_pos, x_neg, optimizer, outputs="none", **options) for _ in range(steps)]
             losses.append(torch.stack([result.loss for result in results]))
             if x_neg is not None and batch_norms(layer):
@@ -442,17 +480,18 @@ class FFNetwork(nn.Module):
         `input_sumsq`: the rows' sums of squares, where they are known.
         """
         sumsq: Tensor | None = None
+        inputs: dict[int, Tensor] | None = {} if self._shortcuts else None
         if input_sumsq is None:
-            x = self._into(0, x)
+            x = self._into(0, x, inputs)
         else:
-            x, sumsq = self._between(0, x, input_sumsq)
+            x, sumsq = self._between(0, x, input_sumsq, inputs)
         for index, layer in enumerate(self, 1):
             ran = layer._run(x, sumsq, keep=keep or index < len(self.layers), **shared)
             shared = {}
             yield layer, ran
             if index < len(self.layers):
                 # No derivative of any kind goes on to the next layer.
-                x, sumsq = self._between(index, ran.y.detach(), ran.sumsq.detach())
+                x, sumsq = self._between(index, ran.y.detach(), ran.sumsq.detach(), inputs)
 
     def shared_product(self, x: Tensor, num_classes: int = 10) -> Tensor | None:
         """`ffkernels.shared_product` of the first layer, for `step` and `features`.

@@ -26,7 +26,7 @@ from .classes import (
 from .given import AnyObjective, GivenLoss, Moments, any_objective
 from .head import Form, ProjectionHead
 from .judged import Judged
-from .objective import DEFAULT_OBJECTIVE, GOODNESS, LOSSES, REDUCTIONS, Objective, short, silu_slope
+from .objective import DEFAULT_OBJECTIVE, GOODNESS, LOSSES, REDUCTIONS, Objective, short, silu_slope, softplus
 
 __all__ = [
     "CLASS_GOODNESS",
@@ -57,6 +57,7 @@ __all__ = [
     "short",
     "silu_slope",
     "slopes_by_activity",
+    "softplus",
     "standardise",
     "standardise_moments",
     "summed",

@@ -72,7 +72,7 @@ class StandardisedMoments(NamedTuple):
         return gain, self.bias - self.rest * gain
 
 
-def standardise(y: Tensor, norm: nn.BatchNorm1d) -> Standardised:
+def standardise(y: Tensor, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> Standardised:
     """What `norm` makes of activities `y` `[rows, units]`; its running statistics stay as they are."""
     mean, variance = norm.running_mean, norm.running_var
     is_of_batch = norm.training or mean is None or variance is None

@@ -37,8 +37,9 @@ class GivenLoss:
     Args:
         function: called once a step, with gradients on. What a random number in it is drawn from is the caller's.
         reads: what comes first: "goodness" `[rows]`, or `[rows, classes]`; "moments", a `Moments` of `[rows, units]`;
-            or "activities" `[rows, units]`, of which anything that autograd can differentiate is a loss. All in the
-            weight's dtype. The last two take a further pass over the activities.
+            or "activities" `[rows, units]`, of a convolution `[rows, channels, h, w]` behind its pool, of which
+            anything that autograd can differentiate is a loss. All in the weight's dtype. The last two take a further
+            pass over the activities.
         goodness: "mean", "sum" or "norm": how sums of squares become a goodness; with classes as in `Objective`.
         maximize: whether a high goodness is that of a positive row, which predictions go by.
         classes: into how many groups the units are divided, as in `Objective`; None: into none.
@@ -86,10 +87,19 @@ class GivenLoss:
         read = {"goodness": goodness, "activities": y, "moments": Moments(y, y.square())}[self.reads]
         return self._checked(self.function(read, side), y, learns)
 
-    def judge(self, y: Tensor, sumsq: Tensor, side: Tensor, second: Tensor | None = None, places: int = 1) -> Judged:
+    def judge(
+        self,
+        y: Tensor,
+        sumsq: Tensor,
+        side: Tensor,
+        second: Tensor | None = None,
+        places: int = 1,
+        maps: Tensor | None = None,
+    ) -> Judged:
         """Loss and slopes of activities `y` `[rows, units]` with sums of squares `sumsq` `[rows]`.
 
-        `second`: in a layer of several `places`, the sums over them of squares; `y` are then those of activities.
+        `second`: in a layer of several `places`, the sums over them of squares; `y` are then those of activities,
+            which `maps` `[rows, units, h, w]` are.
         """
         units, goodness = y.shape[1], None
         if self.classes is not None:
@@ -100,7 +110,7 @@ class GivenLoss:
                 given = [leaf]
                 read: Tensor | Moments = leaf if goodness is not None else self.goodness_of(leaf, units * places)
             else:
-                given = [y.detach().requires_grad_()]
+                given = [(y if maps is None else maps).detach().requires_grad_()]
                 read = given[0]
                 if self.reads == "moments":
                     given.append((y.square() if second is None else second.detach()).requires_grad_())

@@ -453,7 +453,8 @@ class Stepping:
             share = self.counts.share(slice(0, 2), weight.dtype) if self.parallel.given_loss == "mean" else None
             options["objective"] = part_of(objective, share) if rows else of_no_rows(objective)
         learns = any(p.requires_grad for p in layer.parameters())
-        others = (options["objective"], options.get("batch_norm"), options.get("input_norm"))
+        norms = [options.get(name) for name in ("batch_norm", "input_norm", "product_norm")]
+        others = (options["objective"], *norms)
         double = Double(layer, *others)
         of_peer, peer_mean = options.get("peer"), options.get("peer_mean")
         is_sharded = self.parallel.shard_optimizer and learns and optimizer is not None

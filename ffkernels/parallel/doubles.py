@@ -21,7 +21,7 @@ class Double:
     Running statistics are copies, so that what moves them can be put together before they are written.
     """
 
-    modules = ("objective", "batch_norm", "input_norm")
+    modules = ("objective", "batch_norm", "input_norm", "product_norm")
 
     def __init__(
         self,
@@ -29,17 +29,17 @@ class Double:
         objective: AnyObjective,
         batch_norm: nn.Module | None,
         input_norm: nn.Module | None,
+        product_norm: nn.Module | None,
     ) -> None:
         self.weight = nn.Parameter(layer.weight.detach())
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach())
         self.objective = _over_again(objective) if isinstance(objective, nn.Module) else objective
-        self.batch_norm, self.input_norm = (
-            _over_again(norm) if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) else norm
-            for norm in (batch_norm, input_norm)
-        )
+        norms = (batch_norm, input_norm, product_norm)
+        doubles = [_over_again(n) if isinstance(n, nn.BatchNorm1d | nn.BatchNorm2d) else n for n in norms]
+        self.batch_norm, self.input_norm, self.product_norm = doubles
         self._norms: list[tuple[nn.Module, Any]] = [
             (norm, double)
-            for norm, double in ((batch_norm, self.batch_norm), (input_norm, self.input_norm))
+            for norm, double in zip(norms, doubles, strict=True)
             if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) and norm.training and norm.track_running_stats
         ]
 
@@ -62,7 +62,8 @@ class Double:
     def gradients(self) -> dict[str, Tensor]:
         """By the names of `linear_step_`'s and `conv2d_step_`'s parameters."""
         learning: dict[str, Tensor | None] = {"weight": self.weight, "bias": self.bias}
-        learning.update(others_of(cast("AnyObjective", self.objective), self.batch_norm, self.input_norm))
+        norms = (self.batch_norm, self.input_norm, self.product_norm)
+        learning.update(others_of(cast("AnyObjective", self.objective), *norms))
         found = {name: p.grad for name, p in learning.items() if p is not None}
         return cast("dict[str, Tensor]", found)
 

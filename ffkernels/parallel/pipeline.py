@@ -94,6 +94,8 @@ class Pipeline(nn.Module):
     ) -> None:
         super().__init__()
         processes.checked_network(net)
+        if net._shortcuts:
+            raise ValueError("net has a Shortcut, which would cross processes; accepted: DataParallel, or one process")
         self._given_group = processes.checked_group(process_group)
         if isinstance(in_flight, bool) or not isinstance(in_flight, int) or in_flight < 1:
             raise ValueError(f"in_flight={in_flight!r} is not an integer >= 1")

@@ -23,22 +23,32 @@ def network_of(recipe: Recipe, data: Dataset, compute_dtype: torch.dtype | None)
         "outputs": recipe.outputs, "compute_dtype": compute_dtype,
     }  # fmt: skip
     modules: list[nn.Module] = []
+    by_groups = recipe.norm_of_maps == "groups"
+    if by_groups:
+        modules.append(nn.GroupNorm(1, channels, affine=False))
     for of in recipe.convolutions:
         convolution = FFConv2d(
             channels,
             of.channels,
-            3,
-            padding=1,
+            of.kernel,
+            padding=of.kernel // 2,
+            bias=not by_groups,
             groups=classes if of.by_class else 1,
-            pool=of.pool if of.pool > 1 else None,
+            pool=of.pool if of.pool > 1 and not by_groups else None,
             objective=recipe.objective(of.channels, classes),
-            batch_norm="behind",
+            batch_norm=None if by_groups else "behind",
+            dropout=recipe.dropped_units,
             **options | {"norm": "none"},
         )
-        assert convolution.batch_norm is not None
-        convolution.batch_norm.eps = recipe.eps
         channels, height, width = of.channels, height // of.pool, width // of.pool
         modules.append(convolution)
+        if by_groups:
+            nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+            modules.append(nn.GroupNorm(classes, channels, affine=False))
+            modules += [nn.AvgPool2d(of.pool)] if of.pool > 1 else []
+        else:
+            assert convolution.batch_norm is not None
+            convolution.batch_norm.eps = recipe.eps
     if recipe.convolutions and recipe.hidden:
         modules.append(nn.Flatten())
     fan_in = channels * height * width + (classes if recipe.label == "columns" else 0)
@@ -49,6 +59,8 @@ def network_of(recipe: Recipe, data: Dataset, compute_dtype: torch.dtype | None)
             nn.init.zeros_(layer.bias)
         fan_in = units
         modules.append(layer)
+    while not isinstance(modules[-1], FFLinear | FFConv2d):
+        modules.pop()
     return FFNetwork(modules)
 
 

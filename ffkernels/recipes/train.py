@@ -239,7 +239,9 @@ class Trainer:
 
     def lr_factor(self, epoch: int) -> float:
         """What the learning rates are multiplied by in an epoch (from 1)."""
-        cooldown = self.recipe.cooldown
+        cooldown, least = self.recipe.cooldown, self.recipe.cosine
+        if least is not None:
+            return least + (1 - least) * (1 + math.cos(math.pi * (epoch - 1) / self.epochs)) / 2
         return 1.0 if cooldown is None else min(1.0, (cooldown + 2 * (self.epochs - epoch)) / self.epochs)
 
     def _set_lr(self, factor: float) -> None:

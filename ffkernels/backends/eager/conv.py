@@ -27,18 +27,28 @@ def product(rows: MapRows, layer: Layer, geometry: Geometry) -> Tensor:
 
 def activities(rows: MapRows, layer: Layer, geometry: Geometry) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`p`, `where` and `before` of `spec.Maps`; autograd-compatible by weight and bias."""
+    return behind(scaled_product(rows, layer, geometry), layer.activation, geometry)
+
+
+def scaled_product(rows: MapRows, layer: Layer, geometry: Geometry) -> Tensor:
+    """`z = r conv(x) + b`, channels-last in the compute dtype."""
     z = product(rows, layer, geometry)
     if rows.scale is not None:
         z.mul_(rows.scale[:, None, None, None])
         if layer.bias is not None:
             z.add_(layer.bias[:, None, None])
-    activation = ACTIVATIONS[layer.activation]
-    if geometry.pool == "max" and layer.activation in POOLED_FIRST:
+    return z
+
+
+def behind(z: Tensor, of: str, geometry: Geometry) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What the activation `of` and the pool make of `z`: `p`, `where` and `before` of `spec.Maps`."""
+    activation = ACTIVATIONS[of]
+    if geometry.pool == "max" and of in POOLED_FIRST:
         p, where = _max_pool(z, geometry)
         return activation.forward(p), where, None
     a = activation.forward(z)
     before = None
-    if is_told_before(layer.activation, geometry):
+    if is_told_before(of, geometry):
         before = z if activation.keeps_z else a
     if geometry.pool == "none":
         return a, None, before
@@ -55,16 +65,22 @@ def is_told_before(activation: str, geometry: Geometry) -> bool:
 
 def conv2d_forward(rows: MapRows, layer: Layer, geometry: Geometry, is_centred: bool, pivot: Tensor | None) -> Maps:
     """See `ops.SCHEMAS`."""
-    p, where, before = activities(rows, layer, geometry)
+    return maps_of(*activities(rows, layer, geometry), layer.weight, is_centred, pivot)
+
+
+def maps_of(
+    p: Tensor, where: Tensor | None, before: Tensor | None, weight: Tensor, is_centred: bool, pivot: Tensor | None
+) -> Maps:
+    """The record of activities, with their moments in the weight's dtype."""
     before, where = (p.new_empty(0) if kept is None else kept for kept in (before, where))
-    wide = p.to(layer.weight.dtype)
+    wide = p.to(weight.dtype)
     if pivot is not None:
         pivot = pivot.clone()
     elif is_centred:
         pivot = wide.sum((0, 2, 3)) / max(len(p) * p.shape[2] * p.shape[3], 1)
     if pivot is not None:
         wide = wide - pivot[:, None, None]
-    about = layer.weight.new_empty(0) if pivot is None else pivot
+    about = weight.new_empty(0) if pivot is None else pivot
     return Maps(p, wide.sum((2, 3)), wide.square().sum((2, 3)), about, where, before)
 
 
@@ -75,15 +91,15 @@ conv2d_forward_like = conv2d_forward
 def unsaturated(rows: MapRows, maps: Maps, slopes: MapSlopes) -> tuple[MapRows, Maps, MapSlopes]:
     """What is left where rows have slopes of exactly zero alone, if these are worth leaving out."""
     given = [slope for slope in (slopes.first, slopes.second) if slope is not None]
-    kept = unsaturated_rows(torch.stack([(slope != 0).any(1) for slope in given]).any(0))
+    kept = unsaturated_rows(torch.stack([(slope != 0).flatten(1).any(1) for slope in given]).any(0))
     if kept is None:
         return rows, maps, slopes
     first, second = (None if slope is None else slope[kept] for slope in (slopes.first, slopes.second))
     scale = None if rows.scale is None else rows.scale[kept]
-    where, before = (_take(t, kept) if t.numel() else t for t in (maps.where, maps.before))
+    where, before = (take(t, kept) if t.numel() else t for t in (maps.where, maps.before))
     return (
-        MapRows(_take(rows.x, kept), scale),
-        maps._replace(p=_take(maps.p, kept), where=where, before=before),
+        MapRows(take(rows.x, kept), scale),
+        maps._replace(p=take(maps.p, kept), where=where, before=before),
         slopes._replace(first=first, second=second),
     )
 
@@ -126,29 +142,39 @@ def nothing(rows: MapRows, layer: Layer, geometry: Geometry, slopes: MapSlopes) 
 
 def _gradient(rows: MapRows, layer: Layer, geometry: Geometry, maps: Maps, slopes: MapSlopes) -> tuple[Tensor, Tensor]:
     """`dz` in the compute dtype, and the bias's gradient."""
-    activation = ACTIVATIONS[layer.activation]
-    centre = maps.pivot if maps.pivot.numel() else None
-    first = slopes.first
-    dz = _by_activity(maps.p, first, slopes.second, centre)
-    told_before, size = is_told_before(layer.activation, geometry), size_of(rows, layer, geometry)
-    if not told_before:
-        # What a ReLU has shut off is zero, and so is its multiple.
-        if layer.activation != "relu" or first is not None or centre is not None:
-            dz = _gated(dz, maps.p, layer.activation)
-    else:
-        dz = _in_front_of_pool(dz, maps.where, geometry, size)
-        if activation.keeps_z:
-            z = maps.before.to(dz.dtype)
-            dz = dz * activation.slope(z, z)
-        else:
-            dz = _gated(dz, maps.before, layer.activation)
+    size = size_of(rows, layer, geometry)
+    dz, is_behind = _through_activation(maps, slopes, layer.activation, geometry, size)
     db = dz.sum((0, 2, 3))
     if rows.scale is not None:
         dz = dz * rows.scale[:, None, None, None]
     dz = dz.to(layer.compute_dtype)
-    if not told_before:
-        dz = _in_front_of_pool(dz, maps.where, geometry, size)
-    return dz, db
+    return (_in_front_of_pool(dz, maps.where, geometry, size) if is_behind else dz), db
+
+
+def in_front(maps: Maps, slopes: MapSlopes, activation: str, geometry: Geometry, size: tuple[int, int]) -> Tensor:
+    """The gradient in front of activation and pool, `[rows, channels, *size]` in the slopes' dtype."""
+    dz, is_behind = _through_activation(maps, slopes, activation, geometry, size)
+    return _in_front_of_pool(dz, maps.where, geometry, size) if is_behind else dz
+
+
+def _through_activation(
+    maps: Maps, slopes: MapSlopes, of: str, geometry: Geometry, size: tuple[int, int]
+) -> tuple[Tensor, bool]:
+    """`dp` times the activation's slope, and whether it is still behind the pool, which then passes it on as it is."""
+    activation = ACTIVATIONS[of]
+    centre = maps.pivot if maps.pivot.numel() else None
+    first = slopes.first
+    dz = _by_activity(maps.p, first, slopes.second, centre)
+    if not is_told_before(of, geometry):
+        # What a ReLU has shut off is zero, and so is its multiple.
+        if of != "relu" or first is not None or centre is not None:
+            dz = _gated(dz, maps.p, of)
+        return dz, True
+    dz = _in_front_of_pool(dz, maps.where, geometry, size)
+    if activation.keeps_z:
+        z = maps.before.to(dz.dtype)
+        return dz * activation.slope(z, z), False
+    return _gated(dz, maps.before, of), False
 
 
 def by_weight(dz: Tensor, x: Tensor, layer: Layer, geometry: Geometry) -> Tensor:
@@ -162,11 +188,20 @@ def by_weight(dz: Tensor, x: Tensor, layer: Layer, geometry: Geometry) -> Tensor
     return dw.to(weight.dtype).contiguous()
 
 
+def by_input(dz: Tensor, x: Tensor, layer: Layer, geometry: Geometry) -> Tensor:
+    """`dx` of maps `x` without reflected edges, in the weight's dtype, of the gradient `dz` alone."""
+    dx, _, _ = torch.ops.aten.convolution_backward(
+        dz.contiguous(memory_format=torch.channels_last), x, layer.weight.to(layer.compute_dtype), None,
+        geometry.stride, _padding(geometry), [1, 1], False, [0, 0], geometry.groups, [True, False, False],
+    )  # fmt: skip
+    return dx.to(layer.weight.dtype)
+
+
 def _by_activity(p: Tensor, first: Tensor | None, second: Tensor | None, centre: Tensor | None) -> Tensor:
     """dLoss/dp in the slopes' dtype."""
     if second is None:
         assert first is not None
-        return first[:, :, None, None].expand(p.shape)
+        return first if first.dim() == 4 else first[:, :, None, None].expand(p.shape)
     factor = 2 * second[:, :, None, None]
     apart = p if centre is None else p - centre[:, None, None]
     return apart * factor if first is None else torch.addcmul(first[:, :, None, None], apart.to(factor.dtype), factor)
@@ -209,6 +244,6 @@ def _padding(geometry: Geometry) -> tuple[int, int]:
     return geometry.padding if geometry.padding_mode == "zeros" else (0, 0)
 
 
-def _take(values: Tensor, rows: Tensor) -> Tensor:
+def take(values: Tensor, rows: Tensor) -> Tensor:
     """These rows, channels-last."""
     return values.permute(0, 2, 3, 1)[rows].permute(0, 3, 1, 2)

@@ -1,0 +1,168 @@
+"""A step of convolutions one behind the other, of which the last alone has a loss: its gradient reaches all of them.
+
+Each `Passed` is what a forward pass of one keeps. From the gradient `dz` in front of a layer's activation come its own
+and that of what it took: with batch normalisation in front, `u = weight x + bias` of `x = (p - mean) / deviation` and
+`du` the convolution's input gradient, `dp = weight / deviation (du - (dbias + x dweight) / n)`, whose sums are known
+from the weight's gradient already. So one more convolution and one pass reach the layer below, without a graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .. import interrupts, optim
+from .. import validation as check
+from ..autograd import without_autocast
+from ..backends.eager import conv, rules
+from ..objectives import AnyObjective, Judged, move
+from ..spec import Geometry, Layer, MapRows, Maps, MapSlopes, Rows
+from . import in_front
+from .conv import judge_maps, read_maps
+from .maps import ConvOptions, maps_of, rows_for
+
+
+class Passed(NamedTuple):
+    """What a forward pass of one layer keeps until a loss comes.
+
+    Attributes:
+        x: `[rows, in, H, W]` as it came.
+        y: what the layer hands on, `[rows, out, h, w]`.
+    """
+
+    x: Tensor
+    y: Tensor
+    layer: Layer
+    geometry: Geometry
+    options: ConvOptions
+    rows: MapRows
+    maps: Maps
+    standardising: in_front.Standardising | None
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions) -> Passed:
+    """A forward pass of a convolution; in train mode the running statistics in front of it move.
+
+    Raises:
+        ValueError, TypeError: for an argument that does not fit, and for rows that a norm scales.
+    """
+    layer, geometry = options.checked(weight, bias)
+    if layer.norm != "none" or options.product_norm is not None:
+        raise ValueError("norm or product_norm came to a chain of convolutions; accepted: input_norm, or none")
+    norm = options.input_norm
+    if norm is not None and not (isinstance(norm, nn.BatchNorm2d) and norm.affine):
+        raise ValueError(f"input_norm is a {type(norm).__name__}; accepted in a chain: a BatchNorm2d with affine=True")
+    if geometry.padding_mode != "zeros":
+        raise ValueError(f"padding_mode={geometry.padding_mode!r} came to a chain of convolutions; accepted: 'zeros'")
+    maps_of("x", x, weight, layer.compute_dtype, geometry)
+    in_front.check_fits(norm, x, weight, layer.norm)
+    with torch.no_grad(), without_autocast(weight.device):
+        u, standardising = in_front.standardising(norm, x.detach(), weight.dtype)
+        rows = rows_for(u, layer, geometry, None)
+        maps = conv.conv2d_forward(rows, layer, geometry, False, None)
+        if standardising is not None:
+            move(standardising.module, standardising)
+    return Passed(x, maps.p, layer, geometry, options, rows, maps, standardising)
+
+
+def step_(
+    chain: Sequence[Passed],
+    n_pos: int,
+    optimizer: Optimizer,
+    objective: AnyObjective,
+    learned: Mapping[str, Tensor] | None = None,
+    skip_below: float = 0.0,
+) -> Judged:
+    """Updates the parameters of the layers of `chain`, first one first, by the loss of the last.
+
+    Args:
+        chain: of layers each of which took the `y` of the one before.
+        n_pos: how many of the rows are positive, the first ones.
+        optimizer: holds all their parameters; it may hold others, which stay as they are.
+        objective: of positive and negative rows.
+        learned: parameters by name that the first one's `x` hangs on, by a graph; they learn too.
+        skip_below: as in `conv2d_step_`.
+
+    Raises:
+        ValueError: for parameters that the optimizer does not hold, or cannot learn, before anything is written.
+    """
+    last = chain[-1]
+    named = _parameters(chain) | dict(learned or {})
+    for name, parameter in named.items():
+        check.trainable(name, parameter)
+        check.writable(name, parameter)
+    weight = named.pop(f"{len(chain) - 1}.weight")
+    update = optim.plan(optimizer, weight, None, named)
+    check.writable_here(update.written())
+    held = interrupts.hold()
+    try:
+        with torch.no_grad(), without_autocast(weight.device):
+            read = read_maps(last.maps, None)
+            x = last.x.detach()
+            judged, _ = judge_maps(objective, read, Rows(x[:n_pos], x[n_pos:]), skip_below, None)
+            slopes = MapSlopes(judged.first, judged.second)
+            gradients: dict[str, Tensor] = {}
+            for i in reversed(range(len(chain))):
+                wants = i > 0 or bool(learned)
+                found, below = _gradients(chain[i], slopes, wants)
+                gradients |= {f"{i}.{name}": gradient for name, gradient in found.items()}
+                if i > 0:
+                    slopes = MapSlopes(below, None)
+        if learned:
+            found_by = torch.autograd.grad(chain[0].x, list(learned.values()), below, retain_graph=False)
+            gradients |= dict(zip(learned, found_by, strict=True))
+        with torch.no_grad():
+            for name, part in zip((f"{len(chain) - 1}.weight", *named), update.parts, strict=True):
+                rules.step(update.rule, part.parameter, gradients[name], part.slot)
+            torch.autograd.graph.increment_version(update.written())
+            update.finish(optimizer)
+    finally:
+        interrupts.release(held)
+    return judged
+
+
+def _parameters(chain: Sequence[Passed]) -> dict[str, Tensor]:
+    named: dict[str, Tensor | None] = {}
+    for i, passed in enumerate(chain):
+        named |= {f"{i}.weight": passed.layer.weight, f"{i}.bias": passed.layer.bias}
+        norm = passed.options.input_norm
+        if isinstance(norm, nn.BatchNorm2d):
+            named |= {f"{i}.input_norm.weight": norm.weight, f"{i}.input_norm.bias": norm.bias}
+    return {name: p for name, p in named.items() if p is not None}
+
+
+def _gradients(of: Passed, slopes: MapSlopes, wants: bool) -> tuple[dict[str, Tensor], Tensor | None]:
+    """A layer's gradients by name, and if `wants` that of the `x` it took, in the weight's dtype."""
+    layer, geometry, line = of.layer, of.geometry, of.standardising
+    dz = conv.in_front(of.maps, slopes, layer.activation, geometry, conv.size_of(of.rows, layer, geometry))
+    found = {} if layer.bias is None else {"bias": dz.sum((0, 2, 3))}
+    dz = dz.to(layer.compute_dtype).contiguous(memory_format=torch.channels_last)
+    rows, standardised = of.rows, None
+    if line is not None:
+        standardised = line.standardised(of.x.detach())
+        rows = rows_for(standardised, layer, geometry, None)
+    dw = conv.by_weight(dz, rows.x, layer, geometry)
+    found["weight"] = dw
+    if line is not None:
+        by_place = dz.sum(0, keepdim=True, dtype=layer.weight.dtype)
+        found |= in_front.through_line(line.module, dw, by_place, rows, layer, geometry)
+    if not wants:
+        return found, None
+    du = conv.by_input(dz, rows.x, layer, geometry)
+    if line is None or standardised is None:
+        return found, du
+    norm = line.module
+    variance = norm.running_var if line.variance is None else line.variance
+    assert variance is not None
+    deviation = (variance + norm.eps).sqrt()
+    scale = (norm.weight / deviation)[:, None, None]
+    if line.mean is None:
+        return found, du * scale
+    through_mean, through_deviation = (
+        found[f"input_norm.{name}"][:, None, None] / max(line.samples, 1) for name in ("bias", "weight")
+    )
+    return found, (du - through_mean - standardised * through_deviation) * scale

@@ -1,0 +1,92 @@
+"""A loss that reaches several convolutions, without a graph, against autograd."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import ffkernels as ff
+from ffkernels.functional import chain
+from ffkernels.functional.maps import ConvOptions
+
+from .conv_cases import definition
+from .steps import error
+
+OBJECTIVE = ff.Objective(threshold=0.5)
+
+
+def layers() -> list[ff.FFConv2d]:
+    torch.manual_seed(0)
+    options = {"objective": OBJECTIVE, "dtype": torch.float64}
+    found = [
+        ff.FFConv2d(2, 4, 3, padding=1, batch_norm="before", pool=nn.AvgPool2d(2), **options),
+        ff.FFConv2d(4, 6, 3, padding=1, groups=2, batch_norm="before", activation="gelu", **options),
+        ff.FFConv2d(6, 5, (3, 2), stride=2, pool=2, **options),
+    ]
+    for layer in found[:2]:
+        nn.init.normal_(layer.input_norm.weight), nn.init.normal_(layer.input_norm.bias)
+    return found
+
+
+def passed(of: list[ff.FFConv2d], x: Tensor) -> list[chain.Passed]:
+    links = []
+    for layer in of:
+        links.append(chain.forward(x, layer.weight, layer.bias, ConvOptions(**layer._options())))
+        x = links[-1].y
+    return links
+
+
+@pytest.mark.parametrize("running", [False, True])
+def test_three_layers_and_what_their_input_is_made_of(running):
+    ours, x = layers(), torch.randn(6, 2, 12, 12, dtype=torch.float64)
+    scale = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
+    for layer in ours:
+        layer.train(not running)
+    theirs, other = deepcopy((ours, scale))
+    mine = torch.optim.SGD([scale, *(p for layer in ours for p in layer.parameters())], lr=0.1, momentum=0.9)
+    plain = torch.optim.SGD([other, *(p for layer in theirs for p in layer.parameters())], lr=0.1, momentum=0.9)
+    for _ in range(3):
+        judged = chain.step_(passed(ours, x * scale), 3, mine, OBJECTIVE, {"scale": scale})
+        y = x * other
+        for layer in theirs:
+            y = definition(layer, y)
+        goodness = y.square().mean((1, 2, 3))
+        loss = (F.softplus(0.5 - goodness[:3]).sum() + F.softplus(goodness[3:] - 0.5).sum()) / 6
+        plain.zero_grad()
+        loss.backward()
+        plain.step()
+        assert error(judged.loss, loss) <= 1e-10 and error(judged.goodness, goodness) <= 1e-10
+    assert error(scale, other) <= 1e-10
+    for layer, reference in zip(ours, theirs, strict=True):
+        for name, value in reference.state_dict().items():
+            assert error(layer.state_dict()[name], value, 1.0) <= 1e-10, name
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"norm": "l2"}, "norm or product_norm came to a chain"),
+        ({"product_norm": nn.BatchNorm2d(4)}, "norm or product_norm came to a chain"),
+        ({"padding_mode": "reflect"}, "padding_mode='reflect' came to a chain"),
+        ({"input_norm": nn.GroupNorm(1, 2, affine=False)}, "input_norm is a GroupNorm"),
+        ({"input_norm": nn.BatchNorm2d(2, affine=False)}, "input_norm is a BatchNorm2d"),
+    ],
+)
+def test_what_a_chain_does_without_is_named(options, match):
+    layer = ff.FFConv2d(2, 4, 3)
+    with pytest.raises(ValueError, match=match):
+        chain.forward(torch.rand(2, 2, 6, 6), layer.weight, None, ConvOptions(**{**layer._options(), **options}))
+
+
+def test_nothing_is_written_before_a_refusal():
+    ours = layers()
+    links = passed(ours, torch.randn(4, 2, 12, 12, dtype=torch.float64))
+    before = deepcopy([layer.state_dict() for layer in ours])
+    with pytest.raises(ValueError, match=r"does not hold 0\.weight"):
+        chain.step_(links, 2, torch.optim.SGD([*ours[1].parameters(), *ours[2].parameters()], lr=0.1), OBJECTIVE)
+    for layer, state in zip(ours, before, strict=True):
+        assert all(torch.equal(value, state[name]) for name, value in layer.state_dict().items())

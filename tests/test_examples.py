@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -50,6 +52,24 @@ def test_mnist():
     labels = torch.arange(10)
     hard = module.hard_labels(torch.full((10, 10), -40.0).fill_diagonal_(40.0), labels)
     assert not (hard == labels).any()
+
+
+def test_the_notebook(monkeypatch):
+    """Its cells one after the other, on a little data; what it shows is of the whole of MNIST."""
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    monkeypatch.setattr("ffkernels.recipes.load", lambda name: toy_data(600, 100))
+    cells = json.loads((EXAMPLES / "mnist.ipynb").read_text())["cells"]
+    codes = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert sum(len(code.splitlines()) for code in codes) < 80
+    names: dict[str, Any] = {}
+    for code in codes:
+        exec(code, names)
+    assert names["errors"][-1] < 0.3
+    assert all(share > 0.7 for share in names["right"].tolist())
+    shown = [output for cell in cells for output in cell.get("outputs", ())]
+    assert sum("image/png" in output.get("data", ()) for output in shown) == 3
+    assert sum("test error" in "".join(output.get("text", ())) for output in shown) == 1
 
 
 def test_own_loss():

@@ -59,7 +59,17 @@ def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) < 100
 
 
-@of_each_page
+@pytest.mark.parametrize(
+    "page",
+    [
+        *PAGES,
+        *(
+            ROOT / name
+            for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "bench/README.md", "csrc/README.md")
+        ),
+    ],
+    ids=lambda page: page.relative_to(ROOT).as_posix(),
+)
 def test_lines_of_prose_are_of_120_columns_at_most(page):
     prose = re.sub(r"^\|.*$", "", CODE.sub("", MADE.sub("", page.read_text())), flags=re.MULTILINE)
     assert [line for line in prose.splitlines() if len(line) > 120] == []

@@ -582,7 +582,7 @@ def test_as_a_module() -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-m", "ffkernels", "--version"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "0.1.0\n")
+    assert (done.returncode, done.stdout) == (0, "0.2.0\n")
 
 
 def assert_one_line(capsys, *said: str) -> None:

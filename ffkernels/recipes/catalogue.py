@@ -395,6 +395,23 @@ PROJECTED_SHIFTED = replace(
     dropout=0.1,
 )
 
+PROJECTED_TURNED = replace(
+    PROJECTED,
+    name="projected-turned",
+    source="Made for this package: projected, wider and longer, on images turned by up to ten degrees, a tenth smaller "
+    "to larger, and shifted by up to a pixel in each direction, in place of pixels dropped; averaged weights. Turns and "
+    "width were chosen on the last 10,000 training images.",
+    hidden=(1000, 1000),
+    epochs=60,
+    layers=Rule("adam", lr=2e-3),
+    dropout=0.0,
+    jitter=1,
+    rotation=10.0,
+    zoom=0.1,
+    averaging=0.998,
+    goodness_every=5,
+)
+
 CWC_MNIST = Recipe(
     name="cwc-mnist",
     source="CwC (Papachristodoulou et al., 2024, and its code): four convolutions, class groups of channels behind "
@@ -510,6 +527,6 @@ RECIPES = {
     for recipe in (
         QUICK, HINTON_MATLAB, HINTON_SUPERVISED, HINTON_JITTER, HINTON_UNSUPERVISED, LOEWEX, MOHAMMADPZ, FFLIB,
         ABLATION, GROUPED_MNIST, MONO_FORWARD, PROJECTED, PROJECTED_QUICK, PROJECTED_SHIFTED,
-        CWC_MNIST, CWC_FASHION, CWC_CIFAR10, CONV_HEADS, DEEPER_FORWARD,
+        PROJECTED_TURNED, CWC_MNIST, CWC_FASHION, CWC_CIFAR10, CONV_HEADS, DEEPER_FORWARD,
     )
 }  # fmt: skip

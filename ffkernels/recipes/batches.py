@@ -73,8 +73,8 @@ def random_turns(images: Tensor, degrees: float, zoom: float = 0.0, generator: t
     angle, size = angle * math.radians(degrees), 1 + size * zoom
     cos, sin, none = angle.cos() / size, angle.sin() / size, torch.zeros_like(angle)
     # Where a pixel comes from, both in halves of a side.
-    rows = torch.stack([cos, -sin * (height / width), none]), torch.stack([sin * (width / height), cos, none])
-    grid = F.affine_grid(torch.stack(rows).permute(2, 0, 1), list(images.shape), align_corners=False)
+    numbers = [cos, -sin * (height / width), none, sin * (width / height), cos, none]
+    grid = F.affine_grid(torch.stack(numbers, 1).view(-1, 2, 3), list(images.shape), align_corners=False)
     turned = F.grid_sample(images.float(), grid, align_corners=False)
     return (turned if images.is_floating_point() else turned.round_()).to(images.dtype)
 

@@ -399,8 +399,8 @@ PROJECTED_TURNED = replace(
     PROJECTED,
     name="projected-turned",
     source="Made for this package: projected, wider and longer, on images turned by up to ten degrees, a tenth smaller "
-    "to larger, and shifted by up to a pixel in each direction, in place of pixels dropped; averaged weights. Turns and "
-    "width were chosen on the last 10,000 training images.",
+    "to larger, and shifted by up to a pixel in each direction, in place of pixels dropped; averaged weights. Turns "
+    "and width were chosen on the last 10,000 training images.",
     hidden=(1000, 1000),
     epochs=60,
     layers=Rule("adam", lr=2e-3),

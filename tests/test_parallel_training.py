@@ -27,6 +27,7 @@ from ffkernels import cli
 from ffkernels.recipes import processes as of_training
 from ffkernels.recipes.batches import hard_label
 from ffkernels.recipes.catalogue import RECIPES, Convolution
+from ffkernels.recipes.picture import PICTURE, available
 from ffkernels.recipes.run import CHECKPOINT, METRICS
 from ffkernels.recipes.train import Trainer
 from tests.processes import GROUPS, Processes
@@ -235,10 +236,13 @@ def test_a_killed_process_ends_the_others_and_another_number_goes_on(folder, tmp
     assert "--resume goes on from the checkpoint" in said
     assert len(state_of(output)["rows"]) == 1
     assert sorted(path.name for path in output.iterdir()) == [CHECKPOINT, METRICS]
-    ends = launched([["-m", "ffkernels", *command(folder, output, "--resume")]] * 3)
+    with_picture = [part for part in command(folder, output, "--resume") if part != "--no-picture"]
+    ends = launched([["-m", "ffkernels", *with_picture]] * 3)
     assert [code for code, _ in ends] == [0, 0, 0], ends
     assert "1 of 3 epochs are done" in ends[0][1]
-    assert all("epoch" not in said for _, said in ends[1:])
+    assert [said for _, said in ends[1:]] == ["", ""]
+    assert (output / PICTURE).exists() == available()
+    assert sum(f"picture:    {output / PICTURE}" in said for _, said in ends) == available()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     assert cli.main(command(folder, whole)) == 0

@@ -150,6 +150,17 @@ struct Memory {
     }
 };
 
+// Calls `body` twice: to count what it takes, and with memory of that size; 1 where there is none.
+template <class F>
+int with_memory(F body) {
+    Memory count{nullptr};
+    body(count, false);
+    Memory memory{ffk::workspace(count.used)};
+    if (memory.base == nullptr) return 1;
+    body(memory, true);
+    return 0;
+}
+
 // A row length that no power of two divides, so that rows do not fall onto the same cache lines.
 inline int64_t stride_for(int64_t columns) {
     const int64_t stride = up_to(columns, 16);

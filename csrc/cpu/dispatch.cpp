@@ -122,4 +122,12 @@ void ffk_maps_forward(const ffk::MapsPass* call) { kernels_for(call->dtype).maps
 
 void ffk_maps_backward(const ffk::MapsPass* call) { kernels_for(call->dtype).maps_backward(*call); }
 
+int ffk_convolution_forward(const ffk::MapsPass* call) {
+    return kernels_for(call->dtype).convolution_forward(*call);
+}
+
+int ffk_convolution_gradient(const ffk::MapsPass* call) {
+    return kernels_for(call->dtype).convolution_gradient(*call);
+}
+
 }  // extern "C"

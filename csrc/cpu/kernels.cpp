@@ -2,23 +2,12 @@
 #include "kernels.h"
 
 #include "classes.h"
+#include "convolution.h"
 #include "forward.h"
 #include "given.h"
-#include "maps.h"
 #include "update.h"
 
 namespace {
-
-// Calls `body` twice: to count what it takes, and with memory of that size; 1 where there is none.
-template <class F>
-int with_memory(F body) {
-    Memory count{nullptr};
-    body(count, false);
-    Memory memory{ffk::workspace(count.used)};
-    if (memory.base == nullptr) return 1;
-    body(memory, true);
-    return 0;
-}
 
 // As large as any block is.
 Block largest_block(const ffk::Call& call, int64_t blocks, Field field) {
@@ -227,5 +216,6 @@ int linear_update(const ffk::Call& call) {
 
 #define FFK_TEXT_OF(name) #name
 #define FFK_TEXT(name) FFK_TEXT_OF(name)
-const ffk::Kernels ffk::FFK_SET{FFK_TEXT(FFK_SET), linear_forward, linear_step,
-                                linear_update,     maps_forward,   maps_backward};
+const ffk::Kernels ffk::FFK_SET{FFK_TEXT(FFK_SET),   linear_forward,      linear_step,
+                                linear_update,       maps_forward,        maps_backward,
+                                convolution_forward, convolution_gradient};

@@ -11,6 +11,8 @@ struct Kernels {
     int (*linear_update)(const Call&);
     void (*maps_forward)(const MapsPass&);
     void (*maps_backward)(const MapsPass&);
+    int (*convolution_forward)(const MapsPass&);
+    int (*convolution_gradient)(const MapsPass&);
 };
 
 extern const Kernels amx, avx512_bf16, avx512, avx2, baseline;

@@ -64,9 +64,27 @@ struct Curve {
     vec y(vec z) const { return at(z).y; }
 };
 
-// BY_TWO: windows of two by two, which the compiler unrolls. ACT: Gate or Curve.
-template <class T, ffk::Pool POOL, bool BY_TWO, class ACT>
+// One row's maps in front of the pool, or channels of them: the first of these, and how far apart
+// places and lines lie.
+template <class T>
+struct Places {
+    T* at;
+    int64_t first, stride, line;
+
+    T* operator()(int64_t y, int64_t x, int64_t channel) const {
+        return at + y * line + x * stride + (channel - first);
+    }
+};
+
+struct Channels {
+    int64_t begin, end;
+};
+
+// T: of what is kept; D: of the product and of its gradient. BY_TWO: windows of two by two, which
+// the compiler unrolls. ACT: Gate or Curve.
+template <class T, class D, ffk::Pool POOL, bool BY_TWO, class ACT>
 struct Passes {
+    using Kept = T;
     // A maximum of lines is the line of the maximum: pooling first leaves less to activate.
     static constexpr bool POOLS_FIRST = !ACT::IS_CURVED;
     const ffk::MapsPass& call;
@@ -84,20 +102,25 @@ struct Passes {
                      : BY_TWO               ? 2
                                             : c.pool_width) {}
 
+    // All channels of a row where the whole batch's maps lie at `base`.
+    template <class V>
+    Places<V> whole(void* base, int64_t row) const {
+        const int64_t line = call.width * channels;
+        return {static_cast<V*>(base) + row * call.height * line, 0, channels, line};
+    }
     // Where a window begins, and where its unit stands behind the pool.
-    int64_t window(int64_t row, int64_t line, int64_t x) const {
-        const int64_t y = line * call.pool_stride_height;
-        return ((row * call.height + y) * call.width + x * call.pool_stride_width) * channels;
+    template <class V>
+    V* window(const Places<V>& maps, int64_t line, int64_t x, int64_t channel) const {
+        return maps(line * call.pool_stride_height, x * call.pool_stride_width, channel);
     }
     int64_t unit(int64_t row, int64_t line, int64_t x) const {
         return ((row * call.pooled_height + line) * call.pooled_width + x) * channels;
     }
-    // f(index of a window's place, where it lies behind the window's first)
+    // f(index of a window's place, its line and column in the window)
     template <class F>
     void each_place(F f) const {
         for (int64_t i = 0; i < pool_height; i++)
-            for (int64_t j = 0; j < pool_width; j++)
-                f(uint32_t(i * pool_width + j), (i * call.width + j) * channels);
+            for (int64_t j = 0; j < pool_width; j++) f(uint32_t(i * pool_width + j), i, j);
     }
     template <class F>
     void each_row(F f) const {
@@ -106,47 +129,50 @@ struct Passes {
     }
     // f(vector of channels as a constant that says whether it is whole, its first channel)
     template <class F>
-    void each_vector(F f) const {
-        int64_t channel = 0;
-        for (; channel + LANES <= channels; channel += LANES) f(std::true_type{}, channel);
-        if (channel < channels) f(std::false_type{}, channel);
+    void each_vector(Channels range, F f) const {
+        int64_t channel = range.begin;
+        for (; channel + LANES <= range.end; channel += LANES) f(std::true_type{}, channel);
+        if (channel < range.end) f(std::false_type{}, channel);
     }
 
-    // Activities of one row's maps, and their moments; with `writes` false the moments alone.
-    void forward_row(int64_t row, const float* pivot, bool writes) const {
-        float *first = call.first + row * channels, *spread = call.spread + row * channels;
-        std::memset(first, 0, size_t(channels) * 4), std::memset(spread, 0, size_t(channels) * 4);
+    // Activities of some channels of a row's products `z`, and their moments; with `writes` false
+    // the moments alone.
+    void forward_row(int64_t row, Channels range, const Places<D>& z, const float* pivot,
+                     bool writes) const {
+        const int64_t begin = row * channels + range.begin, bytes = (range.end - range.begin) * 4;
+        std::memset(call.first + begin, 0, size_t(bytes));
+        std::memset(call.spread + begin, 0, size_t(bytes));
         for (int64_t line = 0; line < call.pooled_height; line++)
-            each_vector([&](auto whole, int64_t channel) {
-                forward_line<decltype(whole)::value>(row, line, channel, pivot, writes);
+            each_vector(range, [&](auto whole, int64_t channel) {
+                forward_line<decltype(whole)::value>(row, line, channel, range.end - channel, z,
+                                                     pivot, writes);
             });
     }
 
     template <bool WHOLE>
-    void forward_line(int64_t row, int64_t line, int64_t channel, const float* pivot,
-                      bool writes) const {
-        const int64_t n = channels - channel;
-        const T* z = static_cast<const T*>(call.z) + channel;
+    void forward_line(int64_t row, int64_t line, int64_t channel, int64_t n, const Places<D>& z,
+                      const float* pivot, bool writes) const {
         T* p = static_cast<T*>(call.p) + channel;
         uint8_t* where = POOL == ffk::POOL_MAX ? call.where + channel : nullptr;
-        const bool scaled = call.scale != nullptr;
-        const vec scale = broadcast(scaled ? call.scale[row] : 1), none = {},
+        const bool scaled = call.scale != nullptr || call.bias != nullptr;
+        const vec scale = broadcast(call.scale ? call.scale[row] : 1), none = {},
                   bias = call.bias ? get<WHOLE>(call.bias + channel, n) : none,
                   centre = pivot ? get<WHOLE>(pivot + channel, n) : none;
-        const auto read = [&](int64_t place) {
-            const vec v = get<WHOLE>(z + place, n);
+        const auto read = [&](const D* place) {
+            const vec v = get<WHOLE>(place, n);
             return scaled ? v * scale + bias : v;
         };
         vec sum = {}, squares = {};
         for (int64_t x = 0; x < call.pooled_width; x++) {
-            const int64_t begin = window(row, line, x), to = unit(row, line, x);
+            const D* begin = window(z, line, x, channel);
+            const int64_t to = unit(row, line, x);
             vec v = read(begin);
             if (POOL == ffk::POOL_MAX) {
                 vec_of_bits winner = {};
                 if (!POOLS_FIRST) v = gate.y(v);
-                each_place([&](uint32_t place, int64_t offset) {
+                each_place([&](uint32_t place, int64_t i, int64_t j) {
                     if (place == 0) return;
-                    vec u = read(begin + offset);
+                    vec u = read(begin + i * z.line + j * z.stride);
                     if (!POOLS_FIRST) u = gate.y(u);
                     // The first of equal ones wins, and a NaN always does.
                     const auto wins = (u > v) | (u != u);
@@ -156,7 +182,9 @@ struct Passes {
                 if (POOLS_FIRST) v = gate.y(v);
             } else if (POOL == ffk::POOL_AVERAGE) {
                 v = vec{};
-                each_place([&](uint32_t, int64_t offset) { v += gate.y(read(begin + offset)); });
+                each_place([&](uint32_t, int64_t i, int64_t j) {
+                    v += gate.y(read(begin + i * z.line + j * z.stride));
+                });
                 v *= 1.f / float(pool_height * pool_width);
             } else
                 v = gate.y(v);
@@ -174,34 +202,37 @@ struct Passes {
     void forward() const {
         if (call.finds_pivot && call.rows > 0) {
             // Squares about what is like the rest keep the digits of a variance.
-            forward_row(0, nullptr, false);
-            const float places = float(call.pooled_height * call.pooled_width);
-            for (int64_t c = 0; c < channels; c++) call.pivot[c] = call.first[c] / places;
+            forward_row(0, all(), whole<D>(call.z, 0), nullptr, false);
+            find_pivot(all());
         }
-        each_row([&](int64_t row) { forward_row(row, call.pivot, true); });
+        each_row(
+            [&](int64_t row) { forward_row(row, all(), whole<D>(call.z, row), call.pivot, true); });
     }
 
-    // dz of one row, its sums over places, and what the layer hands on.
-    void backward_row(int64_t row) const {
-        const int64_t places = call.height * call.width;
-        if (call.has_gaps)
-            std::memset(static_cast<T*>(call.dz) + row * places * channels, 0,
-                        size_t(places * channels) * sizeof(T));
-        std::memset(call.dz_sums + row * channels, 0, size_t(channels) * 4);
+    Channels all() const { return {0, channels}; }
+    // By the first row's moments.
+    void find_pivot(Channels range) const {
+        const float places = float(call.pooled_height * call.pooled_width);
+        for (int64_t c = range.begin; c < range.end; c++) call.pivot[c] = call.first[c] / places;
+    }
+
+    // dz of some channels of a row, their sums over places, and what the layer hands on. Places in
+    // no window are left as they are.
+    void backward_row(int64_t row, Channels range, const Places<D>& dz) const {
+        const Places<T> z = whole<T>(call.z, row);
+        std::memset(call.dz_sums + row * channels + range.begin, 0,
+                    size_t(range.end - range.begin) * 4);
         for (int64_t line = 0; line < call.pooled_height; line++)
-            each_vector([&](auto whole, int64_t channel) {
-                backward_line<decltype(whole)::value>(row, line, channel);
+            each_vector(range, [&](auto whole, int64_t channel) {
+                backward_line<decltype(whole)::value>(row, line, channel, range.end - channel, z,
+                                                      dz);
             });
     }
 
     template <bool WHOLE>
-    void backward_line(int64_t row, int64_t line, int64_t channel) const {
-        const int64_t n = channels - channel;
-        const T* z = POOL == ffk::POOL_AVERAGE || ACT::IS_CURVED
-                         ? static_cast<const T*>(call.z) + channel
-                         : nullptr;
+    void backward_line(int64_t row, int64_t line, int64_t channel, int64_t n, const Places<T>& z,
+                       const Places<D>& dz) const {
         T* p = static_cast<T*>(call.p) + channel;
-        T* dz = static_cast<T*>(call.dz) + channel;
         const uint8_t* where = POOL == ffk::POOL_MAX ? call.where + channel : nullptr;
         const bool has_second = call.slope_second != nullptr;
         const auto number = [&](const float* values, int64_t i) {
@@ -214,36 +245,43 @@ struct Passes {
                   scale = broadcast(call.scale ? call.scale[row] : 1);
         vec sum = {};
         for (int64_t x = 0; x < call.pooled_width; x++) {
-            const int64_t begin = window(row, line, x), from = unit(row, line, x);
+            const int64_t from = unit(row, line, x);
+            D* to = window(dz, line, x, channel);
+            const auto place_of = [&](int64_t i, int64_t j) {
+                return to + i * dz.line + j * dz.stride;
+            };
+            const auto before = [&](int64_t i, int64_t j) {
+                const T* begin = window(z, line, x, channel) + i * z.line + j * z.stride;
+                return get<WHOLE>(begin, n) * scale + bias;
+            };
             const vec a = get<WHOLE>(p + from, n), apart = a - centre;
             vec g = has_second ? first + second * apart : first;
             if (POOL == ffk::POOL_AVERAGE) {
                 g *= 1.f / float(pool_height * pool_width);
-                each_place([&](uint32_t, int64_t offset) {
-                    const vec of_place = gate(g, get<WHOLE>(z + begin + offset, n) * scale + bias);
+                each_place([&](uint32_t, int64_t i, int64_t j) {
+                    const vec of_place = gate(g, before(i, j));
                     sum += of_place;
-                    put<WHOLE>(dz + begin + offset, of_place * scale, n);
+                    put<WHOLE>(place_of(i, j), of_place * scale, n);
                 });
             } else if (ACT::IS_CURVED) {
                 const vec_of_bits winner =
                     POOL == ffk::POOL_MAX ? load_some(where + from, n) : vec_of_bits{};
-                each_place([&](uint32_t place, int64_t offset) {
-                    const vec before = get<WHOLE>(z + begin + offset, n) * scale + bias,
-                              of_place = only(gate(g, before), winner == place);
+                each_place([&](uint32_t place, int64_t i, int64_t j) {
+                    const vec of_place = only(gate(g, before(i, j)), winner == place);
                     sum += of_place;
-                    put<WHOLE>(dz + begin + offset, of_place * scale, n);
+                    put<WHOLE>(place_of(i, j), of_place * scale, n);
                 });
             } else {
                 g = gate(g, a);
                 sum += g, g *= scale;
                 if (POOL == ffk::POOL_MAX) {
                     const vec_of_bits winner = load_some(where + from, n);
-                    const auto rounded_g = stored(T{}, g);
-                    each_place([&](uint32_t place, int64_t offset) {
-                        put_stored<WHOLE>(dz + begin + offset, only(rounded_g, winner == place), n);
+                    const auto rounded_g = stored(D{}, g);
+                    each_place([&](uint32_t place, int64_t i, int64_t j) {
+                        put_stored<WHOLE>(place_of(i, j), only(rounded_g, winner == place), n);
                     });
                 } else
-                    put<WHOLE>(dz + begin, g, n);
+                    put<WHOLE>(to, g, n);
             }
             if (call.gain != nullptr) put<WHOLE>(p + from, gain * apart + shift, n);
         }
@@ -252,43 +290,50 @@ struct Passes {
     }
 
     void backward() const {
-        each_row([&](int64_t row) { backward_row(row); });
+        each_row([&](int64_t row) {
+            const Places<D> dz = whole<D>(call.dz, row);
+            if (call.has_gaps)
+                std::memset(dz.at, 0, size_t(call.height * call.width * channels) * sizeof(D));
+            backward_row(row, all(), dz);
+        });
     }
 };
 
 // f(the passes that a call asks for)
-template <class T, class ACT, class F>
+template <class T, class D, class ACT, class F>
 void with_passes_of(const ffk::MapsPass& call, F f) {
     const bool two = !ACT::IS_CURVED && call.pool_height == 2 && call.pool_width == 2;
     constexpr bool BY_TWO = !ACT::IS_CURVED;
     if (call.pool == ffk::POOL_NONE)
-        f(Passes<T, ffk::POOL_NONE, false, ACT>(call));
+        f(Passes<T, D, ffk::POOL_NONE, false, ACT>(call));
     else if (call.pool == ffk::POOL_MAX)
-        two ? f(Passes<T, ffk::POOL_MAX, BY_TWO, ACT>(call))
-            : f(Passes<T, ffk::POOL_MAX, false, ACT>(call));
+        two ? f(Passes<T, D, ffk::POOL_MAX, BY_TWO, ACT>(call))
+            : f(Passes<T, D, ffk::POOL_MAX, false, ACT>(call));
     else
-        two ? f(Passes<T, ffk::POOL_AVERAGE, BY_TWO, ACT>(call))
-            : f(Passes<T, ffk::POOL_AVERAGE, false, ACT>(call));
+        two ? f(Passes<T, D, ffk::POOL_AVERAGE, BY_TWO, ACT>(call))
+            : f(Passes<T, D, ffk::POOL_AVERAGE, false, ACT>(call));
 }
 
-template <class T, class F>
+template <class T, class D, class F>
 void with_passes(const ffk::MapsPass& call, F f) {
     if (call.activation == ffk::GELU)
-        with_passes_of<T, Curve<ffk::GELU>>(call, f);
+        with_passes_of<T, D, Curve<ffk::GELU>>(call, f);
     else if (call.activation == ffk::SILU)
-        with_passes_of<T, Curve<ffk::SILU>>(call, f);
+        with_passes_of<T, D, Curve<ffk::SILU>>(call, f);
     else
-        with_passes_of<T, Gate>(call, f);
+        with_passes_of<T, D, Gate>(call, f);
 }
 
 void maps_forward(const ffk::MapsPass& call) {
     const auto run = [](const auto& passes) { passes.forward(); };
-    call.dtype == ffk::BFLOAT16 ? with_passes<uint16_t>(call, run) : with_passes<float>(call, run);
+    call.dtype == ffk::BFLOAT16 ? with_passes<uint16_t, uint16_t>(call, run)
+                                : with_passes<float, float>(call, run);
 }
 
 void maps_backward(const ffk::MapsPass& call) {
     const auto run = [](const auto& passes) { passes.backward(); };
-    call.dtype == ffk::BFLOAT16 ? with_passes<uint16_t>(call, run) : with_passes<float>(call, run);
+    call.dtype == ffk::BFLOAT16 ? with_passes<uint16_t, uint16_t>(call, run)
+                                : with_passes<float, float>(call, run);
 }
 
 }  // namespace

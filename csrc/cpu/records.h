@@ -5,7 +5,7 @@
 
 namespace ffk {
 
-constexpr int INTERFACE = 104685820;
+constexpr int INTERFACE = 225584101;
 
 enum Norm : int32_t { NORM_L2, NORM_RMS, NORM_NONE };
 enum EpsMode : int32_t { EPS_ADD, EPS_CLAMP, EPS_INSIDE };
@@ -152,6 +152,17 @@ struct MapsPass {
     const float* shift;
     void* dz;
     float* dz_sums;
+    void* x;
+    const float* weight;
+    float* dw;
+    int64_t in_channels;
+    int64_t in_height;
+    int64_t in_width;
+    int64_t kernel_height;
+    int64_t kernel_width;
+    int64_t padding_height;
+    int64_t padding_width;
+    int64_t groups;
     int32_t threads;
 };
 
@@ -300,6 +311,17 @@ constexpr size_t LAYOUT[] = {
     offsetof(MapsPass, shift),
     offsetof(MapsPass, dz),
     offsetof(MapsPass, dz_sums),
+    offsetof(MapsPass, x),
+    offsetof(MapsPass, weight),
+    offsetof(MapsPass, dw),
+    offsetof(MapsPass, in_channels),
+    offsetof(MapsPass, in_height),
+    offsetof(MapsPass, in_width),
+    offsetof(MapsPass, kernel_height),
+    offsetof(MapsPass, kernel_width),
+    offsetof(MapsPass, padding_height),
+    offsetof(MapsPass, padding_width),
+    offsetof(MapsPass, groups),
     offsetof(MapsPass, threads),
 };
 

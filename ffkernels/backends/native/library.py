@@ -107,7 +107,8 @@ def _open(path: Path) -> ctypes.CDLL:
             raise Unusable(f"was built from other sources (interface {found}, needed {needed}): install again")
         library.ffk_instruction_set.restype = ctypes.c_char_p
         library.ffk_use_threads.argtypes = [ctypes.c_void_p]
-        for name in ("ffk_linear_forward", "ffk_linear_step", "ffk_linear_update"):
+        named = ("linear_forward", "linear_step", "linear_update", "convolution_forward", "convolution_gradient")
+        for name in (f"ffk_{of}" for of in named):
             getattr(library, name).argtypes = [ctypes.c_char_p]
         for name in ("ffk_maps_forward", "ffk_maps_backward"):
             getattr(library, name).argtypes, getattr(library, name).restype = [ctypes.c_char_p], None

@@ -32,10 +32,16 @@ def unsupported(geometry: Geometry, activation: str) -> str | None:
 
 def conv2d_forward(rows: MapRows, layer: Layer, geometry: Geometry, is_centred: bool, pivot: Tensor | None) -> Maps:
     """See `ops.SCHEMAS`."""
-    z = product(rows, layer, geometry)
-    maps = _maps_of(z, layer, geometry, is_centred, pivot)
-    moments: dict[str, Any] = {"finds_pivot": is_centred and pivot is None, "first": maps.first, "spread": maps.spread}
-    _run("ffk_maps_forward", _pass(z, rows, layer, geometry, maps, _size(z), **moments))
+    moments: dict[str, Any] = {"finds_pivot": is_centred and pivot is None}
+    if multiplies(rows, layer, geometry):
+        maps = _room(rows, layer, geometry, is_centred, pivot)
+        name, z, of_product = "ffk_convolution_forward", maps.before, _of_product(rows, layer, geometry)
+    else:
+        z = product(rows, layer, geometry)
+        maps = _maps_of(z, layer, geometry, is_centred, pivot)
+        name, of_product = "ffk_maps_forward", {}
+    moments |= {"first": maps.first, "spread": maps.spread}
+    _run(name, _pass(z, rows, layer, geometry, maps, size_of(rows, layer, geometry), **moments, **of_product))
     return maps
 
 
@@ -43,6 +49,8 @@ def conv2d_forward_like(
     rows: MapRows, layer: Layer, geometry: Geometry, is_centred: bool, pivot: Tensor | None
 ) -> Maps:
     """What `conv2d_forward` returns, of tensors without numbers."""
+    if multiplies(rows, layer, geometry):
+        return _room(rows, layer, geometry, is_centred, pivot)
     return _maps_of(product(rows, layer, geometry), layer, geometry, is_centred, pivot)
 
 
@@ -57,19 +65,48 @@ def conv2d_gradients_(rows: MapRows, layer: Layer, geometry: Geometry, maps: Map
     (count, channels), size = maps.p.shape[:2], size_of(rows, layer, geometry)
     if count == 0:
         return nothing(rows, layer, geometry, slopes)
-    if only_memory:
+    given: dict[str, Any] = {**_given(slopes, channels), "dz_sums": maps.first.new_empty(count, channels)}
+    if multiplies(rows, layer, geometry) and not slopes.by_place:
+        dw = torch.empty_like(layer.weight, memory_format=torch.contiguous_format)
+        given |= {**_of_product(rows, layer, geometry), "dw": dw}
+        _run("ffk_convolution_gradient", _pass(maps.before, rows, layer, geometry, maps, size, **given))
+        return MapGradients(dw, given["dz_sums"].sum(0), layer.weight.new_empty(0))
+    if only_memory and len(memory):
         dz = memory[:count]
     # A gradient takes the place of what it reads, but where there are places in no window.
     elif maps.before.numel() and not _has_gaps(geometry, size):
         dz = maps.before
     else:
         dz = _channels_last(maps.p, size)
-    dz_sums = maps.first.new_empty(count, channels)
-    given = _given(slopes, channels)
-    call = _pass(maps.before, rows, layer, geometry, maps, size, **given, dz=dz, dz_sums=dz_sums)
-    _run("ffk_maps_backward", call)
+    _run("ffk_maps_backward", _pass(maps.before, rows, layer, geometry, maps, size, **given, dz=dz))
     dw, by_place = by_weight(dz, rows.x, layer, geometry), summed(dz, layer.weight, slopes)
-    return MapGradients(dw, dz_sums.sum(0), by_place)
+    return MapGradients(dw, given["dz_sums"].sum(0), by_place)
+
+
+def multiplies(rows: MapRows, layer: Layer, geometry: Geometry) -> bool:
+    """Whether the library has the products too, by the layer's shape alone."""
+    return geometry.stride == (1, 1)
+
+
+def _of_product(rows: MapRows, layer: Layer, geometry: Geometry) -> dict[str, Any]:
+    """What the library's own products take."""
+    padding = geometry.padding if geometry.padding_mode == "zeros" else (0, 0)
+    sizes = (*rows.x.shape[1:], *layer.weight.shape[2:], *padding, geometry.groups)
+    names = MapsPass._fields[-len(sizes) :]
+    # The parameter's own layout.
+    operands = {"x": rows.x.contiguous(memory_format=torch.channels_last), "weight": layer.weight.contiguous()}
+    return {**operands, **dict(zip(names, sizes, strict=True))}
+
+
+def _room(rows: MapRows, layer: Layer, geometry: Geometry, is_centred: bool, pivot: Tensor | None) -> Maps:
+    """Room for what the library's own forward pass makes."""
+    size, weight = size_of(rows, layer, geometry), layer.weight
+    like = rows.x.new_empty(len(rows.x), len(weight), 1, 1)
+    keeps_z = geometry.pool == "average" or ACTIVATIONS[layer.activation].keeps_z
+    before = _channels_last(like, size) if keeps_z else like.new_empty(0)
+    p = _channels_last(like, _behind_pool(size, geometry))
+    where = torch.empty_like(p, dtype=torch.uint8) if geometry.pool == "max" else p.new_empty(0, dtype=torch.uint8)
+    return Maps(p, *_moments(like, weight, is_centred, pivot), where, before)
 
 
 def _given(slopes: MapSlopes, channels: int) -> dict[str, Tensor | None]:
@@ -88,18 +125,23 @@ def _maps_of(z: Tensor, layer: Layer, geometry: Geometry, is_centred: bool, pivo
     if geometry.pool == "none" and ACTIVATIONS[layer.activation].keeps_z:
         p, before = torch.empty_like(z), z
     elif geometry.pool != "none":
-        sides = zip(_size(z), geometry.pool_size, geometry.pool_stride, strict=True)
-        height, width = [(side - of) // step + 1 for side, of, step in sides]
-        p, before = _channels_last(z, (height, width)), z
+        p, before = _channels_last(z, _behind_pool((z.shape[2], z.shape[3]), geometry)), z
         if geometry.pool == "max":
             where = torch.empty_like(p, dtype=torch.uint8)
-    first, spread = (layer.weight.new_empty(rows, channels) for _ in range(2))
-    about = layer.weight.new_zeros(channels if is_centred else 0) if pivot is None else pivot.clone()
-    return Maps(p, first, spread, about, where, before)
+    return Maps(p, *_moments(z, layer.weight, is_centred, pivot), where, before)
 
 
-def _size(z: Tensor) -> tuple[int, int]:
-    return z.shape[2], z.shape[3]
+def _moments(maps: Tensor, weight: Tensor, is_centred: bool, pivot: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for the moments of maps `[rows, channels, h, w]`, and what they are about."""
+    rows, channels = maps.shape[:2]
+    about = weight.new_zeros(channels if is_centred else 0) if pivot is None else pivot.clone()
+    return weight.new_empty(rows, channels), weight.new_empty(rows, channels), about
+
+
+def _behind_pool(size: tuple[int, int], geometry: Geometry) -> tuple[int, int]:
+    sides = zip(size, geometry.pool_size, geometry.pool_stride, strict=True)
+    height, width = [(side - of) // step + 1 for side, of, step in sides]
+    return height, width
 
 
 def _channels_last(like: Tensor, size: tuple[int, int]) -> Tensor:
@@ -117,7 +159,9 @@ def _pass(
 ) -> MapsPass:
     """`size`: of the maps in front of the pool."""
     scale = None if rows.scale is None else rows.scale.contiguous()
-    bias = None if layer.bias is None or scale is None else layer.bias.contiguous()
+    # A product of PyTorch's has the bias where no scale stands between them.
+    is_added = scale is not None or multiplies(rows, layer, geometry)
+    bias = layer.bias.contiguous() if layer.bias is not None and is_added else None
     sizes = (*maps.p.shape[:2], *size, *maps.p.shape[2:], *geometry.pool_size, *geometry.pool_stride)
     pivot = maps.pivot if maps.pivot.numel() else None
     members: dict[str, Any] = {
@@ -141,4 +185,5 @@ def _run(name: str, call: MapsPass) -> None:
             values.append(value.data_ptr())
         else:
             values.append(0 if value is None else value)
-    getattr(library, name)(PASS_LAYOUT.pack(*values, torch.get_num_threads()))
+    if getattr(library, name)(PASS_LAYOUT.pack(*values, torch.get_num_threads())):
+        raise MemoryError("no memory for the step's own copies of rows and weight")

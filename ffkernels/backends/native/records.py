@@ -39,6 +39,9 @@ class MapsPass(NamedTuple):
         finds_pivot: whether the pivot is to be found among the activities.
         z, dz: the product, and its gradient, which may lie in its place.
         dz_sums: `[rows, channels]`, over places, before the row scale.
+        x, weight, dw: a convolution's own, where the library multiplies too; the last two laid out as the parameter.
+            Then z is kept where it is not null, and dz is not.
+        in_channels, ..., groups: its shape; what a padding pads is zero.
     """
 
     rows: int
@@ -70,6 +73,17 @@ class MapsPass(NamedTuple):
     shift: spec.Vector | None = None
     dz: spec.AnyMaps | None = None
     dz_sums: spec.WrittenVector | None = None
+    x: spec.AnyMaps | None = None
+    weight: spec.Vector | None = None
+    dw: spec.WrittenVector | None = None
+    in_channels: int = 0
+    in_height: int = 0
+    in_width: int = 0
+    kernel_height: int = 0
+    kernel_width: int = 0
+    padding_height: int = 0
+    padding_width: int = 0
+    groups: int = 0
 
 
 # The records of a call, in this order; behind them comes how many threads work on it.

@@ -1,0 +1,469 @@
+// A convolution of stride one and the passes around it, image by image: activation, pool and
+// moments take a product while it is warm, and no gradient in front of the pool ever lies in memory
+// as a whole. Maps are padded and divided by groups on the way into an operand; nothing is copied
+// once for each place of a kernel.
+#pragma once
+#include "maps.h"
+
+namespace {
+
+#if defined(__AMX_BF16__)
+constexpr bool ON_UNIT = true;
+#else
+constexpr bool ON_UNIT = false;
+#endif
+
+// Partial sums of a weight's gradient: of so many runs of images at most, and of so many numbers.
+constexpr int64_t MOST_RUNS = 32, PARTIAL_NUMBERS = int64_t(1) << 22;
+
+// The shape of a convolution's products. Groups of few channels are multiplied together, as one
+// `unit` that is zero outside of its blocks, until they fill a vector.
+struct Convolution {
+    const ffk::MapsPass& call;
+    const bool pairs;
+    const int64_t taps, padded_width, padded_height;
+    int64_t merged, units, in, out;  // groups in a unit, units, and channels of one
+    int64_t in_places;               // what a unit's channels take along the depth of a product
+    int64_t line;                    // how far lines of a product lie apart, in places
+
+    explicit Convolution(const ffk::MapsPass& c)
+        : call(c),
+          pairs(MULTIPLIES_PAIRS && c.dtype == ffk::BFLOAT16),
+          taps(c.kernel_height * c.kernel_width),
+          padded_width(c.in_width + 2 * c.padding_width),
+          padded_height(c.in_height + 2 * c.padding_height) {
+        const int64_t outs = c.channels / c.groups;
+        merged = 1;
+        for (int64_t m = 2; m * outs <= LANES && m <= c.groups; m++)
+            if (c.groups % m == 0) merged = m;
+        units = c.groups / merged;
+        in = c.in_channels / units, out = c.channels / units;
+        in_places = pairs ? pieces(in, 2) : in;
+        // The matrix unit takes places at one distance, those of the padding among them.
+        line = ON_UNIT && pairs ? padded_width : c.width;
+    }
+
+    int64_t workers() const {
+        return call.rows * call.height * call.width * out * units * in * taps < SMALL_WORK
+                   ? 1
+                   : call.threads;
+    }
+    Channels of_panel(int64_t unit, const Panels& panels, int64_t panel) const {
+        const int64_t begin = unit * out + panel * PANEL;
+        return {begin, smaller(begin + PANEL, (unit + 1) * out)};
+    }
+    // The weight between two channels of a unit at a kernel's place; zero between groups.
+    float weight(int64_t unit, int64_t o, int64_t c, int64_t tap) const {
+        const int64_t outs = out / merged, ins = in / merged;
+        if (o / outs != c / ins) return 0;
+        return call.weight[((unit * out + o) * ins + c % ins) * taps + tap];
+    }
+};
+
+// Memory for each worker, whose zeros stay where nothing is written.
+struct Scratch {
+    const int64_t workers, floats;
+    float* base;
+
+    Scratch(int64_t count, int64_t floats_of_one, Memory& memory)
+        : workers(count), floats(up_to(floats_of_one, 16)), base(memory.take(count * floats)) {}
+
+    float* of(int worker) const { return base + worker * floats; }
+    void clear() const {
+        parallel(workers, int(workers),
+                 [&](int64_t i, int) { std::memset(of(int(i)), 0, size_t(floats) * 4); });
+    }
+};
+
+// One image, padded, as the product with the weight takes it: [units, height, width, channels].
+struct Image {
+    const Convolution& of;
+    const int64_t unit_floats;
+
+    explicit Image(const Convolution& c)
+        : of(c), unit_floats(up_to(c.padded_height * c.padded_width * c.in_places, 16)) {}
+
+    // What lies behind the last place is read with it.
+    int64_t floats() const {
+        return of.units * unit_floats + PAIRS_AT_ONCE
+               + (TILE_ROWS + of.call.kernel_width) * of.in_places;
+    }
+
+    void pack(int64_t row, float* at) const {
+        const ffk::MapsPass& call = of.call;
+        const bool narrow = call.dtype == ffk::BFLOAT16;
+        const int64_t line = call.in_width * call.in_channels;
+        for (int64_t y = 0; y < call.in_height; y++) {
+            const int64_t from = (row * call.in_height + y) * line,
+                          to = ((y + call.padding_height) * of.padded_width + call.padding_width)
+                               * of.in_places;
+            for (int64_t u = 0; u < of.units; u++)
+                for (int64_t x = 0; x < call.in_width; x++) {
+                    const int64_t place = from + x * call.in_channels + u * of.in;
+                    float* into = at + u * unit_floats + to + x * of.in_places;
+                    if (!narrow)
+                        std::memcpy(into, static_cast<const float*>(call.x) + place,
+                                    size_t(of.in) * 4);
+                    else if (of.pairs)
+                        std::memcpy(into, static_cast<const uint16_t*>(call.x) + place,
+                                    size_t(of.in) * 2);
+                    else
+                        for (int64_t c = 0; c < of.in; c++)
+                            into[c] =
+                                from_bfloat16(static_cast<const uint16_t*>(call.x)[place + c]);
+                }
+        }
+    }
+};
+
+// The weight, packed once: for each unit panels of channels, [lines of a kernel, places, channels].
+struct PackedWeight {
+    const Convolution& of;
+    const int64_t depth;  // of a line of a kernel
+    const Panels panels;
+    float* at;
+
+    PackedWeight(const Convolution& c, Memory& memory)
+        : of(c),
+          depth(c.pairs ? up_to(c.call.kernel_width * c.in_places, PAIRS_AT_ONCE)
+                        : c.call.kernel_width * c.in_places),
+          panels{c.out, depth * c.call.kernel_height},
+          at(memory.take(c.units * panels.elements() + AHEAD * PANEL)) {}
+
+    const float* panel(int64_t unit, int64_t p) const {
+        return at + unit * panels.elements() + panels.offset(p);
+    }
+
+    void pack(int64_t unit, int64_t p) const {
+        const int64_t width = panels.vectors(p) * LANES, kernel = of.call.kernel_width;
+        float* into = const_cast<float*>(panel(unit, p));
+        std::memset(into, 0, size_t(panels.depth * width) * 4);
+        const int64_t outs = smaller(width, of.out - p * PANEL), first = p * PANEL;
+        for (int64_t o = 0; o < outs; o++)
+            for (int64_t tap = 0; tap < of.taps; tap++) {
+                float* line = into + (tap / kernel * depth + tap % kernel * of.in_places) * width;
+                for (int64_t c = 0; c < of.in; c++) {
+                    const float w = of.weight(unit, first + o, c, tap);
+                    if (!of.pairs) {
+                        line[c * width + o] = of.call.dtype == ffk::BFLOAT16 ? rounded(w) : w;
+                        continue;
+                    }
+                    const uint16_t half = to_bfloat16(w);
+                    std::memcpy(reinterpret_cast<uint16_t*>(line + c / 2 * width + o) + c % 2,
+                                &half, 2);
+                }
+            }
+    }
+};
+
+// Products of one image's places with a panel of channels, and what becomes of them.
+template <class P>
+struct ConvolutionForward {
+    const Convolution& of;
+    const Image& image;
+    const PackedWeight& weight;
+    const P& passes;
+
+    // `packed`: the image; `z`: room for the products.
+    void run(const float* packed, float* z, int64_t row, int64_t unit, int64_t panel,
+             const float* pivot, bool writes) const {
+        const int64_t width = weight.panels.vectors(panel) * LANES;
+        with_pairs(of.pairs, [&](auto pairs) {
+            with_vectors(weight.panels.vectors(panel), [&](auto vectors) {
+                multiply<decltype(pairs)::value, decltype(vectors)::value>(
+                    packed + unit * image.unit_floats, weight.panel(unit, panel), z);
+            });
+        });
+        const Channels range = of.of_panel(unit, weight.panels, panel);
+        const Places<float> places{z, range.begin, width, of.line * width};
+        passes.forward_row(row, range, places, pivot, writes);
+        if (writes && of.call.z != nullptr) keep(row, range, places);
+    }
+
+    template <bool PAIRS, int NV>
+    void multiply(const float* packed, const float* panel, float* z) const {
+        const int64_t places = of.call.height * of.line, step = of.padded_width * of.in_places;
+        for (int64_t place = 0; place < places; place += TILE_ROWS) {
+            TileRows a(packed + place * of.in_places, of.in_places, places - place);
+            if (!(ON_UNIT && PAIRS))
+                for (int m = 0; m < TILE_ROWS; m++) {
+                    const int64_t i = smaller(place + m, places - 1);
+                    a.row[m] =
+                        packed + (i / of.line * of.padded_width + i % of.line) * of.in_places;
+                }
+            Tile<NV> tile;
+            tile.clear();
+            for (int64_t i = 0; i < of.call.kernel_height; i++)
+                tile.template multiply<PAIRS>(a, i * step, panel + i * weight.depth * NV * LANES,
+                                              weight.depth);
+            tile.write(z + place * NV * LANES, NV * LANES);
+        }
+    }
+
+    // The slope of an activation may be told by the product alone.
+    void keep(int64_t row, Channels range, const Places<float>& places) const {
+        const auto kept = passes.template whole<typename P::Kept>(of.call.z, row);
+        for (int64_t y = 0; y < of.call.height; y++)
+            for (int64_t x = 0; x < of.call.width; x++)
+                passes.each_vector(range, [&](auto whole, int64_t channel) {
+                    constexpr bool WHOLE = decltype(whole)::value;
+                    const int64_t n = range.end - channel;
+                    put<WHOLE>(kept(y, x, channel), get<WHOLE>(places(y, x, channel), n), n);
+                });
+    }
+};
+
+int convolution_forward(const ffk::MapsPass& call) {
+    const Convolution of(call);
+    const Image image(of);
+    return with_memory([&](Memory& memory, bool real) {
+        const PackedWeight weight(of, memory);
+        const int64_t workers = of.workers(), panels = weight.panels.count(),
+                      all = of.units * panels;
+        const Scratch images(workers, image.floats(), memory);
+        const Scratch products(workers, (call.height * of.line + TILE_ROWS) * PANEL, memory);
+        if (!real || call.rows == 0) return;
+        images.clear();
+        parallel(all, int(workers), [&](int64_t i, int) { weight.pack(i / panels, i % panels); });
+        const auto run = [&](const auto& passes) {
+            const ConvolutionForward<std::decay_t<decltype(passes)>> forward{of, image, weight,
+                                                                             passes};
+            const auto some = [&](int64_t row, int64_t first, int64_t end, int worker,
+                                  const float* pivot, bool writes) {
+                image.pack(row, images.of(worker));
+                for (int64_t i = first; i < end; i++)
+                    forward.run(images.of(worker), products.of(worker), row, i / panels, i % panels,
+                                pivot, writes);
+            };
+            if (call.finds_pivot)
+                parallel(all, int(workers), [&](int64_t i, int worker) {
+                    some(0, i, i + 1, worker, nullptr, false);
+                    passes.find_pivot(of.of_panel(i / panels, weight.panels, i % panels));
+                });
+            // Few images are divided by their panels too.
+            const int64_t parts = call.rows < TASKS ? all : 1, each = all / parts;
+            parallel(call.rows * parts, int(workers), [&](int64_t task, int worker) {
+                const int64_t first = task % parts * each;
+                some(task / parts, first, first + each, worker, call.pivot, true);
+            });
+        };
+        call.dtype == ffk::BFLOAT16 ? with_passes<uint16_t, float>(call, run)
+                                    : with_passes<float, float>(call, run);
+    });
+}
+
+// One padded image as the weight's gradient takes it: [units, channels, places], and for pairs once
+// more from the second place on, since a pair may begin at any.
+struct TurnedImage {
+    const Convolution& of;
+    const int64_t channel_floats, unit_floats, image_floats;
+
+    TurnedImage(const Convolution& c, int64_t depth)
+        : of(c),
+          channel_floats(stride_for(depth + c.padded_width * c.call.kernel_height)),
+          unit_floats((c.in + TILE_ROWS) * channel_floats),
+          image_floats(c.units * unit_floats) {}
+
+    // With room for a line, as it comes and turned.
+    int64_t floats() const {
+        return (of.pairs ? 2 : 1) * image_floats + of.in * 2 * up_to(of.call.in_width, LANES);
+    }
+
+    // Where a channel's places begin that a kernel's place meets first.
+    const float* row(const float* at, int64_t unit, int64_t c, int64_t tap) const {
+        const int64_t kernel = of.call.kernel_width,
+                      place = tap / kernel * of.padded_width + tap % kernel;
+        const float* channel = at + unit * unit_floats + c * channel_floats;
+        if (!of.pairs) return channel + place;
+        return channel + place / 2 + place % 2 * image_floats;
+    }
+
+    void pack(int64_t image, float* at) const {
+        const ffk::MapsPass& call = of.call;
+        const int64_t width = call.in_width, turned_width = up_to(width, LANES);
+        float *line = at + (of.pairs ? 2 : 1) * image_floats, *turned = line + turned_width * of.in;
+        for (int64_t u = 0; u < of.units; u++)
+            for (int64_t y = 0; y < call.in_height; y++) {
+                const int64_t first =
+                    ((image * call.in_height + y) * width) * call.in_channels + u * of.in;
+                const float* rows[LANES];
+                const float* from = static_cast<const float*>(call.x) + first;
+                int64_t stride = call.in_channels;
+                if (call.dtype == ffk::BFLOAT16) {
+                    const uint16_t* halves = static_cast<const uint16_t*>(call.x) + first;
+                    for (int64_t x = 0; x < width; x++)
+                        for (int64_t c = 0; c < of.in; c += LANES)
+                            store_some(line + x * of.in + c,
+                                       load_some(halves + x * stride + c, of.in - c), of.in - c);
+                    from = line, stride = of.in;
+                }
+                for (int64_t x = 0; x < width; x += LANES) {
+                    const int valid = int(smaller(LANES, width - x));
+                    for (int i = 0; i < LANES; i++)
+                        rows[i] = from + (x + smaller(i, valid - 1)) * stride;
+                    pack_columns(rows, valid, of.in, turned + x, turned_width);
+                }
+                const int64_t place =
+                    (y + call.padding_height) * of.padded_width + call.padding_width;
+                for (int64_t c = 0; c < of.in; c++) {
+                    float* channel = at + u * unit_floats + c * channel_floats;
+                    const float* values = turned + c * turned_width;
+                    if (!of.pairs) {
+                        std::memcpy(channel + place, values, size_t(width) * 4);
+                        continue;
+                    }
+                    uint16_t* even = reinterpret_cast<uint16_t*>(channel) + place;
+                    uint16_t* odd = even - 1 + 2 * image_floats;
+                    for (int64_t x = 0; x < width; x += LANES) {
+                        const vec_of_halves v = to_bfloat16(load(values + x));
+                        store_some(even + x, v, width - x);
+                        // The very first place is of no pair that begins at an odd one.
+                        if (place + x > 0)
+                            store_some(odd + x, v, width - x);
+                        else
+                            for (int64_t i = 1; i < smaller(LANES, width); i++) odd[i] = v[i];
+                    }
+                }
+            }
+    }
+};
+
+// The weight's gradient: for each run of images its partial sum, [units, panels, rows, channels],
+// whose rows are channels of the input at a place of the kernel.
+struct WeightGradient {
+    const Convolution& of;
+    const int64_t places, depth;  // of an image, lines one after the other; as operands
+    const int64_t taps_at_once, rows_at_once, rows;
+    const Panels panels;
+    const int64_t run_floats;
+
+    explicit WeightGradient(const Convolution& c)
+        : of(c),
+          places(c.call.height * c.padded_width),
+          depth(c.pairs ? up_to(pieces(places, 2), PAIRS_AT_ONCE) : places),
+          // On the unit a tile's rows lie at one distance.
+          taps_at_once(ON_UNIT && c.pairs ? 1 : c.taps),
+          rows_at_once(up_to(taps_at_once * c.in, TILE_ROWS)),
+          rows(c.taps / taps_at_once * rows_at_once),
+          panels{c.out, rows},
+          run_floats(c.units * panels.elements()) {}
+
+    int64_t runs() const {
+        const int64_t most = larger(1, smaller(MOST_RUNS, PARTIAL_NUMBERS / run_floats));
+        return smaller(most, of.call.rows);
+    }
+    // Of `dz` in floats, and in pairs behind them.
+    int64_t gradient_floats() const { return (of.pairs ? 3 : 1) * depth * PANEL + AHEAD * PANEL; }
+    int64_t row_of(int64_t c, int64_t tap) const {
+        return tap / taps_at_once * rows_at_once + tap % taps_at_once * of.in + c;
+    }
+
+    // `dz` of an image: as many places and channels as the operands have, zero where there is none.
+    template <class P>
+    void take(const P& passes, const TurnedImage& image, const float* packed, float* dz,
+              int64_t row, bool is_first, float* partial) const {
+        for (int64_t unit = 0; unit < of.units; unit++)
+            for (int64_t p = 0; p < panels.count(); p++) {
+                const int64_t vectors = panels.vectors(p), width = vectors * LANES;
+                const Channels range = of.of_panel(unit, panels, p);
+                std::memset(dz, 0, size_t((of.pairs ? 2 : 1) * depth * width) * 4);
+                passes.backward_row(row, range,
+                                    Places<float>{dz, range.begin, width, of.padded_width * width});
+                float* operand = dz;
+                if (of.pairs) {
+                    operand = dz + 2 * depth * width;
+                    for (int64_t i = 0; i < depth; i++)
+                        for (int64_t v = 0; v < width; v += LANES) {
+                            const float* first = dz + 2 * i * width + v;
+                            const vec_of_bits low = (vec_of_bits)rounded(load(first)),
+                                              high = (vec_of_bits)rounded(load(first + width));
+                            store(operand + i * width + v, (vec)(low >> 16 | high));
+                        }
+                } else if (of.call.dtype == ffk::BFLOAT16)
+                    round_all(dz, depth * width, dz);
+                float* sums = partial + unit * panels.elements() + panels.offset(p);
+                with_pairs(of.pairs, [&](auto pairs) {
+                    with_vectors(int(vectors), [&](auto nv) {
+                        multiply<decltype(pairs)::value, decltype(nv)::value>(
+                            image, packed, unit, operand, is_first, sums);
+                    });
+                });
+            }
+    }
+
+    template <bool PAIRS, int NV>
+    void multiply(const TurnedImage& image, const float* packed, int64_t unit, const float* dz,
+                  bool is_first, float* sums) const {
+        for (int64_t tap = 0; tap < of.taps; tap += taps_at_once)
+            for (int64_t r = 0; r < rows_at_once; r += TILE_ROWS) {
+                const int64_t last = taps_at_once * of.in - 1;
+                const auto row = [&](int64_t i) {
+                    return image.row(packed, unit, smaller(i, last) % of.in,
+                                     tap + smaller(i, last) / of.in);
+                };
+                TileRows a(row(r), image.channel_floats, TILE_ROWS);
+                if (!(ON_UNIT && PAIRS))
+                    for (int m = 0; m < TILE_ROWS; m++) a.row[m] = row(r + m);
+                float* c = sums + (tap / taps_at_once * rows_at_once + r) * NV * LANES;
+                Tile<NV> tile;
+                tile.clear();
+                if (!is_first) Tile<NV>::expect(c, NV * LANES);
+                tile.template multiply<PAIRS>(a, 0, dz, depth);
+                if (!is_first) tile.add(c, NV * LANES);
+                tile.write(c, NV * LANES);
+            }
+    }
+
+    // The sum over the runs, always in their order, to the parameter's layout.
+    void finish(float* partial, int64_t unit, int64_t p) const {
+        const int64_t width = panels.vectors(p) * LANES,
+                      first = unit * panels.elements() + panels.offset(p),
+                      outs = of.out / of.merged, ins = of.in / of.merged,
+                      valid = smaller(width, of.out - p * PANEL);
+        for (int64_t run = 1; run < runs(); run++)
+            for (int64_t i = 0; i < rows * width; i += LANES) {
+                float* into = partial + first + i;
+                store(into, load(into) + load(into + run * run_floats));
+            }
+        for (int64_t lane = 0; lane < valid; lane++) {
+            const int64_t o = p * PANEL + lane, group = o / outs;
+            float* to = of.call.dw + (unit * of.out + o) * ins * of.taps;
+            for (int64_t c = 0; c < ins; c++)
+                for (int64_t tap = 0; tap < of.taps; tap++)
+                    to[c * of.taps + tap] =
+                        partial[first + row_of(group * ins + c, tap) * width + lane];
+        }
+    }
+};
+
+int convolution_gradient(const ffk::MapsPass& call) {
+    const Convolution of(call);
+    const WeightGradient gradient(of);
+    const TurnedImage image(of, gradient.depth);
+    return with_memory([&](Memory& memory, bool real) {
+        const int64_t workers = of.workers(), runs = gradient.runs();
+        float* partial = memory.take(runs * gradient.run_floats);
+        const Scratch images(workers, image.floats(), memory);
+        const Scratch gradients(workers, gradient.gradient_floats(), memory);
+        if (!real) return;
+        images.clear();
+        const auto run = [&](const auto& passes) {
+            parallel(runs, int(workers), [&](int64_t i, int worker) {
+                float* packed = images.of(worker);
+                const int64_t first = call.rows * i / runs, end = call.rows * (i + 1) / runs;
+                for (int64_t row = first; row < end; row++) {
+                    image.pack(row, packed);
+                    gradient.take(passes, image, packed, gradients.of(worker), row, row == first,
+                                  partial + i * gradient.run_floats);
+                }
+            });
+        };
+        call.dtype == ffk::BFLOAT16 ? with_passes<uint16_t, float>(call, run)
+                                    : with_passes<float, float>(call, run);
+        const int64_t panels = gradient.panels.count();
+        parallel(of.units * panels, int(workers),
+                 [&](int64_t i, int) { gradient.finish(partial, i / panels, i % panels); });
+    });
+}
+
+}  // namespace

@@ -96,20 +96,26 @@ PRECISIONS = [(torch.float32, 1e-6), (torch.bfloat16, 1e-3)]
 @pytest.mark.parametrize("norm", ["none", "l2"])
 @pytest.mark.parametrize("objective", ["mean", "symba", "cross_entropy mean", "cross_entropy activity", "projection"])
 def test_precision_is_that_of_torch(objective, norm, statistics, dtype, floor):
-    """At most twice the error of plain PyTorch in the same dtype; `floor`: what one number more or less may make."""
+    """At most twice the error of plain PyTorch in the same dtype, in the mean square over draws, a gradient's parts
+    being few; `floor`: what one number more or less may make."""
     pool = 2 if statistics else nn.AvgPool2d(2)
     options = {"rows": 32, "channels": (8, 12), "maps": (12, 12), "padding": 1, "pool": pool, "optimizer": None}
-    exact = made(objective, norm=norm, statistics=statistics, **options)
-    exact.x = exact.x.bfloat16().double()
-    ours, torchs = exact.copy(torch.float32), exact.copy(torch.float32)
-    exact.theirs()
-    ours.ours(compute_dtype=None if dtype == torch.float32 else dtype)
-    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        y = definition(torchs.layer, torchs.x).float()
-    judged(torchs.layer.objective, y, torchs.side, None)[1].backward()
-    for name, value in exact.state().items():
-        theirs = error(torchs.state()[name], value)
-        assert error(ours.state()[name], value) <= 2 * theirs + floor, (name, theirs)
+    errors: dict[str, list[tuple[float, float]]] = {}
+    for _ in range(4):
+        exact = made(objective, norm=norm, statistics=statistics, **options)
+        exact.x = exact.x.bfloat16().double()
+        ours, torchs = exact.copy(torch.float32), exact.copy(torch.float32)
+        exact.theirs()
+        ours.ours(compute_dtype=None if dtype == torch.float32 else dtype)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            y = definition(torchs.layer, torchs.x).float()
+        judged(torchs.layer.objective, y, torchs.side, None)[1].backward()
+        for name, value in exact.state().items():
+            of = error(ours.state()[name], value), error(torchs.state()[name], value)
+            errors.setdefault(name, []).append(of)
+    for name, found in errors.items():
+        of_ours, of_torchs = torch.tensor(found).square().mean(0).sqrt().tolist()
+        assert of_ours <= 2 * of_torchs + floor, (name, found)
 
 
 def cwg(goodness: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

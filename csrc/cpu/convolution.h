@@ -14,7 +14,7 @@ constexpr bool ON_UNIT = false;
 #endif
 
 // Partial sums of a weight's gradient: of so many runs of images at most, and of so many numbers.
-constexpr int64_t MOST_RUNS = 32, PARTIAL_NUMBERS = int64_t(1) << 22;
+constexpr int64_t MOST_RUNS = 16, PARTIAL_NUMBERS = int64_t(1) << 22;
 
 // The shape of a convolution's products. Groups of few channels are multiplied together, as one
 // `unit` that is zero outside of its blocks, until they fill a vector.
@@ -52,12 +52,6 @@ struct Convolution {
         const int64_t begin = unit * out + panel * PANEL;
         return {begin, smaller(begin + PANEL, (unit + 1) * out)};
     }
-    // The weight between two channels of a unit at a kernel's place; zero between groups.
-    float weight(int64_t unit, int64_t o, int64_t c, int64_t tap) const {
-        const int64_t outs = out / merged, ins = in / merged;
-        if (o / outs != c / ins) return 0;
-        return call.weight[((unit * out + o) * ins + c % ins) * taps + tap];
-    }
 };
 
 // Memory for each worker, whose zeros stay where nothing is written.
@@ -91,28 +85,36 @@ struct Image {
 
     void pack(int64_t row, float* at) const {
         const ffk::MapsPass& call = of.call;
-        const bool narrow = call.dtype == ffk::BFLOAT16;
         const int64_t line = call.in_width * call.in_channels;
         for (int64_t y = 0; y < call.in_height; y++) {
             const int64_t from = (row * call.in_height + y) * line,
                           to = ((y + call.padding_height) * of.padded_width + call.padding_width)
                                * of.in_places;
-            for (int64_t u = 0; u < of.units; u++)
-                for (int64_t x = 0; x < call.in_width; x++) {
+            for (int64_t x = 0; x < call.in_width; x++)
+                for (int64_t u = 0; u < of.units; u++) {
                     const int64_t place = from + x * call.in_channels + u * of.in;
                     float* into = at + u * unit_floats + to + x * of.in_places;
-                    if (!narrow)
-                        std::memcpy(into, static_cast<const float*>(call.x) + place,
-                                    size_t(of.in) * 4);
+                    if (call.dtype == ffk::FLOAT32)
+                        copy(static_cast<const float*>(call.x) + place, of.in, into);
                     else if (of.pairs)
-                        std::memcpy(into, static_cast<const uint16_t*>(call.x) + place,
-                                    size_t(of.in) * 2);
+                        copy(static_cast<const uint16_t*>(call.x) + place, of.in,
+                             reinterpret_cast<uint16_t*>(into));
                     else
-                        for (int64_t c = 0; c < of.in; c++)
-                            into[c] =
-                                from_bfloat16(static_cast<const uint16_t*>(call.x)[place + c]);
+                        copy(static_cast<const uint16_t*>(call.x) + place, of.in, into);
                 }
         }
+    }
+
+    // Few numbers, too few for a call of memcpy; narrow ones as they are or widened.
+    static void copy(const float* from, int64_t n, float* to) {
+        for (; n > 0; n -= LANES, from += LANES, to += LANES) store_some(to, load_some(from, n), n);
+    }
+    static void copy(const uint16_t* from, int64_t n, float* to) {
+        for (; n > 0; n -= LANES, from += LANES, to += LANES) store_some(to, load_some(from, n), n);
+    }
+    static void copy(const uint16_t* from, int64_t n, uint16_t* to) {
+        for (; n > 0; n -= LANES, from += LANES, to += LANES)
+            store_some(to, halves_of((vec_of_bits)load_some(from, n)), n);
     }
 };
 
@@ -139,20 +141,23 @@ struct PackedWeight {
         float* into = const_cast<float*>(panel(unit, p));
         std::memset(into, 0, size_t(panels.depth * width) * 4);
         const int64_t outs = smaller(width, of.out - p * PANEL), first = p * PANEL;
-        for (int64_t o = 0; o < outs; o++)
-            for (int64_t tap = 0; tap < of.taps; tap++) {
-                float* line = into + (tap / kernel * depth + tap % kernel * of.in_places) * width;
-                for (int64_t c = 0; c < of.in; c++) {
-                    const float w = of.weight(unit, first + o, c, tap);
-                    if (!of.pairs) {
-                        line[c * width + o] = of.call.dtype == ffk::BFLOAT16 ? rounded(w) : w;
-                        continue;
-                    }
-                    const uint16_t half = to_bfloat16(w);
-                    std::memcpy(reinterpret_cast<uint16_t*>(line + c / 2 * width + o) + c % 2,
-                                &half, 2);
+        // Between groups of a unit there are zeros.
+        const int64_t of_group = of.out / of.merged, ins = of.in / of.merged;
+        for (int64_t o = 0; o < outs; o++) {
+            const float* w = of.call.weight + (unit * of.out + first + o) * ins * of.taps;
+            const int64_t begin = (first + o) / of_group * ins;
+            for (int64_t c = begin; c < begin + ins; c++)
+                for (int64_t tap = 0; tap < of.taps; tap++, w++) {
+                    float* line =
+                        into + (tap / kernel * depth + tap % kernel * of.in_places) * width + o;
+                    if (of.pairs) {
+                        const uint16_t half = to_bfloat16(*w);
+                        std::memcpy(reinterpret_cast<uint16_t*>(line + c / 2 * width) + c % 2,
+                                    &half, 2);
+                    } else
+                        line[c * width] = of.call.dtype == ffk::BFLOAT16 ? rounded(*w) : *w;
                 }
-            }
+        }
     }
 };
 
@@ -183,13 +188,15 @@ struct ConvolutionForward {
     template <bool PAIRS, int NV>
     void multiply(const float* packed, const float* panel, float* z) const {
         const int64_t places = of.call.height * of.line, step = of.padded_width * of.in_places;
+        int64_t x = 0, skipped = 0;
         for (int64_t place = 0; place < places; place += TILE_ROWS) {
-            TileRows a(packed + place * of.in_places, of.in_places, places - place);
+            TileRows a(packed + (place + skipped) * of.in_places, of.in_places, places - place);
+            // Lines of places lie apart by their padding.
             if (!(ON_UNIT && PAIRS))
                 for (int m = 0; m < TILE_ROWS; m++) {
-                    const int64_t i = smaller(place + m, places - 1);
-                    a.row[m] =
-                        packed + (i / of.line * of.padded_width + i % of.line) * of.in_places;
+                    a.row[m] = packed + (smaller(place + m, places - 1) + skipped) * of.in_places;
+                    if (++x == of.line && place + m + 1 < places)
+                        x = 0, skipped += of.padded_width - of.line;
                 }
             Tile<NV> tile;
             tile.clear();
@@ -252,79 +259,79 @@ int convolution_forward(const ffk::MapsPass& call) {
     });
 }
 
-// One padded image as the weight's gradient takes it: [units, channels, places], and for pairs once
-// more from the second place on, since a pair may begin at any.
+// One image as the weight's gradient takes it: for each column of a kernel, what that meets,
+// [columns, units, channels, lines, places]. Above and below it is padded.
 struct TurnedImage {
     const Convolution& of;
-    const int64_t channel_floats, unit_floats, image_floats;
+    const int64_t line;  // an even number, for pairs
+    const int64_t channel_floats, unit_floats, column_floats;
+    const int64_t turned_width;
 
     TurnedImage(const Convolution& c, int64_t depth)
         : of(c),
-          channel_floats(stride_for(depth + c.padded_width * c.call.kernel_height)),
+          line(line_of(c)),
+          channel_floats(stride_for(depth + line * c.call.kernel_height)),
           unit_floats((c.in + TILE_ROWS) * channel_floats),
-          image_floats(c.units * unit_floats) {}
+          column_floats(c.units * unit_floats),
+          turned_width(c.padded_width + 2 * LANES) {}
 
+    static int64_t line_of(const Convolution& c) {
+        return c.pairs ? up_to(c.call.width, 2) : c.call.width;
+    }
     // With room for a line, as it comes and turned.
     int64_t floats() const {
-        return (of.pairs ? 2 : 1) * image_floats + of.in * 2 * up_to(of.call.in_width, LANES);
+        return of.call.kernel_width * column_floats + of.in * (of.call.in_width + turned_width);
     }
 
-    // Where a channel's places begin that a kernel's place meets first.
+    // What a kernel's place meets of a channel.
     const float* row(const float* at, int64_t unit, int64_t c, int64_t tap) const {
-        const int64_t kernel = of.call.kernel_width,
-                      place = tap / kernel * of.padded_width + tap % kernel;
-        const float* channel = at + unit * unit_floats + c * channel_floats;
-        if (!of.pairs) return channel + place;
-        return channel + place / 2 + place % 2 * image_floats;
+        const int64_t kernel = of.call.kernel_width, begin = tap / kernel * line;
+        return at + tap % kernel * column_floats + unit * unit_floats + c * channel_floats
+               + (of.pairs ? begin / 2 : begin);
     }
 
     void pack(int64_t image, float* at) const {
         const ffk::MapsPass& call = of.call;
-        const int64_t width = call.in_width, turned_width = up_to(width, LANES);
-        float *line = at + (of.pairs ? 2 : 1) * image_floats, *turned = line + turned_width * of.in;
-        for (int64_t u = 0; u < of.units; u++)
-            for (int64_t y = 0; y < call.in_height; y++) {
+        const int64_t width = call.in_width;
+        // Turned lines have their padding beside them.
+        float *wide = at + call.kernel_width * column_floats, *turned = wide + width * of.in;
+        for (int64_t y = 0; y < call.in_height; y++)
+            for (int64_t u = 0; u < of.units; u++) {
                 const int64_t first =
-                    ((image * call.in_height + y) * width) * call.in_channels + u * of.in;
-                const float* rows[LANES];
+                    (image * call.in_height + y) * width * call.in_channels + u * of.in;
                 const float* from = static_cast<const float*>(call.x) + first;
                 int64_t stride = call.in_channels;
                 if (call.dtype == ffk::BFLOAT16) {
                     const uint16_t* halves = static_cast<const uint16_t*>(call.x) + first;
                     for (int64_t x = 0; x < width; x++)
-                        for (int64_t c = 0; c < of.in; c += LANES)
-                            store_some(line + x * of.in + c,
-                                       load_some(halves + x * stride + c, of.in - c), of.in - c);
-                    from = line, stride = of.in;
+                        Image::copy(halves + x * stride, of.in, wide + x * of.in);
+                    from = wide, stride = of.in;
                 }
                 for (int64_t x = 0; x < width; x += LANES) {
                     const int valid = int(smaller(LANES, width - x));
+                    const float* rows[LANES];
                     for (int i = 0; i < LANES; i++)
                         rows[i] = from + (x + smaller(i, valid - 1)) * stride;
-                    pack_columns(rows, valid, of.in, turned + x, turned_width);
+                    pack_columns(rows, valid, of.in, turned + call.padding_width + x, turned_width);
                 }
-                const int64_t place =
-                    (y + call.padding_height) * of.padded_width + call.padding_width;
-                for (int64_t c = 0; c < of.in; c++) {
-                    float* channel = at + u * unit_floats + c * channel_floats;
-                    const float* values = turned + c * turned_width;
-                    if (!of.pairs) {
-                        std::memcpy(channel + place, values, size_t(width) * 4);
-                        continue;
-                    }
-                    uint16_t* even = reinterpret_cast<uint16_t*>(channel) + place;
-                    uint16_t* odd = even - 1 + 2 * image_floats;
-                    for (int64_t x = 0; x < width; x += LANES) {
-                        const vec_of_halves v = to_bfloat16(load(values + x));
-                        store_some(even + x, v, width - x);
-                        // The very first place is of no pair that begins at an odd one.
-                        if (place + x > 0)
-                            store_some(odd + x, v, width - x);
-                        else
-                            for (int64_t i = 1; i < smaller(LANES, width); i++) odd[i] = v[i];
-                    }
-                }
+                for (int64_t column = 0; column < call.kernel_width; column++)
+                    for (int64_t c = 0; c < of.in; c++)
+                        put_line(turned + c * turned_width + column,
+                                 at + column * column_floats + u * unit_floats + c * channel_floats,
+                                 (y + call.padding_height) * line);
             }
+    }
+
+    void put_line(const float* values, float* channel, int64_t place) const {
+        const int64_t n = of.call.width;
+        for (int64_t x = 0; x < n; x += LANES) {
+            const vec v = load(values + x);
+            if (!of.pairs)
+                store_some(channel + place + x, v, n - x);
+            else  // They were bfloat16 numbers before.
+                store_some(reinterpret_cast<uint16_t*>(channel) + place + x,
+                           halves_of((vec_of_bits)v), n - x);
+        }
     }
 };
 
@@ -332,14 +339,15 @@ struct TurnedImage {
 // whose rows are channels of the input at a place of the kernel.
 struct WeightGradient {
     const Convolution& of;
-    const int64_t places, depth;  // of an image, lines one after the other; as operands
+    const int64_t line, places, depth;  // of an image; its places as operands
     const int64_t taps_at_once, rows_at_once, rows;
     const Panels panels;
     const int64_t run_floats;
 
     explicit WeightGradient(const Convolution& c)
         : of(c),
-          places(c.call.height * c.padded_width),
+          line(TurnedImage::line_of(c)),
+          places(c.call.height * line),
           depth(c.pairs ? up_to(pieces(places, 2), PAIRS_AT_ONCE) : places),
           // On the unit a tile's rows lie at one distance.
           taps_at_once(ON_UNIT && c.pairs ? 1 : c.taps),
@@ -352,8 +360,8 @@ struct WeightGradient {
         const int64_t most = larger(1, smaller(MOST_RUNS, PARTIAL_NUMBERS / run_floats));
         return smaller(most, of.call.rows);
     }
-    // Of `dz` in floats, and in pairs behind them.
-    int64_t gradient_floats() const { return (of.pairs ? 3 : 1) * depth * PANEL + AHEAD * PANEL; }
+    // Of `dz`, and where it is to be in pairs, of these behind it.
+    int64_t gradient_floats() const { return ((of.pairs ? 2 : 1) * depth + AHEAD) * PANEL; }
     int64_t row_of(int64_t c, int64_t tap) const {
         return tap / taps_at_once * rows_at_once + tap % taps_at_once * of.in + c;
     }
@@ -362,21 +370,27 @@ struct WeightGradient {
     template <class P>
     void take(const P& passes, const TurnedImage& image, const float* packed, float* dz,
               int64_t row, bool is_first, float* partial) const {
+        using D = typename P::Made;
         for (int64_t unit = 0; unit < of.units; unit++)
             for (int64_t p = 0; p < panels.count(); p++) {
                 const int64_t vectors = panels.vectors(p), width = vectors * LANES;
                 const Channels range = of.of_panel(unit, panels, p);
-                std::memset(dz, 0, size_t((of.pairs ? 2 : 1) * depth * width) * 4);
+                // What no window writes, and what lies behind the last place.
+                const bool has_gaps = of.call.has_gaps || line != of.call.width;
+                const int64_t all = (of.pairs ? 2 : 1) * depth * width,
+                              kept = has_gaps ? 0 : places * width;
+                D* numbers = reinterpret_cast<D*>(dz);
+                std::memset(numbers + kept, 0, size_t(all - kept) * sizeof(D));
                 passes.backward_row(row, range,
-                                    Places<float>{dz, range.begin, width, of.padded_width * width});
+                                    Places<D>{numbers, range.begin, width, line * width});
                 float* operand = dz;
-                if (of.pairs) {
-                    operand = dz + 2 * depth * width;
+                if constexpr (sizeof(D) == 2) {
+                    operand = dz + depth * width;
                     for (int64_t i = 0; i < depth; i++)
                         for (int64_t v = 0; v < width; v += LANES) {
-                            const float* first = dz + 2 * i * width + v;
-                            const vec_of_bits low = (vec_of_bits)rounded(load(first)),
-                                              high = (vec_of_bits)rounded(load(first + width));
+                            const D* first = numbers + 2 * i * width + v;
+                            const vec_of_bits low = (vec_of_bits)from_bfloat16(first),
+                                              high = (vec_of_bits)from_bfloat16(first + width);
                             store(operand + i * width + v, (vec)(low >> 16 | high));
                         }
                 } else if (of.call.dtype == ffk::BFLOAT16)
@@ -446,7 +460,7 @@ int convolution_gradient(const ffk::MapsPass& call) {
         const Scratch images(workers, image.floats(), memory);
         const Scratch gradients(workers, gradient.gradient_floats(), memory);
         if (!real) return;
-        images.clear();
+        images.clear(), gradients.clear();
         const auto run = [&](const auto& passes) {
             parallel(runs, int(workers), [&](int64_t i, int worker) {
                 float* packed = images.of(worker);
@@ -458,7 +472,8 @@ int convolution_gradient(const ffk::MapsPass& call) {
                 }
             });
         };
-        call.dtype == ffk::BFLOAT16 ? with_passes<uint16_t, float>(call, run)
+        using Narrow = std::conditional_t<MULTIPLIES_PAIRS, uint16_t, float>;
+        call.dtype == ffk::BFLOAT16 ? with_passes<uint16_t, Narrow>(call, run)
                                     : with_passes<float, float>(call, run);
         const int64_t panels = gradient.panels.count();
         parallel(of.units * panels, int(workers),

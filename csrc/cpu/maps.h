@@ -85,6 +85,7 @@ struct Channels {
 template <class T, class D, ffk::Pool POOL, bool BY_TWO, class ACT>
 struct Passes {
     using Kept = T;
+    using Made = D;
     // A maximum of lines is the line of the maximum: pooling first leaves less to activate.
     static constexpr bool POOLS_FIRST = !ACT::IS_CURVED;
     const ffk::MapsPass& call;

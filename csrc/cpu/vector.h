@@ -174,6 +174,11 @@ inline vec_of_halves to_bfloat16(vec values) {
         values != values ? nan : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16, vec_of_halves);
 }
 
+// Of bfloat16 numbers in the place of floats.
+inline vec_of_halves halves_of(vec_of_bits numbers) {
+    return __builtin_convertvector(numbers >> 16, vec_of_halves);
+}
+
 inline vec from_bfloat16(const uint16_t* p) {
     const vec_of_halves halves = *reinterpret_cast<const halves_in_memory*>(p);
     return (vec)(__builtin_convertvector(halves, vec_of_bits) << 16);

@@ -18,9 +18,12 @@ OF_VECTORS = {
     "activation": (),
     "rules": (),
     "maps": ("threads.cpp",),
+    "convolution": ("threads.cpp",),
 }
 OF_SCALARS = ("row_scale", "objective", "classes")
-HERE = SETS or ["baseline"]
+# Under a sanitizer AMX's unit is emulated, beside instructions that the CPU has.
+EMULATED = ["amx"] if programs.SANITIZER and "avx512_bf16" in SETS and "amx" not in SETS else []
+HERE = EMULATED + SETS or ["baseline"]
 FOR_FLOAT32 = library.instruction_set() or "baseline"
 
 

@@ -9,7 +9,8 @@ from hypothesis import assume, given, settings
 import ffkernels as ff
 from ffkernels import ops
 from ffkernels.backends import select
-from ffkernels.backends.native import library
+from ffkernels.backends.native import library, maps
+from ffkernels.functional.maps import ConvOptions
 from ffkernels.spec import Geometry, Layer, MapRows, MapSlopes
 
 from .conv_cases import cases, definition, made, sensitivity
@@ -259,3 +260,87 @@ def test_a_profiler_sees_the_operators():
         case.ours()
     names = {event.key for event in profile.key_averages()}
     assert {"ffkernels::conv2d_forward", "ffkernels::conv2d_gradients_"} <= names
+
+
+OWN = [
+    {"channels": (20, 80), "groups": 10, "pool": 2},
+    {"channels": (3, 20), "pool": torch.nn.AvgPool2d(2), "activation": "gelu"},
+    {"channels": (1, 50), "kernel": (1, 3), "padding": (0, 1)},
+]
+
+
+@pytest.mark.parametrize("compute", [None, torch.bfloat16])
+@pytest.mark.parametrize("norm", ["none", "rms"])
+@pytest.mark.parametrize("options", OWN)
+def test_own_products_are_as_near_to_float64_as_pytorchs(options, norm, compute, monkeypatch):
+    """The same passes around the library's products and around PyTorch's; in the mean square over draws."""
+    options = {"maps": (11, 10), "padding": 1, "rows": 19, "optimizer": None, "statistics": "batch", **options}
+    found: dict[str, list[tuple[float, float]]] = {}
+    for _ in range(4):
+        exact = made("cross_entropy mean", norm=norm, **options)
+        exact.x = exact.x.bfloat16().double()
+        own, other = exact.copy(torch.float32), exact.copy(torch.float32)
+        assert maps.multiplies(*checked(own, compute))
+        results = [own.ours(backend="native", compute_dtype=compute)]
+        with monkeypatch.context() as patch:
+            patch.setattr(maps, "multiplies", lambda *records: False)
+            results.append(other.ours(backend="native", compute_dtype=compute))
+        expected = exact.ours()
+        states = [exact.state(), own.state(), other.state()]
+        for state, result in zip(states, [expected, *results], strict=True):
+            state |= {"y": result.y, "goodness": result.goodness, "loss": result.loss}
+        for name, value in states[0].items():
+            # A bias in front of a batch normalisation's pool has next to no gradient.
+            found.setdefault(name, []).append(tuple(error(state[name], value, 1e-2) for state in states[1:]))
+    for name, errors in found.items():
+        ours, theirs = torch.tensor(errors).square().mean(0).sqrt().tolist()
+        assert ours <= 2 * theirs + (1e-6 if compute is None else 1e-3), (name, errors)
+
+
+def checked(case, compute) -> tuple[MapRows, Layer, Geometry]:
+    layer, geometry = ConvOptions(**{**case.layer._options(), "compute_dtype": compute}).checked(
+        case.layer.weight, case.layer.bias
+    )
+    return MapRows(case.x.to(layer.compute_dtype), None), layer, geometry
+
+
+@pytest.mark.parametrize(
+    ("options", "is_own"),
+    [
+        ({}, True),
+        ({"stride": 2, "maps": (17, 17)}, False),
+        ({"maps": (7, 8)}, False),
+        ({"maps": (64, 65)}, False),
+        ({"channels": (16, 16), "groups": 8}, False),
+        ({"channels": (16, 32), "groups": 8}, True),
+    ],
+)
+def test_the_library_multiplies_where_it_is_the_faster_one(options, is_own):
+    case = made("mean", dtype=torch.float32, **{"maps": (8, 8), "padding": 1, "rows": 1, **options})
+    assert maps.multiplies(*checked(case, None)) == is_own
+
+
+def test_own_products_on_any_number_of_threads_have_the_same_bits():
+    case = made("cross_entropy mean", rows=21, channels=(12, 40), maps=(9, 9), padding=1, pool=2, dtype=torch.float32)
+    assert maps.multiplies(*checked(case, None))
+    threads, states = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            copy = case.copy()
+            copy.ours(backend="native")
+            states.append(copy.state())
+    finally:
+        torch.set_num_threads(threads)
+    for state in states[1:]:
+        for name, value in states[0].items():
+            assert torch.equal(state[name], value), name
+
+
+def test_rows_that_are_summed_by_place_have_own_products_too():
+    """A batch normalisation in front needs `dz` itself, which comes of maps that only the library's forward leaves."""
+    exact = made("cross_entropy mean", rows=8, channels=(4, 12), maps=(9, 9), padding=1, pool=2, in_front="batch")
+    single = exact.copy(torch.float32)
+    exact.ours(), single.ours(backend="native")
+    for name, value in exact.state().items():
+        assert error(single.state()[name], value, 1e-2) <= 1e-4, name

@@ -206,8 +206,8 @@ def conv2d_step_(
     `p = pool(act(z))`. The objective reads two moments of each row and channel, `q1 = sum_places p` and
     `q2 = sum_places p^2`, and hands back the slopes `s1 = dLoss/dq1`, `s2 = dLoss/dq2`. Then `dp = s1 + 2 s2 p`,
     `dz` is `dp act'(z)` where a unit won its window, and `dW` the convolution's weight gradient alone; no gradient of
-    `x` is formed. Rows all of whose slopes are exactly zero are left out of it. Both convolutions are PyTorch's; what
-    comes before and behind them is one compiled pass each on the backend "native".
+    `x` is formed. Rows all of whose slopes are exactly zero are left out of it. On the backend "native" both
+    convolutions are compiled with what comes before and behind them, or for some shapes PyTorch's between two passes.
 
     Args:
         x_pos: `[n_pos, in, H, W]` un-normalised positive rows, in the weight's dtype or the compute dtype. Maps are

@@ -1,4 +1,4 @@
-"""A convolutional layer: products by PyTorch, and in one compiled pass each what comes before and behind them."""
+"""A convolutional layer: compiled whole, or products by PyTorch with one compiled pass each before and behind them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from torch import Tensor
 from ...spec import Geometry, Layer, MapGradients, MapRows, Maps, MapSlopes
 from ..eager.conv import POOLED_FIRST, by_weight, nothing, product, size_of, summed, unsaturated
 from ..eager.layer import ACTIVATIONS
-from .library import load
+from .library import instruction_set, load
 from .records import MEMBERS, PASS_LAYOUT, MapsPass
 
 MOST_PLACES = 256  # of a window, whose places are numbered by bytes
+# The library's own products: groups of few channels are multiplied together until they fill a vector, and what is
+# between them is zero; a small map is too short a sum for a tile, and a large one's products leave the cache.
+VECTOR, MOST_MERGED, FEWEST_PRODUCTS, MOST_PRODUCTS = 16, 4, 8 * 8, 64 * 64
 # Activations whose maximum over a window is compiled.
 _POOLED = [name for name, activation in ACTIVATIONS.items() if name in POOLED_FIRST or activation.keeps_z]
 
@@ -84,8 +87,15 @@ def conv2d_gradients_(rows: MapRows, layer: Layer, geometry: Geometry, maps: Map
 
 
 def multiplies(rows: MapRows, layer: Layer, geometry: Geometry) -> bool:
-    """Whether the library has the products too, by the layer's shape alone."""
-    return geometry.stride == (1, 1)
+    """Whether the library multiplies a layer's maps itself; by shape and machine alone, so that both passes agree.
+
+    csrc/README.md says where PyTorch's products are the faster ones.
+    """
+    if geometry.stride != (1, 1) or (layer.compute_dtype == torch.bfloat16 and instruction_set(True) == "amx"):
+        return False
+    height, width = size_of(rows, layer, geometry)
+    merged = min(geometry.groups, VECTOR // (len(layer.weight) // geometry.groups))
+    return merged <= MOST_MERGED and FEWEST_PRODUCTS <= height * width <= MOST_PRODUCTS
 
 
 def _of_product(rows: MapRows, layer: Layer, geometry: Geometry) -> dict[str, Any]:
@@ -120,7 +130,6 @@ def _given(slopes: MapSlopes, channels: int) -> dict[str, Tensor | None]:
 def _maps_of(z: Tensor, layer: Layer, geometry: Geometry, is_centred: bool, pivot: Tensor | None) -> Maps:
     """Room for what a forward pass makes of products `z`; without a pool activities come in their place, unless the
     slope is read from them."""
-    rows, channels = z.shape[:2]
     p, before, where = z, z.new_empty(0), z.new_empty(0, dtype=torch.uint8)
     if geometry.pool == "none" and ACTIVATIONS[layer.activation].keeps_z:
         p, before = torch.empty_like(z), z

@@ -60,22 +60,38 @@ def forward_forward(of: Trainer, looks: int = 1) -> Curve:
     return curve
 
 
+def network(of: Trainer) -> nn.Sequential:
+    """A recipe's layers in plain PyTorch, and a linear head; batch normalisation stands where the recipe has it."""
+    recipe, (channels, height, width) = of.recipe, of.data.shape
+    layers: list[nn.Module] = []
+    for convolution in recipe.convolutions:
+        layers.append(nn.Conv2d(channels, convolution.channels, convolution.kernel, padding=convolution.kernel // 2))
+        layers.append(nn.ReLU())
+        if convolution.pool > 1:
+            layers.append(nn.MaxPool2d(convolution.pool))
+        layers.append(nn.BatchNorm2d(convolution.channels, eps=recipe.eps))
+        channels, height, width = convolution.channels, height // convolution.pool, width // convolution.pool
+    if layers:
+        layers.append(nn.Flatten())
+    sizes = (channels * height * width, *recipe.hidden)
+    layers += [layer for i, o in pairwise(sizes) for layer in (nn.Linear(i, o), nn.ReLU())]
+    return nn.Sequential(*layers, nn.Linear(sizes[-1], of.data.num_classes)).to(memory_format=torch.channels_last)
+
+
 def backpropagation(
     of: Trainer, rate: float, looks: int = 1, *, label_smoothing: float | None = None, compiled: bool = False
 ) -> Curve:
-    """Plain PyTorch on a recipe's batches: its hidden layers, a linear head, cross-entropy, Adam, its cool-down.
+    """Plain PyTorch on a recipe's batches: its layers, a linear head, cross-entropy, Adam, its cool-down.
 
     Args:
         rate: of Adam.
         label_smoothing: None for the recipe's.
         compiled: whether torch.compile makes forward and backward; what that takes comes before the clock starts.
     """
-    recipe, classes = of.recipe, of.data.num_classes
-    sizes = (of.train_images.shape[1], *recipe.hidden)
+    recipe = of.recipe
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(of.seed)
-        hidden = [layer for i, o in pairwise(sizes) for layer in (nn.Linear(i, o), nn.ReLU())]
-        net = nn.Sequential(*hidden, nn.Linear(sizes[-1], classes))
+        net = network(of)
     optimizer = Adam(net.parameters(), lr=rate, fused=True)
     smoothing = recipe.label_smoothing if label_smoothing is None else label_smoothing
     loss_of = nn.CrossEntropyLoss(label_smoothing=smoothing)
@@ -86,11 +102,16 @@ def backpropagation(
             value: Tensor = loss_of(net(x), labels)
         return value
 
-    @torch.no_grad()
     def error() -> float:
+        net.eval()
+        wrong = of.test_error(predict)
+        net.train()
+        return wrong
+
+    @torch.no_grad()
+    def predict(x: Tensor) -> Tensor:
         with precision:
-            wrong = net(of.test_images.float() / 255).argmax(1) != of.test_labels
-        return wrong.float().mean().item()
+            return net(x).argmax(1)
 
     if compiled:
         loss = torch.compile(loss)

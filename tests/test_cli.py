@@ -546,11 +546,14 @@ def test_names_that_the_terminal_cannot_show(folder, environment) -> None:
     assert done.stdout.startswith(r"quick (784-500-500) on caf\udce9: test error")
 
 
-@pytest.mark.parametrize("what", ["backprop", "race", "classes", "variations"])
+@pytest.mark.parametrize("what", ["backprop", "race", "race-convolutions", "classes", "variations"])
 def test_a_measurement_is_taken_where_it_can_be_written(what, folder, capsys, monkeypatch) -> None:
-    module = pytest.importorskip(f"paper.{what}")
+    module = pytest.importorskip(f"paper.{what.partition('-')[0]}")
     Path("measured.json").write_text("")
-    monkeypatch.setattr(module, "FILE", Path("measured.json/below"))
+    if hasattr(module, "FILE"):
+        monkeypatch.setattr(module, "FILE", Path("measured.json/below"))
+    else:
+        monkeypatch.setattr(module.Race, "file", Path("measured.json/below"))
     monkeypatch.setattr(module, "save", None)
     command = {"backprop": "steps"}.get(what, what)
     assert cli.main(["paper", command, "--data", str(folder)]) == 2

@@ -171,7 +171,7 @@ def test_steps_against_backprop_are_rows_and_a_table(data, tmp_path, monkeypatch
 def test_a_race_is_curves_a_table_and_a_picture(data, tmp_path, monkeypatch) -> None:
     """Of 151 images in batches of 50 the last has one; a test costs a day, which is not counted."""
     monkeypatch.setattr(torch, "compile", lambda f, **options: f)
-    monkeypatch.setattr(race, "RATES", (1e-3, 3e-3))
+    of = race.Race("race", ("projected",), (0.5, 0.2), (0.01, 1.0), (1e-3, 3e-3))
     clock = [0.0]
 
     def tick() -> float:
@@ -187,7 +187,7 @@ def test_a_race_is_curves_a_table_and_a_picture(data, tmp_path, monkeypatch) -> 
 
     monkeypatch.setattr(Trainer, "goodness_error", slow)
     recipe = replace(PROJECTED, hidden=(40, 30), batch_size=50, epochs=3)
-    rows = race.measure(data, lambda text: None, [recipe], (0, 1))
+    rows = race.measure(of, data, lambda text: None, [recipe], (0, 1))
     assert len(rows) == 2 * (1 + 2 * 2 + 1)
     steps = 3 * -(-len(data.train_labels) // 50)
     for row in rows:
@@ -202,15 +202,14 @@ def test_a_race_is_curves_a_table_and_a_picture(data, tmp_path, monkeypatch) -> 
     of_second = next(row for row in rows if row["learner"] == "projected" and row["seed"] == 1)
     assert of_second["errors"][-1] == alone.rows[-1]["test_error_goodness"]
     path = tmp_path / "race.json"
-    assert race.table(path) == race.NOT_YET
-    monkeypatch.setattr(race, "NAMES", ("projected",))
+    assert race.table(of, path) == race.not_yet(of)
     monkeypatch.setattr(race, "measure", lambda *_: rows)
-    race.save(data, lambda text: None, path)
-    race.draw(path, tmp_path / "race.png")
+    race.save(of, data, lambda text: None, path)
+    race.draw(of, path, tmp_path / "race.png")
     assert (tmp_path / "race.png").stat().st_size > 1000
-    assert [line.split(" | ")[0] for line in race.table(path).splitlines()[2:5]] == [
-        "| Forward-Forward, projected", f"| {race.name_of(race.best(rows)[0])}",
-        f"| {race.name_of({**race.best(rows)[0], 'learner': 'compiled backprop'})}",
+    assert [line.split(" | ")[0] for line in race.table(of, path).splitlines()[2:5]] == [
+        "| Forward-Forward, projected", f"| {race.name_of(race.best(of, rows)[0])}",
+        f"| {race.name_of({**race.best(of, rows)[0], 'learner': 'compiled backprop'})}",
     ]  # fmt: skip
 
 
@@ -221,7 +220,7 @@ def test_the_best_rate_is_the_one_that_is_there_first() -> None:
 
     never, late, early = [0.03, 0.02, 0.016], [0.03, 0.02, 0.015], [0.03, 0.014, 0.016]
     found = [*rows(1.0, late, late, late), *rows(2.0, early, early, never), *rows(3.0, early, never, never)]
-    assert {row["lr"] for row in race.best(found)} == {2.0}
+    assert {row["lr"] for row in race.best(race.LINEAR, found)} == {2.0}
     assert race.reached(rows(1.0, never)[0], 0.015) == math.inf
     assert race.reached(rows(1.0, early)[0], 0.015) == 2.0
 

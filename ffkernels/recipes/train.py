@@ -428,14 +428,15 @@ class Trainer:
         """Share of the test images that the classifier gets wrong."""
         classifier = self.classifier
         assert classifier is not None
-        return self._test_error(lambda x: classifier(self._features(x)).argmax(1))
+        return self.test_error(lambda x: classifier(self._features(x)).argmax(1))
 
     def goodness_error(self) -> float:
         """Share of the test images for which a wrong label has the highest goodness."""
         options = (self.data.num_classes, self.recipe.goodness_layers, self.recipe.label_value)
-        return self._test_error(lambda x: self.net.predict(x, *options))
+        return self.test_error(lambda x: self.net.predict(x, *options))
 
-    def _test_error(self, predict: Callable[[Tensor], Tensor]) -> float:
+    def test_error(self, predict: Callable[[Tensor], Tensor]) -> float:
+        """Share of the test images of which `predict`, called on rows as the network takes them, gives no label."""
         wrong = torch.zeros((), dtype=torch.int64, device=self.device)
         with self._evaluating():
             for i, (images, labels) in enumerate(self._test_batches()):

@@ -46,8 +46,8 @@ def add_to(commands: Commands) -> None:
         description="ablation trains what is missing in results/ablation; steps measures steps against backprop's; "
         "race trains recipes and backprop of one network, five seeds each, and takes the time to an error, and so does "
         "race-convolutions; classes trains backprop on what recipes of class goodness train on; variations changes "
-        "each choice of the recipe projected; these five write results/backprop. tables makes the tables and the picture of docs from it. "
-        "epoch trains fflib's example by fflib and accelerated, in turns, and writes results/epoch.",
+        "each choice of the recipe projected; these five write results/backprop. tables makes the tables and pictures "
+        "of docs from it. epoch trains fflib's example by fflib and accelerated, in turns, and writes results/epoch.",
     )
     command.set_defaults(run=_paper)
     command.add_argument("what", choices=WHAT)

@@ -75,7 +75,9 @@ def network(of: Trainer) -> nn.Sequential:
         layers.append(nn.Flatten())
     sizes = (channels * height * width, *recipe.hidden)
     layers += [layer for i, o in pairwise(sizes) for layer in (nn.Linear(i, o), nn.ReLU())]
-    return nn.Sequential(*layers, nn.Linear(sizes[-1], of.data.num_classes)).to(memory_format=torch.channels_last)
+    net = nn.Sequential(*layers, nn.Linear(sizes[-1], of.data.num_classes))
+    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs ask for more
+    return net
 
 
 def backpropagation(

@@ -143,14 +143,9 @@ def save(race: Race, data: Dataset, say: Say, path: Path | None = None) -> None:
 
 
 def _conditions(recipe: Recipe) -> Row:
-    channels = [
-        f"{of.channels} channels" + (f" pooled by {of.pool}" if of.pool > 1 else "") for of in recipe.convolutions
-    ]
-    return {
-        "layers": [*(channels or [784]), *recipe.hidden],
-        "batch_size": recipe.batch_size,
-        "epochs": recipe.epochs,
-    }
+    channels = [f"{of.channels} channels pooled by {of.pool}" for of in recipe.convolutions]
+    layers = [*(channels or ["784"]), *map(str, recipe.hidden)]
+    return {"layers": layers, "batch_size": recipe.batch_size, "epochs": recipe.epochs}
 
 
 def shown(race: Race, rows: Sequence[Row]) -> list[list[Row]]:

@@ -145,7 +145,7 @@ class FFLinear(nn.Linear):
 
     def goodness(self, x: Tensor) -> Tensor:
         """Goodness of rows `x` `[rows, in]`: `[rows]`; `[rows, classes]` where the objective has classes."""
-        return self._goodness_of(Ran(*self.activity(x, keep=self.objective.classes is not None)))
+        return self._goodness_of(self._run(x, keep=self.objective.classes is not None))
 
     def _goodness_of(self, ran: Ran, objective: AnyObjective | None = None) -> Tensor:
         """Goodness from what a forward pass has left; activities are read for classes alone."""

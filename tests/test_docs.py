@@ -42,6 +42,7 @@ def run(page: Path) -> dict[str, Any]:
 
 
 @of_each_page
+@pytest.mark.filterwarnings("error:Converting a tensor")
 def test_pages_run(page):
     if "```python" not in page.read_text():
         pytest.skip("no Python on it")

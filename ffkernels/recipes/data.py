@@ -26,6 +26,7 @@ class _Reader(Protocol):
 
 
 _READERS: tuple[_Reader, ...] = (idx, cifar, svhn, folders)
+_OTHERS = "; or CIFAR's files or archive, SVHN's files, or images in train/CLASS and test/CLASS"
 
 
 def load(name_or_dir: str | os.PathLike[str], *, coarse: bool = False) -> Dataset:
@@ -121,7 +122,7 @@ def _no_folder(path: Path) -> FileNotFoundError:
             f"data may be {path.parent}"
         )
     what = "a link to what is not there" if path.is_symlink() else f"neither a known name ({known}) nor a folder"
-    return FileNotFoundError(f"{path}: {what}. To get data: {idx.how_to_get(None)}")
+    return FileNotFoundError(f"{path}: {what}. To get data: {idx.how_to_get(None)}{_OTHERS}")
 
 
 def _nothing_known(folder: Path) -> FileNotFoundError:
@@ -130,7 +131,7 @@ def _nothing_known(folder: Path) -> FileNotFoundError:
     hint = f"; pass {' or '.join(below)}, where there are some" if below else ""
     return FileNotFoundError(
         f"{folder}: no IDX files in {looked}, no CIFAR or SVHN in it, and no images in train/CLASS; "
-        f"{what_is_in(folder)}{hint}. To get data: {idx.how_to_get(None)}"
+        f"{what_is_in(folder)}{hint}. To get data: {idx.how_to_get(None)}{_OTHERS}"
     )
 
 

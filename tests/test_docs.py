@@ -8,6 +8,7 @@ import builtins
 import importlib
 import importlib.util
 import inspect
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,26 @@ def test_the_readme_is_short():
 def test_lines_of_prose_are_of_120_columns_at_most(page):
     prose = re.sub(r"^\|.*$", "", CODE.sub("", MADE.sub("", page.read_text())), flags=re.MULTILINE)
     assert [line for line in prose.splitlines() if len(line) > 120] == []
+
+
+@of_each_page
+def test_code_fits_the_site(page):
+    """At a width of 1200 a line of more columns would scroll."""
+    code = "".join(re.findall(r"^```\w*\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE))
+    assert [line for line in code.splitlines() if len(line) > (120 if page.stem == "README" else 104)] == []
+
+
+@of_each_page
+def test_headings_images_and_links_are_readable(page):
+    """One title, no level left out; a picture is told in words; a link says where it leads, and not its file."""
+    text = CODE.sub("", page.read_text())
+    levels = [len(marks) for marks in re.findall(r"^(#+) ", text, re.MULTILINE)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(below <= above + 1 for above, below in itertools.pairwise(levels))
+    assert all(len(words) > 10 for words in re.findall(r"!\[([^\]]*)\]", text))
+    assert re.findall(r"(?<!!)\[[^\]]*\.md\]", text.replace("[CITATION.cff]", "")) == []
+    assert re.search(r"^\|[ |]*\|\n\|-", text, re.MULTILINE) is None, "a table without a head"
 
 
 @of_each_page

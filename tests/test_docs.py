@@ -110,6 +110,27 @@ def test_sentences_of_the_tutorial_have_30_words_at_most(page):
     assert [sentence for sentence in sentences if len(sentence.split()) > 30] == []
 
 
+def test_the_table_of_lines_says_what_they_do():
+    rows = re.findall(r"^\| `(.*)` \| `(.*?)` \|$", (DOCS / "howto" / "speed-up.md").read_text(), re.MULTILINE)
+    x = torch.rand(4, 9, dtype=torch.float64)
+    x[0] *= 1e-4  # where eps counts
+    names = {"torch": torch, "x": x, "y": x}
+    norms, goodnesses = 0, 0
+    for line, said in rows:
+        if said.startswith("norm="):
+            options = eval(f"dict({said})")
+            ours, _ = ff.linear_forward(x, torch.eye(9, dtype=torch.float64), None, activation="identity", **options)
+            torch.testing.assert_close(ours, eval(line, names), rtol=1e-10, atol=0)
+            norms += 1
+        elif "goodness" in said:
+            objective = eval(f"ff.{said}")
+            torch.testing.assert_close(
+                objective.goodness_of(x.square().sum(1), 9), eval(line, names), rtol=1e-10, atol=0
+            )
+            goodnesses += 1
+    assert (norms, goodnesses) == (4, 2)
+
+
 def test_the_reference_has_every_public_name():
     documented = re.findall(r"^::: ([\w.]+)$", "\n".join(map(Path.read_text, (DOCS / "reference").glob("*.md"))), re.M)
     public = {f"ffkernels.{name}" for name in ff.__all__ if name not in ("__version__", "parallel")}
@@ -141,6 +162,23 @@ def test_the_site_has_every_page_once():
 
 def test_the_citation_has_the_version():
     assert re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)[1] == ff.__version__
+
+
+def test_templates_and_workflows_are_what_github_reads():
+    yaml = pytest.importorskip("yaml")
+    of_github = ROOT / ".github"
+    for path in (of_github / "ISSUE_TEMPLATE").glob("*.yml"):
+        template = yaml.safe_load(path.read_text())
+        if path.stem != "config":
+            assert {"name", "description", "body"} <= template.keys()
+            assert all(
+                part["type"] in ("input", "textarea") and part["attributes"]["label"] for part in template["body"]
+            )
+    for path in (of_github / "workflows").glob("*.yml"):
+        jobs = yaml.safe_load(path.read_text())["jobs"].values()
+        assert all(job["runs-on"] and all("uses" in step or "run" in step for step in job["steps"]) for job in jobs)
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors", "version"} <= citation.keys()
 
 
 def test_the_console_script_is_there():

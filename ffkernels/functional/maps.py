@@ -132,7 +132,7 @@ def maps_of(name: str, x: Tensor, weight: Tensor, compute_dtype: torch.dtype, ge
         )
     if min(behind) < 1:
         raise ValueError(
-            f"the pool {geometry.pool_size} is larger than the maps {before} of {name}; accepted: a smaller"
+            f"the pool {geometry.pool_size} is larger than the maps {before} of {name}; accepted: a smaller one"
         )
     if geometry.padding_mode == "reflect" and any(p >= s for p, s in zip(geometry.padding, sides, strict=True)):
         raise ValueError(

@@ -181,7 +181,7 @@ class FFConv2d(nn.Conv2d):
         if called_only(self) or any(map(watched, self.children())):
             raise ValueError(
                 "the layer is watched by hooks or overridden, which a convolution's step does not call; accepted: a "
-                "plain FFConv2d"
+                "plain FFConv2d, or a loop of your own with goodness_loss and backward()"
             )
         options = {**self._step_options(), **options}
         return functional.conv2d_step_(x_pos, x_neg, self.weight, self.bias, optimizer, **options)

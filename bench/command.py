@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch._dynamo
 
-from ffkernels.cli import say
+from ffkernels.cli import described, say
 from ffkernels.recipes.progress import Progress
 
 from . import agree, compare, machine, picture, report
@@ -65,7 +65,23 @@ def main(arguments: Sequence[str], make_readme: Callable[[], Sequence[Path]]) ->
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
-    parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        usage="%(prog)s [OPTIONS]",
+        **described(
+            """
+            python -m ffkernels bench --quick             # a few cases: a minute
+            python -m ffkernels bench                     # ten minutes
+            python -m ffkernels bench --case 'width-*' loewex-float32
+            python -m ffkernels bench --list              # the cases, and who runs each
+            python -m ffkernels bench --compare main      # this checkout against another commit
+            """,
+            """
+            This package against what people use today, and against this machine's limit: a
+            table, and data and a picture in bench/results. bench/README.md says how to read it.
+            """,
+        ),
+    )
     parser.add_argument("--case", nargs="+", metavar="NAME", help="only these; a name may be a pattern: 'width-*'")
     tier = parser.add_mutually_exclusive_group()
     tier.add_argument("--quick", action="store_true", help="a few cases, nothing compiled, wide intervals: a minute")
@@ -74,7 +90,13 @@ def parser() -> argparse.ArgumentParser:
     )
     tier.add_argument("--all", action="store_true", help="every case, also the largest")
     parser.add_argument("--list", action="store_true", help="name the cases and who runs them, and measure nothing")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda, else cpu")
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        metavar="DEVICE",
+        help="cpu or cuda; auto: cuda, else cpu (%(default)s)",
+    )
     parser.add_argument("--warm", type=int, metavar="N", help="steps before timing: trained nets leave out more rows")
     parser.add_argument(
         "--within", type=float, default=float("inf"), metavar="SECONDS", help="begin no case after that"

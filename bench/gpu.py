@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from ffkernels.cli import described
+
 from .machine import ROOT, describe
 
 PROFILE = """
@@ -52,10 +54,31 @@ def parts(output: Path) -> list[tuple[str, list[str], int]]:
     return found
 
 
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu",
+        usage="%(prog)s [OPTIONS]",
+        **described(
+            """
+            make gpu                                      # the same
+            python -m bench.gpu --output path/to/folder
+            """,
+            """
+            Everything that wants a GPU, in about nine minutes: tests, compute-sanitizer where
+            there is one, tuning, benchmarks and a profile, each with a time limit of its own.
+            Needs torch, triton, numpy, pytest and pytest-benchmark, and installs nothing.
+            """,
+        ),
+    )
+    folder = ROOT / "bench" / "results" / "gpu"
+    parser.add_argument(
+        "--output", type=Path, default=folder, metavar="DIR", help="for what it finds (bench/results/gpu)"
+    )
+    return parser
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
-    parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results" / "gpu", metavar="DIR")
-    output = parser.parse_args().output
+    output = parser().parse_args().output
     if not torch.cuda.is_available():
         print("make gpu needs a CUDA or ROCm device; torch finds none", file=sys.stderr)
         return 2

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import ffkernels as ff
+from ffkernels.cli import described
 
 from .machine import describe, in_words
 from .memory import keep_freed_memory
@@ -261,19 +262,47 @@ def _held(values: Sequence[float], least: float) -> str:
     return f"{'at least' if statistics.median(values) >= least else 'LESS THAN'} {least}"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.parallel", description=__doc__)
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.parallel",
+        usage="%(prog)s [OPTIONS]",
+        **described(
+            """
+            python -m bench.parallel                      # two minutes
+            python -m bench.parallel --width 1000 --rounds 3 --output rounds.json
+            """,
+            """
+            What two processes gain on this machine, by gloo and one thread each: as a pipeline,
+            and with divided rows, optimizer state whole and sharded, against one process. Ratios
+            are paired within rounds. The share of the sums that is hidden behind computing is
+            read from a trace of PyTorch's profiler. It wants two cores that nothing else uses.
+            """,
+        ),
+    )
+    meanings = {
+        "width": "units of each layer",
+        "layers": "how many, at least two",
+        "batch": "rows of each side in a step",
+        "steps": "in a round",
+        "rounds": "whose ratios are paired",
+    }
     for name, default in Size()._asdict().items():
-        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"(default {default})")
+        help = f"{meanings[name]} ({default})"
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=help)
     parser.add_argument("--output", type=Path, metavar="FILE", help="all rounds as JSON")
     parser.add_argument("--trace", metavar="FILE", help="a trace of the first process, for chrome://tracing")
-    given = vars(parser.parse_args(arguments))
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser()
+    given = vars(options.parse_args(arguments))
     output, trace = given.pop("output"), given.pop("trace")
     wrong = [name for name, value in given.items() if value < 1]
     if wrong:
-        parser.error(f"--{wrong[0]} {given[wrong[0]]}: not a number >= 1")
+        options.error(f"--{wrong[0]} {given[wrong[0]]}: not a number >= 1")
     if given["layers"] < PROCESSES:
-        parser.error(f"--layers {given['layers']}: fewer than the {PROCESSES} processes of a pipeline")
+        options.error(f"--layers {given['layers']}: fewer than the {PROCESSES} processes of a pipeline")
     found = measure(Size(**given), trace)
     if output is not None:
         output.write_text(json.dumps(found, indent=1))

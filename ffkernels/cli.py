@@ -12,8 +12,9 @@ import platform
 import shlex
 import signal
 import sys
+import textwrap
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,38 +109,107 @@ class UserError(Exception):
     """Something the user can mend; its text is all they need to see."""
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=PROGRAM, description="Forward-Forward on fast, exact kernels.")
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+def described(examples: str, about: str) -> dict[str, Any]:
+    """What makes a parser's help begin with `examples`, a command a line, and go on with `about`, wrapped by hand."""
+    blocks = textwrap.indent(textwrap.dedent(examples).strip(), "  "), textwrap.dedent(about).strip()
+    return {
+        "description": "examples:\n" + "\n\n".join(blocks),
+        "formatter_class": lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28),
+    }
 
-    recipes = "\n".join(f"  {name}: {recipe.source}" for name, recipe in catalogue.RECIPES.items())
+
+def _parser() -> argparse.ArgumentParser:
+    in_checkout = _in_checkout()
+    examples = """
+        python -m ffkernels train                    # MNIST, half a minute on two cores
+        python -m ffkernels train --preset projected --report
+        python -m ffkernels info                     # what runs on this machine, and why
+        python -m ffkernels train --help             # the options of a command
+    """
+    if in_checkout:
+        examples += """
+        python -m ffkernels bench --quick            # how fast this machine is: a minute
+        """
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        **described("\n".join(filter(str.strip, examples.splitlines())), "Forward-Forward on fast, exact kernels."),
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
     command = commands.add_parser(
         "train",
         help="train a network on labelled images",
-        description="Trains a network; writes metrics, a checkpoint after every epoch, and a picture.\n\n"
-        f"recipes:\n{recipes}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s [OPTIONS]",
+        **described(
+            """
+            python -m ffkernels train                     # quick on MNIST: half a minute on two cores
+            python -m ffkernels train --preset projected --compute-dtype bfloat16 --report
+            python -m ffkernels train --preset cwc-cifar10 --data path/to/cifar-10-python.tar.gz
+            python -m ffkernels train --resume            # after Ctrl-C
+            torchrun --nproc-per-node 2 -m ffkernels train    # by two processes
+            """,
+            f"""
+Trains a network; writes metrics, a checkpoint after every epoch, and a picture.
+
+{_names_of_recipes()}""",
+        ),
     )
     command.set_defaults(run=train_recipe)
     command.add_argument(
-        "--preset", dest="recipe", choices=catalogue.RECIPES, default="quick", help="the recipe (%(default)s)"
+        "--preset",
+        dest="recipe",
+        choices=catalogue.RECIPES,
+        default="quick",
+        metavar="RECIPE",
+        help="the recipe (%(default)s)",
     )
-    add_run_options(command)
+    add_run_options(command, {name: recipe.source for name, recipe in catalogue.RECIPES.items()})
 
-    if _in_checkout():
+    if in_checkout:
         importlib.import_module("paper.command").add_to(commands)
         commands.add_parser("bench", help="measure this machine against what people use today")
-    command = commands.add_parser("info", help="versions, devices, and which backends run on them")
+    command = commands.add_parser(
+        "info",
+        help="versions, devices, and which backends run on them",
+        **described(
+            """
+            python -m ffkernels info
+            FFKERNELS_BACKEND=eager python -m ffkernels info    # as if forced to plain PyTorch
+            """,
+            """
+            Prints versions, devices, the backend that each dtype runs on and why each other
+            one is passed over, and how the compiled library was built or why it was not.
+            """,
+        ),
+    )
     command.set_defaults(run=_info)
 
-    command = commands.add_parser("tune", help="time the Triton kernels' configurations on this machine's GPU")
+    command = commands.add_parser(
+        "tune",
+        help="time the Triton kernels' configurations on this machine's GPU",
+        usage="%(prog)s [OPTIONS]",
+        **described(
+            """
+            python -m ffkernels tune --output configs --seconds 100
+            FFKERNELS_CONFIGS=configs python -m ffkernels train    # trains with what was found
+            """,
+            "Times tile sizes of the Triton kernels and writes the fastest ones into a file.",
+        ),
+    )
     command.set_defaults(run=_tune)
     command.add_argument(
-        "--output", type=to_path, help="folder for the file (FFKERNELS_CONFIGS, else the package's own)"
+        "--output",
+        type=to_path,
+        metavar="DIR",
+        help="folder for the file (FFKERNELS_CONFIGS, else the package's own)",
     )
-    command.add_argument("--seconds", type=_seconds, default=600, help="when to stop (%(default)s)")
+    command.add_argument("--seconds", type=_seconds, default=600, metavar="N", help="when to stop (%(default)s)")
     return parser
+
+
+def _names_of_recipes() -> str:
+    return textwrap.fill(f"recipes: {', '.join(catalogue.RECIPES)}", 90, subsequent_indent="  ", break_on_hyphens=False)
 
 
 def _in_checkout() -> bool:
@@ -167,48 +237,67 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-def add_run_options(command: argparse.ArgumentParser) -> None:
-    """The options of every command that trains a recipe."""
+class _List(argparse.Action):
+    """Prints names and texts of recipes and ends the command, whatever else it was given."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, recipes: Mapping[str, str], help: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help=help)
+        self._recipes = recipes
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        for name, text in self._recipes.items():
+            print(textwrap.fill(f"{name}: {text}", 100, subsequent_indent="  ", break_on_hyphens=False))
+        parser.exit()
+
+
+def add_run_options(command: argparse.ArgumentParser, recipes: Mapping[str, str]) -> None:
+    """The options of every command that trains a recipe; `--list` prints names and texts of `recipes`."""
+    command.add_argument("--list", action=_List, recipes=recipes, help="name the recipes with their sources, and end")
     command.add_argument(
         "--data",
         default="mnist",
-        help="mnist, fashion-mnist, or a folder: IDX files, CIFAR (or its archive), SVHN, train/CLASS and test/CLASS "
-        "with images (%(default)s)",
+        help="mnist, fashion-mnist, a CIFAR archive, or a folder: IDX, CIFAR, SVHN, images in "
+        "train/CLASS, test/CLASS (%(default)s)",
     )
     command.add_argument("--coarse", action="store_true", help="the 20 coarse classes of CIFAR-100, not its 100")
-    command.add_argument("--device", choices=DEVICES, default="auto", help="auto: cuda, else mps, else cpu (auto)")
+    command.add_argument(
+        "--device",
+        choices=DEVICES,
+        default="auto",
+        metavar="DEVICE",
+        help="cpu, cuda or mps; auto: cuda, else mps, else cpu (%(default)s)",
+    )
     command.add_argument(
         "--compute-dtype",
         choices=COMPUTE_DTYPES,
         default="float32",
-        help="of the products' operands; weights and sums stay float32 (%(default)s)",
+        metavar="DTYPE",
+        help="float32, bfloat16 or float16 products; weights and sums stay float32 (%(default)s)",
     )
     command.add_argument(
         "--skip-below",
         type=float,
         default=0.0,
-        metavar="FRACTION",
-        help="leave rows out of the update whose loss is less steep; an approximation (%(default)s)",
+        metavar="SLOPE",
+        help="an approximation: leave rows with a flatter loss out of the update (%(default)s)",
     )
-    command.add_argument("--epochs", type=int, help="instead of the recipe's")
-    command.add_argument("--seed", type=int, default=0, help="of weights, order and negatives (%(default)s)")
-    command.add_argument("--output", type=to_path, help="folder for metrics, checkpoint, picture (runs/RECIPE-DATA...)")
-    command.add_argument("--no-picture", action="store_true", help="draw none")
+    command.add_argument("--epochs", type=int, metavar="N", help="instead of the recipe's")
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, order, negatives (%(default)s)")
     command.add_argument(
-        "--report", action="store_true", help="leave the run as a page, report.html, beside the picture"
+        "--output", type=to_path, metavar="DIR", help="for metrics, checkpoint, picture (runs/RECIPE-DATA)"
     )
+    command.add_argument("--no-picture", action="store_true", help="draw none")
+    command.add_argument("--report", action="store_true", help="leave the run as a page, report.html, in that folder")
     command.add_argument(
         "--process-timeout",
         type=_seconds,
         default=600,
         metavar="SECONDS",
-        help="how long the processes that torchrun has started wait for each other (%(default)s)",
+        help="how long processes started by torchrun wait for each other (%(default)s)",
     )
     existing = command.add_mutually_exclusive_group()
-    existing.add_argument(
-        "--resume", action="store_true", help="go on from the checkpoint in the output folder, if there is one"
-    )
-    existing.add_argument("--overwrite", action="store_true", help="start anew over the run in the output folder")
+    existing.add_argument("--resume", action="store_true", help="go on from that folder's checkpoint, if it has one")
+    existing.add_argument("--overwrite", action="store_true", help="start anew over the run in that folder")
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,8 @@ def overlay_label(x: Tensor, labels: Tensor, num_classes: int = 10, value: float
     check_rows(x, num_classes)
     _check_labels(labels, num_classes)
     if labels.shape != x.shape[:1]:
-        raise ValueError(f"labels must be [{x.shape[0]}], one per row of x; got {list(labels.shape)}")
+        hint = ", one-hot rows? labels.argmax(1) makes labels of them" if labels.ndim == 2 else ""
+        raise ValueError(f"labels must be [{x.shape[0]}], one per row of x; got {list(labels.shape)}{hint}")
     if labels.device != x.device:
         raise ValueError(f"labels must be on the device of x, {x.device}; got {labels.device}")
     check_value(value)
@@ -180,7 +181,8 @@ def check_rows(x: Tensor, num_classes: int) -> None:
     """Raises TypeError or ValueError unless `x` is `[rows, width]`, floating point, and has a label field."""
     _check_float(x, "x")
     if x.ndim != 2:
-        raise ValueError(f"x must be [rows, width]; got {list(x.shape)}")
+        hint = "; flatten each row first: x.flatten(1)" if x.ndim > 2 else ""
+        raise ValueError(f"x must be [rows, width]; got {list(x.shape)}{hint}")
     _check_int(num_classes, "num_classes", 2)
     if num_classes > x.shape[1]:
         raise ValueError(f"num_classes must be at most the width of x, {x.shape[1]}; got {num_classes}")
@@ -192,7 +194,7 @@ def _check_labels(labels: Tensor, num_classes: int) -> None:
         raise TypeError(f"labels must be a tensor; got {type(labels).__name__}")
     _check_dense(labels, "labels")
     if labels.dtype not in _LABEL_DTYPES:
-        raise TypeError(f"labels must be of an integer dtype; got {labels.dtype}")
+        raise TypeError(f"labels must be of an integer dtype, as labels.long() is; got {labels.dtype}")
     if labels.device.type == "cpu" and labels.numel() and not torch.compiler.is_compiling():
         low, high = (int(bound) for bound in labels.aminmax())
         if low < 0 or high >= num_classes:
@@ -204,7 +206,8 @@ def _check_float(x: Tensor, name: str) -> None:
         raise TypeError(f"{name} must be a tensor; got {type(x).__name__}")
     _check_dense(x, name)
     if not x.is_floating_point():
-        raise TypeError(f"{name} must be of a floating-point dtype; got {x.dtype}")
+        hint = f"; {name} / 255 makes it of pixels" if x.dtype == torch.uint8 else ""
+        raise TypeError(f"{name} must be of a floating-point dtype; got {x.dtype}{hint}")
 
 
 def _check_dense(tensor: Tensor, name: str) -> None:

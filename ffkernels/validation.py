@@ -24,6 +24,10 @@ ACTIVATIONS = get_args(spec.Activation)
 OUTPUTS = get_args(spec.OutputsOf)
 MASTER_DTYPES = (torch.float32, torch.float64)
 COMPUTE_DTYPES = (torch.bfloat16, torch.float16)
+WITHOUT_CLASSES = (
+    "labels came with an objective without classes; accepted: labels=None, or an objective with classes, such as "
+    "Objective(loss='cross_entropy', classes=10)"
+)
 
 
 def one_of(name: str, value: object, accepted: tuple[str, ...]) -> None:
@@ -58,7 +62,7 @@ def compute_dtype_of(compute_dtype: torch.dtype | None, weight: Tensor) -> torch
         return weight.dtype
     if compute_dtype != weight.dtype and (compute_dtype not in COMPUTE_DTYPES or weight.dtype != torch.float32):
         raise TypeError(
-            f"compute_dtype={compute_dtype} does not go with a {weight.dtype} weight; accepted: None, "
+            f"compute_dtype={compute_dtype!r} does not go with a {weight.dtype} weight; accepted: None, "
             "or torch.bfloat16 or torch.float16 with a float32 weight"
         )
     return compute_dtype
@@ -82,16 +86,29 @@ def rows_of(name: str, x: Tensor, weight: Tensor, compute_dtype: torch.dtype) ->
     """Checks a block of input rows `[rows, in]` against the weight."""
     matrix(name, x)
     if x.shape[1] != weight.shape[1]:
-        raise ValueError(f"{name} has {x.shape[1]} columns but weight is {tuple(weight.shape)}; accepted: [rows, in]")
-    if x.dtype not in (weight.dtype, compute_dtype):
-        raise TypeError(f"{name} is {x.dtype}; accepted: {weight.dtype}" + _or(compute_dtype, weight.dtype))
+        raise ValueError(
+            f"{name} has {x.shape[1]} columns but weight is {tuple(weight.shape)}; accepted: {weight.shape[1]} columns"
+        )
+    dtype_of_rows(name, x, weight, compute_dtype)
     _same_device(name, x, weight.device)
+
+
+def dtype_of_rows(name: str, x: Tensor, weight: Tensor, compute_dtype: torch.dtype) -> None:
+    """Raises TypeError unless input rows are in the dtype of the weight or of the products."""
+    if x.dtype not in (weight.dtype, compute_dtype):
+        other = f" or {compute_dtype}" if compute_dtype != weight.dtype else ""
+        raise TypeError(f"{name} is {x.dtype}; accepted: {weight.dtype}{other}{pixels(name, x)}")
+
+
+def pixels(name: str, x: Tensor) -> str:
+    """What to do about images in whole numbers."""
+    return f", as {name} / 255 makes of pixels" if x.dtype == torch.uint8 else ""
 
 
 def tensor(name: str, value: object) -> None:
     """Raises TypeError unless `value` is a dense tensor with memory of its own, as the backends read it."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is a {type(value).__name__}; accepted: a torch.Tensor")
+        raise TypeError(f"{name} is a {type(value).__name__}; accepted: a torch.Tensor{source_of_tensor(value)}")
     if type(value) not in (Tensor, nn.Parameter) and _is_wrapper(value):
         raise TypeError(
             f"{name} is a {type(value).__name__}; accepted: a plain tensor (of one that is sharded over processes "
@@ -99,6 +116,13 @@ def tensor(name: str, value: object) -> None:
         )
     if value.layout != torch.strided or value.is_nested:
         raise TypeError(f"{name} has layout {_layout_of(value)}; accepted: a dense tensor")
+
+
+def source_of_tensor(value: object) -> str:
+    """How a tensor comes out of what was given in its place."""
+    if isinstance(value, nn.Module):
+        return ", such as its weight"
+    return ", as torch.from_numpy makes one" if type(value).__module__ == "numpy" else ""
 
 
 def _is_wrapper(value: Tensor) -> bool:
@@ -115,7 +139,7 @@ def matrix(name: str, value: object) -> None:
     tensor(name, value)
     assert isinstance(value, Tensor)
     if value.dim() != 2:
-        hint = "; flatten each row first" if value.dim() > 2 else ""
+        hint = f"; flatten each row first: {name}.flatten(1)" if value.dim() > 2 else ""
         raise ValueError(f"{name} has shape {tuple(value.shape)}; accepted: two dimensions{hint}")
 
 
@@ -135,7 +159,11 @@ def vector(
 def labels(values: object, rows: int, classes: int, device: torch.device, beside: str = "weight") -> None:
     """Checks `[rows]` int64 labels of `classes` classes; on a device not their range, which would wait for it."""
     if values is None:
-        raise ValueError(f"labels came not, but the objective has {classes} classes; accepted: [rows] int64")
+        raise ValueError(
+            f"labels=None came with an objective of {classes} classes; accepted: each row's class, [rows] int64"
+        )
+    if isinstance(values, Tensor) and values.shape == (rows, classes):
+        raise ValueError(f"labels has shape {tuple(values.shape)}; accepted: ({rows},), as labels.argmax(1) makes them")
     vector("labels", values, rows, torch.int64, device, beside)
     assert isinstance(values, Tensor)
     if rows and device.type == "cpu" and not torch.compiler.is_compiling() and not in_transform():
@@ -197,8 +225,8 @@ def batch_norm(
     batch_norm_alone("batch_norm", norm, len(weight), weight, kind)
     if outputs == "post":
         raise ValueError(
-            "outputs='post' came with batch_norm, whose statistics are those of the step's own pass; accepted: 'pre', "
-            "'none'"
+            "outputs='post' came with batch_norm, whose statistics are those of the step's own pass; accepted: "
+            "outputs='pre' or outputs='none'"
         )
     if peer is not None:
         raise ValueError("peer came with batch_norm, behind which means are fixed already; accepted: one of the two")
@@ -323,7 +351,10 @@ def label_field(columns: object, weight: Tensor, x_pos: Tensor, x_neg: Tensor | 
     if x_neg.shape != x_pos.shape:
         raise ValueError(f"x_neg has shape {tuple(x_neg.shape)}; accepted with label_field: {tuple(x_pos.shape)}")
     if x_pos.device.type == "cpu" and not same_numbers(x_pos[:, columns:], x_neg[:, columns:]):
-        raise ValueError(f"x_neg differs from x_pos outside the first {columns} columns, the label_field")
+        raise ValueError(
+            f"x_neg differs from x_pos outside the first {columns} columns, the label_field; accepted: images that are "
+            "the same, or no label_field"
+        )
     return columns
 
 
@@ -545,13 +576,9 @@ def peer_normalisation(peer: object, mean: Tensor | None, weight: Tensor) -> Non
 def peer_object(peer: object) -> None:
     """Raises TypeError unless it is a `PeerNormalisation` or None."""
     if peer is not None and not isinstance(peer, PeerNormalisation):
-        raise TypeError(f"peer={peer!r} is not an ffkernels.PeerNormalisation")
+        raise TypeError(f"peer={peer!r} is not an ffkernels.PeerNormalisation(), nor None")
 
 
 def _same_device(name: str, value: Tensor, device: torch.device, beside: str = "weight") -> None:
     if value.device != device:
         raise ValueError(f"{name} is on {value.device} but {beside} is on {device}; accepted: the same device")
-
-
-def _or(compute_dtype: torch.dtype, dtype: torch.dtype) -> str:
-    return f" or {compute_dtype}" if compute_dtype != dtype else ""

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ffkernels.cli import Record, UserError, add_run_options, say, to_path, train_recipe
+from ffkernels.cli import Record, UserError, add_run_options, described, say, to_path, train_recipe
 from ffkernels.recipes import checkpoint, data
 from ffkernels.recipes.catalogue import RECIPES
 from ffkernels.recipes.train import Trainer
@@ -22,35 +22,65 @@ WHAT = ("ablation", "steps", "race", "race-convolutions", "classes", "variations
 
 def add_to(commands: Commands) -> None:
     """Adds both commands to those of `python -m ffkernels`."""
-    recipes = "\n".join(
-        f"  {name}: {recipe.source} Assumed here: {recipe.assumed or 'nothing.'} "
+    recipes = {
+        name: f"{recipe.source} Assumed here: {recipe.assumed or 'nothing.'} "
         f"Published: {recipe.published or 'no error.'}"
         for name, recipe in RECIPES.items()
-    )
+    }
     command = commands.add_parser(
         "reproduce",
         help="train a published recipe and record what came of it",
-        description="Trains a recipe as `train` does, and writes a row of results: errors, seconds, machine, versions, "
-        f"seed.\n\nrecipes:\n{recipes}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s (RECIPE | --readme | --list) [OPTIONS]",
+        **described(
+            """
+            python -m ffkernels reproduce loewex --seed 1 --compute-dtype bfloat16
+            python -m ffkernels reproduce cwc-fashion --data fashion-mnist
+            python -m ffkernels reproduce --list      # recipes, their sources, published errors
+            python -m ffkernels reproduce --readme    # the table of docs/results.md
+            """,
+            """
+            Trains a recipe as `train` does, and writes a row of results: errors, seconds,
+            machine, versions, seed.
+            """,
+        ),
     )
     command.set_defaults(run=_reproduce)
-    command.add_argument("recipe", nargs="?", choices=RECIPES, metavar="NAME", help="the recipe")
+    command.add_argument("recipe", nargs="?", choices=RECIPES, metavar="RECIPE", help="a name of --list")
     command.add_argument("--readme", action="store_true", help="no training: make the table of docs/results.md")
-    command.add_argument("--results", type=to_path, default=Path(results.FOLDER), help="folder of rows (%(default)s)")
-    add_run_options(command)
+    command.add_argument(
+        "--results", type=to_path, default=Path(results.FOLDER), metavar="DIR", help="folder of rows (%(default)s)"
+    )
+    add_run_options(command, recipes)
 
     command = commands.add_parser(
         "paper",
         help="the runs and measurements behind docs/lab/paper.md",
-        description="ablation trains what is missing in results/ablation; steps measures steps against backprop's; "
-        "race trains recipes and backprop of one network, five seeds each, and takes the time to an error, and so does "
-        "race-convolutions; classes trains backprop on what recipes of class goodness train on; variations changes "
-        "each choice of the recipe projected; these five write results/backprop. tables makes the tables and pictures "
-        "of docs from it. epoch trains fflib's example by fflib and accelerated, in turns, and writes results/epoch.",
+        usage="%(prog)s WHAT [OPTIONS]",
+        **described(
+            """
+            python -m ffkernels paper steps
+            python -m ffkernels paper ablation --data path/to/mnist
+            python -m ffkernels paper tables
+            """,
+            """
+            ablation    trains what is missing in results/ablation
+            steps       measures steps against backprop's
+            race        trains recipes and backprop of one network, five seeds each, and
+                        takes the time to an error
+            race-convolutions
+                        the same of a network of convolutions
+            classes     trains backprop on what recipes of class goodness train on
+            variations  changes each choice of the recipe projected
+            tables      makes the tables and pictures of docs from these
+            epoch       trains fflib's example by fflib and accelerated, in turns
+
+            The first goes on where it was stopped. steps, the races, classes and variations
+            write results/backprop, epoch writes results/epoch.
+            """,
+        ),
     )
     command.set_defaults(run=_paper)
-    command.add_argument("what", choices=WHAT)
+    command.add_argument("what", choices=WHAT, metavar="WHAT", help="one of the above")
     command.add_argument("--data", default="mnist", help="mnist, fashion-mnist or a folder of IDX files (%(default)s)")
 
 
@@ -66,7 +96,7 @@ def bench(argv: list[str]) -> int:
 def _reproduce(arguments: argparse.Namespace, argv: list[str]) -> int:
     folder: Path = arguments.results
     if arguments.readme == (arguments.recipe is not None):
-        raise UserError(f"reproduce needs NAME or --readme, one of the two; names: {', '.join(RECIPES)}")
+        raise UserError(f"reproduce needs RECIPE or --readme, one of the two; names: {', '.join(RECIPES)}")
     if not arguments.readme:
 
         def record(trainer: Trainer) -> Record:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import SGD
 
 import ffkernels as ff
+from ffkernels.recipes import RECIPES, Trainer
 
 from .steps import problem, state_of
 
@@ -38,9 +39,9 @@ BAD_STEPS = {
     "x_pos sparse": (lambda p: {"x_pos": p.x_pos.to_sparse()}, TypeError, "x_pos has layout"),
     "x_pos elsewhere": (lambda p: {"x_pos": p.x_pos.to("meta")}, ValueError, "x_pos is on meta but weight is on cpu"),
     "x_neg too wide": (lambda p: {"x_neg": torch.ones(6, 6).double()}, ValueError, "x_neg has 6 columns"),
-    "x_neg missing": (lambda p: {"x_neg": None}, ValueError, "of x_neg and is_positive came neither"),
+    "x_neg missing": (lambda p: {"x_neg": None}, ValueError, "neither x_neg nor is_positive came"),
     "both x_neg and mask": (
-        lambda p: {"is_positive": torch.ones(12, dtype=torch.bool)}, ValueError, "came both"
+        lambda p: {"is_positive": torch.ones(12, dtype=torch.bool)}, ValueError, "both x_neg and is_positive came"
     ),
     "mask of numbers": (
         lambda p: {"x_neg": None, "is_positive": torch.ones(6)}, TypeError, "is_positive is torch.float32"
@@ -206,10 +207,72 @@ def test_bad_modules(make, kind, words):
         make()
 
 
+IMAGES = torch.zeros(4, 1, 2, 3)
+LABELS = torch.zeros(4, dtype=torch.int64)
+ONE_HOT = torch.zeros(4, 3, dtype=torch.int64)
+OF_CLASSES = ff.Objective(loss="cross_entropy", classes=3)
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda net, x: net.step(x, x, [None]), "optimizers has 1 entries; accepted: one optimizer, or 2"),
+        (lambda net, x: net.step(IMAGES, IMAGES, None), r"flatten each row first: x_pos.flatten\(1\)"),
+        (lambda net, x: net.predict(IMAGES, 3), r"flatten each row first: x.flatten\(1\)"),
+        (lambda net, x: net.step(x.byte(), x.byte(), None), "torch.float64, as x_pos / 255 makes of pixels"),
+        (lambda net, x: ff.overlay_label(x.byte(), LABELS, 3), "torch.uint8; x / 255 makes it of pixels"),
+        (
+            lambda net, x: net.step(x.numpy(), x, None),
+            "ndarray; accepted: a torch.Tensor, as torch.from_numpy makes one",
+        ),
+        (lambda net, x: ff.overlay_label(x, ONE_HOT, 3), r"one-hot rows\? labels.argmax\(1\)"),
+        (lambda net, x: net.step(x, None, None, objective=OF_CLASSES, labels=ONE_HOT), r"as labels.argmax\(1\) makes"),
+        (
+            lambda net, x: net.step(x, None, None, labels=LABELS),
+            r"such as Objective\(loss='cross_entropy', classes=10\)",
+        ),
+        (
+            lambda net, x: net.step(x, None, None),
+            "^neither x_neg nor is_positive came.*an objective of classes, and lab",
+        ),
+        (lambda net, x: net.step(x[:, :3], x[:, :3], None), r"3 columns but weight is \(5, 6\); accepted: 6 columns"),
+        (lambda net, x: net.step(x, x, None, skip_below=2), "^skip_below=2 is not in 0..1"),
+        (
+            lambda net, x: net.step(x, x, SGD(net.layers[0].parameters(), 0.1)),
+            r"^layers\[1\]: optimizer \(SGD of 2 par",
+        ),
+        (
+            lambda net, x: net.step(x, 1 - x, None, label_field=3),
+            "^x_neg differs from x_pos .*accepted: images that are the",
+        ),
+        (lambda net, x: ff.explain(net.layers[0]), "FFLinear; accepted: a torch.Tensor, such as its weight"),
+        (lambda net, x: ff.FFNetwork(net.layers[0]), "layers is a FFLinear; accepted: a list of layers"),
+        (
+            lambda net, x: ff.FFNetwork([ff.FFConv2d(1, 2, 1)]).predict(IMAGES),
+            "accepted: objectives of classes, or a cl",
+        ),
+        (lambda net, x: ff.FFConv2d(1, 2, 1).step(x, x, None), r"as x_pos.view\(-1, 1, height, width\) makes of flat"),
+        (lambda net, x: ff.FFLinear(3, 4, objective="swish"), r"such as ffkernels.Objective\(loss='swish'\)"),
+        (lambda net, x: ff.FFLinear(3, 4, objective=ff.Objective), "Objective'> is not an ffkernels.Objective"),
+        (lambda net, x: ff.Objective(loss="ce"), r"'swish' \(with classes=: 'cross_entropy', 'pvn', 'cwc'\)"),
+        (lambda net, x: ff.Objective(goodness="activity"), r"'norm' \(with classes=: 'mean', 'sum', 'activity'\)"),
+        (lambda net, x: Trainer("quick", None), r"recipe='quick' is no Recipe; accepted: RECIPES\[name\]"),
+        (lambda net, x: Trainer(RECIPES["quick"], "mnist"), "data is a str; accepted: a Dataset, as ffkernels.recipes"),
+    ],
+)
+def test_what_to_do_instead_is_said(call, words):
+    """A beginner's errors; what is wrong with a network's call is not laid on one of its layers."""
+    net = ff.FFNetwork([ff.FFLinear(6, 5, dtype=torch.float64), ff.FFLinear(5, 3, dtype=torch.float64)])
+    x = torch.rand(4, 6, dtype=torch.float64)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with pytest.raises((ValueError, TypeError), match=words):
+        call(net, x)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda net, x: net.step(x, x, [None]), "optimizers has 1 entries; accepted: one optimizer for all, or 2"),
         (lambda net, x: net.train_layerwise(x, x, None, 0), "steps=0 is not an integer >= 1"),
         (lambda net, x: net.predict(x, 12), "num_classes"),
         (lambda net, x: net.predict(x, 3, layers=[2]), r"layers=\[2\]; accepted: indices of 2 layers"),

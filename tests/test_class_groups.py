@@ -275,7 +275,7 @@ def test_a_label_that_nobody_could_check_makes_the_loss_nan_and_nothing_else():
 
 
 WRONG = [
-    ({"labels": None}, "labels came not"),
+    ({"labels": None}, "labels=None came with an objective of 3 classes"),
     ({"labels": torch.tensor([0, 1, 3, 0])}, "labels hold 3; accepted: 0..2"),
     ({"labels": torch.tensor([0, -1, 2, 0])}, "labels hold -1; accepted: 0..2"),
     ({"labels": torch.tensor([0, 1])}, r"labels has shape \(2,\); accepted: \(4,\)"),

@@ -403,6 +403,15 @@ def test_one_place_has_no_variance():
         layer.step(torch.ones(1, 2, 3, 3), torch.ones(0, 2, 3, 3), None)
 
 
+def test_goodness_is_that_of_an_overridden_forward():
+    class Scaled(ff.FFConv2d):
+        def forward(self, input):
+            return super().forward(input) * 1.5
+
+    layer, x = Scaled(2, 4, 3, dtype=torch.float64), torch.randn(3, 2, 6, 6, dtype=torch.float64)
+    torch.testing.assert_close(layer.goodness(x), layer(x).square().mean((1, 2, 3)), rtol=1e-10, atol=0)
+
+
 def test_a_layer_that_hooks_watch_raises():
     layer = ff.FFConv2d(2, 4, 3)
     layer.register_forward_hook(lambda module, given, y: None)

@@ -159,7 +159,7 @@ CONV, LINEAR = ff.FFConv2d(2, 4, 3), ff.FFLinear(8, 3)
         ([LINEAR, CONV], ValueError, r"layers\[1\] is an FFConv2d behind flat rows"),
         ([nn.Flatten(), CONV], ValueError, r"layers\[1\] is an FFConv2d behind flat rows"),
         ([LINEAR, ff.FFLinear(4, 3)], ValueError, r"layers\[1\] has in_features=4; accepted: 3"),
-        ([CONV, nn.MaxPool2d(2)], ValueError, r"layers\[1\] comes behind the last layer that learns"),
+        ([CONV, nn.MaxPool2d(2)], ValueError, r"layers\[1\] is a MaxPool2d behind the last layer that learns"),
     ],
 )
 def test_what_does_not_fit_together_is_named(layers, error, message):

@@ -8,6 +8,7 @@ import builtins
 import importlib
 import importlib.util
 import inspect
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ def run(page: Path) -> dict[str, Any]:
 
 
 @of_each_page
+@pytest.mark.filterwarnings("error:Converting a tensor")
 def test_pages_run(page):
     if "```python" not in page.read_text():
         pytest.skip("no Python on it")
@@ -76,6 +78,26 @@ def test_lines_of_prose_are_of_120_columns_at_most(page):
 
 
 @of_each_page
+def test_code_fits_the_site(page):
+    """At a width of 1200 a line of more columns would scroll."""
+    code = "".join(re.findall(r"^```\w*\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE))
+    assert [line for line in code.splitlines() if len(line) > (120 if page.stem == "README" else 104)] == []
+
+
+@of_each_page
+def test_headings_images_and_links_are_readable(page):
+    """One title, no level left out; a picture is told in words; a link says where it leads, and not its file."""
+    text = CODE.sub("", page.read_text())
+    levels = [len(marks) for marks in re.findall(r"^(#+) ", text, re.MULTILINE)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(below <= above + 1 for above, below in itertools.pairwise(levels))
+    assert all(len(words) > 10 for words in re.findall(r"!\[([^\]]*)\]", text))
+    assert re.findall(r"(?<!!)\[[^\]]*\.md\]", text.replace("[CITATION.cff]", "")) == []
+    assert re.search(r"^\|[ |]*\|\n\|-", text, re.MULTILINE) is None, "a table without a head"
+
+
+@of_each_page
 def test_words_are_the_fields(page):
     assert re.findall(r"\b(?:twins?|at rest|in doubt|floor|visit\w*)\b", page.read_text()) == []
 
@@ -86,6 +108,27 @@ def test_sentences_of_the_tutorial_have_30_words_at_most(page):
     paragraphs = re.split(r"\n\s*\n|\n\s*\* ", prose)
     sentences = [sentence for paragraph in paragraphs for sentence in re.split(r"(?<=[.?!])\s", paragraph)]
     assert [sentence for sentence in sentences if len(sentence.split()) > 30] == []
+
+
+def test_the_table_of_lines_says_what_they_do():
+    rows = re.findall(r"^\| `(.*)` \| `(.*?)` \|$", (DOCS / "howto" / "speed-up.md").read_text(), re.MULTILINE)
+    x = torch.rand(4, 9, dtype=torch.float64)
+    x[0] *= 1e-4  # where eps counts
+    names = {"torch": torch, "x": x, "y": x}
+    norms, goodnesses = 0, 0
+    for line, said in rows:
+        if said.startswith("norm="):
+            options = eval(f"dict({said})")
+            ours, _ = ff.linear_forward(x, torch.eye(9, dtype=torch.float64), None, activation="identity", **options)
+            torch.testing.assert_close(ours, eval(line, names), rtol=1e-10, atol=0)
+            norms += 1
+        elif "goodness" in said:
+            objective = eval(f"ff.{said}")
+            torch.testing.assert_close(
+                objective.goodness_of(x.square().sum(1), 9), eval(line, names), rtol=1e-10, atol=0
+            )
+            goodnesses += 1
+    assert (norms, goodnesses) == (4, 2)
 
 
 def test_the_reference_has_every_public_name():
@@ -119,6 +162,23 @@ def test_the_site_has_every_page_once():
 
 def test_the_citation_has_the_version():
     assert re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)[1] == ff.__version__
+
+
+def test_templates_and_workflows_are_what_github_reads():
+    yaml = pytest.importorskip("yaml")
+    of_github = ROOT / ".github"
+    for path in (of_github / "ISSUE_TEMPLATE").glob("*.yml"):
+        template = yaml.safe_load(path.read_text())
+        if path.stem != "config":
+            assert {"name", "description", "body"} <= template.keys()
+            assert all(
+                part["type"] in ("input", "textarea") and part["attributes"]["label"] for part in template["body"]
+            )
+    for path in (of_github / "workflows").glob("*.yml"):
+        jobs = yaml.safe_load(path.read_text())["jobs"].values()
+        assert all(job["runs-on"] and all("uses" in step or "run" in step for step in job["steps"]) for job in jobs)
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors", "version"} <= citation.keys()
 
 
 def test_the_console_script_is_there():

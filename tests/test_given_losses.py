@@ -242,15 +242,31 @@ def raises(message: str) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 WRONG = [
-    (lambda g, p: 3.0, TypeError, "the loss is a float; accepted: a 0-dim torch.Tensor"),
-    (lambda g, p: g, ValueError, r"the loss is a torch.float32 tensor of shape \(12,\); accepted: a 0-dim one"),
-    (lambda g, p: (g > 1).sum(), ValueError, r"the loss is a torch.int64 tensor of shape \(\); accepted: a 0-dim one"),
-    (lambda g, p: g.sum() * torch.nan, ValueError, "the loss is nan; accepted: a finite one"),
-    (lambda g, p: g.sum() / 0, ValueError, "the loss is inf; accepted: a finite one"),
-    (lambda g, p: g.detach().sum(), ValueError, "the loss is detached from the goodness that it was given"),
-    (lambda g, p: g.sum().to("meta"), ValueError, "the loss is on meta but the layer is on cpu"),
-    (lambda g, p: nn.Parameter(g.mean().detach()) * 2, ValueError, "the loss does not hang on the goodness"),
-    (lambda g, p: (g - g).sqrt().sum(), ValueError, "the loss has a slope by the goodness that is not finite"),
+    (lambda g, p: 3.0, TypeError, "objective returned a float; accepted: a 0-dim torch.Tensor"),
+    (lambda g, p: g, ValueError, r"objective returned a torch.float32 tensor of shape \(12,\); accepted: a 0-dim loss"),
+    (
+        lambda g, p: (g > 1).sum(),
+        ValueError,
+        r"objective returned a torch.int64 tensor of shape \(\); accepted: a 0-dim loss",
+    ),
+    (lambda g, p: g.sum() * torch.nan, ValueError, "objective returned a loss of nan; accepted: a finite one"),
+    (lambda g, p: g.sum() / 0, ValueError, "objective returned a loss of inf; accepted: a finite one"),
+    (
+        lambda g, p: g.detach().sum(),
+        ValueError,
+        "objective returned a loss detached from the goodness that it was given",
+    ),
+    (lambda g, p: g.sum().to("meta"), ValueError, "objective returned a loss on meta but the layer is on cpu"),
+    (
+        lambda g, p: nn.Parameter(g.mean().detach()) * 2,
+        ValueError,
+        "the loss that objective returned does not hang on the goodness",
+    ),
+    (
+        lambda g, p: (g - g).sqrt().sum(),
+        ValueError,
+        "the loss that objective returned has a slope by the goodness that is not finite",
+    ),
     (raises("of the caller's"), RuntimeError, "of the caller's"),
 ]
 

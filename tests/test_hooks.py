@@ -236,8 +236,10 @@ class Shifted(ff.FFLinear):
 def test_an_overridden_layer_trains_as_it_computes(kind, optimizer):
     net = assert_trained_alike(lambda net: None, optimizer, kind=kind)
     x, _ = sides()
-    y = net.layers[1](net.layers[0](x))
+    below = net.layers[0](x)
+    y = net.layers[1](below)
     assert error(net.goodness(x)[:, 1], y.square().mean(1)) < 1e-12
+    assert error(net.layers[1].goodness(below), y.square().mean(1)) < 1e-12
     if kind is Shifted:
         assert not torch.equal(net.layers[0].shift, network(Shifted).layers[0].shift)
 

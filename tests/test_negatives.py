@@ -220,12 +220,12 @@ OTHER = torch.Generator()
         (
             lambda: negatives.overlay_label(X, LABELS.float()),
             TypeError,
-            "labels .* integer dtype; got torch.float32",
+            "labels .* integer dtype, as labels.long.. is; got torch.float32",
         ),
         (
             lambda: negatives.overlay_label(X, LABELS.bool()),
             TypeError,
-            "labels .* integer dtype; got torch.bool",
+            "labels .* integer dtype, as labels.long.. is; got torch.bool",
         ),
         (lambda: negatives.overlay_label(X, LABELS, 3), ValueError, r"labels must lie in 0\.\.2; got 0\.\.3"),
         (

@@ -305,7 +305,7 @@ def test_reproduce_on_the_command_line(tmp_path, monkeypatch, capsys) -> None:
     assert "| quick on toy | 1 | float32, rows below 0.001 left out |" in results.PAGE.read_text()
     for wrong in (["reproduce"], ["reproduce", "quick", "--readme"]):
         assert cli.main(wrong) == 2
-        assert "NAME or --readme" in capsys.readouterr().err
+        assert "RECIPE or --readme" in capsys.readouterr().err
     assert cli.main(["reproduce", "quick", *options[:-1], "2"]) == 2
     assert "skip_below=2.0 is not in 0..1" in capsys.readouterr().err
 

@@ -295,7 +295,7 @@ def test_a_step_that_fails_in_its_midst_leaves_all_alike():
     short_of_patience = Processes(2, timeout=4)
     (errors, state), (own, other) = short_of_patience.run(failing, 2, False, each=[(0,), (1,)])
     short_of_patience.stop()
-    assert "the loss is inf" in own[0]
+    assert "a loss of inf" in own[0]
     assert "ProcessLost: another process died, or did not answer" in errors[0]
     assert ["no longer at the same step" in text for text in (errors[1], own[1])] == [True, True]
     before = Case().net().state_dict()
@@ -348,7 +348,7 @@ def test_sharded_parameters_are_refused_by_name(alone):
         net = Case().net()
         FullyShardedDataParallel(net, use_orig_params=use_orig_params, device_id=torch.device("cpu"))
         for step in (lambda net=net: net.step(x, x, None), lambda net=net: ff.parallel.DataParallel(net)):
-            with pytest.raises(ValueError, match=r"layers.*weight (lies in a flat parameter|has requires_grad)"):
+            with pytest.raises(ValueError, match=r"weight (lies in a flat parameter|has requires_grad)"):
                 step()
 
 

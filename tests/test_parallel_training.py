@@ -298,7 +298,7 @@ def test_the_page_is_a_script_of_two_processes(tmp_path, scripts):
 def train_options() -> list[argparse.Action]:
     parser = argparse.ArgumentParser()
     parser.add_argument("--preset")
-    cli.add_run_options(parser)
+    cli.add_run_options(parser, {})
     return parser._actions
 
 

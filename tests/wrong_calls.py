@@ -285,7 +285,7 @@ STEPS = [
     Wrong("outputs a list", lambda p: step(p, outputs=["post"]), ValueError, "outputs="),
     Wrong("backend a list", lambda p: step(p, backend=["native"]), ValueError, "backend=.*is not a backend"),
     Wrong("backend a number", lambda p: step(p, backend=3), ValueError, "backend=3 is not a backend"),
-    Wrong("compute_dtype a name", lambda p: step(p, compute_dtype="bfloat16"), TypeError, "compute_dtype=bfloat16"),
+    Wrong("compute_dtype a name", lambda p: step(p, compute_dtype="bfloat16"), TypeError, "compute_dtype='bfloat16'"),
     Wrong("label_field a number", lambda p: step(p, label_field=2.0), ValueError, "label_field=2.0"),
     Wrong("product a list", lambda p: step(p, label_field=5, product=[1]), TypeError, "product is a list"),
     Wrong("optimizer a class", lambda p: step(p, optimizer=SGD), TypeError, "optimizer is a type"),

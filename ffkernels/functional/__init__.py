@@ -1,7 +1,7 @@
 """The public functions: check the arguments, choose a backend, call the operator, hand back the result."""
 
 from .conv import conv2d_forward, conv2d_step_
-from .explain import explain
+from .explanation import explain
 from .forward import finds_copies, linear_forward, shared_product
 from .loss import goodness_loss
 from .result import StepResult

@@ -49,7 +49,7 @@ def goodness_loss(
     if objective.classes is not None:
         return _loss_of_classes(goodness, values, is_positive, objective, labels, sample_weight)
     if labels is not None:
-        raise ValueError("labels came with an objective without classes; accepted: None, or Objective(classes=...)")
+        raise ValueError(check.WITHOUT_CLASSES)
     check.vector("is_positive", is_positive, rows, torch.bool, values.device, "goodness")
     assert is_positive is not None
     check.objective_for(objective, rows, None, values, "goodness")

@@ -118,10 +118,9 @@ def maps_of(name: str, x: Tensor, weight: Tensor, compute_dtype: torch.dtype, ge
     check.tensor(name, x)
     channels = weight.shape[1] * geometry.groups
     if x.dim() != 4 or x.shape[1] != channels:
-        raise ValueError(f"{name} has shape {tuple(x.shape)}; accepted: [rows, {channels}, height, width]")
-    if x.dtype not in (weight.dtype, compute_dtype):
-        other = f" or {compute_dtype}" if compute_dtype != weight.dtype else ""
-        raise TypeError(f"{name} is {x.dtype}; accepted: {weight.dtype}{other}")
+        hint = f", as {name}.view(-1, {channels}, height, width) makes of flat rows" if x.dim() == 2 else ""
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; accepted: [rows, {channels}, height, width]{hint}")
+    check.dtype_of_rows(name, x, weight, compute_dtype)
     if x.device != weight.device:
         raise ValueError(f"{name} is on {x.device} but weight is on {weight.device}; accepted: the same device")
     sides, kernel = (x.shape[2], x.shape[3]), (weight.shape[2], weight.shape[3])
@@ -133,7 +132,7 @@ def maps_of(name: str, x: Tensor, weight: Tensor, compute_dtype: torch.dtype, ge
         )
     if min(behind) < 1:
         raise ValueError(
-            f"the pool {geometry.pool_size} is larger than the maps {before} of {name}; accepted: a smaller"
+            f"the pool {geometry.pool_size} is larger than the maps {before} of {name}; accepted: a smaller one"
         )
     if geometry.padding_mode == "reflect" and any(p >= s for p, s in zip(geometry.padding, sides, strict=True)):
         raise ValueError(

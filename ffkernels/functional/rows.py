@@ -37,14 +37,18 @@ def checked_rows(
     if objective.classes is not None:
         for excess, value in (("x_neg", x_neg), ("is_positive", is_positive), ("label_field", label_field)):
             if value is not None:
-                raise ValueError(f"{excess} came with an objective of classes, whose rows are positive; accepted: None")
+                raise ValueError(
+                    f"{excess} came with an objective of classes, whose rows are positive; accepted: {excess}=None"
+                )
         check.labels(labels, x_pos.shape[0], objective.classes, weight.device)
         x_neg = x_pos[:0]
     elif labels is not None:
-        raise ValueError("labels came with an objective without classes; accepted: None, or Objective(classes=...)")
+        raise ValueError(check.WITHOUT_CLASSES)
     elif (x_neg is None) != (is_positive is not None):
-        came = "neither" if x_neg is None else "both"
-        raise ValueError(f"of x_neg and is_positive came {came}; accepted: one of the two")
+        came = "neither x_neg nor is_positive" if x_neg is None else "both x_neg and is_positive"
+        raise ValueError(
+            f"{came} came; accepted: one of the two (without negative rows: an objective of classes, and labels)"
+        )
     if x_neg is None:
         x_neg = x_pos[:0]
     else:

@@ -65,7 +65,9 @@ class Conv_Layer(nn.Conv2d):
     ) -> None:
         check.one_of("loss_criterion", loss_criterion, LOSSES)
         if out_channels % num_classes:
-            raise ValueError(f"num_classes={num_classes} does not divide out_channels={out_channels}")
+            raise ValueError(
+                f"num_classes={num_classes} does not divide out_channels={out_channels}; accepted: a multiple of it"
+            )
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, groups=groups)
         self.dims, self.outc, self.kernel_size = in_dims, out_channels, kernel_size  # type: ignore[assignment]
         self.outsize = (in_dims[1] - kernel_size + 2 * padding) // stride + 1

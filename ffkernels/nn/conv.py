@@ -33,7 +33,7 @@ from ..objectives import (
     moments_goodness,
 )
 from ..spec import Activation, EpsMode, Geometry, Norm, OutputsOf, PaddingMode
-from .layer import Ran, called_only, overridden, watched
+from .layer import Ran, called_only, watched
 
 
 class FFConv2d(nn.Conv2d):
@@ -161,7 +161,7 @@ class FFConv2d(nn.Conv2d):
 
     def goodness(self, x: Tensor) -> Tensor:
         """Goodness of rows `x` `[rows, in, H, W]`: `[rows]`; `[rows, classes]` where the objective has classes."""
-        return self._goodness_of(Ran(*self.activity(x)) if overridden(self, "activity") else self._activity(x))
+        return self._goodness_of(self._run(x))
 
     def _goodness_of(self, ran: Ran) -> Tensor:
         """Goodness from what a forward pass has left; activities are read for classes alone, without their moments."""
@@ -181,7 +181,7 @@ class FFConv2d(nn.Conv2d):
         if called_only(self) or any(map(watched, self.children())):
             raise ValueError(
                 "the layer is watched by hooks or overridden, which a convolution's step does not call; accepted: a "
-                "plain FFConv2d"
+                "plain FFConv2d, or a loop of your own with goodness_loss and backward()"
             )
         options = {**self._step_options(), **options}
         return functional.conv2d_step_(x_pos, x_neg, self.weight, self.bias, optimizer, **options)

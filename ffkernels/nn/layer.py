@@ -89,7 +89,7 @@ class FFLinear(nn.Linear):
         check.layer_options(norm, eps, eps_mode, activation)
         check.one_of("outputs", outputs, check.OUTPUTS)
         if peer is not None and not isinstance(peer, PeerNormalisation):
-            raise TypeError(f"peer={peer!r} is not an ffkernels.PeerNormalisation")
+            raise TypeError(f"peer={peer!r} is not an ffkernels.PeerNormalisation(), nor None")
         if backend is not None:
             check.one_of("backend", backend, tuple(select.BACKENDS))
         super().__init__(in_features, out_features, bias, device, dtype)
@@ -145,7 +145,7 @@ class FFLinear(nn.Linear):
 
     def goodness(self, x: Tensor) -> Tensor:
         """Goodness of rows `x` `[rows, in]`: `[rows]`; `[rows, classes]` where the objective has classes."""
-        return self._goodness_of(Ran(*self.activity(x, keep=self.objective.classes is not None)))
+        return self._goodness_of(self._run(x, keep=self.objective.classes is not None))
 
     def _goodness_of(self, ran: Ran, objective: AnyObjective | None = None) -> Tensor:
         """Goodness from what a forward pass has left; activities are read for classes alone."""
@@ -217,7 +217,7 @@ class FFLinear(nn.Linear):
         """
         own = {name: others.pop(name) for name in FORWARD_OPTIONS}
         if unknown := others.keys() - set(ROWS_OPTIONS):
-            raise TypeError(f"{', '.join(unknown)}: no option of a step")
+            raise TypeError(f"{', '.join(sorted(unknown))}: no option of a step; accepted: those of linear_step_")
         objective = any_objective(objective)
         weight, bias = self.weight.detach(), None if self.bias is None else self.bias.detach()
         check.layer_options(own["norm"], own["eps"], own["eps_mode"], own["activation"])

@@ -125,6 +125,8 @@ class FFNetwork(nn.Module):
 
     def __init__(self, layers: Iterable[nn.Module]) -> None:
         super().__init__()
+        if not isinstance(layers, Iterable):
+            raise TypeError(f"layers is a {type(layers).__name__}; accepted: a list of layers, even of a single one")
         learning, between = stacked(list(layers))
         heads = [layer.objective for layer in learning if isinstance(layer.objective, nn.Module)]
         if len(set(heads)) < len(heads):
@@ -312,10 +314,28 @@ class FFNetwork(nn.Module):
                 if shape is not None:
                     shape = torch.Size(layer._shape_after(shape))
             except (ValueError, TypeError, RuntimeError) as error:
+                # What the first layer says too, in the same words, is wrong with the call and not with a layer.
+                first = self._wrong_in_first(x_pos, x_neg, per_layer[0], outputs[0], options)
+                if first is not None:
+                    if str(first) == str(error):
+                        raise first from None
+                    i, error = 0, first
                 kind = ValueError if isinstance(error, RuntimeError) else type(error)
                 raise kind(f"layers[{i}]: {error}") from None
             below = layer
         self._checked = facts
+
+    def _wrong_in_first(
+        self, x_pos: Tensor, x_neg: Tensor | None, optimizer: Optimizer | None, outputs: str, options: dict[str, Any]
+    ) -> ValueError | TypeError | None:
+        """What the first layer's step would raise, of a linear one, which is checked only when it comes to it."""
+        first = next(iter(self))
+        if isinstance(first, FFLinear) and not overridden(first, "step"):
+            try:
+                _step_of(first)(x_pos, x_neg, optimizer, outputs=outputs, only_checks=True, **options)
+            except (ValueError, TypeError) as error:
+                return error
+        return None
 
     @property
     def _takes_maps(self) -> bool:
@@ -464,11 +484,13 @@ class FFNetwork(nn.Module):
             return [optimizers] * len(self.layers)
         if not isinstance(optimizers, Sequence):
             raise TypeError(
-                f"optimizers is a {type(optimizers).__name__}; accepted: an Optimizer, a sequence of them, None"
+                f"optimizers is a {type(optimizers).__name__}; accepted: a torch.optim.Optimizer, a sequence of them, "
+                "or None"
             )
         if len(optimizers) != len(self.layers):
             raise ValueError(
-                f"optimizers has {len(optimizers)} entries; accepted: one optimizer, or {len(self.layers)}"
+                f"optimizers has {len(optimizers)} entries; accepted: one optimizer for all, or {len(self.layers)}, "
+                "one for each layer"
             )
         return optimizers
 
@@ -498,8 +520,8 @@ class FFNetwork(nn.Module):
 
         None under float16 products, whose rows are scaled before they are rounded, each by its own norm.
         """
-        negatives.check_rows(x, num_classes)
         first = self._first_linear()
+        negatives.check_rows(x, num_classes)
         compute_dtype = check.compute_dtype_of(first.compute_dtype, first.weight)
         if compute_dtype == torch.float16:
             return None
@@ -537,7 +559,7 @@ class FFNetwork(nn.Module):
         if len(counts) > 1:
             raise ValueError(
                 f"the layers' objectives have {', '.join(map(str, counts))} classes; accepted: the same for all, or "
-                "layers that agree, or layer.goodness"
+                "layers= that agree, or layer.goodness"
             )
         return counts.pop()
 
@@ -562,6 +584,7 @@ class FFNetwork(nn.Module):
         classes = self._classes(chosen)
         if classes is not None:
             return self._predict_classes(x, chosen)
+        self._first_linear()
         negatives.check_rows(x, num_classes)
         negatives.check_value(label_value)
         signs = [1.0 if layer.objective.maximize else -1.0 for layer in self]
@@ -599,7 +622,10 @@ class FFNetwork(nn.Module):
     def _first_linear(self) -> FFLinear:
         first = self.layers[0]
         if not isinstance(first, FFLinear):
-            raise ValueError("the first layer is a convolution, which has no label field; accepted: num_classes=0")
+            raise ValueError(
+                "the first layer is a convolution, which has no label field; accepted: objectives of classes, or a "
+                "classifier on features(x, num_classes=0)"
+            )
         return first
 
     def _sharing(self, x: Tensor, num_classes: int) -> dict[str, Any]:

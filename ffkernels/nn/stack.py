@@ -72,7 +72,9 @@ def stacked(modules: list[nn.Module]) -> tuple[list[Layer], list[list[nn.Module]
         below = layers[-1] if layers else None
         if isinstance(module, FFConv2d):
             if is_flat or isinstance(below, FFLinear):
-                raise ValueError(f"layers[{i}] is an FFConv2d behind flat rows; accepted: behind another, or images")
+                raise ValueError(
+                    f"layers[{i}] is an FFConv2d behind flat rows; accepted: in front of any FFLinear and nn.Flatten"
+                )
             channels = _joined(i, between[-1], layers)
             if channels is not None and module.in_channels != channels:
                 raise ValueError(
@@ -97,7 +99,10 @@ def stacked(modules: list[nn.Module]) -> tuple[list[Layer], list[list[nn.Module]
     if not layers:
         raise ValueError("layers is empty; accepted: at least one FFLinear or FFConv2d")
     if between.pop():
-        raise ValueError(f"layers[{len(modules) - 1}] comes behind the last layer that learns; accepted: none there")
+        raise ValueError(
+            f"layers[{len(modules) - 1}] is a {type(modules[-1]).__name__} behind the last layer that learns; "
+            "accepted: nothing there"
+        )
     return layers, between
 
 

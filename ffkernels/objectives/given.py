@@ -56,10 +56,12 @@ class GivenLoss:
     classes: int | None = None
 
     def __post_init__(self) -> None:
-        if not callable(self.function):
+        # A class would be called with a goodness, as a function is.
+        of_class = any(self.function is kind for kind in (Objective, ProjectionHead, GivenLoss))
+        if not callable(self.function) or of_class:
             raise TypeError(
                 f"objective={self.function!r} is not an ffkernels.Objective, a ProjectionHead, a GivenLoss or a "
-                "function of goodness and is_positive"
+                "function of goodness and is_positive; such as ffkernels.Objective(loss='swish')"
             )
         check_classes(self.classes)
         accepted_goodness = GOODNESS if self.classes is None else CLASS_GOODNESS
@@ -119,9 +121,15 @@ class GivenLoss:
             loss.backward()
         found = [t.grad for t in given]
         if all(t is None for t in found):
-            raise ValueError(f"the loss does not hang on the {self.reads} that it was given; accepted: one that does")
+            raise ValueError(
+                f"the loss that objective returned does not hang on the {self.reads} that it was given; accepted: one "
+                "that does"
+            )
         if y.device.type == "cpu" and not all(t is None or bool(t.isfinite().all()) for t in found):
-            raise ValueError(f"the loss has a slope by the {self.reads} that is not finite; accepted: finite ones")
+            raise ValueError(
+                f"the loss that objective returned has a slope by the {self.reads} that is not finite, as of a root or "
+                "a logarithm at 0; accepted: finite ones"
+            )
         found = [None if t is None else t.to(y.dtype) for t in found]
         loss, first = loss.detach(), found[0]
         if self.reads != "goodness":
@@ -133,15 +141,23 @@ class GivenLoss:
 
     def _checked(self, loss: object, y: Tensor, learns: bool = True) -> Tensor:
         if not isinstance(loss, Tensor):
-            raise TypeError(f"the loss is a {type(loss).__name__}; accepted: a 0-dim torch.Tensor")
+            raise TypeError(f"objective returned a {type(loss).__name__}; accepted: a 0-dim torch.Tensor, the loss")
         if loss.dim() != 0 or not loss.is_floating_point():
-            raise ValueError(f"the loss is a {loss.dtype} tensor of shape {tuple(loss.shape)}; accepted: a 0-dim one")
+            raise ValueError(
+                f"objective returned a {loss.dtype} tensor of shape {tuple(loss.shape)}; accepted: a 0-dim loss, such "
+                "as its mean()"
+            )
         if loss.device != y.device:
-            raise ValueError(f"the loss is on {loss.device} but the layer is on {y.device}; accepted: the same device")
+            raise ValueError(
+                f"objective returned a loss on {loss.device} but the layer is on {y.device}; accepted: the same device"
+            )
         if learns and not loss.requires_grad:
-            raise ValueError(f"the loss is detached from the {self.reads} that it was given; accepted: a tensor of it")
+            raise ValueError(
+                f"objective returned a loss detached from the {self.reads} that it was given; accepted: one computed "
+                "from it, without detach(), item() or no_grad()"
+            )
         if loss.device.type == "cpu" and not bool(loss.isfinite()):
-            raise ValueError(f"the loss is {loss.item()}; accepted: a finite one")
+            raise ValueError(f"objective returned a loss of {loss.item()}; accepted: a finite one")
         return loss
 
 

@@ -123,6 +123,9 @@ class Objective:
             value = getattr(self, name)
             if not isinstance(value, str) or value not in accepted:
                 among = "" if self.classes is None else ", as classes have it"
+                if name != "reduction" and self.classes is None:
+                    others = CLASS_GOODNESS if name == "goodness" else CLASS_LOSSES
+                    among = f" (with classes=: {', '.join(map(repr, others))})"
                 raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, accepted))}{among}")
         if not isinstance(self.maximize, bool):
             raise TypeError(f"maximize={self.maximize!r} is not a bool")

@@ -19,10 +19,11 @@ class Minibatch:
 
     Attributes:
         rows: how many images all processes have.
-        x_pos, x_neg: positive and negative rows `[rows, inputs]`; labels stand in them as the recipe says. A loss of
-            classes has no negative rows: None.
+        x_pos: positive rows `[rows, inputs]`; labels stand in them as the recipe says.
+        x_neg: negative rows likewise; a loss of classes has none: None.
         labels: the right ones, `[rows]`.
-        features, logits: of the classifier, where the negatives are drawn from its softmax.
+        features: the classifier's, where the negatives are drawn from its softmax.
+        logits: what it makes of them.
     """
 
     rows: int

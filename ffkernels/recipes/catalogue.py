@@ -78,11 +78,12 @@ class Recipe:
         averaging: a test, and the end of a run, go by averages over steps of what is trained; each keeps this share of
             the average and adds the rest. 0: by what the last step left.
         assumed: what the source leaves open or what departs from it.
-        published, published_on: the test error that the source reports, and the data that it is of.
-        goodness, loss, alpha, temperature, label_smoothing: of the `Objective`.
+        published: the test error that the source reports.
+        published_on: the data that it is of.
+        goodness: of the `Objective`, as are loss, alpha, temperature and label_smoothing.
         threshold: of the `Objective`; None for the width of the layer.
         head: None for class groups; "projection" or "prototypes" for a `ProjectionHead` of that form in every layer.
-        norm, eps, eps_mode, activation, outputs: of the `FFLinear` layers.
+        norm: of the `FFLinear` layers, as are eps, eps_mode, activation and outputs.
         peer: peer normalisation of every layer.
         init: "torch" for `torch.nn.Linear`'s own, "fan_in" or "fan_out" for normal weights of standard deviation
             1/sqrt(inputs) or 1/sqrt(width) and zero biases.
@@ -94,12 +95,13 @@ class Recipe:
         batch_size: images in a minibatch; each is one positive and one negative row, or one row alone.
         train_images: how many of the training images, the first ones; None for all.
         jitter: training images are shifted by up to so many pixels, anew in every epoch.
-        rotation, zoom: training images are turned by up to so many degrees and their size is changed by up to that
-            share, anew in every epoch.
+        rotation: training images are turned by up to so many degrees, anew in every epoch.
+        zoom: their size is changed by up to that share, anew in every epoch.
         flips: whether training images are turned left to right, half of them, drawn anew in every epoch.
         dropout: what share of a training image's inputs is set to 0, drawn anew in every epoch; the rest is divided by
             `1 - dropout`.
-        pixel_mean, pixel_std: pixels of 0..1 are standardised by these; a label stands for the brightest pixel.
+        pixel_mean: pixels of 0..1 are standardised by it and `pixel_std`; a label stands for the brightest pixel.
+        pixel_std: see `pixel_mean`.
         cooldown: with `e` of `E` epochs the learning rates are multiplied by `min(1, (cooldown + 2 (E - e)) / E)`:
             constant for half of them, then linear to 0. None: constant.
         cosine: in place of `cooldown` the rates fall along half a cosine, to this share of them after the last epoch.

@@ -26,6 +26,7 @@ class _Reader(Protocol):
 
 
 _READERS: tuple[_Reader, ...] = (idx, cifar, svhn, folders)
+_OTHERS = "; or CIFAR's files or archive, SVHN's files, or images in train/CLASS and test/CLASS"
 
 
 def load(name_or_dir: str | os.PathLike[str], *, coarse: bool = False) -> Dataset:
@@ -38,18 +39,20 @@ def load(name_or_dir: str | os.PathLike[str], *, coarse: bool = False) -> Datase
 
     What a folder holds is told by the names of its files:
 
-    IDX files of 28 x 28 pixels: the four themselves, or in raw, MNIST/raw or FashionMNIST/raw; each as it is or with
-    .gz, as train-images-idx3-ubyte or train-images.idx3-ubyte, alone or in a folder of that name, holding bytes or
-    wider whole numbers.
-    CIFAR-10 and CIFAR-100: the files of cifar-10-batches-py, cifar-10-batches-bin, cifar-100-python or
-    cifar-100-binary, or one of these folders, or the archive that it came in (cifar-10-python.tar.gz), which may
-    also be given itself. `coarse` asks for CIFAR-100's 20 coarse classes in place of its 100 fine ones.
-    SVHN's cropped digits: train_32x32.mat and test_32x32.mat (the extra `ffkernels[svhn]`).
-    Images in train/CLASS and test/CLASS, .png or .jpg, all of one size, grey or RGB (the extra `ffkernels[images]`).
+    - IDX files of 28 x 28 pixels: the four themselves, or in raw, MNIST/raw or FashionMNIST/raw; each as it is or with
+      .gz, as train-images-idx3-ubyte or train-images.idx3-ubyte, alone or in a folder of that name, holding bytes or
+      wider whole numbers.
+    - CIFAR-10 and CIFAR-100: the files of cifar-10-batches-py, cifar-10-batches-bin, cifar-100-python or
+      cifar-100-binary, or one of these folders, or the archive that it came in (cifar-10-python.tar.gz), which may
+      also be given itself. `coarse` asks for CIFAR-100's 20 coarse classes in place of its 100 fine ones.
+    - SVHN's cropped digits: train_32x32.mat and test_32x32.mat (the extra `ffkernels[svhn]`).
+    - Images in train/CLASS and test/CLASS, .png or .jpg, all of one size, grey or RGB (the extra `ffkernels[images]`).
 
-    Raises FileNotFoundError, which lists where it looked, what is there and how to get the data; ValueError for a
-    path that cannot be one, for a damaged file, which names the file, what was found and how to get a good copy, and
-    for `coarse` where there are no such labels; ModuleNotFoundError for a package that is missing, with its extra.
+    Raises:
+        FileNotFoundError: where nothing is found; it lists where it looked, what is there and how to get the data.
+        ValueError: for a path that cannot be one, for a damaged file, which it names with what was found and how to
+            get a good copy, and for `coarse` where there are no such labels.
+        ModuleNotFoundError: for a package that is missing, with its extra.
     """
     if not isinstance(name_or_dir, (str, os.PathLike)):
         raise TypeError(f"name_or_dir must be a str or a path; got {type(name_or_dir).__name__}")
@@ -121,7 +124,7 @@ def _no_folder(path: Path) -> FileNotFoundError:
             f"data may be {path.parent}"
         )
     what = "a link to what is not there" if path.is_symlink() else f"neither a known name ({known}) nor a folder"
-    return FileNotFoundError(f"{path}: {what}. To get data: {idx.how_to_get(None)}")
+    return FileNotFoundError(f"{path}: {what}. To get data: {idx.how_to_get(None)}{_OTHERS}")
 
 
 def _nothing_known(folder: Path) -> FileNotFoundError:
@@ -130,7 +133,7 @@ def _nothing_known(folder: Path) -> FileNotFoundError:
     hint = f"; pass {' or '.join(below)}, where there are some" if below else ""
     return FileNotFoundError(
         f"{folder}: no IDX files in {looked}, no CIFAR or SVHN in it, and no images in train/CLASS; "
-        f"{what_is_in(folder)}{hint}. To get data: {idx.how_to_get(None)}"
+        f"{what_is_in(folder)}{hint}. To get data: {idx.how_to_get(None)}{_OTHERS}"
     )
 
 

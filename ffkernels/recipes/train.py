@@ -25,6 +25,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .. import FFNetwork, StepResult, hybrid_images, wrong_label
 from .. import validation as check
+from ..objectives import short
 from ..parallel import DataParallel
 from . import checkpoint
 from .batches import Minibatch, as_input, dropped, flipped, hard_label, labelled_sides, shifted, turned
@@ -54,7 +55,7 @@ class Trainer:
             they are changes no more than the order of sums.
 
     Raises:
-        TypeError: for a seed, epochs or `skip_below` that is no number.
+        TypeError: for another recipe or data, and for a seed, epochs or `skip_below` that is no number.
         ValueError: for one outside its range, for data too few for the recipe, and for colours where it mixes images.
     """
 
@@ -70,6 +71,10 @@ class Trainer:
         skip_below: float = 0.0,
         processes: Processes = ALONE,
     ) -> None:
+        if not isinstance(recipe, Recipe):
+            raise TypeError(f"recipe={short(recipe)} is no Recipe; accepted: RECIPES[name] of ffkernels.recipes")
+        if not isinstance(data, Dataset):
+            raise TypeError(f"data is a {type(data).__name__}; accepted: a Dataset, as ffkernels.recipes.load makes it")
         _whole_number("seed", seed)
         if not 0 <= seed < 2**32:
             raise ValueError(f"seed={seed} is not in 0..{2**32 - 1}")

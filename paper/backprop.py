@@ -48,7 +48,7 @@ STAGES = (
     Stage("loewex", 500, "second epoch"),
     Stage("hinton-matlab", 600, "second epoch"),
     Stage("loewex", 0, "first steps"),
-    Stage("quick", 600, "second epoch; a pair loss of mean goodness, Adam"),
+    Stage("hard-negatives", 600, "second epoch; a pair loss of mean goodness, Adam"),
     Stage("fflib", 422, "second epoch; a soft loss, Adam, layers hand on what they compute anew"),
 )
 

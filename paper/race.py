@@ -61,7 +61,7 @@ class Race:
         return f"<!-- {self.what}: made by `python -m ffkernels paper tables` -->", f"<!-- /{self.what} -->"
 
 
-LINEAR = Race("race", ("projected-quick", "quick"), (0.02, 0.015), (0.011, 0.11))
+LINEAR = Race("race", ("quick", "hard-negatives"), (0.02, 0.015), (0.011, 0.11))
 CONVOLUTIONS = Race("race-convolutions", ("conv-quick",), (0.015, 0.01), (0.006, 0.11), smoothings=(0.1,))
 RACES = {race.what: race for race in (LINEAR, CONVOLUTIONS)}
 

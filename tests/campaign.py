@@ -103,7 +103,7 @@ class Campaign:
 
     def command(self, name: str, *more: str) -> int:
         results, output = str(self.folder / name / "results"), str(self.folder / name / "run")
-        return cli.main(["reproduce", "quick", *self.options, "--results", results, "--output", output, *more])
+        return cli.main(["reproduce", "hard-negatives", *self.options, "--results", results, "--output", output, *more])
 
     def outcome(
         self, name: str
@@ -175,7 +175,7 @@ def main() -> None:
     parser.add_argument("--picture", action="store_true", help="draw the pictures too, where matplotlib is installed")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    catalogue.RECIPES["quick"] = replace(catalogue.QUICK, hidden=(40, 30), batch_size=50)
+    catalogue.RECIPES["hard-negatives"] = replace(catalogue.HARD_NEGATIVES, hidden=(40, 30), batch_size=50)
     counts: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as folder:
         draw = random.Random(arguments.seed)

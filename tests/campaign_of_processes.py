@@ -50,7 +50,7 @@ class Campaign:
 
     def command(self, name: str) -> int:
         output = ["--output", str(self.folder / name), "--resume", "--process-timeout", str(TIMEOUT)]
-        return cli.main(["train", "--preset", "quick", *self.options, *output])
+        return cli.main(["train", "--preset", "hard-negatives", *self.options, *output])
 
     def said(self, rank: int) -> str:
         return (self.folder / f"said{rank}").read_text(errors="replace")
@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments (%(default)s)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    catalogue.RECIPES["quick"] = replace(catalogue.QUICK, hidden=(40, 30), batch_size=50)
+    catalogue.RECIPES["hard-negatives"] = replace(catalogue.HARD_NEGATIVES, hidden=(40, 30), batch_size=50)
     with tempfile.TemporaryDirectory() as folder:
         draw = random.Random(arguments.seed)
         campaign, runs, kills = Campaign(Path(folder), draw), 0, 0

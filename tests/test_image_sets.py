@@ -286,7 +286,7 @@ def test_turns_are_those_of_a_loop(shape, degrees, zoom):
         assert torch.equal(whole, rows)
 
 
-@pytest.mark.parametrize("name", ["quick", "hinton-jitter", "loewex"])
+@pytest.mark.parametrize("name", ["quick", "hard-negatives", "hinton-jitter", "loewex"])
 def test_recipes_train_on_colours(tmp_path, name):
     kind = "cifar-100-binary"
     dataset = data.load(write_cifar(tmp_path / kind, kind, cifar_parts(kind)), coarse=True)

@@ -79,7 +79,7 @@ dist.destroy_process_group()
 print(*(f.read_text().strip() for f in pathlib.Path("/proc/self/task").glob("*/comm")))
 """
 SMALL = {
-    "quick": replace(RECIPES["quick"], hidden=(60, 40), batch_size=50),
+    "hard-negatives": replace(RECIPES["hard-negatives"], hidden=(60, 40), batch_size=50),
     "hinton-matlab": replace(RECIPES["hinton-matlab"], hidden=(60, 40, 40), batch_size=50),
     "hinton-unsupervised": replace(RECIPES["hinton-unsupervised"], hidden=(60, 40, 40), batch_size=50),
     "mohammadpz": replace(RECIPES["mohammadpz"], hidden=(40, 30), layerwise_steps=5),

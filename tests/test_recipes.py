@@ -226,7 +226,7 @@ def test_shifts_are_uniform_and_bring_in_zeros() -> None:
     assert torch.equal(batches.shifted(image.flatten()[None], 0), image.flatten()[None])
 
 
-@pytest.mark.parametrize("name", ["quick", *SMALL])
+@pytest.mark.parametrize("name", ["hard-negatives", *SMALL])
 def test_minibatches_are_those_that_an_epoch_trains_on(name: str, data) -> None:
     """One `step` after the other ends where `run_epoch` does; looking at them alone changes nothing."""
     recipe = SMALL.get(name) or replace(RECIPES[name], hidden=(60, 40), batch_size=50)

@@ -15,16 +15,16 @@ from torch import Tensor
 import ffkernels as ff
 from ffkernels.recipes import checkpoint, picture
 from ffkernels.recipes.batches import hard_label
-from ffkernels.recipes.catalogue import LOEWEX, QUICK, RECIPES, Recipe, Rule
+from ffkernels.recipes.catalogue import HARD_NEGATIVES, LOEWEX, RECIPES, Recipe, Rule
 from ffkernels.recipes.lock import LOCK, locked
 from ffkernels.recipes.run import CHECKPOINT, METRICS, resume, train
 from ffkernels.recipes.train import Trainer
 
 from .toy_data import toy_data
 
-SMALL_QUICK = replace(QUICK, hidden=(40, 30), batch_size=50)
+SMALL_ONE = replace(HARD_NEGATIVES, hidden=(40, 30), batch_size=50)
 SMALL_LOEWEX = replace(LOEWEX, hidden=(60, 40, 40), batch_size=50, goodness_every=2)
-RECIPES_IN_SMALL = [pytest.param(SMALL_QUICK, id="quick"), pytest.param(SMALL_LOEWEX, id="loewex")]
+RECIPES_IN_SMALL = [pytest.param(SMALL_ONE, id="hard-negatives"), pytest.param(SMALL_LOEWEX, id="loewex")]
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def stop_after(trainer: Trainer, steps: int):
 @pytest.mark.parametrize(
     ("recipe", "by_classifier", "by_goodness"),
     [
-        pytest.param(SMALL_QUICK, 0.1, 0.1, id="quick"),
+        pytest.param(SMALL_ONE, 0.1, 0.1, id="hard-negatives"),
         # Goodness is the slower reader of the two, and three layers need more steps.
         pytest.param(replace(LOEWEX, hidden=(200, 100, 100), batch_size=20), 0.1, 0.6, id="loewex"),
     ],
@@ -103,7 +103,7 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(recipe: Recipe, dtype, stop: 
 
 
 def test_seeds_differ_and_repeat(data, tmp_path) -> None:
-    runs = [Trainer(SMALL_QUICK, data, epochs=1, seed=seed) for seed in (1, 1, 2)]
+    runs = [Trainer(SMALL_ONE, data, epochs=1, seed=seed) for seed in (1, 1, 2)]
     for run in runs:
         train(run, tmp_path)
     assert_same_run(runs[0], runs[1])
@@ -112,7 +112,7 @@ def test_seeds_differ_and_repeat(data, tmp_path) -> None:
 
 def test_a_run_does_not_touch_the_global_generator(data) -> None:
     before = torch.get_rng_state()
-    Trainer(SMALL_QUICK, data, epochs=1).run_epoch(lambda describe: False)
+    Trainer(SMALL_ONE, data, epochs=1).run_epoch(lambda describe: False)
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -160,7 +160,7 @@ def test_goodness_is_tested_every_few_epochs_and_at_the_end(data, tmp_path) -> N
 
 
 def test_learning_rates_are_constant_then_fall_to_0(tmp_path) -> None:
-    trainer = Trainer(SMALL_QUICK, toy_data(20, 10), epochs=8)
+    trainer = Trainer(SMALL_ONE, toy_data(20, 10), epochs=8)
     rates = []
 
     def after_step(describe) -> bool:
@@ -171,7 +171,7 @@ def test_learning_rates_are_constant_then_fall_to_0(tmp_path) -> None:
     while not trainer.finished:
         trainer.run_epoch(after_step)
     factors = [1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
-    assert rates == [[SMALL_QUICK.layers.lr * factor, SMALL_QUICK.classifier.lr * factor] for factor in factors]
+    assert rates == [[SMALL_ONE.layers.lr * factor, SMALL_ONE.classifier.lr * factor] for factor in factors]
     assert [row["lr"] for row in trainer.rows] == [lr for lr, _ in rates]
 
 
@@ -223,7 +223,7 @@ def test_hard_labels_stand_extreme_logits() -> None:
 
 
 def test_divergence_is_an_error_and_keeps_what_was_there(data, tmp_path) -> None:
-    trainer = Trainer(SMALL_QUICK, data, epochs=2)
+    trainer = Trainer(SMALL_ONE, data, epochs=2)
     train(trainer, tmp_path, stop_after(trainer, 12))
     kept = (tmp_path / CHECKPOINT).read_bytes()
     with torch.no_grad():
@@ -238,7 +238,7 @@ def test_divergence_is_an_error_and_keeps_what_was_there(data, tmp_path) -> None
 )
 def test_numbers_out_of_range(option: str, value: int, data) -> None:
     with pytest.raises(ValueError, match=f"{option}={value} is not"):
-        Trainer(SMALL_QUICK, data, **{option: value})
+        Trainer(SMALL_ONE, data, **{option: value})
 
 
 @pytest.mark.parametrize(
@@ -247,14 +247,14 @@ def test_numbers_out_of_range(option: str, value: int, data) -> None:
         ({"seed": 2}, "seed 1, now 2"),
         ({"epochs": 3}, "epochs 2, now 3"),
         ({"compute_dtype": torch.bfloat16}, "compute_dtype 'None', now 'torch.bfloat16'"),
-        ({"recipe": replace(SMALL_QUICK, alpha=5.0)}, "alpha 6.0, now 5.0"),
+        ({"recipe": replace(SMALL_ONE, alpha=5.0)}, "alpha 6.0, now 5.0"),
         ({"data": toy_data(seed=1)}, "data 'toy"),
-        ({"recipe": replace(SMALL_QUICK, layers=Rule("adam", lr=1e-3))}, "layers"),
+        ({"recipe": replace(SMALL_ONE, layers=Rule("adam", lr=1e-3))}, "layers"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_other_settings_are_refused_and_named(change: dict, named: str, data, tmp_path) -> None:
-    settings = {"recipe": SMALL_QUICK, "data": data, "seed": 1, "epochs": 2}
+    settings = {"recipe": SMALL_ONE, "data": data, "seed": 1, "epochs": 2}
     trainer = Trainer(**settings)
     train(trainer, tmp_path, stop_after(trainer, 12))
     kept = (tmp_path / CHECKPOINT).read_bytes()
@@ -270,7 +270,7 @@ def test_other_settings_are_refused_and_named(change: dict, named: str, data, tm
 
 @pytest.mark.parametrize("damage", ["short", "empty", "one bit", "text", "other file"])
 def test_damaged_checkpoints_are_refused(damage: str, data, tmp_path) -> None:
-    trainer = Trainer(SMALL_QUICK, data, epochs=2)
+    trainer = Trainer(SMALL_ONE, data, epochs=2)
     train(trainer, tmp_path, stop_after(trainer, 12))
     path = tmp_path / CHECKPOINT
     content = bytearray(path.read_bytes())
@@ -281,12 +281,12 @@ def test_damaged_checkpoints_are_refused(damage: str, data, tmp_path) -> None:
         damaged = {"short": content[:-100], "empty": b"", "one bit": content, "text": b"hello"}[damage]
         path.write_bytes(damaged)
     with pytest.raises(ValueError, match=r"checkpoint\.pt: damaged"):
-        resume(Trainer(SMALL_QUICK, data, epochs=2), tmp_path)
+        resume(Trainer(SMALL_ONE, data, epochs=2), tmp_path)
 
 
 def test_every_flipped_bit_is_harmless_or_named(data, tmp_path) -> None:
     """A bit in places all over the file: it reads as it was (padding, a date), or the file is named."""
-    small = replace(SMALL_QUICK, hidden=(4, 3))
+    small = replace(SMALL_ONE, hidden=(4, 3))
     trainer = Trainer(small, data, epochs=1)
     train(trainer, tmp_path)
     path = tmp_path / CHECKPOINT
@@ -377,7 +377,7 @@ PARTS = [
 @pytest.fixture(scope="module")
 def saved(data, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("saved")
-    trainer = Trainer(SMALL_QUICK, data, epochs=3)
+    trainer = Trainer(SMALL_ONE, data, epochs=3)
     assert not train(trainer, output, stop_after(trainer, 24))
     return output / CHECKPOINT
 
@@ -389,7 +389,7 @@ def test_checkpoints_of_wrong_structure_are_named_and_change_nothing(change, sav
     change(content["state"])
     path = tmp_path / CHECKPOINT
     torch.save(content, path)
-    trainer = Trainer(SMALL_QUICK, data, epochs=3)
+    trainer = Trainer(SMALL_ONE, data, epochs=3)
     before = copy.deepcopy(trainer.state())
     with pytest.raises(ValueError, match=r"checkpoint\.pt: damaged, or no checkpoint of a training run \(") as caught:
         resume(trainer, tmp_path)
@@ -414,31 +414,31 @@ def test_checkpoints_of_wrong_structure_are_named_and_change_nothing(change, sav
 def test_files_of_wrong_structure_are_named(whole, found: str, data, tmp_path) -> None:
     torch.save(whole, tmp_path / CHECKPOINT)
     with pytest.raises(ValueError, match=rf"checkpoint\.pt: {found}") as caught:
-        resume(Trainer(SMALL_QUICK, data, epochs=3), tmp_path)
+        resume(Trainer(SMALL_ONE, data, epochs=3), tmp_path)
     assert "\n" not in str(caught.value)
-    content = {"format": 2, "settings": Trainer(SMALL_QUICK, data, epochs=3).settings(), "state": [1]}
+    content = {"format": 2, "settings": Trainer(SMALL_ONE, data, epochs=3).settings(), "state": [1]}
     torch.save(content, tmp_path / CHECKPOINT)
     with pytest.raises(ValueError, match="damaged"):
-        resume(Trainer(SMALL_QUICK, data, epochs=3), tmp_path)
+        resume(Trainer(SMALL_ONE, data, epochs=3), tmp_path)
 
 
 def test_the_data_may_be_renamed_but_not_changed(data, tmp_path) -> None:
-    trainer = Trainer(SMALL_QUICK, data, epochs=2)
+    trainer = Trainer(SMALL_ONE, data, epochs=2)
     train(trainer, tmp_path, stop_after(trainer, 12))
     for name in ("new", "new (copy) (2)", ""):
-        assert resume(Trainer(SMALL_QUICK, replace(data, name=name), epochs=2), tmp_path)
+        assert resume(Trainer(SMALL_ONE, replace(data, name=name), epochs=2), tmp_path)
     turned = data.train_images.view(-1, 28, 28).transpose(1, 2).flatten(1)
     back = data.test_images.flip(0), data.test_labels.flip(0)
     for other in (replace(data, train_images=turned), replace(data, test_images=back[0], test_labels=back[1])):
         with pytest.raises(ValueError, match=r"other settings: data 'toy \(600 images .*', now 'toy \(600 images"):
-            resume(Trainer(SMALL_QUICK, other, epochs=2), tmp_path)
+            resume(Trainer(SMALL_ONE, other, epochs=2), tmp_path)
 
 
 def test_a_new_run_removes_the_old_checkpoint(data, tmp_path) -> None:
-    train(Trainer(SMALL_QUICK, data, epochs=1), tmp_path)
-    trainer = Trainer(SMALL_QUICK, data, epochs=1)
+    train(Trainer(SMALL_ONE, data, epochs=1), tmp_path)
+    trainer = Trainer(SMALL_ONE, data, epochs=1)
     train(trainer, tmp_path, stop_after(trainer, 3))
-    assert not resume(Trainer(SMALL_QUICK, data, epochs=1), tmp_path)
+    assert not resume(Trainer(SMALL_ONE, data, epochs=1), tmp_path)
     assert (tmp_path / METRICS).read_text() == ""
 
 
@@ -506,7 +506,7 @@ def test_what_cannot_be_written_is_known_before(data, tmp_path, monkeypatch) -> 
         (tmp_path / ("x" * 300), "xxx"),
     ):
         with pytest.raises(OSError, match=named):
-            train(Trainer(SMALL_QUICK, data, epochs=1), output)
+            train(Trainer(SMALL_ONE, data, epochs=1), output)
     assert not [path for path in tmp_path.rglob("*.tmp")]
 
 
@@ -528,7 +528,7 @@ def test_a_folder_is_one_trainings_until_it_ends(tmp_path) -> None:
 @pytest.mark.parametrize(("option", "value"), [("seed", 1.5), ("seed", True), ("epochs", 2.0), ("skip_below", "0")])
 def test_what_is_no_number(option: str, value: object, data) -> None:
     with pytest.raises(TypeError, match=f"{option}={value!r} is not a"):
-        Trainer(SMALL_QUICK, data, **{option: value})
+        Trainer(SMALL_ONE, data, **{option: value})
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -182,8 +182,8 @@ class Recipe:
         return (1 - self.pixel_mean) / self.pixel_std
 
 
-QUICK = Recipe(
-    name="quick",
+HARD_NEGATIVES = Recipe(
+    name="hard-negatives",
     source="Small and fast, made for this package: pairs of positive and hard negative rows under the swish loss "
     "(loss and alpha as in dah33's exploration of Forward-Forward losses), Adam, the loewex classifier with Adam.",
     hidden=(500, 500),
@@ -375,9 +375,9 @@ PROJECTED = replace(
     dropout=0.3,
 )
 
-PROJECTED_QUICK = replace(
+QUICK = replace(
     PROJECTED,
-    name="projected-quick",
+    name="quick",
     source="Made for this package: projected for a few epochs, without pixels dropped. Rate, batch and smoothing were "
     "chosen on the last 10,000 training images.",
     epochs=5,
@@ -547,8 +547,8 @@ DEEPER_FORWARD = Recipe(
 RECIPES = {
     recipe.name: recipe
     for recipe in (
-        QUICK, HINTON_MATLAB, HINTON_SUPERVISED, HINTON_JITTER, HINTON_UNSUPERVISED, LOEWEX, MOHAMMADPZ, FFLIB,
-        ABLATION, GROUPED_MNIST, MONO_FORWARD, PROJECTED, PROJECTED_QUICK, PROJECTED_SHIFTED,
-        PROJECTED_TURNED, CWC_MNIST, CWC_FASHION, CWC_CIFAR10, CONV_HEADS, CONV_QUICK, DEEPER_FORWARD,
+        QUICK, HARD_NEGATIVES, HINTON_MATLAB, HINTON_SUPERVISED, HINTON_JITTER, HINTON_UNSUPERVISED, LOEWEX, MOHAMMADPZ,
+        FFLIB, ABLATION, GROUPED_MNIST, MONO_FORWARD, PROJECTED, PROJECTED_SHIFTED, PROJECTED_TURNED, CWC_MNIST,
+        CWC_FASHION, CWC_CIFAR10, CONV_HEADS, CONV_QUICK, DEEPER_FORWARD,
     )
 }  # fmt: skip

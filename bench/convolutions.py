@@ -170,6 +170,8 @@ def convolutions_of(case: Case, compiled: bool) -> dict[str, Maker]:
     """Name and maker of everyone who takes such a step; ours first, and the plain writing after it."""
     low = case.low_precision is not None
     makers: dict[str, Maker] = {OURS: OurConvolutions, f"{OURS}, eager": partial(OurConvolutions, backend="eager")}
+    if case.device == "cuda":
+        makers[f"{OURS}, triton"] = partial(OurConvolutions, backend="triton")
     makers["autograd"] = AutogradConvolutions
     if low:
         makers["autograd, autocast"] = partial(AutogradConvolutions, autocast=True, layout=LAST)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -204,6 +205,85 @@ def test_shared_products_and_rows_left_out(skip_below, dtype):
     rounding = torch.finfo(DTYPES[dtype] or torch.float32).eps
     for name, value in states[0].items():
         assert error(value.cpu(), states[1][name].cpu(), 0.1) <= max(1e-3, 8 * rounding), name
+
+
+# Layers with their rows, and the side of their maps.
+CONVOLUTIONS = {
+    "first": ((1, 32, 3), {"padding": 1, "pool": 2}, 32, 28),
+    "groups": ((20, 80, 3), {"padding": 1, "groups": 10, "batch_norm": "behind"}, 32, 16),
+    "steps": ((16, 24, 5), {"padding": 2, "stride": 2, "norm": "l2", "activation": "silu"}, 33, 31),
+    "windows that overlap": ((8, 40, 3), {"pool": torch.nn.MaxPool2d(3, 2), "batch_norm": "before"}, 16, 21),
+    "nine places": ((8, 40, 1), {"pool": torch.nn.MaxPool2d(3), "activation": "leaky_relu", "bias": False}, 16, 20),
+    "large": ((128, 256, 3), {"padding": 1, "pool": torch.nn.AvgPool2d(2), "activation": "gelu"}, 128, 16),
+    "small maps": ((64, 100, 3), {"padding": 1, "pool": 2, "activation": "identity"}, 50, 4),
+}
+
+
+def gradients_of_maps(layer: ff.FFConv2d, x: torch.Tensor, labels: torch.Tensor, **options) -> dict[str, torch.Tensor]:
+    """What a step without an optimizer leaves on a copy of the layer in another dtype, if `x` has one."""
+    master = torch.float64 if x.dtype == torch.float64 else torch.float32
+    layer = deepcopy(layer).to("cuda", master)
+    result = layer.step(x, None, None, labels=labels, **options)
+    found = {name: p.grad for name, p in layer.named_parameters()}
+    found |= {"y": result.y, "goodness": result.goodness, "loss": result.loss}
+    return {name: value.cpu() for name, value in found.items()}
+
+
+@pytest.fixture
+def no_tf32():
+    """PyTorch's convolutions, and ours with them, have it unless told otherwise."""
+    of = torch.backends.cudnn.conv
+    before = of.fp32_precision
+    of.fp32_precision = "ieee"
+    yield
+    of.fp32_precision = before
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions_within_twice_the_error_of_plain_torch(name, dtype, no_tf32):
+    sizes, options, rows, side = CONVOLUTIONS[name]
+    compute = DTYPES[dtype]
+    objective = ff.Objective(loss="cross_entropy", classes=4)
+    layer = ff.FFConv2d(*sizes, objective=objective, **options)
+    x, labels = torch.randn(rows, sizes[0], side, side, device="cuda"), torch.arange(rows, device="cuda") % 4
+    x = x.to(compute or torch.float32).float()
+    exact = gradients_of_maps(layer, x.double(), labels)
+    torchs = gradients_of_maps(layer, x, labels, compute_dtype=compute, backend="eager")
+    ours = gradients_of_maps(layer, x, labels, compute_dtype=compute, backend="triton")
+    ulp = torch.finfo(compute or torch.float32).eps
+    for of, value in exact.items():
+        budget = 2 * error(torchs[of], value, 1e-2) + ulp
+        assert error(ours[of], value, 1e-2) <= budget, of
+
+
+@pytest.mark.parametrize("name", ["first", "windows that overlap", "nine places", "small maps"])
+def test_ties_in_a_pool_are_pytorchs(name):
+    """Of small whole numbers every sum is exact: the same winners, and so the same activities and gradients."""
+    sizes, options, rows, side = CONVOLUTIONS[name]
+    options = {**options, "batch_norm": None, "bias": False}
+    layer = ff.FFConv2d(*sizes, objective=ff.Objective(loss="cross_entropy", classes=4), **options)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randint(-1, 2, layer.weight.shape))
+    x = torch.randint(-2, 3, (rows, sizes[0], side, side), device="cuda").float()
+    labels = torch.arange(rows, device="cuda") % 4
+    found = [gradients_of_maps(layer, x, labels, backend=backend) for backend in ("triton", "eager")]
+    assert torch.equal(found[0]["y"], found[1]["y"])
+    assert error(found[0]["weight"], found[1]["weight"]) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["first", "groups", "windows that overlap", "large"])
+def test_convolutions_repeat_bit_by_bit(name, dtype):
+    """The kernels' own numbers: a batch normalisation in front has some of cuDNN's."""
+    sizes, options, rows, side = CONVOLUTIONS[name]
+    options = {**options, "batch_norm": "behind" if name == "groups" else None}
+    layer = ff.FFConv2d(*sizes, objective=ff.Objective(loss="cross_entropy", classes=4), **options)
+    x, labels = torch.randn(rows, sizes[0], side, side, device="cuda"), torch.arange(rows, device="cuda") % 4
+    runs = [gradients_of_maps(layer, x, labels, compute_dtype=DTYPES[dtype], backend="triton") for _ in range(3)]
+    for other in runs[1:]:
+        for of, value in runs[0].items():
+            assert torch.equal(other[of], value), of
 
 
 @pytest.mark.parametrize("way", [{}, {"TMA": 1}, {"TMA": 1, "PERSISTENT": 1}, {"PERSISTENT": 2}], ids=str)

@@ -87,6 +87,37 @@ def test_what_it_leaves_to_others(change, reason, a_gpu):
 
 
 @needs_triton
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, "its convolutions, which no GPU has run yet, run only where they are forced"),
+        ({"forced": True}, None),
+        ({"forced": True, "geometry": spec.Geometry(pool="average", pool_size=(3, 3))}, None),
+        ({"forced": True, "dtype": torch.float64}, "float64 runs on the eager backend"),
+        (
+            {"forced": True, "compute_dtype": torch.float16},
+            "a convolution's products in float16, whose sums leave that range: has float32 and bfloat16 ones",
+        ),
+        ({"device": torch.device("cpu")}, "Triton needs a GPU, or TRITON_INTERPRET=1 to run in its interpreter"),
+    ],
+    ids=str,
+)
+def test_convolutions_run_where_they_are_forced(change, reason, a_gpu):
+    request = ON_GPU._replace(**{"geometry": spec.Geometry(), **change})
+    assert support.unsupported(request) == reason
+    assert select.choose(request._replace(forced=False), None) != "triton"
+
+
+@needs_triton
+def test_the_environment_forces_convolutions_too(a_gpu, monkeypatch):
+    request = ON_GPU._replace(geometry=spec.Geometry())
+    assert select.choose(request, "triton") == "triton"
+    monkeypatch.setenv("FFKERNELS_BACKEND", "triton")
+    assert select.choose(request, None) == "triton"
+    assert select.choose(request._replace(compute_dtype=torch.float16), None) == "eager"
+
+
+@needs_triton
 def test_an_older_gpu_is_left_to_others(a_gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
     wanted = "the kernels need compute capability 8.0 or newer, this device has 7.5"
@@ -261,6 +292,101 @@ def test_an_update_with_given_slopes_never_waits_for_the_device(mixed, peers, wi
     assert given["terms"] is None and given["written"] is None
 
 
+CONV_KERNELS = ("conv_forward", "pool", "gradient", "conv_update", "finish")
+
+
+@pytest.fixture
+def recorded_maps(monkeypatch):
+    """Of a convolution's kernels, on a device with so many processors that its places are split."""
+    conv = pytest.importorskip("ffkernels.backends.triton.conv")
+    kernels = {f"{name}_kernel": Recorder() for name in CONV_KERNELS}
+    for name, recorder in kernels.items():
+        monkeypatch.setattr(conv, name, recorder)
+    monkeypatch.setattr(configs, "for_device", lambda index: configs.find("sm_90"))
+    monkeypatch.setattr(conv, "processors", lambda device: 132)
+    return kernels
+
+
+# A pool in the product's tile; one for each pool whose windows are no power of two, or overlap; and a gradient that is
+# written where windows overlap, or where somebody asks for it.
+@needs_triton
+@pytest.mark.parametrize(
+    ("pool", "size", "step", "by_place", "launched"),
+    [
+        ("none", 1, 1, False, [2, 0, 0, 1, 1]),
+        ("max", 2, 2, False, [2, 0, 0, 1, 1]),
+        ("average", 4, 5, False, [2, 0, 0, 1, 1]),
+        ("max", 2, 2, True, [2, 0, 1, 1, 1]),
+        ("max", 3, 3, False, [2, 2, 0, 1, 1]),
+        ("max", 3, 2, False, [2, 2, 1, 1, 1]),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_launches_of_a_convolution_never_wait_for_the_device(
+    dtype, pool, size, step, by_place, launched, recorded_maps
+):
+    """Tensors without values: whatever would bring one to the host raises. One of two forwards is of a row alone."""
+    rows, channels = 64, 48
+    x = torch.empty(rows, 32, 16, 16, dtype=dtype, device="meta").contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.empty(channels, 32, 3, 3, device="meta"), torch.empty(channels, device="meta")
+    layer = spec.Layer(weight, bias, "none", 0.0, "add", "relu", dtype)
+    geometry = spec.Geometry(padding=(1, 1), pool=pool, pool_size=(size, size), pool_stride=(step, step))
+    triton = select.load("triton")
+    maps = triton.conv2d_forward(spec.MapRows(x, None), layer, geometry, True, None)
+    slope = torch.empty(rows, channels, device="meta")
+    slopes = spec.MapSlopes(slope, slope[:, :1], bias, bias, by_place)
+    made = triton.conv2d_gradients_(spec.MapRows(x, None), layer, geometry, maps, slopes)
+    assert [len(recorded_maps[f"{name}_kernel"].launches) for name in CONV_KERNELS] == launched
+    (grid, given), *_ = recorded_maps["conv_update_kernel"].launches
+    assert grid[1] > 1 and given["parts"].weight.shape == (grid[1], channels, 9 * 32)
+    assert (given["maps"].dz is not None) == bool(launched[2])
+    assert made.weight.shape == weight.shape and made.bias.shape == bias.shape
+    assert made.by_place.shape == ((1, channels, 16, 16) if by_place else (0,))
+    like = triton.conv2d_forward_like(spec.MapRows(x, None), layer, geometry, True, None)
+    for one, other in zip(like, maps, strict=True):
+        assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
+
+
+@needs_triton
+def test_tiles_are_no_larger_than_a_group():
+    wide = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3}
+    # Of 96 channels 32 divide a tap's; of 20 no block does, and all columns lie one behind the other.
+    for ins, outs, columns, expected in (
+        (128, 256, 1152, {}),
+        (96, 256, 864, {"BLOCK_K": 32}),
+        (20, 40, 180, {"BLOCK_N": 64, "num_warps": 4}),
+        (1, 8, 9, {"BLOCK_N": 16, "BLOCK_K": 16, "num_warps": 4}),
+    ):
+        assert configs.fitted("conv_forward", wide, (1000, columns, outs), ins) == {**wide, **expected}
+    update = {"BLOCK_OUT": 64, "BLOCK_IN": 128, "BLOCK_K": 32, "GROUP": 8, "num_warps": 8, "num_stages": 3}
+    found = configs.fitted("conv_update", update, (1000, 9, 8), 1)
+    assert found == {**update, "BLOCK_OUT": 16, "BLOCK_IN": 16, "num_warps": 4}
+
+
+def test_a_file_made_without_convolutions_leaves_them_to_the_architectures(monkeypatch):
+    old = {"forward": {"float32": []}, "update": {"float32": []}}
+    monkeypatch.setattr(configs, "for_device", lambda index: old)
+    monkeypatch.setattr(configs, "device_names", lambda index: ("NVIDIA H200", "sm_90"))
+    assert configs.of_kernel("update", 0) == {"float32": []}
+    assert configs.of_kernel("conv_update", 0) == configs.find("sm_90")["conv_update"]
+
+
+@needs_triton
+def test_the_tuner_times_every_kernel_in_every_kind_of_its_operands():
+    tune = pytest.importorskip("ffkernels.backends.triton.tune")
+    work = list(tune._work())
+    assert {(kernel, kind) for kernel, kind, _ in work} == {
+        (kernel, kind) for kernel in configs.KERNELS for kind in configs.kinds_of(kernel)
+    }
+    assert len(work) == len(set(work)) == 2 * 3 * len(tune.SHAPES) + 2 * 2 * len(tune.MAPS)
+    for kernel in configs.CONV_KERNELS:
+        for config in tune.CANDIDATES[kernel]:
+            assert set(config) == {*configs.INTERPRETED[kernel], "num_warps", "num_stages"}
+    assert tune.config_shape("conv_update", (100, 3, 32, 28)) == (78400, 27, 32)
+    sources = set(tune.SOURCES)
+    assert {"conv_forward", "conv_update", "conv_slopes", "pools", "windows"} <= sources
+
+
 def test_the_nearest_configuration_in_log_space():
     entries = [{"shape": [200, 1000, 1000], "config": "small"}, {"shape": [8192, 2048, 2048], "config": "large"}]
     assert configs.nearest(entries, (256, 2000, 2000)) == "small"
@@ -304,7 +430,7 @@ def test_configuration_files(path):
     """Every kernel and kind of operands has its configurations, with the keys that the kernels take."""
     found = json.loads(path.read_text())
     for kernel in configs.KERNELS:
-        for kind in configs.KINDS:
+        for kind in configs.kinds_of(kernel):
             assert found[kernel][kind]
             for entry in found[kernel][kind]:
                 assert len(entry["shape"]) == 3

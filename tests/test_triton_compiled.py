@@ -11,12 +11,14 @@ import json
 import os
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 from ffkernels.backends.triton import configs, launch, tune  # noqa: E402
+from ffkernels.spec import Geometry, Layer, MapRows, MapSlopes  # noqa: E402
 
 from . import triton_aot as aot  # noqa: E402
 
@@ -29,6 +31,8 @@ def chosen(case: aot.Case) -> bool:
         return True
     no_tf32 = case.target == "gfx942" and case.kind == "float32"
     usual = case.compute == "bfloat16" or case.precision == "tf32" or no_tf32
+    if case.kernel in configs.CONV_KERNELS:
+        return usual and case.size == "large" and (case.target == "sm_90" or case.form == "curved average")
     form = case.form in ("", "on the fly" if case.size == "small" else "given") or (
         case.form == "listed" and case.size == "large" and case.target == "sm_90"
     )
@@ -51,7 +55,9 @@ def test_shipped_configuration(case):
     assert_fits(found, case.target)
     if case.compute != "float32" or case.precision == "tf32":
         assert found.products > 0
-    if case.target == "sm_90" and case.compute == "bfloat16":
+    # Thirty-two channels out are fewer rows than a product of a warp group has.
+    is_narrow = case.kernel == "conv_update" and case.size == "small"
+    if case.target == "sm_90" and case.compute == "bfloat16" and not is_narrow:
         assert "wgmma" in kernel.asm["ptx"] and "HGMMA" in aot.machine_code(kernel)
     if SAME_COMPILER:
         recorded = aot.Report(*TABLE["rows"][str(case)])
@@ -135,7 +141,7 @@ def test_sums_over_class_groups(target, size):
     assert_fits(aot.report(kernel, target), target)
 
 
-@pytest.mark.parametrize("kernel", configs.KERNELS)
+@pytest.mark.parametrize("kernel", configs.LINEAR_KERNELS)
 @pytest.mark.parametrize("target", ["sm_90", "sm_100"])
 def test_candidates_with_bulk_copies(kernel, target):
     """What only the tuner may choose must run as well, and read its tiles by the copy engine."""
@@ -148,9 +154,126 @@ def test_candidates_with_bulk_copies(kernel, target):
         assert "cp.async.bulk.tensor" in compiled.asm["ptx"]
 
 
+@pytest.mark.parametrize("kernel", configs.CONV_KERNELS)
+def test_candidates_for_convolutions(kernel):
+    made = getattr(aot, kernel)
+    shipped = [entry["config"] for entry in configs.find("sm_90")[kernel]["half"]]
+    for config in (config for config in tune.CANDIDATES[kernel] if config not in shipped):
+        compiled = made("sm_90", config, "bfloat16", aot.CONV_SHAPES["large"], **aot.CONV_FORMS["maximum"])
+        assert_fits(aot.report(compiled, "sm_90"), "sm_90")
+
+
+# Few inputs, whose columns lie one behind the other; groups; places of several images in a block; steps and no padding.
+CONVOLUTIONS = {
+    "few inputs": aot.conv_shape(3, 32, 28),
+    "groups": aot.conv_shape(8, 8, 16, groups=10),
+    "small maps": aot.conv_shape(64, 64, 4),
+    "steps": aot.conv_shape(48, 96, 15, stride=2, pad=0),
+    "1 x 1": aot.conv_shape(64, 128, 14, kernel=1, pad=0),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions_of_other_shapes(name):
+    target = "gfx942" if name in ("groups", "small maps") else "sm_90"
+    changes = {"pool": "max", "ACTIVATION": "silu", "images.scale": True}
+    for kernel in configs.CONV_KERNELS:
+        case = aot.Case(target, kernel, "half", "small", "bfloat16", "ieee", "maximum")
+        made = getattr(aot, kernel)(target, case.config, "bfloat16", CONVOLUTIONS[name], **changes)
+        assert_fits(aot.report(made, target), target)
+
+
+def test_a_gradient_that_lies_in_memory():
+    target = "sm_90"
+    case = aot.Case(target, "conv_update", "half", "large", "bfloat16", "ieee", "maximum")
+    absent = dict.fromkeys(("maps.p", "maps.pivot", "first", "second", "bias"))
+    made = aot.conv_update(
+        target, case.config, "bfloat16", aot.CONV_SHAPES["large"], **{**absent, "maps.dz": True, "parts.bias": None}
+    )  # fmt: skip
+    assert_fits(aot.report(made, target), target)
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_small_kernels_of_convolutions(target):
+    for kernel, pool in ((aot.conv.pool_kernel, "max"), (aot.conv.gradient_kernel, "average")):
+        shape = aot.pooled(aot.CONV_SHAPES["small"], pool, 3, 2)
+        assert_fits(aot.report(aot.of_maps(kernel, target, "bfloat16", shape), target), target)
+
+
+class Launched:
+    """Stands for a kernel: compiles what it is launched with, as Triton's own launch would, for a device not there."""
+
+    def __init__(self, kernel) -> None:
+        self.kernel, self.found = kernel, []
+
+    def __getitem__(self, grid):
+        return lambda **given: self.found.append(self.kernel.warmup(grid=grid, **given))
+
+
+class Driver:
+    """What compiling asks of a driver."""
+
+    def get_current_target(self):
+        return aot.TARGETS["sm_90"]
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+LAUNCHES = {
+    "plain": ({}, {}, torch.float32),
+    "no bias": ({"pool": "max", "pool_size": (2, 2), "pool_stride": (2, 2)}, {"bias": None}, torch.bfloat16),
+    "overlapping": ({"pool": "max", "pool_size": (3, 3), "pool_stride": (2, 2)}, {}, torch.bfloat16),
+    "nine places": (
+        {"pool": "max", "pool_size": (3, 3), "pool_stride": (3, 3)},
+        {"activation": "gelu"},
+        torch.bfloat16,
+    ),
+    "by place": ({"groups": 2}, {}, torch.float32),
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_launches_of_a_convolution_compile(name, monkeypatch):
+    """With the very arguments that the operators pass: what an interpreter skips, a compiler reads."""
+    of_geometry, of_layer, dtype = LAUNCHES[name]
+    monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
+    monkeypatch.setattr(configs, "for_device", lambda index: configs.find("sm_90"))
+    monkeypatch.setattr(aot.conv, "processors", lambda device: 132)
+    kernels = {}
+    for kernel in ("conv_forward", "pool", "gradient", "conv_update", "finish"):
+        kernels[kernel] = Launched(getattr(aot.conv, f"{kernel}_kernel"))
+        monkeypatch.setattr(aot.conv, f"{kernel}_kernel", kernels[kernel])
+    geometry = Geometry(padding=(1, 1), **of_geometry)
+    x = torch.zeros(70, 6, 9, 10, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    layer = Layer(torch.zeros(20, 6 // geometry.groups, 3, 3), torch.zeros(20), "none", 0.0, "add", "relu", dtype)
+    layer = layer._replace(**of_layer)
+    rows = MapRows(x, torch.zeros(70) if dtype == torch.float32 else None)
+    maps = aot.conv.conv2d_forward(rows, layer, geometry, True, None)
+    slopes = MapSlopes(torch.zeros(70, 20), torch.zeros(70, 1), by_place=name == "by place")
+    aot.conv.conv2d_gradients_(rows, layer, geometry, maps, slopes)
+    counts = {kernel: len(launched.found) for kernel, launched in kernels.items()}
+    own = name in ("overlapping", "nine places")
+    in_memory = name in ("overlapping", "by place")
+    assert counts == {
+        "conv_forward": 2, "pool": 2 * own, "gradient": int(in_memory), "conv_update": 1, "finish": 1
+    }  # fmt: skip
+    for launched in kernels.values():
+        for kernel in launched.found:
+            assert_fits(aot.report(kernel, "sm_90"), "sm_90")
+
+
 def test_the_older_amd_device():
     """gfx90a runs on the configurations of gfx942."""
-    for kernel in configs.KERNELS:
+    for kernel in configs.CONV_KERNELS:
+        case = aot.Case("gfx942", kernel, "half", "large", "bfloat16", "ieee", "")
+        made = getattr(aot, kernel)("gfx90a", case.config, "bfloat16", aot.CONV_SHAPES["large"], pool="max")
+        found = aot.report(made, "gfx90a")
+        assert found.shared <= aot.SHARED_LIMIT["gfx942"] and found.products > 0
+    for kernel in configs.LINEAR_KERNELS:
         for size in ("small", "large"):
             case = aot.Case("gfx942", kernel, "half", size, "bfloat16", "ieee", "")
             options = {} if kernel == "forward" else {"form": "on the fly"}

@@ -22,7 +22,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ffkernels.backends.triton import configs, launch, records
+from ffkernels.backends.triton import configs, conv, launch, records
 from ffkernels.backends.triton.configs import Config
 
 TABLE = Path(__file__).with_name("triton_machine_code.json")
@@ -45,11 +45,12 @@ RECORDS = {
     "made": records.Coefficients, "first": records.Slope, "second": records.Slope, "basis": records.Basis,
     "terms": records.Terms, "peers": records.Pull, "weight": records.Parameter, "bias": records.Parameter,
     "parts": records.Parts,
+    "images": records.Images, "kernels": records.Kernels, "mapped": records.Mapped, "maps": records.KeptMaps,
 }  # fmt: skip
 WRITTEN = {"forward_kernel": records.Forwarded}
 NUMBERS = {"sgd": records.Sgd, "grad": None}
-ROW_POINTERS = {"x_pos", "x_neg"}
-COMPUTE_POINTERS = {"y", "kept", "rounded"}
+ROW_POINTERS = {"x_pos", "x_neg", "x"}
+COMPUTE_POINTERS = {"y", "kept", "rounded", "p", "before", "dz"}
 # The sizes of the tiles that tensor descriptors copy, by kernel and argument.
 TILES = {
     ("forward_kernel", "x_tiles"): ("BLOCK_M", "BLOCK_K"),
@@ -57,7 +58,7 @@ TILES = {
     ("update_kernel", "x_tiles"): ("BLOCK_K", "BLOCK_IN"),
     ("update_kernel", "kept_tiles"): ("BLOCK_K", "BLOCK_OUT"),
 }
-INTEGER_POINTERS = {"listed": "*i32", "n_listed": "*i32", "is_positive": "*u8", "n_positive": "*i64"}
+INTEGER_POINTERS = {"where": "*u8", "listed": "*i32", "n_listed": "*i32", "is_positive": "*u8", "n_positive": "*i64"}
 FLOATS = re.compile(
     r"eps|threshold_(pos|neg)|logit_scale|share_(pos|neg)|skip_below|strength|momentum|lr|sign|decay|shrink|keep2?"
     r"|take[12]?|(gradient|buffer)_share|correction[12]"
@@ -84,6 +85,35 @@ FORMS = {
 ON_THE_HOST = {
     f"{name}.numbers.{pointer}": None for name in ("weight", "bias") for pointer in ("lr_pointer", "step_pointer")
 }
+
+
+def conv_shape(
+    ins: int, outs: int, side: int, kernel: int = 3, stride: int = 1, pad: int = 1, groups: int = 1, pool: str = "none",
+    size: int = 1, step: int = 1,
+) -> records.Shape:  # fmt: skip
+    """A convolution of square maps, with as many channels in a group."""
+    before = (side + 2 * pad - kernel) // stride + 1
+    behind = (before - size) // step + 1
+    pairs = [(value, value) for value in (kernel, stride, pad, before, behind)]
+    sizes = [value for pair in pairs for value in pair]
+    return records.Shape(side, side, ins, outs, groups, *sizes, pool, size, size, step, step)
+
+
+def pooled(shape: records.Shape, pool: str, size: int, step: int) -> records.Shape:
+    """The same with a pool of square windows behind it."""
+    behind = (shape.before_height - size) // step + 1
+    return shape._replace(
+        pooled_height=behind, pooled_width=behind, pool=pool, pool_height=size, pool_width=size, pool_stride_y=step,
+        pool_stride_x=step,
+    )  # fmt: skip
+
+
+# Layers that shipped configurations are meant for, and the forms in which they are compiled: the usual one, and the one
+# that has the most to load.
+CONV_SHAPES = {"small": conv_shape(32, 32, 16), "large": conv_shape(128, 256, 16)}
+CONV_FORMS: dict[str, dict[str, Any]] = {
+    "maximum": {"pool": "max"}, "curved average": {"pool": "average", "ACTIVATION": "gelu", "images.scale": True},
+}  # fmt: skip
 
 
 class Report(NamedTuple):
@@ -115,6 +145,9 @@ class Case(NamedTuple):
 
     @property
     def config(self) -> Config:
+        if self.kernel in configs.CONV_KERNELS:
+            entries = configs.find(self.target)[self.kernel][self.kind]
+            return entries[{"small": 0, "large": 1}[self.size]]["config"]
         by_slopes = self.form.startswith("by ")
         # Float32 activities beside rows of 16 bits are a mixed product.
         kind = "mixed" if by_slopes and self.kind == "half" else self.kind
@@ -123,6 +156,10 @@ class Case(NamedTuple):
         return configs.beside_slopes(config) if by_slopes else config
 
     def compile(self) -> Any:
+        if self.kernel in configs.CONV_KERNELS:
+            of = CONV_FORMS[self.form]
+            made = conv_forward if self.kernel == "conv_forward" else conv_update
+            return made(self.target, self.config, self.compute, CONV_SHAPES[self.size], self.precision, **of)
         if self.kernel == "forward":
             return forward(self.target, self.config, self.compute, self.kind, self.precision)
         return update(self.target, self.config, self.compute, self.kind, self.precision, self.form)
@@ -132,8 +169,10 @@ def cases() -> Iterator[Case]:
     """Every shipped configuration in every dtype and form."""
     for target in TARGETS:
         for kernel in configs.KERNELS:
-            for kind in configs.KINDS:
-                if kind != "float32":
+            for kind in configs.kinds_of(kernel):
+                if kernel in configs.CONV_KERNELS and kind != "float32":
+                    dtypes = [("bfloat16", "ieee")]
+                elif kind != "float32":
                     dtypes = [("bfloat16", "ieee"), ("float16", "ieee")]
                 elif target.startswith("gfx"):
                     dtypes = [("float32", "ieee")]
@@ -143,7 +182,8 @@ def cases() -> Iterator[Case]:
                     for compute, precision in dtypes:
                         # Where a launch of its own makes the coefficients, the update has nothing but large tiles.
                         forms = [form for form in FORMS if form != "given" or size == "large"]
-                        for form in forms if kernel == "update" else ("",):
+                        by_kernel = {"update": forms, **dict.fromkeys(configs.CONV_KERNELS, CONV_FORMS)}
+                        for form in by_kernel.get(kernel, ("",)):
                             yield Case(target, kernel, kind, size, compute, precision, form)
 
 
@@ -248,6 +288,68 @@ def update(
     kept_as = "float32" if by_slopes else compute
     constants = {**constants, **changes}
     return compiled(launch.update_kernel, target, config, compute, raw, "float32", kept_as=kept_as, **constants)
+
+
+def conv_forward(
+    target: str, config: Config, compute: str, shape: records.Shape, precision: str = "ieee", **changes: Any
+) -> Any:
+    """A convolution's forward with relu, a bias and moments about a pivot."""
+    shape, constants = _of_conv(shape, compute, precision, changes)
+    config = _fitted("conv_forward", config, shape)
+    constants |= {"kernels.pivot": True, "WINDOWS": conv.windows_in_tile(shape, config["BLOCK_M"])}
+    without = _not_there("mapped", shape, constants)
+    return compiled(conv.conv_forward_kernel, target, config, compute, compute, compute, **{**without, **constants})
+
+
+def conv_update(
+    target: str, config: Config, compute: str, shape: records.Shape, precision: str = "ieee", **changes: Any
+) -> Any:
+    """Its gradients of weight and bias, by slopes of both orders for each channel."""
+    shape, constants = _of_conv(shape, compute, precision, changes)
+    config = _fitted("conv_update", config, shape)
+    of_parameters = [f"{name}.{field}" for name in ("weight", "bias") for field in ("numbers", "state1", "rounded")]
+    without = {
+        **dict.fromkeys(of_parameters), "peers": None, "parts.loss": None, "maps.dz": None,
+        "first.groups": None, "second.groups": None,
+    }  # fmt: skip
+    without |= _not_there("maps", shape, constants)
+    constants["WITHIN"] = conv.ends_with_image(shape, config["BLOCK_K"])
+    return compiled(conv.conv_update_kernel, target, config, compute, compute, "float32", **{**without, **constants})
+
+
+def of_maps(kernel: Any, target: str, compute: str, shape: records.Shape, **changes: Any) -> Any:
+    """A pool of its own, or a gradient through it, with gelu and moments about a pivot."""
+    shape, constants = _of_conv(shape, compute, "ieee", {"ACTIVATION": "gelu", **changes})
+    absent = dict.fromkeys(("first.groups", "second.groups"))
+    for name in ("mapped", "maps"):
+        absent |= _not_there(name, shape, constants)
+    config = {**conv.MAPS_BLOCK[False], "num_warps": 4}
+    return compiled(kernel, target, config, compute, compute, compute, **{**absent, **constants})
+
+
+def _of_conv(
+    shape: records.Shape, compute: str, precision: str, changes: dict[str, Any]
+) -> tuple[records.Shape, dict[str, Any]]:
+    changes = dict(changes)
+    pool = changes.pop("pool", "none")
+    shape = shape if pool == "none" else pooled(shape, pool, 2, 2)
+    constants = {
+        "SHAPE": shape, "ACTIVATION": "relu", "images.scale": None,
+        "COMPUTE": LANGUAGE[compute], "PRECISION": precision, "WIDEN": False,
+    }  # fmt: skip
+    return shape, {**constants, **changes}
+
+
+def _fitted(kernel: str, config: Config, shape: records.Shape) -> Config:
+    columns = shape.kernel_height * shape.kernel_width * shape.ins
+    return configs.fitted(kernel, config, (0, columns, shape.outs), shape.ins)
+
+
+def _not_there(name: str, shape: records.Shape, constants: dict[str, Any]) -> dict[str, Any]:
+    """The maps that such a convolution does not keep."""
+    keeps = constants["ACTIVATION"] in ("gelu", "silu") or shape.pool == "average"
+    without = {f"{name}.before": keeps, f"{name}.where": shape.pool == "max"}
+    return {field: None for field, is_there in without.items() if not is_there}
 
 
 def machine_code(kernel: Any) -> str:

@@ -207,7 +207,8 @@ def conv2d_step_(
     `q2 = sum_places p^2`, and hands back the slopes `s1 = dLoss/dq1`, `s2 = dLoss/dq2`. Then `dp = s1 + 2 s2 p`,
     `dz` is `dp act'(z)` where a unit won its window, and `dW` the convolution's weight gradient alone; no gradient of
     `x` is formed. Rows all of whose slopes are exactly zero are left out of it. On the backend "native" both
-    convolutions are compiled with what comes before and behind them, or for some shapes PyTorch's between two passes.
+    convolutions are compiled with what comes before and behind them, or for some shapes PyTorch's between two passes;
+    on "triton" they are tiles of an implicit product, with the same around them.
 
     Args:
         x_pos: `[n_pos, in, H, W]` un-normalised positive rows, in the weight's dtype or the compute dtype. Maps are
@@ -242,8 +243,9 @@ def conv2d_step_(
             from torch's global generator, while the others are divided by `1 - dropout`: the objective and the next
             layer see what is left, and the slopes of the others are zero.
         backend: as in `linear_step_`. "native" has no leaky_relu in front of maximum pooling, no windows that overlap
-            or have more than 256 places, no float16 and no float64; "triton" has no convolutions yet. Where the
-            environment alone forces a backend that cannot run a convolution, the next that can does.
+            or have more than 256 places, no float16 and no float64; "triton" has no float64, and is never chosen by
+            itself: no GPU has run its convolutions yet. Where the environment alone forces a backend that cannot run
+            a convolution, the next that can does.
 
     Returns:
         `y` `[rows, out, h, w]`, channels-last; `sumsq` `[rows]` over all of a row; goodness and loss as ever.

@@ -1,8 +1,8 @@
 """Tile sizes, warps and stages as data: one JSON file per device, looked up by the nearest shape.
 
-A file lists, for the kernels "forward" and "update" and each kind of operands, configurations with the shape
-(rows, in, out) that they are meant for. Files are looked for by device name, then by architecture; a device that has
-neither runs on the file of the nearest architecture, and says so once in the log.
+A file lists, for each kernel and kind of operands, configurations with the shape (rows, in, out) that they are meant
+for; of a convolution that is (places, taps * in, out) of a group. Files are looked for by device name, then by
+architecture; a device that has neither runs on the file of the nearest architecture, and says so once in the log.
 """
 
 from __future__ import annotations
@@ -25,24 +25,34 @@ FOLDER = Path(__file__).parent / "configs"
 VARIABLE = "FFKERNELS_CONFIGS"
 # "float32": products in float32; "half": both operands come in 16 bits; "mixed": one is rounded on the way in.
 KINDS = ("float32", "mixed", "half")
-KERNELS = ("forward", "update")
+LINEAR_KERNELS, CONV_KERNELS = ("forward", "update"), ("conv_forward", "conv_update")
+KERNELS = LINEAR_KERNELS + CONV_KERNELS
 
 Config = dict[str, int]
 
 # What a configuration need not mention. TMA: tiles come by bulk copies (sm_90 and newer) where layouts allow them.
 # PERSISTENT: so many programs for each processor take tiles in turn, instead of one program for each tile.
-DEFAULTS: dict[str, Config] = {"forward": {"TMA": 0, "PERSISTENT": 0}, "update": {"TMA": 0}}
+DEFAULTS: dict[str, Config] = {
+    "forward": {"TMA": 0, "PERSISTENT": 0}, "update": {"TMA": 0}, "conv_forward": {}, "conv_update": {},
+}  # fmt: skip
 
 # The interpreter works through programs one by one in NumPy: small tiles make every loop and edge run.
 INTERPRETED: dict[str, Config] = {
     "forward": {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "GROUP": 2},
     "update": {"BLOCK_OUT": 16, "BLOCK_IN": 16, "BLOCK_K": 16, "GROUP": 2, "PARTS": 2},
+    "conv_forward": {"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_K": 16, "GROUP": 2},
+    "conv_update": {"BLOCK_OUT": 16, "BLOCK_IN": 16, "BLOCK_K": 32, "GROUP": 2},
 }
 
 # What the tuner, or a test, has every call run on.
 FORCED: dict[str, Config] = {}
 
 _log = logging.getLogger(__name__)
+
+
+def kinds_of(kernel: str) -> tuple[str, ...]:
+    """Of KINDS those that a kernel's operands come in: a convolution's are both in the compute dtype."""
+    return KINDS if kernel in LINEAR_KERNELS else ("float32", "half")
 
 
 def choose(kernel: str, kind: str, shape: tuple[int, int, int], device: torch.device) -> Config:
@@ -52,8 +62,41 @@ def choose(kernel: str, kind: str, shape: tuple[int, int, int], device: torch.de
     elif interpreted():
         config = INTERPRETED[kernel]
     else:
-        config = nearest(for_device(device.index)[kernel][kind], shape)
+        config = nearest(of_kernel(kernel, device.index)[kind], shape)
     return {**DEFAULTS[kernel], **config}
+
+
+def of_kernel(kernel: str, index: int | None) -> dict[str, Any]:
+    """A kernel's configurations on a device; of the nearest architecture where its file was made without them."""
+    found = for_device(index)
+    if kernel in found:
+        return found[kernel]
+    shipped = find(nearest_architecture(device_names(index)[1]))
+    assert shipped is not None
+    return shipped[kernel]
+
+
+def of_conv(kernel: str, kind: str, shape: tuple[int, int, int], ins: int, device: torch.device) -> Config:
+    """The configuration for a convolution's kernel at a shape (places, taps * in, out) of a group of `ins` inputs."""
+    return fitted(kernel, choose(kernel, kind, shape, device), shape, ins)
+
+
+def fitted(kernel: str, config: Config, shape: tuple[int, int, int], ins: int) -> Config:
+    """A convolution's configuration with tiles no larger than a group, and blocks of single taps where these are wide:
+    channels are fewer than a linear layer's units."""
+    _, columns, outs = shape
+    fitting = dict(config)
+    if kernel == "conv_update":
+        sides = [("BLOCK_OUT", outs), ("BLOCK_IN", columns)]
+    else:
+        sides = [("BLOCK_N", outs), ("BLOCK_K", columns)]
+        taps = [block for block in (128, 64, 32) if block <= config["BLOCK_K"] and ins % block == 0]
+        fitting["BLOCK_K"] = max(taps, default=config["BLOCK_K"])
+    for block, size in sides:
+        fitting[block] = min(fitting[block], max(16, 1 << (size - 1).bit_length()))
+    if fitting.get("num_warps", 0) > 4 and fitting[sides[0][0]] < config[sides[0][0]]:
+        fitting["num_warps"] = 4
+    return fitting
 
 
 def beside_slopes(config: Config) -> Config:

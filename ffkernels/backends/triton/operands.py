@@ -151,6 +151,11 @@ def parameters(layer: Layer, update: Update, rounded: Tensor | None = None) -> t
     return of_weight, Parameter() if bias is None else _parameter(bias, update.rule, update.bias, None)
 
 
+def gradient_of(written: Tensor) -> Parameter:
+    """A parameter of which nothing but its gradient is written, under the rule "grad"."""
+    return _parameter(written, "grad", Slot([written], ()), None)
+
+
 def _parameter(values: Tensor, rule: str, slot: Slot, rounded: Tensor | None) -> Parameter:
     # Of Adam's state the third tensor is the step count, which `rules.numbers` sees to.
     first, second = (slot.state[n] if n < len(slot.state) else None for n in range(2))

@@ -215,3 +215,77 @@ class Parts(NamedTuple):
     weight: Tensor | None = None
     bias: Tensor | None = None
     loss: Tensor | None = None
+
+
+class Shape(NamedTuple):
+    """What a convolution's kernels are compiled for: divisions by these are most of what they reckon beside products.
+
+    Attributes:
+        height, width: of the maps that it reads.
+        ins, outs: channels of a group.
+        before_height, before_width: in front of the pool; pooled_height, pooled_width: behind it.
+    """
+
+    height: int
+    width: int
+    ins: int
+    outs: int
+    groups: int
+    kernel_height: int
+    kernel_width: int
+    stride_y: int
+    stride_x: int
+    pad_y: int
+    pad_x: int
+    before_height: int
+    before_width: int
+    pooled_height: int
+    pooled_width: int
+    pool: str
+    pool_height: int
+    pool_width: int
+    pool_stride_y: int
+    pool_stride_x: int
+
+
+class Images(NamedTuple):
+    """The joint batch of a convolution: `[total, height, width, in]`; `[total]` factors of its products, or None."""
+
+    x: Tensor
+    scale: Tensor | None
+    total: int
+
+
+class Kernels(NamedTuple):
+    """A convolution's weight `[out, taps * in of a group]`, bias `[out]` or None, and the pivot of moments or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+    pivot: Tensor | None
+
+
+class Mapped(NamedTuple):
+    """What a convolution's forward writes, maps with their channels last.
+
+    Attributes:
+        p: `[total, h, w, out]` activities behind the pool, or None: `before` alone.
+        where: of the same shape, the place that won; None but for maximum pooling.
+        before: `[total, h', w', out]` in front of activation and pool, or None.
+        first, spread: `[parts, total, out]` sums over a part's places of `p - pivot`, and of its squares.
+    """
+
+    p: Tensor | None
+    where: Tensor | None
+    before: Tensor | None
+    first: Tensor | None
+    spread: Tensor | None
+
+
+class KeptMaps(NamedTuple):
+    """What a forward has left for the update, as `Mapped`; or `[total, h', w', out]` the very gradient `dz`."""
+
+    p: Tensor | None = None
+    where: Tensor | None = None
+    before: Tensor | None = None
+    pivot: Tensor | None = None
+    dz: Tensor | None = None

@@ -32,11 +32,13 @@ def unsupported(request: Request) -> str | None:
         return "Triton is not installed"
     if request.dtype != torch.float32:
         return f"{str(request.dtype).removeprefix('torch.')} runs on the eager backend"
-    if request.geometry is not None:
-        return "convolutions have no Triton kernel"
+    if request.geometry is not None and request.compute_dtype == torch.float16:
+        return "a convolution's products in float16, whose sums leave that range: has float32 and bfloat16 ones"
     reason = _unsupported_device(request)
     if reason is not None:
         return reason
+    if request.geometry is not None and not request.forced:
+        return "its convolutions, which no GPU has run yet, run only where they are forced"
     for kind, name, known in (
         ("activation", request.activation, ACTIVATIONS),
         ("update rule", request.rule, RULES),

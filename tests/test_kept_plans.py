@@ -207,4 +207,4 @@ def test_the_plan_is_kept():
     first = plan._kept[s.optimizer][id(s.weight)].plan
     s.step()
     assert plan._kept[s.optimizer][id(s.weight)].plan is first
-    assert optim.again(s.optimizer, first.update) is first.update
+    assert optim.again(optim.Reading(s.optimizer), first.update) is first.update

@@ -31,7 +31,7 @@ class Steps:
         torch.manual_seed(5)
         self.net = ff.FFNetwork([ff.FFLinear(width, 6, **options) for width in (8, 6, 6)])
         self.optimizer: Optimizer | Sequence[Optimizer] = make(list(self.net.parameters()))
-        self.x = (torch.randn(5, 8), torch.randn(5, 8))
+        self.x = tuple(torch.randn(5, 8, dtype=options.get("dtype")) for _ in range(2))
         self.options: dict = {}
 
     def step(self) -> list[ff.StepResult]:
@@ -283,7 +283,8 @@ def test_pairs_of_unequal_numbers_are_refused():
 
 
 @pytest.mark.parametrize(
-    "options", [{"outputs": "pre"}, {"peer": ff.PeerNormalisation()}, {"compute_dtype": torch.bfloat16}]
+    "options",
+    [{"outputs": "pre"}, {"peer": ff.PeerNormalisation()}, {"compute_dtype": torch.bfloat16}, {"dtype": torch.float64}],
 )
 def test_options_of_layers(options, ways):
     kept_ones, fresh = Steps(**options), Steps(**options)

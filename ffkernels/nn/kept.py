@@ -29,7 +29,7 @@ REPLACED = frozenset({"step", "forward", "activity", "goodness", "__call__"})
 OPTIONS = frozenset({"sample_weight", "skip_below", "labels"})
 
 
-class Kept(NamedTuple):
+class Planned(NamedTuple):
     """A layer that steps by its kept plan."""
 
     plan: Plan
@@ -54,17 +54,19 @@ def step(
     stack, moment = [], Moment()
     try:
         for layer, optimizer, of in zip(layers, optimizers, outputs, strict=True):
-            kept = _kept(layer, optimizer, of, skip_below, moment)
-            if kept is None:
+            planned = _planned(layer, optimizer, of, skip_below, moment)
+            if planned is None:
                 return None
-            stack.append(kept)
+            stack.append(planned)
         rows = _rows(stack, x_pos, x_neg, **of_rows)
     except (TypeError, ValueError):
         return None
     return None if rows is None else _climb(stack, rows, keep)
 
 
-def _kept(layer: Layer, optimizer: Optimizer | None, outputs: str, skip_below: float, moment: Moment) -> Kept | None:
+def _planned(
+    layer: Layer, optimizer: Optimizer | None, outputs: str, skip_below: float, moment: Moment
+) -> Planned | None:
     if optimizer is None or type(layer) is not FFLinear or watched(layer) or not REPLACED.isdisjoint(vars(layer)):
         return None
     parameters, peer = layer._parameters, layer.peer
@@ -77,11 +79,11 @@ def _kept(layer: Layer, optimizer: Optimizer | None, outputs: str, skip_below: f
         skip_below, peer, layer.backend, False,
     )  # fmt: skip
     plan = kept_plan(weight, bias, optimizer, peer_mean, options, moment)
-    return Kept(plan, options, optimizer) if plan is not None and plan.hands_out_all else None
+    return None if plan is None or not plan.is_whole else Planned(plan, options, optimizer)
 
 
 def _rows(
-    stack: Sequence[Kept],
+    stack: Sequence[Planned],
     x_pos: Tensor,
     x_neg: Tensor | None,
     *,
@@ -104,9 +106,11 @@ def _rows(
         if is_transformed(x_pos, rows.x_neg, layer.weight, layer.bias):
             return None
         if below is not None:
-            if layer.weight.shape[1] != below.weight.shape[0] or (objective.classes is None) != (labels is None):
+            if layer.weight.shape[1] != below.weight.shape[0] or layer.weight.device != below.weight.device:
                 return None
             if below.compute_dtype not in (layer.weight.dtype, layer.compute_dtype):
+                return None
+            if (objective.classes is None) != (labels is None):
                 return None
             if sample_weight is not None:
                 check.sample_weight(sample_weight, objective, n_pos + n_neg, layer.weight)
@@ -118,7 +122,7 @@ def _rows(
     return rows
 
 
-def _climb(stack: Sequence[Kept], rows: Rows, keep: bool) -> list[StepResult]:
+def _climb(stack: Sequence[Planned], rows: Rows, keep: bool) -> list[StepResult]:
     n_pos, one_side = rows.x_pos.shape[0], rows.labels is not None
     results: list[StepResult] = []
     held = interrupts.hold()

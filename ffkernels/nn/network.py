@@ -670,7 +670,7 @@ class FFNetwork(nn.Module):
             norm = layer.norm if layer.norm != "none" else "rms"
             scale = row_scale(sumsq, y.shape[1], norm, layer.eps, layer.eps_mode)
             features.append(y.to(scale.dtype) * scale.unsqueeze(1))
-        return torch.cat(features, dim=1)
+        return features[0] if len(features) == 1 else torch.cat(features, dim=1)
 
     def _chosen(self, layers: Sequence[int] | None, default: Iterable[int]) -> list[int]:
         if layers is None:

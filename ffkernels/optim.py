@@ -462,9 +462,9 @@ def _given(rule: Rule, group: dict[str, Any]) -> tuple[Any, ...]:
 
 def _same_numbers(now: tuple[Any, ...], given: tuple[Any, ...]) -> bool:
     lr, before = now[0], given[0]
-    if isinstance(lr, Tensor) or isinstance(before, Tensor):
-        return lr is before and now[1:] == given[1:]
-    return now == given
+    if lr is not before and (isinstance(lr, Tensor) or isinstance(before, Tensor) or lr != before):
+        return False
+    return now[1:] == given[1:]
 
 
 def _numbers(rule: Rule, parameter: Tensor, given: tuple[Any, ...]) -> tuple[Numbers, Tensor | None]:

@@ -25,6 +25,8 @@ _PARAMETERS = ("weight", "bias")
 _FLOAT32 = torch.float32
 _DTYPES = {"mask": torch.bool, "labels": torch.int64}
 _NO_GOAL, _NO_PULL, _NO_UPDATE = NOTHING[Goal], NOTHING[PeerPull], NOTHING[Update]
+# Of each member its kind, whether a call writes it, and its name.
+_TAKEN = {record: [(m.kind, m.is_written, m.name) for m in members] for record, members in MEMBERS.items()}
 _ZERO = (0,)
 _NO_STATE = _ZERO * STATES
 _NUMBER_OF = {dtype: number for number, dtype in enumerate(DTYPES)}
@@ -153,7 +155,7 @@ class _Call:
     def take(self, record: tuple[Any, ...], read: tuple[str, ...] = ()) -> None:
         """Adds a record; `read`: members that this call does not write, though others do."""
         values = self.values
-        for (_, name, _, kind, is_written), value in zip(MEMBERS[type(record)], record, strict=True):
+        for (kind, is_written, name), value in zip(_TAKEN[type(record)], record, strict=True):
             if value is None:
                 values += NO_MATRIX if kind == "matrix" else _ZERO
             elif kind == "vector":

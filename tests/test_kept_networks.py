@@ -363,6 +363,17 @@ def test_who_watches_operators_sees_each_layer():
     assert [name for name in names if "linear_step_" in name] == ["ffkernels.linear_step_.default"] * 3
 
 
+def test_a_step_that_a_program_has_replaced_is_called(monkeypatch):
+    s, seen, own = Steps(), [], ff.FFLinear.step
+    for _ in range(CHANGE_AT):
+        s.step()
+    monkeypatch.setattr(
+        ff.FFLinear, "step", lambda layer, *args, **options: seen.append(own(layer, *args, **options)) or seen[-1]
+    )
+    s.step()
+    assert len(seen) == 3
+
+
 def test_versions_and_results_are_those_of_steps():
     s = Steps()
     for _ in range(CHANGE_AT):

@@ -47,7 +47,7 @@ class Plan(NamedTuple):
     Attributes:
         is_whole: whether the backend knows the loss and runs the step in one call.
         hands_out_all: whether that call makes everything that the step hands out, too.
-        prepared: what the backend has made of the records, or None.
+        prepared: what the backend has made of the records but for the rule's numbers, or None.
     """
 
     layer: Layer
@@ -140,7 +140,7 @@ def kept_plan(
     if update is None or _layout(plan) != kept.layout:
         return None
     if update is not plan.update:
-        plan = _prepared(plan._replace(update=update))
+        plan = plan._replace(update=update)
         of_optimizer[id(weight)] = kept._replace(plan=plan)
     return plan
 

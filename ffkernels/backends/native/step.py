@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -72,15 +71,18 @@ def linear_step_(
     pull: PeerPull,
     update: Update,
     outputs: Outputs,
-    prepared: Sequence[Any] | None = None,
+    prepared: Prepared | None = None,
 ) -> None:
-    """See `ops.SCHEMAS`; `prepared`: what `prepare` has made of these very records, between rows and outputs."""
+    """See `ops.SCHEMAS`; `prepared`: what `prepare` has made of records that differ in the rule's numbers at most."""
     call = _Call("ffk_linear_step")
     call.take(rows)
     if prepared is None:
         _take_step(call, layer, goal, pull, update)
     else:
-        call.values += prepared
+        call.values += prepared.before
+        call.values += _numbers(update.weight)
+        call.values += prepared.between
+        call.values += _numbers(update.bias)
     call.take(outputs if outputs.rounded is None else outputs._replace(rounded=None))
     call.values += _NO_SLOPES
     call.run(rows, layer)
@@ -88,16 +90,25 @@ def linear_step_(
         outputs.rounded.copy_(layer.weight)
 
 
-def prepare(layer: Layer, goal: Goal, pull: PeerPull, update: Update) -> Sequence[Any] | None:
+class Prepared(NamedTuple):
+    """What stands in front of the numbers of the weight's rule, and between them and those of the bias."""
+
+    before: tuple[Any, ...]
+    between: tuple[Any, ...]
+
+
+def prepare(layer: Layer, goal: Goal, pull: PeerPull, update: Update) -> Prepared | None:
     """What steps with these records have in common for as long as their tensors stay where they are.
 
-    None where a step reads numbers from tensors of the records, or copies one.
+    None where a step reads a threshold from a tensor, or copies one.
     """
-    if goal.threshold is not None or update.weight.lr is not None or update.bias.lr is not None:
-        return None
     call = _Call("")
     _take_step(call, layer, goal, pull, update)
-    return None if call.copies or update.rule == "grad" else tuple(call.values)
+    if call.copies or goal.threshold is not None or update.rule == "grad":
+        return None
+    count = len(_NO_NUMBERS)
+    own = STATES + count
+    return Prepared(tuple(call.values[: -own - count]), tuple(call.values[-own:-count]))
 
 
 def _take_step(call: _Call, layer: Layer, goal: Goal, pull: PeerPull, update: Update) -> None:
@@ -129,6 +140,11 @@ def linear_update_(rows: Rows, layer: Layer, slopes: Slopes, pull: PeerPull, upd
     call.values += _NO_OUTPUTS
     call.take(slopes)
     call.run(rows, layer)
+
+
+def _numbers(slot: Slot) -> tuple[float, ...]:
+    numbers = slot.numbers or _NO_NUMBERS
+    return numbers if slot.lr is None else (float(slot.lr), *numbers[1:])
 
 
 @lru_cache
@@ -186,8 +202,7 @@ class _Call:
                 tensor = self._copy(tensor, _FLOAT32, True)
             values.append(tensor.data_ptr())
         values += _NO_STATE[len(slot.state) :]
-        numbers = slot.numbers or _NO_NUMBERS
-        values += numbers if slot.lr is None else (float(slot.lr), *numbers[1:])
+        values += _numbers(slot)
 
     def _copy(self, tensor: Tensor, dtype: torch.dtype, is_written: bool) -> Tensor:
         """A copy in row-major order; what is written to it goes back when the call is over."""

@@ -385,7 +385,15 @@ def test_versions_and_results_are_those_of_steps():
     assert torch.is_grad_enabled()
 
 
-def test_ctrl_c_waits_for_all_layers(monkeypatch):
+@pytest.fixture
+def heeds_ctrl_c():
+    """What a shell starts behind its back ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_waits_for_all_layers(heeds_ctrl_c, monkeypatch):
     s, same = Steps(), Steps()
     for _ in range(CHANGE_AT):
         s.step()

@@ -57,6 +57,7 @@ class Case:
     one_optimizer: bool = False  # for all layers, as against one for each
     label: str = "overlaid"  # on the first pixels, "concatenated", "apart"; or noise: "none", "colours" with labels
     compiled: bool = False  # with torch.compile's contenders, which take half a minute to build
+    bare: bool = False  # with the bare products and torch's fused optimizer, where a step is overhead
     proof_steps: int = 3  # after which the weights of all contenders must agree
     warm_steps: int = 5  # taken by every contender before its steps are timed
     seconds: float = 4.0  # of timing, all contenders together
@@ -218,7 +219,10 @@ def _layers() -> list[Case]:
         "", "mohammadpz", (1024, 1024), 128,
         label="none", optimizer_name="adam", proof_steps=2, warm_steps=2, seconds=5,
     )  # fmt: skip
-    tiny = replace(base, name="overhead", sizes=(8, 8), rows=1, compiled=True, tier="quick", seconds=3)
+    tiny = replace(base, name="overhead", sizes=(8, 8), rows=1, compiled=True, bare=True, tier="quick", seconds=3)
+    small = replace(
+        base, name="overhead-3", sizes=(64,) * 4, rows=16, one_optimizer=True, compiled=True, bare=True, seconds=5
+    )
     optimizers = [
         replace(base, name=f"optimizer-{name}", optimizer_name=name, tier="all" if name == "adam" else "default")
         for name in OPTIMIZERS  # with Adam it is width-1024
@@ -236,7 +240,7 @@ def _layers() -> list[Case]:
         for name, n in AXES["depth"].items()
     ]
     square = replace(base, name="square-2048", sizes=(2048, 2048), rows=2048, seconds=12)
-    return [tiny, square, *optimizers, *widths, *batches, *depths]
+    return [tiny, small, square, *optimizers, *widths, *batches, *depths]
 
 
 def _tier(size: int, largest: int) -> str:

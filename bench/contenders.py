@@ -136,7 +136,8 @@ class Autograd(Contender):
 
     `autocast`: forward and loss under autocast. `compiled`: "losses" compiles forward, loss and backward; "losses and
     optimizer" also the optimizer's step. With one optimizer for all layers there is one backward over the sum of
-    their losses, as loeweX does it. The last layer's activities are not handed on.
+    their losses, as loeweX does it, unless layers hand on what they have after their update. The last layer's
+    activities are not handed on.
     """
 
     def __init__(
@@ -173,7 +174,7 @@ class Autograd(Contender):
     def step(self, *batch: Tensor) -> None:
         x_pos, x_neg = batch
         self.begin()
-        if self.case.one_optimizer:
+        if self.case.one_optimizer and self.original.outputs == "pre":
             with self.precision():
                 loss = self.total(x_pos, x_neg)
             self._update(0, loss)
@@ -181,7 +182,7 @@ class Autograd(Contender):
         for i, (weight, bias, *head) in enumerate(self.layers):
             with self.precision():
                 loss, y_pos, y_neg = self.losses(x_pos, x_neg, weight, bias, *head, softplus=self.softplus)
-            self._update(i, loss)
+            self._update(0 if self.case.one_optimizer else i, loss)
             if i == len(self.layers) - 1:
                 return
             if self.original.outputs == "pre":
@@ -327,6 +328,36 @@ class Floor(Contender):
             work()
 
 
+class BareCalls(Contender):
+    """A small step as few calls of PyTorch: two products of each layer, and one fused step of the optimizer.
+
+    Forward and weight gradient go through `torch.mm` into memory that is there. Nothing else is computed: the forward
+    pass after an update is left out.
+    """
+
+    another = "products and optimizer only"
+
+    def __init__(self, case: Case, initial: Layers) -> None:
+        self.layers = [tuple(nn.Parameter(p.clone()) for p in layer) for layer in initial]
+        for p in self.parameters():
+            p.grad = torch.rand_like(p)
+        groups = [self.parameters()] if case.one_optimizer else self.layers
+        self.optimizers = [case.optimizer(group) for group in groups]
+        for optimizer in self.optimizers:
+            optimizer.param_groups[0]["fused"] = True
+        rows = case.sides * case.rows
+        of_layers = [[torch.rand(rows, n, device=case.device) for n in shape] for shape in case.shapes]
+        self.work = [(x, y, *layer[:1]) for (x, y), layer in zip(of_layers, self.layers, strict=True)]
+
+    @torch.no_grad()
+    def step(self, *batch: Tensor) -> None:
+        for x, y, weight in self.work:
+            torch.mm(x, weight.t(), out=y)
+            torch.mm(y.t(), x, out=weight.grad)
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+
 class Graphed(Contender):
     """A contender's training step as a CUDA graph, captured at the first step; batches are copied to where it reads.
 
@@ -431,4 +462,6 @@ def trainers_of(case: Case, compiled: bool) -> dict[str, Maker]:
     if case.device == "cuda":
         plain = [name for name in makers if "compiled" not in name and not (package and name.startswith(package))]
         makers |= {f"{name}, graph": partial(Graphed, make=makers[name]) for name in plain}
+    if case.bare:
+        makers["bare calls"] = BareCalls
     return makers | {"floor": Floor}

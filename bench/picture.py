@@ -33,6 +33,7 @@ KINDS = {
     "plain, compiled": ("torch.compile", "#6b5ca5", "^"),
     "backprop": ("backpropagation", "#3d85c6", "v"),
     "backprop, compiled": ("backpropagation, compiled", "#8fb8de", "v"),
+    "bare calls": ("products and torch's optimizer", FAINT, "x"),
     "floor": ("bare products and state", FAINT, "|"),
 }
 LEAST = 0.1  # of the ratios that are drawn where they are

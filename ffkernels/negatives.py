@@ -29,6 +29,17 @@ def overlay_label(x: Tensor, labels: Tensor, num_classes: int = 10, value: float
     Raises TypeError for wrong dtypes; ValueError for shapes or devices that do not fit, `num_classes` below 2
     or above the width, a `value` that is not finite, and (CPU) labels outside 0..num_classes-1.
     """
+    _check_overlay(x, labels, num_classes, value)
+    return _overlaid(x.clone(memory_format=torch.contiguous_format), labels, num_classes, value)
+
+
+def overlay_label_(x: Tensor, labels: Tensor, num_classes: int = 10, value: float = 1.0) -> Tensor:
+    """`overlay_label` in place; returns `x`."""
+    _check_overlay(x, labels, num_classes, value)
+    return _overlaid(x, labels, num_classes, value)
+
+
+def _check_overlay(x: Tensor, labels: Tensor, num_classes: int, value: float) -> None:
     check_rows(x, num_classes)
     _check_labels(labels, num_classes)
     if labels.shape != x.shape[:1]:
@@ -37,9 +48,11 @@ def overlay_label(x: Tensor, labels: Tensor, num_classes: int = 10, value: float
     if labels.device != x.device:
         raise ValueError(f"labels must be on the device of x, {x.device}; got {labels.device}")
     check_value(value)
-    out = x.clone(memory_format=torch.contiguous_format)
-    out[:, :num_classes] = _label_field(labels, num_classes, value, x.dtype)
-    return out
+
+
+def _overlaid(x: Tensor, labels: Tensor, num_classes: int, value: float) -> Tensor:
+    x[:, :num_classes] = _label_field(labels, num_classes, value, x.dtype)
+    return x
 
 
 def neutral_label(x: Tensor, num_classes: int = 10, value: float | None = None) -> Tensor:

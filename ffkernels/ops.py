@@ -276,7 +276,7 @@ _operators = torch.ops.ffkernels
 _PLAIN = (Tensor, Parameter)
 
 
-def _watched(layer: Layer, *rows: Tensor) -> bool:
+def _watched(layer: Layer, x: Tensor, x_neg: Tensor | None = None) -> bool:
     """Whether somebody follows operators: a compiler, a mode, a kind of tensor, a profiler, a tracer."""
     return (
         torch.compiler.is_compiling()
@@ -284,7 +284,8 @@ def _watched(layer: Layer, *rows: Tensor) -> bool:
         or torch.autograd._profiler_enabled()
         or torch._C._get_tracing_state() is not None
         or type(layer.weight) not in _PLAIN
-        or any(type(x) not in _PLAIN for x in rows)
+        or type(x) not in _PLAIN
+        or (x_neg is not None and type(x_neg) not in _PLAIN)
     )
 
 
@@ -314,13 +315,22 @@ def linear_forward(rows: Rows, layer: Layer, keep: bool, backend: str) -> tuple[
 
 
 def linear_step_(
-    rows: Rows, layer: Layer, goal: Goal, pull: PeerPull, update: Update, outputs: Outputs, backend: str
+    rows: Rows,
+    layer: Layer,
+    goal: Goal,
+    pull: PeerPull,
+    update: Update,
+    outputs: Outputs,
+    backend: str,
+    prepared: object = None,
 ) -> None:
-    """Takes one whole step of a layer: `SCHEMAS`."""
+    """Takes one whole step of a layer: `SCHEMAS`. `prepared`: for backends of `select.PREPARES`."""
     if _watched(layer, rows.x_pos, rows.x_neg):
         _operators.linear_step_(*flatten_step(rows, layer, goal, pull, update, outputs), backend)
-    else:
+    elif prepared is None:
         select.load(backend).linear_step_(rows, layer, goal, pull, update, outputs)
+    else:
+        select.load(backend).linear_step_(rows, layer, goal, pull, update, outputs, prepared)
 
 
 def linear_update_(rows: Rows, layer: Layer, slopes: Slopes, pull: PeerPull, update: Update, backend: str) -> None:

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from operator import is_
 from types import MappingProxyType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -331,33 +332,47 @@ def _held(optimizer: Optimizer) -> tuple[int, ...]:
     return tuple([len(group["params"]) for group in optimizer.param_groups])
 
 
-def again(optimizer: Optimizer, plan: Plan) -> Plan | None:
-    """The plan of a further step on the same parameters; None where more has changed than a group's numbers."""
-    if own_step_because(optimizer) or _held(optimizer) != plan.held:
-        return None
-    parts = []
-    for part in plan.parts:
-        parameter, slot, (at, index), given, _ = part
-        group = optimizer.param_groups[at]
-        if group["params"][index] is not parameter or hooked(parameter) or _unfused(group):
-            return None
-        keys = STATE[plan.rule] if slot.state else ()
-        state = optimizer.state.get(parameter, {}) if keys else {}
-        for key, tensor in zip(keys, slot.state, strict=True):
-            kept = state.get(key)
-            if kept is not tensor or (kept.dim() and kept.nbytes != parameter.nbytes):
+class Reading:
+    """What an optimizer says at one moment of all its parameters; each group is read once."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer, self.held = optimizer, _held(optimizer)
+        self.rule: Rule = "grad" if own_step_because(optimizer) else FUSED.get(type(optimizer), "grad")
+        self._given: dict[int, tuple[Any, ...] | None] = {}
+
+    def given(self, at: int) -> tuple[Any, ...] | None:
+        """A group's numbers as `_given` has them; None where one is missing, or no rule has its settings."""
+        if at not in self._given:
+            group = self.optimizer.param_groups[at]
+            try:
+                self._given[at] = None if _unfused(group) else _given(self.rule, group)
+            except KeyError:
                 return None
-        now = _given(plan.rule, group)
-        if _same_numbers(now, given):
-            parts.append(part)
-        elif plan.rule == "sgd" and (now[1] != 0) != bool(keys):
+        return self._given[at]
+
+
+def again(reading: Reading, plan: Plan) -> Plan | None:
+    """The plan of a further step on the same parameters; None where more has changed than a group's numbers."""
+    rule = plan.rule
+    if reading.rule != rule or reading.held != plan.held:
+        return None
+    optimizer, keys, changed = reading.optimizer, STATE[rule], {}
+    for i, (parameter, slot, (at, index), given, _) in enumerate(plan.parts):
+        now = reading.given(at)
+        if now is None or optimizer.param_groups[at]["params"][index] is not parameter or hooked(parameter):
             return None
-        else:
-            numbers, lr = _numbers(plan.rule, parameter, now)
-            parts.append(Part(parameter, Slot(slot.state, numbers, lr), part.place, now))
-    if all(part is old for part, old in zip(parts, plan.parts, strict=True)):
+        kept = slot.state
+        if kept and not all(map(is_, map(optimizer.state.get(parameter, {}).get, keys), kept)):
+            return None
+        if not _same_numbers(now, given):
+            if rule == "sgd" and (now[1] != 0) != bool(kept):
+                return None
+            numbers, lr = _numbers(rule, parameter, now)
+            changed[i] = Part(parameter, Slot(kept, numbers, lr), (at, index), now)
+    if not changed:
         return plan
-    return _plan_of(plan.rule, tuple(parts), optimizer, len(plan.others))
+    parts = tuple([changed.get(i, part) for i, part in enumerate(plan.parts)])
+    return _plan_of(rule, parts, optimizer, len(plan.others))
 
 
 def steps_on_gradients(optimizer: Optimizer) -> None:
@@ -447,9 +462,9 @@ def _given(rule: Rule, group: dict[str, Any]) -> tuple[Any, ...]:
 
 def _same_numbers(now: tuple[Any, ...], given: tuple[Any, ...]) -> bool:
     lr, before = now[0], given[0]
-    if isinstance(lr, Tensor) or isinstance(before, Tensor):
-        return lr is before and now[1:] == given[1:]
-    return now == given
+    if lr is not before and (isinstance(lr, Tensor) or isinstance(before, Tensor) or lr != before):
+        return False
+    return now[1:] == given[1:]
 
 
 def _numbers(rule: Rule, parameter: Tensor, given: tuple[Any, ...]) -> tuple[Numbers, Tensor | None]:

@@ -450,8 +450,8 @@ def apart(
     weight: Tensor,
     bias: Tensor | None,
     peer_mean: Tensor | None,
-    x_pos: Tensor,
-    x_neg: Tensor,
+    x_pos: Tensor | None,
+    x_neg: Tensor | None,
     product: Tensor | None,
     others: Mapping[str, Tensor],
 ) -> None:

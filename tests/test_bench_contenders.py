@@ -25,7 +25,10 @@ from paper import epoch
 from .bench_cases import small
 
 # Who runs a case and how depends on these, not on its sizes.
-DISTINCT = {(c.original_name, c.task, c.dtype, c.optimizer_name, min(len(c.sizes), 4)): c for c in CASES.values()}
+DISTINCT = {
+    (c.original_name, c.task, c.dtype, c.optimizer_name, min(len(c.sizes), 4), c.one_optimizer, c.bare): c
+    for c in CASES.values()
+}
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in DISTINCT.values()])

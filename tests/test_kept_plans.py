@@ -71,6 +71,11 @@ def other_data(s: Steps) -> None:
     s.weight.data = s.weight.data.t().contiguous().t() * 2
 
 
+def moved_state(s: Steps) -> None:
+    average = s.optimizer.state[s.weight]["exp_avg"]
+    average.data = average.data * 3
+
+
 def a_hook(s: Steps) -> None:
     s.weight.register_hook(lambda gradient: gradient * 3)
 
@@ -99,6 +104,7 @@ CHANGES = {
     "momentum begins": (sgd, set_group(momentum=0.9)),
     "state": (adam, other_state),
     "data": (adam, other_data),
+    "state elsewhere": (adam, moved_state),
     "hook": (adam, a_hook),
     "step hook": (adam, a_step_hook),
     "bias": (adam, other_bias),
@@ -160,6 +166,8 @@ def test_a_threshold_that_changes_in_place():
         (lambda s: setattr(s.weight, "data", s.weight.data[:, :3]), "x_pos has 5 columns|exp_avg is"),
         (lambda s: group(s)["params"].pop(0), "does not hold weight"),
         (lambda s: group(s)["params"].append(s.weight), "holds weight .* more than once"),
+        (lambda s: group(s).pop("lr"), "has no 'lr' in its group"),
+        (lambda s: setattr(s.bias, "data", s.weight.data.view(-1)[:7]), "bias shares memory with weight"),
         (lambda s: s.options.update(eps=True), "eps=True is not a number"),
         (lambda s: s.options.update(eps=torch.ones(3)), "eps="),
         (lambda s: s.options.update(skip_below=False), "skip_below=False is not a number"),
@@ -173,8 +181,9 @@ def test_what_became_wrong_is_refused(change, said):
     for _ in range(3):
         s.step()
     change(s)
-    with pytest.raises((ValueError, TypeError), match=said):
-        s.step()
+    for _ in range(2):
+        with pytest.raises((ValueError, TypeError), match=said):
+            s.step()
 
 
 def test_autocast_and_the_environment_are_seen(monkeypatch):
@@ -207,4 +216,4 @@ def test_the_plan_is_kept():
     first = plan._kept[s.optimizer][id(s.weight)].plan
     s.step()
     assert plan._kept[s.optimizer][id(s.weight)].plan is first
-    assert optim.again(s.optimizer, first.update) is first.update
+    assert optim.again(optim.Reading(s.optimizer), first.update) is first.update

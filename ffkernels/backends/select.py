@@ -31,6 +31,8 @@ TAKES_ROUNDED = ("triton",)
 FINDS_COPIES = ("native",)
 # Whose step also makes the goodness and the forward pass after it, which saves calls.
 HANDS_OUT_ALL = ("native",)
+# Whose step takes what `prepare(layer, goal, pull, update)` has made of these records, which saves making it again.
+PREPARES = ("native",)
 # Whose forward leaves the sums over class groups itself, where groups have so many units that they are few in a tile.
 SUMS_CLASSES = {"triton": 21}
 # Which write by PyTorch's operations, to which tensors of inference mode are read-only outside of it.

@@ -46,6 +46,8 @@ class Plan(NamedTuple):
 
     Attributes:
         is_whole: whether the backend knows the loss and runs the step in one call.
+        hands_out_all: whether that call makes everything that the step hands out, too.
+        prepared: what the backend has made of the records but for the rule's numbers, or None.
     """
 
     layer: Layer
@@ -53,16 +55,22 @@ class Plan(NamedTuple):
     pull: PeerPull
     chosen: str
     is_whole: bool
+    hands_out_all: bool
     update: optim.Plan
     written: list[Tensor]
+    prepared: object = None
 
 
 class Kept(NamedTuple):
-    """A plan, and the facts under which it was made; `options` hold what the facts name by address."""
+    """A plan, the facts under which it was made, and how what it writes lies in memory.
+
+    `options` hold what the facts name by address.
+    """
 
     plan: Plan
     options: Options
-    facts: tuple[object, ...]
+    facts: list[object]
+    layout: list[object]
 
 
 # An optimizer owns what its plans hold, so that they live no longer than it does.
@@ -79,19 +87,69 @@ def plan_for(
     """
     if optimizer is None or torch.compiler.is_compiling() or type(optimizer) not in optim.FUSED:
         return _plan(weight, bias, optimizer, peer_mean, options)
-    of_optimizer = _kept.get(optimizer)
-    kept = None if of_optimizer is None else of_optimizer.get(id(weight))
-    if kept is not None and _same(kept.options, options):
-        facts = _facts(weight, bias, peer_mean, options)
-        if facts == kept.facts:
-            update = optim.again(optimizer, kept.plan.update)
-            if update is not None:
-                return kept.plan if update is kept.plan.update else kept.plan._replace(update=update)
+    moment = Moment()
+    plan = kept_plan(weight, bias, optimizer, peer_mean, options, moment)
+    if plan is not None:
+        return plan
     plan = _plan(weight, bias, optimizer, peer_mean, options)
     if plan.update.rule != "grad" and not plan.update.makes_state:
-        facts = _facts(weight, bias, peer_mean, options)
-        _kept.setdefault(optimizer, {})[id(weight)] = Kept(plan, options, facts)
+        facts = _facts(weight, bias, peer_mean, options, moment)
+        plan = _prepared(plan)
+        _kept.setdefault(optimizer, {})[id(weight)] = Kept(plan, options, facts, _layout(plan))
     return plan
+
+
+class Moment:
+    """What plans are made under besides a layer and its options, read once for all layers of one moment."""
+
+    def __init__(self) -> None:
+        self._modes: dict[str, tuple[object, ...]] = {}
+        self._optimizers: dict[int, optim.Reading] = {}
+
+    def modes(self, device: torch.device) -> tuple[object, ...]:
+        """PyTorch's modes on a device, and what the environment says."""
+        kind = device.type
+        if kind not in self._modes:
+            autocast = check.autocast_is_on(device) and torch.get_autocast_dtype(kind)
+            self._modes[kind] = autocast, torch.is_inference_mode_enabled(), select.forced_backend(None)
+        return self._modes[kind]
+
+    def reading(self, optimizer: Optimizer) -> optim.Reading:
+        """What the optimizer says."""
+        if id(optimizer) not in self._optimizers:
+            self._optimizers[id(optimizer)] = optim.Reading(optimizer)
+        return self._optimizers[id(optimizer)]
+
+
+def kept_plan(
+    weight: Tensor,
+    bias: Tensor | None,
+    optimizer: Optimizer,
+    peer_mean: Tensor | None,
+    options: Options,
+    moment: Moment,
+) -> Plan | None:
+    """The last plan of these tensors where all that was checked is as it was; else None."""
+    of_optimizer = _kept.get(optimizer)
+    kept = None if of_optimizer is None else of_optimizer.get(id(weight))
+    if of_optimizer is None or kept is None or not _same(kept.options, options):
+        return None
+    if _facts(weight, bias, peer_mean, options, moment) != kept.facts:
+        return None
+    plan, update = kept.plan, optim.again(moment.reading(optimizer), kept.plan.update)
+    if update is None or _layout(plan) != kept.layout:
+        return None
+    if update is not plan.update:
+        plan = plan._replace(update=update)
+        of_optimizer[id(weight)] = kept._replace(plan=plan)
+    return plan
+
+
+def _prepared(plan: Plan) -> Plan:
+    if not plan.is_whole or plan.chosen not in select.PREPARES:
+        return plan
+    prepared = select.load(plan.chosen).prepare(plan.layer, plan.goal, plan.pull, plan.update.record)
+    return plan._replace(prepared=prepared)
 
 
 def _same(kept: Options, options: Options) -> bool:
@@ -101,22 +159,20 @@ def _same(kept: Options, options: Options) -> bool:
         return False
 
 
-def _facts(weight: Tensor, bias: Tensor | None, peer_mean: Tensor | None, options: Options) -> tuple[object, ...]:
+def _facts(
+    weight: Tensor, bias: Tensor | None, peer_mean: Tensor | None, options: Options, moment: Moment
+) -> list[object]:
     """What the checks have read of tensors and of PyTorch's modes."""
-    threshold = options.objective.threshold
-    return (
-        _of(weight),
-        None if bias is None else _of(bias),
-        None if peer_mean is None else _of(peer_mean),
-        _of(threshold) if isinstance(threshold, Tensor) else None,
-        [(name, _of(p)) for name, p in others_of(options.objective, options.batch_norm).items()],
-        None if options.batch_norm is None else _of_norm(options.batch_norm),
-        isinstance(options.objective, ProjectionHead) and check.is_watched(options.objective),
-        type(options.eps), type(options.skip_below),
-        check.autocast_is_on(weight.device) and torch.get_autocast_dtype(weight.device.type),
-        torch.is_inference_mode_enabled(),
-        select.forced_backend(options.backend),
-    )  # fmt: skip
+    objective, batch_norm = options.objective, options.batch_norm
+    facts = [moment.modes(weight.device), type(options.eps), type(options.skip_below)]
+    facts += [None if t is None else _of(t) for t in (weight, bias, peer_mean)]
+    if isinstance(objective.threshold, Tensor):
+        facts.append(_of(objective.threshold))
+    if batch_norm is not None or isinstance(objective, ProjectionHead):
+        facts += [(name, _of(p)) for name, p in others_of(objective, batch_norm).items()]
+        facts.append(isinstance(objective, ProjectionHead) and check.is_watched(objective))
+        facts.append(None if batch_norm is None else _of_norm(batch_norm))
+    return facts
 
 
 def others_of(
@@ -142,6 +198,10 @@ def _of(t: Tensor) -> tuple[object, ...]:
     return (id(t), type(t), t.shape, t.stride(), t.dtype, t.device, t.data_ptr(), t.requires_grad, t.is_leaf)
 
 
+def _layout(plan: Plan) -> list[object]:
+    return [(t.data_ptr(), t.nbytes, t.dtype, t.is_contiguous()) for t in plan.written]
+
+
 def _plan(
     weight: Tensor, bias: Tensor | None, optimizer: Optimizer | None, peer_mean: Tensor | None, options: Options
 ) -> Plan:
@@ -160,6 +220,8 @@ def _plan(
     check.fraction("skip_below", skip_below)
     check.objective_alone(objective, skip_below, len(weight))
     check.peer_normalisation(peer, peer_mean, weight)
+    if not compiling:
+        check.apart(weight, bias, peer_mean, None, None, None, others)
     check.optimizer_object(optimizer)
     # State that is made in inference mode could not be written outside of it.
     with torch.inference_mode(False) if not compiling and torch.is_inference_mode_enabled() else nullcontext():
@@ -178,7 +240,10 @@ def _plan(
     goal = (objective if isinstance(objective, Objective) else DEFAULT_OBJECTIVE).goal(skip_below)
     is_whole = isinstance(objective, Objective) and select.has_loss(chosen, objective.loss)
     is_whole = is_whole and options.batch_norm is None
-    return Plan(layer, goal, peers.pull(peer, peer_mean, weight.shape[0]), chosen, is_whole, update, written)
+    # The optimizer's own step comes between the operator and what it would hand out.
+    hands_out_all = is_whole and chosen in select.HANDS_OUT_ALL and update.rule != "grad"
+    pull = peers.pull(peer, peer_mean, weight.shape[0])
+    return Plan(layer, goal, pull, chosen, is_whole, hands_out_all, update, written)
 
 
 def rounded(plan: Plan) -> Tensor | None:

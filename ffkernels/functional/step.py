@@ -12,14 +12,13 @@ from torch.optim import Optimizer
 from .. import interrupts, ops
 from .. import validation as check
 from ..autograd import is_transformed, without_autocast
-from ..backends import select
 from ..compiling import never_compiled
 from ..objectives import DEFAULT_OBJECTIVE, AnyObjective, GivenLoss, ProjectionHead, any_objective, move
 from ..peer import PeerNormalisation
 from ..spec import Activation, EpsMode, Layer, Norm, Outputs, OutputsOf, Rows
 from . import plan as plans
 from .loss import sides_in_order
-from .plan import Options
+from .plan import Options, Plan
 from .result import StepResult
 from .rows import checked_rows
 from .stages import step_by_stages
@@ -123,13 +122,12 @@ def linear_step_(
         product is not None, batch_norm,
     )  # fmt: skip
     plan = plans.plan_for(weight, bias, optimizer, peer_mean, options)
-    layer, goal, pull, chosen = plan.layer, plan.goal, plan.pull, plan.chosen
     rows = checked_rows(
-        weight, layer.compute_dtype, objective, x_pos, x_neg, is_positive, input_sumsq, sample_weight, product,
+        weight, plan.layer.compute_dtype, objective, x_pos, x_neg, is_positive, input_sumsq, sample_weight, product,
         label_field, labels,
     )  # fmt: skip
     check.enough_for_statistics(batch_norm, x_pos.shape[0] + rows.x_neg.shape[0])
-    n_pos, total = x_pos.shape[0], x_pos.shape[0] + rows.x_neg.shape[0]
+    n_pos = x_pos.shape[0]
     if not compiling:
         if is_transformed(x_pos, rows.x_neg, weight, bias):
             raise ValueError(
@@ -137,7 +135,6 @@ def linear_step_(
                 "step in place cannot follow; accepted: plain tensors, or linear_forward and goodness_loss"
             )
         check.apart(weight, bias, peer_mean, x_pos, rows.x_neg, product, plans.others_of(objective, batch_norm))
-    update = plan.update
     back = None
     if is_positive is not None and objective.paired:
         order, n_pos = sides_in_order(is_positive)
@@ -148,9 +145,28 @@ def linear_step_(
         nothing = weight.new_empty(0)
         return StepResult(None, nothing, nothing, nothing, n_pos)
 
-    width = weight.shape[0]
-    # The optimizer's own step comes between the operator and what it would hand out.
-    at_once = plan.is_whole and chosen in select.HANDS_OUT_ALL and update.rule != "grad"
+    # Autograd's and autocast's modes are given back before an interrupt is let through.
+    held = None if compiling else interrupts.hold()
+    try:
+        with torch.no_grad(), without_autocast(weight.device):
+            y, sumsq, goodness, loss = run(plan, rows, options, optimizer, back)
+    finally:
+        if held is not None:
+            interrupts.release(held)
+    return StepResult(y, sumsq, goodness, loss, n_pos if is_positive is None else None, is_positive)
+
+
+def run(
+    plan: Plan, rows: Rows, options: Options, optimizer: Optimizer | None, back: Tensor | None = None
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    """Takes a step that is checked: `y`, `sumsq`, `goodness` and `loss` of its `StepResult`.
+
+    Runs without autograd and autocast, with SIGINT held. `back`: indices that bring what belongs to rows into the order
+    in which they came.
+    """
+    layer, at_once = plan.layer, plan.hands_out_all
+    objective, outputs, weight = options.objective, options.outputs, layer.weight
+    width, total = weight.shape[0], rows.x_pos.shape[0] + rows.x_neg.shape[0]
     y = weight.new_empty(total, width, dtype=layer.compute_dtype) if outputs != "none" else None
     sumsq, loss = weight.new_empty(total), weight.new_empty(())
     of_classes = objective.classes is not None
@@ -170,34 +186,28 @@ def linear_step_(
         written = Outputs(None, sumsq, loss, plans.rounded(plan), goodness_out)
     outcome = (after, goodness) if y is None else (after, goodness, y)
     in_order = [] if back is None else [torch.empty_like(t) for t in outcome]
-    # Autograd's and autocast's modes are given back before an interrupt is let through.
-    held = None if compiling else interrupts.hold()
-    try:
-        with torch.no_grad(), without_autocast(weight.device):
-            standardised = None
-            if plan.is_whole:
-                ops.linear_step_(rows, layer, goal, pull, update.record, written, chosen)
-            else:
-                standardised = step_by_stages(
-                    rows, layer, objective, goal, pull, update.record, update.others, written, chosen, batch_norm
-                )
-            torch.autograd.graph.increment_version(plan.written)
-            update.finish(optimizer)
-            if batch_norm is not None and standardised is not None:
-                move(batch_norm, standardised)
-            if goodness_out is None and not isinstance(objective, ProjectionHead):
-                objective.goodness_of(sumsq, width, out=goodness)
-            if y is not None and outputs == "post" and not at_once:
-                now = layer if written.rounded is None else layer._replace(weight=written.rounded)
-                _forward_after(compiling, rows, now, y, after, chosen)
-            if back is not None:
-                for found, into in zip(outcome, in_order, strict=True):
-                    torch.index_select(found, 0, back, out=into)
-                (after, goodness), y = in_order[:2], None if y is None else in_order[2]
-    finally:
-        if held is not None:
-            interrupts.release(held)
-    return StepResult(y, after, goodness, loss, n_pos if is_positive is None else None, is_positive)
+    standardised = None
+    if plan.is_whole:
+        ops.linear_step_(rows, layer, plan.goal, plan.pull, plan.update.record, written, plan.chosen, plan.prepared)
+    else:
+        standardised = step_by_stages(
+            rows, layer, objective, plan.goal, plan.pull, plan.update.record, plan.update.others, written, plan.chosen,
+            options.batch_norm,
+        )  # fmt: skip
+    torch.autograd.graph.increment_version(plan.written)
+    plan.update.finish(optimizer)
+    if options.batch_norm is not None and standardised is not None:
+        move(options.batch_norm, standardised)
+    if goodness_out is None and not isinstance(objective, ProjectionHead):
+        objective.goodness_of(sumsq, width, out=goodness)
+    if y is not None and outputs == "post" and not at_once:
+        now = layer if written.rounded is None else layer._replace(weight=written.rounded)
+        _forward_after(rows, now, y, after, plan.chosen)
+    if back is not None:
+        for found, into in zip(outcome, in_order, strict=True):
+            torch.index_select(found, 0, back, out=into)
+        (after, goodness), y = in_order[:2], None if y is None else in_order[2]
+    return y, after, goodness, loss
 
 
 @never_compiled("a loss of your own runs in plain PyTorch, with a backward of its own in the middle of the step")
@@ -205,13 +215,13 @@ def _step_never_compiled(*tensors: Any, **options: Any) -> StepResult:
     return linear_step_(*tensors, **options)
 
 
-def _forward_after(compiling: bool, rows: Rows, layer: Layer, y: Tensor, sumsq: Tensor, backend: str) -> None:
+def _forward_after(rows: Rows, layer: Layer, y: Tensor, sumsq: Tensor, backend: str) -> None:
     """`linear_forward_` once the weights are written, where an error would lose a step: few rows need little memory."""
     try:
         ops.linear_forward_(rows._replace(product=None), layer, y, sumsq, backend)
         return
     except (MemoryError, RuntimeError):
-        if compiling:
+        if torch.compiler.is_compiling():
             raise
     at = 0
     for x in (*rows.x_pos.split(FEW_ROWS), *rows.x_neg.split(FEW_ROWS)):

@@ -16,6 +16,7 @@ from ..backends import select
 from ..functional import StepResult
 from ..normalisation import row_scale
 from ..objectives import Objective
+from . import kept
 from .conv import FFConv2d
 from .layer import FFLinear, Ran, batch_norms, called_only, overridden
 from .stack import Layer, Shortcut, shortcuts, stacked
@@ -172,9 +173,19 @@ class FFNetwork(nn.Module):
             One result per layer, its `y` None unless `keep`: activities live only until the next layer has seen them,
             so that memory does not grow with depth; the last layer's are not computed.
         """
+        if self.between is None and product is None and options.keys() <= kept.OPTIONS:
+            per_layer, outputs = self._optimizers(optimizers), self._outputs(keep)
+            results = kept.step(self, x_pos, x_neg, per_layer, outputs, label_field=label_field, keep=keep, **options)
+            if results is not None:
+                return results
         ready = self._ready(x_pos, x_neg, optimizers, options, label_field=label_field, product=product, keep=keep)
         x_pos, x_neg = self._into(0, x_pos), None if x_neg is None else self._into(0, x_neg)
         return self._climb(x_pos, x_neg, ready, options, keep=keep)
+
+    def _outputs(self, keep: bool) -> list[str]:
+        """What each layer hands on; the last one only to who keeps it."""
+        outputs: list[str] = [layer.outputs for layer in self]
+        return outputs if keep else [*outputs[:-1], "none"]
 
     def _ready(
         self,
@@ -192,8 +203,7 @@ class FFNetwork(nn.Module):
             if name in options:
                 raise TypeError(f"{name} came to a whole network; accepted: layer.outputs, and sums made by the layers")
         per_layer = self._optimizers(optimizers)
-        last = len(self.layers) - 1
-        outputs = ["none" if i == last and not keep else layer.outputs for i, layer in enumerate(self)]
+        outputs = self._outputs(keep)
         if "none" in outputs[:-1]:
             i = outputs.index("none")
             raise ValueError(f"layers[{i}].outputs='none' but a layer comes after it; accepted: 'post' or 'pre'")
@@ -686,7 +696,7 @@ class FFNetwork(nn.Module):
             norm = layer.norm if layer.norm != "none" else "rms"
             scale = row_scale(sumsq, y.shape[1], norm, layer.eps, layer.eps_mode)
             features.append(y.to(scale.dtype) * scale.unsqueeze(1))
-        return torch.cat(features, dim=1)
+        return features[0] if len(features) == 1 else torch.cat(features, dim=1)
 
     def _chosen(self, layers: Sequence[int] | None, default: Iterable[int]) -> list[int]:
         if layers is None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..negatives import overlay_label
+from ..negatives import overlay_label_
 from .readers.dataset import SIDE
 
 
@@ -119,7 +119,7 @@ def labelled_sides(
     x: Tensor, labels: Tensor, wrong: Tensor, num_classes: int, value: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """`x` under its labels and under wrong ones, one behind the other in memory."""
-    both = overlay_label(x.repeat(2, 1), torch.cat([labels, wrong]), num_classes, value)
+    both = overlay_label_(torch.cat([x, x]), torch.cat([labels, wrong]), num_classes, value)
     return both[: len(x)], both[len(x) :]
 
 

@@ -328,7 +328,8 @@ class Trainer:
         generator = torch.Generator(self.device).manual_seed(zlib.crc32(f"{self.seed} {epoch}".encode()))
         order = torch.randperm(len(self.train_labels), generator=generator, device=self.device)
         for rows in order.split(self._split(len(order), recipe.batch_size)):
-            images, labels = self.train_images[rows], self.train_labels[rows]
+            # Row by row in whole, which indexing is eight times slower at.
+            images, labels = self.train_images.index_select(0, rows), self.train_labels[rows]
             if recipe.rotation or recipe.zoom:
                 images = turned(images, recipe.rotation, recipe.zoom, generator, self.data.shape)
             if recipe.jitter:

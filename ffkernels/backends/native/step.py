@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -21,9 +21,14 @@ if TYPE_CHECKING:
 LOSSES = ("logistic", "symba", "swish", "cross_entropy", "pvn", "cwc")
 _RULES = get_args(spec.Rule)
 _PARAMETERS = ("weight", "bias")
+_FLOAT32 = torch.float32
 _DTYPES = {"mask": torch.bool, "labels": torch.int64}
 _NO_GOAL, _NO_PULL, _NO_UPDATE = NOTHING[Goal], NOTHING[PeerPull], NOTHING[Update]
-_NO_STATE = (0,) * STATES
+# Of each member its kind, whether a call writes it, and its name.
+_TAKEN = {record: [(m.kind, m.is_written, m.name) for m in members] for record, members in MEMBERS.items()}
+_ZERO = (0,)
+_NO_STATE = _ZERO * STATES
+_NUMBER_OF = {dtype: number for number, dtype in enumerate(DTYPES)}
 _NO_NUMBERS = (0.0,) * len(spec.Numbers._fields)
 _NO_OUTPUTS, _NO_SLOPES = NOTHING[Outputs], NOTHING[Slopes]
 
@@ -59,14 +64,59 @@ def linear_forward_(rows: Rows, layer: Layer, y: Tensor | None, sumsq: Tensor) -
     call.run(rows, layer)
 
 
-def linear_step_(rows: Rows, layer: Layer, goal: Goal, pull: PeerPull, update: Update, outputs: Outputs) -> None:
-    """See `ops.SCHEMAS`."""
+def linear_step_(
+    rows: Rows,
+    layer: Layer,
+    goal: Goal,
+    pull: PeerPull,
+    update: Update,
+    outputs: Outputs,
+    prepared: Prepared | None = None,
+) -> None:
+    """See `ops.SCHEMAS`; `prepared`: what `prepare` has made of records that differ in the rule's numbers at most."""
     call = _Call("ffk_linear_step")
+    call.take(rows)
+    if prepared is None:
+        _take_step(call, layer, goal, pull, update)
+    else:
+        call.values += prepared.before
+        call.values += _numbers(update.weight)
+        call.values += prepared.between
+        call.values += _numbers(update.bias)
+    call.take(outputs if outputs.rounded is None else outputs._replace(rounded=None))
+    call.values += _NO_SLOPES
+    call.run(rows, layer)
+    if outputs.rounded is not None:
+        outputs.rounded.copy_(layer.weight)
+
+
+class Prepared(NamedTuple):
+    """What stands in front of the numbers of the weight's rule, and between them and those of the bias."""
+
+    before: tuple[Any, ...]
+    between: tuple[Any, ...]
+
+
+def prepare(layer: Layer, goal: Goal, pull: PeerPull, update: Update) -> Prepared | None:
+    """What steps with these records have in common for as long as their tensors stay where they are.
+
+    None where a step reads a threshold from a tensor, or copies one.
+    """
+    call = _Call("")
+    _take_step(call, layer, goal, pull, update)
+    if call.copies or goal.threshold is not None or update.rule == "grad":
+        return None
+    count = len(_NO_NUMBERS)
+    own = STATES + count
+    return Prepared(tuple(call.values[: -own - count]), tuple(call.values[-own:-count]))
+
+
+def _take_step(call: _Call, layer: Layer, goal: Goal, pull: PeerPull, update: Update) -> None:
+    """Adds what stands between a step's rows and its outputs."""
     threshold = goal.threshold
     if threshold is not None and threshold.dim() == 0:
         one = float(threshold)
         goal = goal._replace(threshold_pos=one, threshold_neg=one, threshold=None)
-    call.take(rows)
     call.take(layer, read=_PARAMETERS if update.rule == "grad" else ())
     if goal.threshold is None:
         call.values += _numbers_of(goal)
@@ -77,11 +127,6 @@ def linear_step_(rows: Rows, layer: Layer, goal: Goal, pull: PeerPull, update: U
     else:
         call.take(pull)
     call.take(update)
-    call.take(outputs if outputs.rounded is None else outputs._replace(rounded=None))
-    call.values += _NO_SLOPES
-    call.run(rows, layer)
-    if outputs.rounded is not None:
-        outputs.rounded.copy_(layer.weight)
 
 
 def linear_update_(rows: Rows, layer: Layer, slopes: Slopes, pull: PeerPull, update: Update) -> None:
@@ -97,6 +142,11 @@ def linear_update_(rows: Rows, layer: Layer, slopes: Slopes, pull: PeerPull, upd
     call.run(rows, layer)
 
 
+def _numbers(slot: Slot) -> tuple[float, ...]:
+    numbers = slot.numbers or _NO_NUMBERS
+    return numbers if slot.lr is None else (float(slot.lr), *numbers[1:])
+
+
 @lru_cache
 def _numbers_of(goal: Goal) -> list[Any]:
     """The values of a goal without a tensor, which is the same one at every step."""
@@ -109,68 +159,57 @@ class _Call:
     """One call's values in the order of `records.LAYOUT`, and the only source of addresses among them: of tensors in
     row-major order, or of copies of them.
 
-    What an address belongs to lives as long as this object does, which is until the call is over. What is only read is
-    never written.
+    Copies live as long as this object does, which is until the call is over; what is only read is never written.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.values: list[Any] = []
-        self.alive: list[Tensor] = []
+        self.copies: list[Tensor] = []
         self.written: list[tuple[Tensor, Tensor]] = []
 
     def take(self, record: tuple[Any, ...], read: tuple[str, ...] = ()) -> None:
         """Adds a record; `read`: members that this call does not write, though others do."""
         values = self.values
-        for (_, name, _, kind, is_written), value in zip(MEMBERS[type(record)], record, strict=True):
-            if kind is None:
+        for (kind, is_written, name), value in zip(_TAKEN[type(record)], record, strict=True):
+            if value is None:
+                values += NO_MATRIX if kind == "matrix" else _ZERO
+            elif kind == "vector":
+                if value.dtype != _FLOAT32 or not value.is_contiguous():
+                    value = self._copy(value, _FLOAT32, is_written and name not in read)
+                values.append(value.data_ptr())
+            elif kind == "matrix":
+                # Of one that nobody writes only the rows must be without gaps.
+                if not value.is_contiguous() and (is_written or (value.stride(1) != 1 and value.shape[1] > 1)):
+                    value = self._copy(value, value.dtype, is_written and name not in read)
+                values += value.data_ptr(), *value.shape, value.stride(0), _NUMBER_OF[value.dtype]
+            elif kind is None:
                 values.append(value)
             elif type(kind) is dict:
                 values.append(kind[value])
-            elif value is None:
-                values += NO_MATRIX if kind == "matrix" else (0,)
-            elif kind == "matrix":
-                values += self._matrix(value, is_written, is_written and name not in read)
             elif kind == "slot":
                 self._slot(value)
-            elif is_written and name not in read:
-                values.append(self._written(value).data_ptr())
             else:
-                values.append(self._read(value, _DTYPES.get(kind, torch.float32)).data_ptr())
+                if value.dtype != _DTYPES[kind] or not value.is_contiguous():
+                    value = self._copy(value, _DTYPES[kind], False)
+                values.append(value.data_ptr())
 
     def _slot(self, slot: Slot) -> None:
         values = self.values
         for tensor in slot.state:
-            values.append(self._written(tensor).data_ptr())
+            # Of what is written only Adam's step count may come in another dtype.
+            if tensor.dtype != _FLOAT32 or not tensor.is_contiguous():
+                tensor = self._copy(tensor, _FLOAT32, True)
+            values.append(tensor.data_ptr())
         values += _NO_STATE[len(slot.state) :]
-        numbers = slot.numbers or _NO_NUMBERS
-        values += numbers if slot.lr is None else (float(slot.lr), *numbers[1:])
+        values += _numbers(slot)
 
-    def _matrix(self, tensor: Tensor, is_whole: bool, is_written: bool) -> tuple[int, int, int, int, int]:
-        """`is_whole`: the library takes such a matrix without gaps; of others, only the rows must be."""
-        if is_written:
-            tensor = self._written(tensor, tensor.dtype)
-        elif is_whole:
-            tensor = self._read(tensor, tensor.dtype)
-        else:
-            if tensor.stride(1) != 1 and tensor.shape[1] > 1:
-                tensor = tensor.contiguous()
-            self.alive.append(tensor)
-        rows, columns = tensor.shape
-        return tensor.data_ptr(), rows, columns, tensor.stride(0), DTYPES.index(tensor.dtype)
-
-    def _read(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        if tensor.dtype != dtype or not tensor.is_contiguous():
-            tensor = tensor.to(dtype).contiguous()
-        self.alive.append(tensor)
-        return tensor
-
-    def _written(self, tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        # Of what is written only Adam's step count may come in another dtype.
-        if tensor.dtype == dtype and tensor.is_contiguous():
-            return tensor
+    def _copy(self, tensor: Tensor, dtype: torch.dtype, is_written: bool) -> Tensor:
+        """A copy in row-major order; what is written to it goes back when the call is over."""
         copy = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
-        self.written.append((tensor, copy))
+        self.copies.append(copy)
+        if is_written:
+            self.written.append((tensor, copy))
         return copy
 
     def run(self, rows: Rows, layer: Layer) -> None:

@@ -1,0 +1,141 @@
+"""A network's step where nothing has changed since the last one: the kept plans of its layers, one after the other.
+
+Whatever is not so, or is wrong, makes of it a step that `FFNetwork` checks anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .. import interrupts
+from .. import validation as check
+from ..autograd import is_transformed, without_autocast
+from ..functional import StepResult
+from ..functional.plan import Moment, Options, Plan, kept_plan
+from ..functional.rows import checked_rows
+from ..functional.step import run
+from ..spec import Rows
+from .layer import FFLinear, watched
+from .stack import Layer
+
+# A program may put another in its place, to measure it say.
+OWN_STEP = FFLinear.step
+# Methods that make of a layer something else where an object has its own.
+REPLACED = frozenset({"step", "forward", "activity", "goodness", "__call__"})
+# Options of a network's step under which it may be one of these.
+OPTIONS = frozenset({"sample_weight", "skip_below", "labels"})
+
+
+class Planned(NamedTuple):
+    """A layer that steps by its kept plan."""
+
+    plan: Plan
+    options: Options
+    optimizer: Optimizer
+
+
+def step(
+    layers: Iterable[Layer],
+    x_pos: Tensor,
+    x_neg: Tensor | None,
+    optimizers: Sequence[Optimizer | None],
+    outputs: Sequence[str],
+    *,
+    keep: bool,
+    skip_below: float = 0.0,
+    **of_rows: Any,
+) -> list[StepResult] | None:
+    """`FFNetwork.step` of linear layers with nothing between them, or None before anything is written."""
+    if torch.compiler.is_compiling() or "none" in outputs[:-1] or FFLinear.step is not OWN_STEP:
+        return None
+    stack, moment = [], Moment()
+    try:
+        for layer, optimizer, of in zip(layers, optimizers, outputs, strict=True):
+            planned = _planned(layer, optimizer, of, skip_below, moment)
+            if planned is None:
+                return None
+            stack.append(planned)
+        rows = _rows(stack, x_pos, x_neg, **of_rows)
+    except (TypeError, ValueError):
+        return None
+    return None if rows is None else _climb(stack, rows, keep)
+
+
+def _planned(
+    layer: Layer, optimizer: Optimizer | None, outputs: str, skip_below: float, moment: Moment
+) -> Planned | None:
+    if optimizer is None or type(layer) is not FFLinear or watched(layer) or not REPLACED.isdisjoint(vars(layer)):
+        return None
+    parameters, peer = layer._parameters, layer.peer
+    weight = parameters.get("weight")
+    if layer._modules or weight is None or len(parameters) != 2:
+        return None
+    bias, peer_mean = parameters["bias"], None if peer is None else layer.peer_mean
+    options = Options(
+        layer.objective, layer.norm, layer.eps, layer.eps_mode, layer.activation, outputs, layer.compute_dtype,
+        skip_below, peer, layer.backend, False,
+    )  # fmt: skip
+    plan = kept_plan(weight, bias, optimizer, peer_mean, options, moment)
+    return None if plan is None or not plan.is_whole else Planned(plan, options, optimizer)
+
+
+def _rows(
+    stack: Sequence[Planned],
+    x_pos: Tensor,
+    x_neg: Tensor | None,
+    *,
+    label_field: int | None = None,
+    sample_weight: Tensor | None = None,
+    labels: Tensor | None = None,
+) -> Rows | None:
+    """The rows of the first layer, checked; None where those that layers hand on might not fit the next one."""
+    first = stack[0].plan.layer
+    objective = stack[0].options.objective
+    rows = checked_rows(
+        first.weight, first.compute_dtype, objective, x_pos, x_neg, None, None, sample_weight, None, label_field, labels
+    )
+    n_pos, n_neg = x_pos.shape[0], rows.x_neg.shape[0]
+    below = None
+    for plan, options, _ in stack:
+        layer, objective = plan.layer, options.objective
+        if plan.goal.threshold is not None or (objective.paired and n_pos != n_neg):
+            return None
+        if is_transformed(x_pos, rows.x_neg, layer.weight, layer.bias):
+            return None
+        if below is not None:
+            if layer.weight.shape[1] != below.weight.shape[0] or layer.weight.device != below.weight.device:
+                return None
+            if below.compute_dtype not in (layer.weight.dtype, layer.compute_dtype):
+                return None
+            if (objective.classes is None) != (labels is None):
+                return None
+            if sample_weight is not None:
+                check.sample_weight(sample_weight, objective, n_pos + n_neg, layer.weight)
+            if objective.classes is not None:
+                check.labels(labels, n_pos, objective.classes, layer.weight.device)
+        below = layer
+    peer_mean = stack[0].plan.pull.mean
+    check.apart(first.weight, first.bias, peer_mean, x_pos, rows.x_neg, None, {})
+    return rows
+
+
+def _climb(stack: Sequence[Planned], rows: Rows, keep: bool) -> list[StepResult]:
+    n_pos, one_side = rows.x_pos.shape[0], rows.labels is not None
+    results: list[StepResult] = []
+    held = interrupts.hold()
+    try:
+        with torch.no_grad(), without_autocast(rows.x_pos.device):
+            for plan, options, optimizer in stack:
+                y, sumsq, goodness, loss = run(plan, rows, options, optimizer)
+                results.append(StepResult(y if keep else None, sumsq, goodness, loss, n_pos))
+                if y is not None:
+                    sides = (y, y[:0]) if one_side else (y[:n_pos], y[n_pos:])
+                    rows = Rows(*sides, None, sumsq, rows.sample_weight, None, 0, rows.labels)
+    finally:
+        interrupts.release(held)
+    return results

@@ -62,7 +62,9 @@ def one_thread(tmp_path, monkeypatch):
 
 @pytest.fixture
 def arguments(folder) -> list[str]:
-    return ["train", "--data", str(folder), "--epochs", str(EPOCHS), "--device", "cpu", "--no-picture"]
+    """Of a recipe with a classifier."""
+    options = ["--epochs", str(EPOCHS), "--device", "cpu", "--no-picture"]
+    return ["train", "--data", str(folder), "--preset", "hard-negatives", *options]
 
 
 def checkpoint_of(output: str) -> dict:
@@ -118,11 +120,11 @@ def test_train_says_where_everything_is(arguments, capsys) -> None:
 def test_default_output_and_picture(arguments, capsys) -> None:
     pytest.importorskip("matplotlib")
     assert cli.main([argument for argument in arguments if argument != "--no-picture"]) == 0
-    assert "runs/quick-toy/picture.png" in capsys.readouterr().out
-    assert Path("runs/quick-toy/picture.png").read_bytes()[:4] == b"\x89PNG"
+    assert "runs/hard-negatives-toy/picture.png" in capsys.readouterr().out
+    assert Path("runs/hard-negatives-toy/picture.png").read_bytes()[:4] == b"\x89PNG"
 
 
-@pytest.mark.parametrize("preset", ["quick", "projected-quick", "hinton-unsupervised"])
+@pytest.mark.parametrize("preset", ["quick", "hard-negatives", "hinton-unsupervised"])
 def test_a_report_is_a_page_of_the_runs_own_numbers(preset, arguments, capsys) -> None:
     """Every picture in it is there and drawn, has words beside it, and the page asks for nothing elsewhere."""
     pytest.importorskip("matplotlib")
@@ -405,7 +407,7 @@ def test_what_fails_after_training_loses_nothing(folder, capsys, monkeypatch) ->
     out, err = capsys.readouterr()
     assert err.splitlines()[-1] == "no picture: RuntimeError: no font"
     assert f"result:     {row}" in out and "picture" not in out
-    assert json.loads(row.read_text())["error_classifier"] == rows_of("out")[0]["test_error_classifier"]
+    assert json.loads(row.read_text())["error_goodness"] == rows_of("out")[0]["test_error_goodness"]
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", lambda file: os.kill(os.getpid(), signal.SIGINT))

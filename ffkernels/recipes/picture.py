@@ -95,7 +95,10 @@ def error_curves(axes: Any, rows: list[Row]) -> None:
             axes.plot(*zip(*points, strict=True), label=label, markersize=4, **look)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}%")
-    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}%" if f"{value:e}"[0] in "25" else "")
+    least, most = axes.get_ylim()
+    # Within less than a decade each line has its number.
+    shown = "25" if most > 5 * least else "123456789"
+    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:.3g}%" if f"{value:e}"[0] in shown else "")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(title="Error", xlabel="epoch")
     axes.grid(axis="y", which="both", color=FAINT, alpha=0.25)
@@ -157,7 +160,8 @@ def features(axes: Any, trainer: Trainer) -> None:
     image = mosaic(weight.detach().cpu(), label_pixels, shape)
     axes.imshow(image.tolist(), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
     axes.set_axis_off()
-    axes.set_title("Weights of the first layer, largest first (red +, blue -; label pixels left out)")
+    left_out = "; label pixels left out" if label_pixels else ""
+    axes.set_title(f"Weights of the first layer, largest first (red +, blue -{left_out})")
 
 
 def mosaic(weight: Tensor, label_pixels: int, shape: tuple[int, ...]) -> Tensor:

@@ -1,4 +1,4 @@
-"""`make gpu`: everything that wants a GPU, in one command of about eleven minutes, with what it finds in one folder.
+"""`make gpu`: everything that wants a GPU, in one command of about nine minutes, with what it finds in one folder.
 
 Tests, compute-sanitizer where there is one, tuning, benchmarks and a profile run each in a process of its own with a
 time limit of its own; one that fails costs only itself. Needs torch, triton, numpy, pytest and pytest-benchmark, and
@@ -43,9 +43,9 @@ def parts(output: Path) -> list[tuple[str, list[str], int]]:
     quick = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_gpu.py"]
     benchmark = [python, "-m", "ffkernels", "bench", "--device", "cuda"]
     found = [
-        ("tests", quick, 240),
-        ("tuning", [python, "-m", "ffkernels", "tune", "--seconds", "140"], 160),
-        ("benchmarks", [*benchmark, "--within", "140", "--output", str(output)], 200),
+        ("tests", quick, 200),
+        ("tuning", [python, "-m", "ffkernels", "tune", "--seconds", "100"], 120),
+        ("benchmarks", [*benchmark, "--within", "100", "--output", str(output)], 150),
         ("profile", [python, "-c", PROFILE], 30),
     ]
     if sanitizer is not None:

@@ -29,7 +29,7 @@ NEEDS = {"fflib": "fflib", "bioff": "bioff", "lightning": "lightning"}
 of_each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 # Blocks of code, which are neither prose nor links; what commands write into a page, which is no prose.
 CODE = re.compile(r"^```.*?^```|^    .*?$", re.DOTALL | re.MULTILINE)
-MADE = re.compile(r"<!-- (\w+): made by .*?<!-- /\1 -->", re.DOTALL)
+MADE = re.compile(r"<!-- ([\w-]+): made by .*?<!-- /\1 -->", re.DOTALL)
 
 
 def run(page: Path) -> dict[str, Any]:

@@ -102,9 +102,11 @@ def prepare(layer: Layer, goal: Goal, pull: PeerPull, update: Update) -> Prepare
 
     None where a step reads a threshold from a tensor, or copies one.
     """
+    if goal.threshold is not None or update.rule == "grad":
+        return None
     call = _Call("")
     _take_step(call, layer, goal, pull, update)
-    if call.copies or goal.threshold is not None or update.rule == "grad":
+    if call.copies:
         return None
     count = len(_NO_NUMBERS)
     own = STATES + count

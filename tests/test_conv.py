@@ -6,12 +6,12 @@ from copy import deepcopy
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from torch import nn
 
 import ffkernels as ff
 
-from .conv_cases import OBJECTIVES, RULES, Case, cases, definition, judged, made, sensitivity
+from .conv_cases import OBJECTIVES, RULES, Case, cases, definition, drawn_case, judged, made, sensitivity
 from .steps import OPTIMIZERS, error
 
 
@@ -33,13 +33,7 @@ def assert_same(ours: Case, theirs: Case, tolerance: float, steps: int = 2) -> N
 @given(cases())
 @settings(max_examples=250, deadline=None)
 def test_a_step_is_that_of_autograd(drawn):
-    torch.manual_seed(drawn.pop("seed"))
-    try:
-        ours = made(**drawn)
-        shape = definition(ours.layer, ours.x, behind=False).shape
-    except RuntimeError:  # PyTorch's own, of maps that a kernel or pool does not fit in
-        assume(False)
-    assume(drawn["statistics"] != "batch" or shape[0] * shape[2] * shape[3] > 1)
+    ours = drawn_case(drawn)
     # What is equal or zero is so by a step's rounding alone after one.
     assert_same(ours, ours.copy(), 1e-11 * max(10.0, sensitivity(ours)), steps=1 if drawn["ties"] else 2)
 

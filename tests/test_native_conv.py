@@ -13,7 +13,7 @@ from ffkernels.backends.native import library, maps
 from ffkernels.functional.maps import ConvOptions
 from ffkernels.spec import Geometry, Layer, MapRows, MapSlopes
 
-from .conv_cases import cases, definition, made, sensitivity
+from .conv_cases import cases, drawn_case, made, sensitivity
 from .steps import error
 
 pytestmark = pytest.mark.skipif(library.load().library is None, reason="the compiled library is not there")
@@ -29,13 +29,7 @@ def runs(case, **options) -> bool:
 @given(cases())
 @settings(max_examples=300, deadline=None)
 def test_a_step_is_as_near_to_float64_as_pytorchs(drawn):
-    torch.manual_seed(drawn.pop("seed"))
-    try:
-        exact = made(**{**drawn, "optimizer": None})
-        shape = definition(exact.layer, exact.x, behind=False).shape
-    except RuntimeError:  # PyTorch's own, of maps that a kernel or pool does not fit in
-        assume(False)
-    assume(drawn["statistics"] != "batch" or shape[0] * shape[2] * shape[3] > 1)
+    exact = drawn_case(drawn, optimizer=None)
     single = {name: exact.copy(torch.float32) for name in ("native", "eager")}
     assume(runs(single["native"]))
     floor = 1e-5 * sensitivity(exact)

@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 
 import ffkernels as ff
 from ffkernels import reference
 from ffkernels.backends import select
 from ffkernels.spec import Geometry, Layer, MapRows, MapSlopes
 
-from ..conv_cases import cases, definition, made, sensitivity
+from ..conv_cases import cases, drawn_case, made, sensitivity
 from ..steps import error
 from ..test_native_conv import operator_arguments
 
@@ -44,13 +44,7 @@ def rounds_to_nearest(monkeypatch):
 @given(cases())
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_step_is_as_near_to_float64_as_pytorchs(drawn):
-    torch.manual_seed(drawn.pop("seed"))
-    try:
-        exact = made(**{**drawn, "optimizer": None})
-        shape = definition(exact.layer, exact.x, behind=False).shape
-    except RuntimeError:  # PyTorch's own, of maps that a kernel or pool does not fit in
-        assume(False)
-    assume(drawn["statistics"] != "batch" or shape[0] * shape[2] * shape[3] > 1)
+    exact = drawn_case(drawn, optimizer=None)
     single = {name: exact.copy(torch.float32) for name in ("triton", "eager")}
     floor = 1e-5 * sensitivity(exact)
     expected = exact.ours(backend="eager")

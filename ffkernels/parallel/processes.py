@@ -117,6 +117,14 @@ def take_over(tensors: Iterable[Tensor], group: ProcessGroup, source: int = 0) -
                 tensor.copy_(whole)
 
 
+def sum_of(values: Tensor, group: ProcessGroup) -> Tensor:
+    """The sum over all processes, at once."""
+    total = values.clone()
+    with others_answer():
+        dist.all_reduce(total, group=group)
+    return total
+
+
 class Reduction:
     """Sums over all processes, under way: of large tensors in place, of small ones together.
 

@@ -31,8 +31,9 @@ def compiled(name: str, folder: Path, instruction_set: str = "baseline", units: 
         command = build()["compiler"]()
     except RuntimeError as error:
         pytest.skip(str(error))
-    checked = f"-g -fsanitize={SANITIZER} -fno-sanitize-recover=all -DFFK_EMULATES_MATRIX_UNIT".split()
-    options = [*build()["FLAGS"], "-O1", *build()["INSTRUCTION_SETS"][instruction_set], f"-DFFK_SET={instruction_set}"]
+    checked = f"-g -fsanitize={SANITIZER} -fno-sanitize-recover=all".split()
+    of_set = build()["instruction_sets"]()[instruction_set]
+    options = [*build()["FLAGS"], "-O1", *of_set, f"-DFFK_SET={instruction_set}"]
     sources = [ROOT / "csrc" / "tests" / f"{name}.cpp", *(ROOT / "csrc" / "cpu" / unit for unit in units)]
     program = folder / f"{name}-{instruction_set}"
     run([*command, *options, *(checked if SANITIZER else []), *map(str, sources), "-o", str(program)])

@@ -21,8 +21,8 @@ OF_VECTORS = {
     "convolution": ("threads.cpp",),
 }
 OF_SCALARS = ("row_scale", "objective", "classes")
-# Under a sanitizer AMX's unit is emulated, beside instructions that the CPU has.
-EMULATED = ["amx"] if programs.SANITIZER and "avx512_bf16" in SETS and "amx" not in SETS else []
+# Under a sanitizer AMX's unit is emulated.
+EMULATED = ["amx"] if programs.SANITIZER and "avx2" in SETS and "amx" not in SETS else []
 HERE = EMULATED + SETS or ["baseline"]
 FOR_FLOAT32 = library.instruction_set() or "baseline"
 

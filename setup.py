@@ -4,7 +4,7 @@ The library has no Python and no torch symbol in it, so one build serves every v
 can make it. FFKERNELS_BUILD says whether it is: `auto` (if unset) builds it where a C++ compiler is found and makes
 a pure-Python package otherwise, `off` builds nothing, `cpu` fails where the library cannot be built. CXX names the
 compiler and may have options; CPPFLAGS, CXXFLAGS and LDFLAGS come after this file's own. FFKERNELS_SANITIZE
-(`address,undefined` or `thread`) builds it for a sanitizer, with AMX's unit emulated.
+(`address,undefined` or `thread`) builds it for a sanitizer, with AMX's unit emulated on any CPU that has AVX2.
 """
 
 from __future__ import annotations
@@ -41,6 +41,9 @@ INSTRUCTION_SETS = {
     "avx2": ["-mavx2", "-mfma"],
     "baseline": [],
 }
+OF_AARCH64 = {"neon_bf16": ["-march=armv8.2-a+bf16"], "baseline": []}
+# Vectors of AVX-512's length are passed around inside one file alone, where their ABI is nobody's concern.
+EMULATED_AMX = ["-mavx2", "-mfma", "-Wno-psabi", "-DFFK_EMULATES_MATRIX_UNIT"]
 FLAGS = [
     "-std=c++17", "-O3", "-fno-math-errno", "-fno-strict-aliasing", "-fPIC", "-fvisibility=hidden", "-pthread",
     "-Wall", "-Wextra",
@@ -69,6 +72,13 @@ def compiler() -> list[str]:
     if program is None:
         raise RuntimeError(f"CXX={asked!r}: there is no program {command[0]!r}")
     return [program, *command[1:]]
+
+
+def instruction_sets(machine: str) -> dict[str, list[str]]:
+    """The copies of the kernels for an architecture, and the options of each."""
+    if machine not in ("x86_64", "AMD64"):
+        return OF_AARCH64 if machine == "aarch64" else {"baseline": []}
+    return INSTRUCTION_SETS | ({"amx": EMULATED_AMX} if os.environ.get("FFKERNELS_SANITIZE") else {})
 
 
 def has_compiler() -> bool:
@@ -113,14 +123,14 @@ class Command(NamedTuple):
 def build_command() -> Command:
     """That of this environment. Raises RuntimeError with the reason why there is none."""
     sanitizer = os.environ.get("FFKERNELS_SANITIZE")
-    checked = ["-O1", "-g", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-DFFK_EMULATES_MATRIX_UNIT"]
+    checked = ["-O1", "-g", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
     flags = [*FLAGS, *(checked if sanitizer else [])]
     return Command(compiler(), flags, [*words("CPPFLAGS"), *words("CXXFLAGS")], words("LDFLAGS"))
 
 
 def compile_library(of: Command, folder: Path) -> dict[str, Any]:
     """Compiles the library in `folder`; returns what to remember about it. Raises RuntimeError with the reason."""
-    sets = INSTRUCTION_SETS if platform.machine() in ("x86_64", "AMD64") else {"baseline": []}
+    sets = instruction_sets(platform.machine())
 
     def unit(source: str, name: str, options: list[str]) -> str:
         made = str(folder / f"{name}.o")
@@ -142,6 +152,7 @@ def compile_library(of: Command, folder: Path) -> dict[str, Any]:
                 lines = str(error).splitlines()
                 left_out[name] = next((line for line in lines if "error" in line), lines[0])
     has = [f"-DFFK_HAS_{name.upper()}" for name in built]
+    has += [option for option in sets.get("amx", []) if "EMULATES" in option]
     objects = [unit("dispatch.cpp", "dispatch", has), unit("threads.cpp", "threads", []), *built.values()]
     call([*of.cxx, *of.flags, *of.of_user, "-shared", *of.of_linker, *objects, "-o", str(folder / LIBRARY)])
     library = (folder / LIBRARY).read_bytes()

@@ -19,7 +19,7 @@ from . import ops
 from . import validation as check
 from .backends.eager.products import Products, binary_exponent
 from .normalisation import row_scale, row_sumsq
-from .spec import Activation, EpsMode, Layer, Norm, Rows
+from .spec import Activation, EpsMode, Layer, Norm, Precision, Rows
 
 _aten = torch.ops.aten
 
@@ -124,12 +124,14 @@ class LinearForward(torch.autograd.Function):
         eps_mode: EpsMode,
         activation: Activation,
         compute_dtype: torch.dtype,
+        precision: Precision,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
         """The arguments are those of the operator, for one side."""
         if input_sumsq is None and norm != "none":
             input_sumsq = row_sumsq(x, weight.dtype)
-        ctx.options, ctx.dtype = (norm, eps, eps_mode, activation, compute_dtype, backend), weight.dtype
+        ctx.options = (norm, eps, eps_mode, activation, compute_dtype, precision, backend)
+        ctx.dtype = weight.dtype
         ctx.set_materialize_grads(False)
         with without_autocast(weight.device):
             rows = Rows(x, x[:0], input_sumsq=input_sumsq)
@@ -144,14 +146,14 @@ class LinearForward(torch.autograd.Function):
         _only_once("linear_forward")
         grad_y, grad_sumsq = grads
         x, input_sumsq, y, *layer = ctx.saved_tensors
-        norm, eps, eps_mode, activation, compute_dtype, backend = ctx.options
-        nothing: tuple[Tensor | None, ...] = (None,) * 6
+        norm, eps, eps_mode, activation, compute_dtype, precision, backend = ctx.options
+        nothing: tuple[Tensor | None, ...] = (None,) * 7
         if grad_y is None and grad_sumsq is None:
             return None, None, None, None, *nothing
         with without_autocast(x.device):
             z, wide = None, y.to(ctx.dtype)
             if layer:
-                linear = Layer(layer[0], layer[1], norm, eps, eps_mode, "identity", compute_dtype)
+                linear = Layer(layer[0], layer[1], norm, eps, eps_mode, "identity", compute_dtype, precision)
                 z, _ = ops.linear_forward(Rows(x, x[:0], input_sumsq=input_sumsq), linear, True, backend)
                 z = z.to(ctx.dtype)
             t = torch.zeros_like(wide) if grad_y is None else grad_y.to(ctx.dtype)

@@ -14,6 +14,8 @@ from torch import Tensor
 Norm = Literal["l2", "rms", "none"]
 EpsMode = Literal["add", "clamp", "inside"]
 Activation = Literal["relu", "leaky_relu", "gelu", "silu", "identity"]
+# Of float32 products: "high" permits three products of bfloat16 numbers in the place of one.
+Precision = Literal["highest", "high"]
 OutputsOf = Literal["post", "pre", "none"]
 PaddingMode = Literal["zeros", "reflect"]
 Pool = Literal["none", "max", "average"]
@@ -71,6 +73,7 @@ class Layer(NamedTuple):
         weight, bias: `[out, in]`, `[out]` or None. A step writes them; in a forward pass after one, `weight` may be
             what the step has left in `Outputs.rounded`.
         compute_dtype: the operands of products are rounded to it.
+        precision: of float32 products; "highest" beside other dtypes.
     """
 
     weight: WrittenMatrix
@@ -80,6 +83,7 @@ class Layer(NamedTuple):
     eps_mode: EpsMode
     activation: Activation
     compute_dtype: torch.dtype
+    precision: Precision = "highest"
 
 
 class Geometry(NamedTuple):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import spec
+from .compiling import once_per_trace
 from .objectives import AnyObjective, GivenLoss, Objective, ProjectionHead, short
 from .peer import PeerNormalisation
 
@@ -66,6 +67,17 @@ def compute_dtype_of(compute_dtype: torch.dtype | None, weight: Tensor) -> torch
             "or torch.bfloat16 or torch.float16 with a float32 weight"
         )
     return compute_dtype
+
+
+@once_per_trace
+def precision_of(compute_dtype: torch.dtype) -> spec.Precision:
+    """What `torch.set_float32_matmul_precision` says now of products in this dtype.
+
+    "medium" permits more than "high" does, and is taken for it: products of single bfloat16 numbers are asked for by
+    their name.
+    """
+    is_highest = compute_dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+    return "highest" if is_highest else "high"
 
 
 def layer_tensors(weight: Tensor, bias: Tensor | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import runpy
 import subprocess
 from functools import cache
@@ -23,19 +24,30 @@ def build() -> dict:
         return runpy.run_path(str(ROOT / "setup.py"))
 
 
-def compiled(name: str, folder: Path, instruction_set: str = "baseline", units: tuple[str, ...] = ()) -> Path:
-    """The program `name`, linked with these files of `csrc/cpu`. Skips the test where it cannot be made."""
+def compiled(
+    name: str,
+    folder: Path,
+    instruction_set: str = "baseline",
+    units: tuple[str, ...] = (),
+    compiler: list[str] | None = None,
+    machine: str = platform.machine(),
+) -> Path:
+    """The program `name`, linked with these files of `csrc/cpu`. Skips the test where it cannot be made.
+
+    `compiler`: one for another machine, whose programs are not made for a sanitizer.
+    """
     if not (ROOT / "csrc" / "tests").exists():
         pytest.skip("not a checkout")
     try:
-        command = build()["compiler"]()
+        command = compiler or build()["compiler"]()
     except RuntimeError as error:
         pytest.skip(str(error))
-    checked = f"-g -fsanitize={SANITIZER} -fno-sanitize-recover=all -DFFK_EMULATES_MATRIX_UNIT".split()
-    options = [*build()["FLAGS"], "-O1", *build()["INSTRUCTION_SETS"][instruction_set], f"-DFFK_SET={instruction_set}"]
+    checked = f"-g -fsanitize={SANITIZER} -fno-sanitize-recover=all".split() if SANITIZER and not compiler else []
+    of_set = build()["instruction_sets"](machine)[instruction_set]
+    options = [*build()["FLAGS"], "-O1", *of_set, f"-DFFK_SET={instruction_set}"]
     sources = [ROOT / "csrc" / "tests" / f"{name}.cpp", *(ROOT / "csrc" / "cpu" / unit for unit in units)]
     program = folder / f"{name}-{instruction_set}"
-    run([*command, *options, *(checked if SANITIZER else []), *map(str, sources), "-o", str(program)])
+    run([*command, *options, *checked, *map(str, sources), "-o", str(program)])
     return program
 
 

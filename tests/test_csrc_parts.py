@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 
 from ffkernels.backends.native import library
@@ -19,11 +22,15 @@ OF_VECTORS = {
     "rules": (),
     "maps": ("threads.cpp",),
     "convolution": ("threads.cpp",),
+    "products": ("threads.cpp", "kernels.cpp"),
 }
 OF_SCALARS = ("row_scale", "objective", "classes")
-# Under a sanitizer AMX's unit is emulated, beside instructions that the CPU has.
-EMULATED = ["amx"] if programs.SANITIZER and "avx512_bf16" in SETS and "amx" not in SETS else []
+# Under a sanitizer AMX's unit is emulated.
+EMULATED = ["amx"] if programs.SANITIZER and "avx2" in SETS and "amx" not in SETS else []
 HERE = EMULATED + SETS or ["baseline"]
+# Programs for aarch64 are run by an emulator, where a compiler for it is there too.
+CROSS, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
+OF_AARCH64 = ("neon_bf16", "baseline")
 FOR_FLOAT32 = library.instruction_set() or "baseline"
 
 
@@ -44,3 +51,27 @@ def test_threads(tmp_path):
 
 def test_steps_on_threads(tmp_path):
     programs.run([programs.compiled("steps", tmp_path, FOR_FLOAT32, units=("threads.cpp", "kernels.cpp"))])
+
+
+def on_aarch64(cpu: str, name: str, folder: Path, instruction_set: str, units: tuple[str, ...] = ()) -> str:
+    """What a program prints on an emulated CPU; skips the test where it cannot be made or run."""
+    if programs.SANITIZER or not (shutil.which(CROSS) and shutil.which(EMULATOR)):
+        pytest.skip(f"needs {CROSS} and {EMULATOR}, and no sanitizer")
+    built = programs.compiled(name, folder, instruction_set, units, [CROSS, "-static"], "aarch64")
+    return programs.run([EMULATOR, "-cpu", cpu, built])
+
+
+@pytest.mark.parametrize("instruction_set", OF_AARCH64)
+@pytest.mark.parametrize("name", OF_VECTORS)
+def test_vectors_on_aarch64(name, instruction_set, tmp_path):
+    # Of a program that asks for no more than it needs, the oldest CPU is the hardest test.
+    cpu = "max" if instruction_set == "neon_bf16" else "cortex-a53"
+    on_aarch64(cpu, name, tmp_path, instruction_set, OF_VECTORS[name])
+
+
+@pytest.mark.parametrize(
+    ("cpu", "chosen"),
+    [("max", "baseline neon_bf16 baseline"), ("cortex-a72", "baseline baseline baseline")],
+)
+def test_aarch64_has_its_bfloat16_unit_chosen(cpu, chosen, tmp_path):
+    assert on_aarch64(cpu, "dispatch", tmp_path, "baseline").strip() == chosen

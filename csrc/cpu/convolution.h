@@ -7,7 +7,7 @@
 
 namespace {
 
-#if defined(__AMX_BF16__)
+#if defined(FFK_ON_MATRIX_UNIT)
 constexpr bool ON_UNIT = true;
 #else
 constexpr bool ON_UNIT = false;
@@ -185,14 +185,14 @@ struct ConvolutionForward {
         if (writes && of.call.z != nullptr) keep(row, range, places);
     }
 
-    template <bool PAIRS, int NV>
+    template <Operands KIND, int NV>
     void multiply(const float* packed, const float* panel, float* z) const {
         const int64_t places = of.call.height * of.line, step = of.padded_width * of.in_places;
         int64_t x = 0, skipped = 0;
         for (int64_t place = 0; place < places; place += TILE_ROWS) {
             TileRows a(packed + (place + skipped) * of.in_places, of.in_places, places - place);
             // Lines of places lie apart by their padding.
-            if (!(ON_UNIT && PAIRS))
+            if (!(ON_UNIT && KIND == BFLOAT16_PAIRS))
                 for (int m = 0; m < TILE_ROWS; m++) {
                     a.row[m] = packed + (smaller(place + m, places - 1) + skipped) * of.in_places;
                     if (++x == of.line && place + m + 1 < places)
@@ -201,8 +201,8 @@ struct ConvolutionForward {
             Tile<NV> tile;
             tile.clear();
             for (int64_t i = 0; i < of.call.kernel_height; i++)
-                tile.template multiply<PAIRS>(a, i * step, panel + i * weight.depth * NV * LANES,
-                                              weight.depth);
+                tile.template multiply<KIND>(a, i * step, panel + i * weight.depth * NV * LANES,
+                                             weight.depth);
             tile.write(z + place * NV * LANES, NV * LANES);
         }
     }
@@ -405,7 +405,7 @@ struct WeightGradient {
             }
     }
 
-    template <bool PAIRS, int NV>
+    template <Operands KIND, int NV>
     void multiply(const TurnedImage& image, const float* packed, int64_t unit, const float* dz,
                   bool is_first, float* sums) const {
         for (int64_t tap = 0; tap < of.taps; tap += taps_at_once)
@@ -416,13 +416,13 @@ struct WeightGradient {
                                      tap + smaller(i, last) / of.in);
                 };
                 TileRows a(row(r), image.channel_floats, TILE_ROWS);
-                if (!(ON_UNIT && PAIRS))
+                if (!(ON_UNIT && KIND == BFLOAT16_PAIRS))
                     for (int m = 0; m < TILE_ROWS; m++) a.row[m] = row(r + m);
                 float* c = sums + (tap / taps_at_once * rows_at_once + r) * NV * LANES;
                 Tile<NV> tile;
                 tile.clear();
                 if (!is_first) Tile<NV>::expect(c, NV * LANES);
-                tile.template multiply<PAIRS>(a, 0, dz, depth);
+                tile.template multiply<KIND>(a, 0, dz, depth);
                 if (!is_first) tile.add(c, NV * LANES);
                 tile.write(c, NV * LANES);
             }

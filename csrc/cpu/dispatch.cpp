@@ -13,12 +13,18 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
 
 namespace {
 
+// What a call's products are.
+enum Products { FLOAT32, BFLOAT16, FLOAT32_AT_HIGH };
+
 struct Choice {
     const ffk::Kernels* kernels;
-    bool runs_here, for_float32 = true, for_bfloat16 = true;
+    bool runs_here, is_for[2] = {true, true};
 };
 
 #if defined(__x86_64__)
@@ -37,7 +43,7 @@ struct Choice {
 }
 [[maybe_unused]] bool has_amx() {
 #if defined(FFK_EMULATES_MATRIX_UNIT)
-    return has_avx512_bf16();
+    return has_avx2();
 #elif defined(__linux__)
     unsigned a, b, c, features = 0;
     const unsigned bfloat16 = 1u << 22, tiles = 1u << 24;
@@ -55,12 +61,24 @@ struct Choice {
 // there, rounded numbers are multiplied as float32.
 [[maybe_unused]] bool pairs_pay() { return !__builtin_cpu_is("intel"); }
 #endif
+// Linux says what an aarch64 CPU has.
+#if defined(__aarch64__)
+[[maybe_unused]] bool has_neon_bf16() {
+#if defined(__linux__)
+    constexpr unsigned long BF16 = 1ul << 14;
+    return (getauxval(AT_HWCAP2) & BF16) != 0;
+#else
+    return false;
+#endif
+}
+#endif
+
 const Choice choices[] = {
 #if defined(FFK_HAS_AMX)
-    {&ffk::amx, has_amx(), false},
+    {&ffk::amx, has_amx(), {false, true}},
 #endif
 #if defined(FFK_HAS_AVX512_BF16)
-    {&ffk::avx512_bf16, has_avx512_bf16(), pairs_pay(), pairs_pay()},
+    {&ffk::avx512_bf16, has_avx512_bf16(), {pairs_pay(), pairs_pay()}},
 #endif
 #if defined(FFK_HAS_AVX512)
     {&ffk::avx512, has_avx512()},
@@ -68,22 +86,33 @@ const Choice choices[] = {
 #if defined(FFK_HAS_AVX2)
     {&ffk::avx2, has_avx2()},
 #endif
+#if defined(FFK_HAS_NEON_BF16)
+    {&ffk::neon_bf16, has_neon_bf16(), {false, true}},
+#endif
     {&ffk::baseline, true},
 };
 
-const ffk::Kernels* first_choice(bool bfloat16) {
+const ffk::Kernels* first_choice(Products products) {
+    if (products == FLOAT32_AT_HIGH) {
+        // Three products pay on AMX's unit alone.
+        const ffk::Kernels* narrow = first_choice(BFLOAT16);
+        return narrow->splits_float32 ? narrow : first_choice(FLOAT32);
+    }
     for (const Choice& choice : choices)
-        if (choice.runs_here && (bfloat16 ? choice.for_bfloat16 : choice.for_float32))
-            return choice.kernels;
+        if (choice.runs_here && choice.is_for[products]) return choice.kernels;
     return nullptr;
 }
 
-// By whether the products are bfloat16 ones.
-std::atomic<const ffk::Kernels*> chosen[2]{first_choice(false), first_choice(true)};
+std::atomic<const ffk::Kernels*> chosen[3]{first_choice(FLOAT32), first_choice(BFLOAT16),
+                                           first_choice(FLOAT32_AT_HIGH)};
 
-const ffk::Kernels& kernels_for(ffk::Dtype dtype) { return *chosen[dtype == ffk::BFLOAT16].load(); }
+const ffk::Kernels& kernels_for(ffk::Dtype dtype) {
+    return *chosen[dtype == ffk::BFLOAT16 ? BFLOAT16 : FLOAT32].load();
+}
 const ffk::Kernels& kernels_for(const ffk::Call& call) {
-    return kernels_for(call.layer.compute_dtype);
+    const bool at_high =
+        call.layer.compute_dtype == ffk::FLOAT32 && call.layer.precision == ffk::PRECISION_HIGH;
+    return at_high ? *chosen[FLOAT32_AT_HIGH].load() : kernels_for(call.layer.compute_dtype);
 }
 
 }  // namespace
@@ -92,16 +121,16 @@ extern "C" {
 
 int ffk_interface() { return ffk::INTERFACE; }
 
-const char* ffk_instruction_set(int bfloat16) { return chosen[bfloat16 != 0].load()->name; }
+const char* ffk_instruction_set(int products) { return chosen[products].load()->name; }
 
 int ffk_limit(const char* name) {
     if (*name == 0) {
-        for (int i = 0; i < 2; i++) chosen[i] = first_choice(i != 0);
+        for (int i = 0; i < 3; i++) chosen[i] = first_choice(Products(i));
         return 0;
     }
     for (const Choice& choice : choices)
         if (std::strcmp(choice.kernels->name, name) == 0 && choice.runs_here) {
-            chosen[0] = chosen[1] = choice.kernels;
+            for (auto& of_products : chosen) of_products = choice.kernels;
             return 0;
         }
     return 1;

@@ -8,7 +8,7 @@ namespace {
 struct Forward {
     const ffk::Call& call;
     Chunks chunks;
-    bool pairs;
+    Operands operands;
     int64_t depth;  // of the product, in places
     int64_t field_first,
         field_depth;  // the places that the label field touches: of these no group knows another's
@@ -27,13 +27,13 @@ struct Forward {
         // Whole vectors are read beyond a group's last column.
         : call(c),
           chunks(out_of(c), largest.operands()),
-          pairs(in_pairs(c)),
+          operands(operands_of(c)),
           depth(places(c, in_of(c))),
           stride(stride_for(largest.columns() + LANES)) {
         const int64_t rows = largest.operands(), columns = largest.columns();
         const Field field = largest.field;
         // Numbers that are multiplied at once cannot be parted: the field grows to whole places.
-        field_first = pairs ? field.first / 2 / PAIRS_AT_ONCE * PAIRS_AT_ONCE : field.first;
+        field_first = field.first / numbers_at_once(operands) * places_at_once(operands);
         field_depth = field.count ? places(call, field.first + field.count) - field_first : 0;
         packed = memory.take(up_to(rows, LANES) * depth);
         fields = memory.take(up_to(rows, LANES) * field_depth * field.copies);
@@ -42,7 +42,8 @@ struct Forward {
         partial = memory.take(chunks.count() * columns);
         // Rows a power of two apart fall onto the same cache lines: many products with them are
         // worth a copy.
-        copies_weights = rounds(call) || (in_of(call) % 512 == 0 && rows >= 512);
+        copies_weights =
+            rounds(call) || operands != FLOATS || (in_of(call) % 512 == 0 && rows >= 512);
         weight_stride = stride_for(depth);
         weight_scratch = copies_weights ? chunks.rows * weight_stride : 0;
         y_scratch = keeps && !is_curved(call) ? 0 : chunks.rows * stride;
@@ -68,8 +69,8 @@ struct Forward {
             float *z_t =
                       kept != nullptr ? kept + chunks.first(chunk) * stride : own + weight_scratch,
                   *y_t = is_curved(call) ? own + weight_scratch : z_t;
-            with_pairs(pairs, [&](auto in_pairs) {
-                multiply<decltype(in_pairs)::value>(block, chunk, weights(chunk, own), z_t, y_t);
+            with_operands(operands, [&](auto constant) {
+                multiply<decltype(constant)::value>(block, chunk, weights(chunk, own), z_t, y_t);
             });
             if (call.outputs.y.at != nullptr) write_rows(block, chunk, y_t);
             see(chunk, y_t);
@@ -101,8 +102,7 @@ struct Forward {
             for (int j = 0; j < valid; j++) {
                 const int64_t i = first + j;
                 const Row row = row_of(call, block.operand_row(i));
-                rows[j] = pairs ? row.pairs(in_of(call), own + j * depth)
-                                : row.operands(in_of(call), own + j * depth);
+                rows[j] = row.places(operands, in_of(call), own + j * depth);
                 set_scale(i, block.operand_row(i));
                 // A copy is another row with another label: its scale is its own.
                 for (int64_t g = 1; g <= block.field.copies; g++)
@@ -132,8 +132,13 @@ struct Forward {
 
     // A row's operand in the place `k`.
     float place(const Row& row, int64_t k) const {
-        const auto number = [&](int64_t column) { return column < in_of(call) ? row[column] : 0; };
-        return pairs ? pair_of_rounded(number(2 * k), number(2 * k + 1)) : number(k);
+        const auto number = [&](int64_t column) {
+            const float value = column < in_of(call) ? row[column] : 0;
+            return operands == SPLIT_PAIRS ? part_of(value, is_rest(operands, k)) : value;
+        };
+        if (operands == FLOATS) return number(k);
+        const int64_t pair = pair_in(operands, k);
+        return pair_of_rounded(number(2 * pair), number(2 * pair + 1));
     }
 
     void set_scale(int64_t column, int64_t row) const { scale[column] = scale_of_row(call, row); }
@@ -148,8 +153,10 @@ struct Forward {
         if (!copies_weights) return {at, in_of(call)};
         for (int64_t o = 0; o < chunks.size(chunk); o++, at += in_of(call)) {
             float* to = own + o * weight_stride;
-            if (pairs)
+            if (operands == BFLOAT16_PAIRS)
                 to_pairs(at, in_of(call), to);
+            else if (operands == SPLIT_PAIRS)
+                to_split_pairs(at, in_of(call), to);
             else if (rounds(call))
                 round_all(at, in_of(call), call.layer.compute_dtype, to);
             else
@@ -161,13 +168,13 @@ struct Forward {
     // A group's rows are those of the first in all places but the label field's: its sum is theirs
     // without the field, and its own part on top. Curves leave z too, unless it has the same place
     // as y.
-    template <bool PAIRS>
+    template <Operands KIND>
     void multiply(const Block& block, int64_t chunk, Weights w, float* z_t, float* y_t) const {
         const Panels panels{block.operands(), depth};
         const int64_t out = chunks.size(chunk), field_end = field_first + field_depth;
         float* q = partial + chunk * block.columns();
-        for (int64_t k = 0; k < depth; k += DEPTH) {
-            const int64_t end = smaller(depth, k + DEPTH);
+        for (int64_t k = 0; k < depth; k += depth_at_once(KIND)) {
+            const int64_t end = smaller(depth, k + depth_at_once(KIND));
             const bool last = end == depth;
             // What [k, end) has before the field and behind it; where the field covers an end, a
             // run is empty.
@@ -184,7 +191,7 @@ struct Forward {
                         tile.clear();
                         for (const auto& [from, until] : runs)
                             if (from < until)
-                                tile.template multiply<PAIRS>(
+                                tile.template multiply<KIND>(
                                     a, from, packed + panels.offset(p) + from * NV * LANES,
                                     until - from);
                         // The shallower part of the sum waits where its result will lie, in the
@@ -201,8 +208,8 @@ struct Forward {
                             // it: from anew.
                             if (g > 0) tile.clear(), tile.add(shared, PANEL);
                             if (block.field.copies)
-                                tile.template multiply<PAIRS>(a, field_first, field_of(block, g, p),
-                                                              field_depth);
+                                tile.template multiply<KIND>(a, field_first, field_of(block, g, p),
+                                                             field_depth);
                             // `to` is the first group's place; this one's lies `column` further.
                             const int64_t column = block.column(g, 0);
                             finish(tile, a.valid, chunks.first(chunk) + o, column + p * PANEL,

@@ -193,7 +193,7 @@ struct Given {
                                      given.basis_stride, count - o);
                 Tile<1> tile;
                 tile.clear();
-                tile.template multiply<false>(basis, 0, given.first_t + column * depth, depth);
+                tile.template multiply<FLOATS>(basis, 0, given.first_t + column * depth, depth);
                 tile.write(values + o * LANES, LANES);
             }
         }

@@ -8,9 +8,10 @@ extern "C" {
 int ffk_interface();
 // Where the members of a call lie: how many numbers, and the numbers (records.h, LAYOUT).
 int64_t ffk_layout(const size_t** offsets);
-// The instruction set in use for float32 or for bfloat16 products; `ffk_limit` chooses one by name
-// for both, or the best again where it is empty, and returns 0, or 1 if this CPU lacks it.
-const char* ffk_instruction_set(int bfloat16);
+// The instruction set in use for products of float32 (0), of bfloat16 (1), and of float32 at
+// precision "high" (2); `ffk_limit` chooses one by name for all, or the best again where it is
+// empty, and returns 0, or 1 if this CPU lacks it.
+const char* ffk_instruction_set(int products);
 int ffk_limit(const char* name);
 // The OpenMP runtime's entry point `GOMP_parallel`, so that torch's own threads do the work; null:
 // std::thread.

@@ -6,6 +6,7 @@ namespace ffk {
 
 struct Kernels {
     const char* name;
+    bool splits_float32;  // makes three products of bfloat16 numbers of one at precision "high"
     int (*linear_forward)(const Call&);
     int (*linear_step)(const Call&);
     int (*linear_update)(const Call&);
@@ -15,6 +16,6 @@ struct Kernels {
     int (*convolution_gradient)(const MapsPass&);
 };
 
-extern const Kernels amx, avx512_bf16, avx512, avx2, baseline;
+extern const Kernels amx, avx512_bf16, avx512, avx2, neon_bf16, baseline;
 
 }  // namespace ffk

@@ -1,7 +1,7 @@
 // The matrix unit of AMX: eight tiles of 16 rows of 64 bytes. Sums are 16 x 16 float32, left
 // operands 16 rows of 16 pairs, right operands 16 pairs deep and 16 columns wide. With
-// FFK_EMULATES_MATRIX_UNIT it is C++: its kernels are tested where no CPU has it, and a sanitizer
-// sees what they read.
+// FFK_EMULATES_MATRIX_UNIT it is C++, which rounds as Intel's manual says: its kernels are tested
+// on any CPU, and a sanitizer sees what they read.
 #pragma once
 #include "vector.h"
 
@@ -23,16 +23,22 @@ struct MatrixUnit {
         for (int m = 0; m < 16; m++) ::store(to + m * stride, tiles[T][m]);
     }
 
+    // Sums over the first numbers of all pairs and over the second ones, of which both are added up
+    // before they join what is there. Denormal numbers are zeros, of operands and of results.
     template <int SUM, int A, int B>
     static void multiply() {
-        for (int k = 0; k < 16; k++) {
-            const vec_of_bits b = (vec_of_bits)tiles[B][k];
-            const vec first = (vec)(b << 16), second = (vec)(b & 0xffff0000u);
-            for (int m = 0; m < 16; m++) {
+        for (int m = 0; m < 16; m++) {
+            vec sums[2] = {};
+            for (int k = 0; k < 16; k++) {
+                const vec_of_bits b = (vec_of_bits)tiles[B][k];
                 const uint32_t a = ((vec_of_bits)tiles[A][m])[k];
-                tiles[SUM][m] += from_bfloat16(uint16_t(a)) * first;
-                tiles[SUM][m] += from_bfloat16(uint16_t(a >> 16)) * second;
+                const vec right[2] = {(vec)(b << 16), (vec)(b & 0xffff0000u)};
+                for (int i = 0; i < 2; i++) {
+                    const float left = flushed(from_bfloat16(uint16_t(i ? a >> 16 : a)));
+                    sums[i] = flushed(sums[i] + left * flushed(right[i]));
+                }
             }
+            tiles[SUM][m] = flushed(flushed(tiles[SUM][m]) + flushed(sums[0] + sums[1]));
         }
     }
 };

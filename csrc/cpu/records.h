@@ -5,11 +5,12 @@
 
 namespace ffk {
 
-constexpr int INTERFACE = 225584101;
+constexpr int INTERFACE = 256527190;
 
 enum Norm : int32_t { NORM_L2, NORM_RMS, NORM_NONE };
 enum EpsMode : int32_t { EPS_ADD, EPS_CLAMP, EPS_INSIDE };
 enum Activation : int32_t { RELU, LEAKY_RELU, GELU, SILU, IDENTITY };
+enum Precision : int32_t { PRECISION_HIGHEST, PRECISION_HIGH };
 enum Goodness : int32_t { GOODNESS_MEAN, GOODNESS_SUM, GOODNESS_NORM, GOODNESS_ACTIVITY };
 enum Loss : int32_t { LOGISTIC, SYMBA, SWISH, CROSS_ENTROPY, PVN, CWC };
 enum Reduction : int32_t { REDUCE_MEAN, REDUCE_SUM_OF_MEANS };
@@ -64,6 +65,7 @@ struct Layer {
     EpsMode eps_mode;
     Activation activation;
     Dtype compute_dtype;
+    Precision precision;
 };
 
 struct Goal {
@@ -200,6 +202,7 @@ constexpr size_t LAYOUT[] = {
     offsetof(Call, layer.eps_mode),
     offsetof(Call, layer.activation),
     offsetof(Call, layer.compute_dtype),
+    offsetof(Call, layer.precision),
     offsetof(Call, goal.goodness),
     offsetof(Call, goal.threshold_pos),
     offsetof(Call, goal.threshold_neg),

@@ -17,13 +17,17 @@ inline const ffk::Matrix& side_of(const ffk::Call& call, int side) {
 }
 inline int64_t rows_of(const ffk::Call& call, int side) { return side_of(call, side).rows; }
 
-// Whether a call's products run on a bfloat16 unit, and how many places `n` numbers take along
-// their depth.
-inline bool in_pairs(const ffk::Call& call) {
-    return MULTIPLIES_PAIRS && call.layer.compute_dtype == ffk::BFLOAT16;
+// What a call's products multiply, and how many places `n` numbers take along their depth.
+inline Operands operands_of(const ffk::Call& call) {
+    if (MULTIPLIES_PAIRS && call.layer.compute_dtype == ffk::BFLOAT16) return BFLOAT16_PAIRS;
+    return MULTIPLIES_SPLIT_PAIRS && call.layer.compute_dtype == ffk::FLOAT32
+                   && call.layer.precision == ffk::PRECISION_HIGH
+               ? SPLIT_PAIRS
+               : FLOATS;
 }
 inline int64_t places(const ffk::Call& call, int64_t n) {
-    return in_pairs(call) ? up_to(pieces(n, 2), PAIRS_AT_ONCE) : n;
+    const Operands kind = operands_of(call);
+    return pieces(n, numbers_at_once(kind)) * places_at_once(kind);
 }
 
 // Zeros behind `n` numbers, up to the end of their places.
@@ -41,6 +45,17 @@ inline void to_pairs(const float* values, int64_t n, float* to) {
             store(to + k / 2, to_pairs(load(values + k), load(values + k + LANES)));
     for (; k < n; k++) numbers[k] = to_bfloat16(values[k]);
     end_pairs(to, n);
+}
+
+// `n` numbers to split pairs, whose runs are two vectors long.
+static_assert(!MULTIPLIES_SPLIT_PAIRS || PAIRS_AT_ONCE == LANES);
+inline void to_split_pairs(const float* values, int64_t n, float* to) {
+    const auto some = [&](int64_t k) { return k < n ? load_some(values + k, n - k) : vec{}; };
+    for (int64_t k = 0; k < n; k += 2 * LANES) {
+        const Parts first = parts_of(some(k)), second = parts_of(some(k + LANES));
+        store(to + k, to_pairs(first.nearest, second.nearest));
+        store(to + k + LANES, to_pairs(first.rest, second.rest));
+    }
 }
 
 // `n` numbers to the nearest ones of a narrow dtype; float16's digits alone, as what is multiplied
@@ -89,6 +104,14 @@ struct Row {
             return static_cast<const float*>(at);
         std::memcpy(scratch, at, size_t(n) * 2);
         end_pairs(scratch, n);
+        return scratch;
+    }
+
+    // The same as places of any kind; only float32 rows are split.
+    const float* places(Operands kind, int64_t n, float* scratch) const {
+        if (kind == FLOATS) return operands(n, scratch);
+        if (kind == BFLOAT16_PAIRS) return pairs(n, scratch);
+        to_split_pairs(static_cast<const float*>(at), n, scratch);
         return scratch;
     }
 

@@ -11,7 +11,7 @@ struct Update {
     const Peers& peers;
     Chunks chunks;
     Rule weight_rule, bias_rule;
-    bool pairs;
+    Operands operands;
     int64_t blocks;
     int64_t depth_stride;  // of the left operand's rows, in places
     int64_t sum_stride;    // of the gradient's rows
@@ -38,7 +38,7 @@ struct Update {
           chunks(out_of(c), largest.operands()),
           weight_rule(c.update.rule, c.update.weight),
           bias_rule(c.layer.bias != nullptr ? c.update.rule : int32_t(ffk::GRAD), c.update.bias),
-          pairs(in_pairs(c)),
+          operands(operands_of(c)),
           blocks(block_count),
           depth_stride(stride_for(places(c, largest.operands()))),
           sum_stride(stride_for(in_of(c))) {
@@ -57,13 +57,13 @@ struct Update {
         sum = memory.take(blocks > 1 ? up_to(out_of(call), TILE_ROWS) * sum_stride : 0);
         bias_sum = memory.take(out_of(call));
         // Pairs are formed of two rows of float32, one for the sum and one for a group's own.
-        left_size = chunks.rows * depth_stride * lefts + (pairs ? 2 * up_to(rows, 16) : 0);
+        left_size =
+            chunks.rows * depth_stride * lefts + (operands != FLOATS ? 2 * up_to(rows, 16) : 0);
         // Unfinished sums are a worker's own where one block's depth is cut; over several blocks
         // they are `sum`.
+        const bool is_cut = places(call, rows) > depth_at_once(operands) && blocks == 1;
         scratch_size =
-            up_to(larger(2 * in_of(call),
-                         left_size + (rows > DEPTH && blocks == 1 ? chunks.rows * sum_stride : 0)),
-                  16);
+            up_to(larger(2 * in_of(call), left_size + (is_cut ? chunks.rows * sum_stride : 0)), 16);
         scratch = memory.take(scratch_size * call.threads);
     }
 
@@ -84,8 +84,8 @@ struct Update {
             with_rule([&](auto kind) {
                 constexpr int KIND = decltype(kind)::value;
                 if (call.layer.bias != nullptr && index == blocks - 1) update_bias<KIND>(chunk);
-                with_pairs(pairs, [&](auto in_pairs) {
-                    multiply<KIND, decltype(in_pairs)::value>(block, index, chunk, panels, left,
+                with_operands(operands, [&](auto constant) {
+                    multiply<KIND, decltype(constant)::value>(block, index, chunk, panels, left,
                                                               left + left_size);
                 });
             });
@@ -132,8 +132,8 @@ struct Update {
             float* own = scratch + worker * scratch_size;
             for (int64_t k = group * LANES; k < smaller(panels.depth, (group + 1) * LANES); k++) {
                 // A place along the depth is one kept row, or two as pairs.
-                const float* row = pairs ? two_rows(block, 2 * k, depth, own)
-                                         : row_at(block, k).operands(in_of(call), own);
+                const float* row = operands != FLOATS ? two_rows(block, k, depth, own)
+                                                      : row_at(block, k).operands(in_of(call), own);
                 pack_row(row, panels, k, packed);
                 for (int64_t g = 0; block.field.copies && g <= block.field.copies; g++)
                     if (moves[g]) pack_own(block, g, depth, panels, k);
@@ -145,8 +145,9 @@ struct Update {
         return row_of(call, block.operand_row(kept[k]));
     }
 
-    // Kept rows `k` and `k + 1` (zeros beyond the last) as one row of pairs.
-    const float* two_rows(const Block& block, int64_t k, int64_t depth, float* own) const {
+    // The two kept rows of a place (zeros beyond the last) as one row of pairs.
+    const float* two_rows(const Block& block, int64_t place, int64_t depth, float* own) const {
+        const int64_t k = 2 * pair_in(operands, place);
         if (k >= depth) {
             std::memset(own, 0, size_t(in_of(call)) * 4);
             return own;
@@ -155,8 +156,17 @@ struct Update {
         const bool alone = k + 1 == depth;
         const float* second =
             alone ? first : row_at(block, k + 1).operands(in_of(call), own + in_of(call));
-        for (int64_t j = 0; j < in_of(call); j++)
-            own[j] = pair_of_rounded(first[j], alone ? 0 : second[j]);
+        const bool rests = is_rest(operands, place);
+        for (int64_t j = 0; j < in_of(call); j += LANES) {
+            const int64_t n = in_of(call) - j;
+            const auto half = [&](const float* row) {
+                const vec values = load_some(row + j, n);
+                if (operands == BFLOAT16_PAIRS) return values;
+                const Parts parts = parts_of(values);
+                return rests ? parts.rest : parts.nearest;
+            };
+            store_some(own + j, paired(half(first), alone ? vec{} : half(second)), n);
+        }
         return own;
     }
 
@@ -167,22 +177,26 @@ struct Update {
         // Whole panels, though the field may end inside one: a tile cannot be cut.
         const int64_t first = block.field.first / PANEL,
                       last = (block.field.first + block.field.count - 1) / PANEL,
-                      each = pairs ? 2 : 1;
+                      each = operands != FLOATS ? 2 : 1,
+                      of_place = operands != FLOATS ? 2 * pair_in(operands, k) : k;
         for (int64_t p = first; p <= last; p++) {
             const int64_t width = panels.vectors(p) * LANES,
                           valid = smaller(width, in_of(call) - p * PANEL);
             float* into = own_panel(block, group, panels, p) + k * width;
             std::memset(into, 0, size_t(width) * 4);
-            for (int64_t i = each * k; i < smaller(depth, each * (k + 1)); i++) {
+            for (int64_t i = of_place; i < smaller(depth, of_place + each); i++) {
                 if (bias_weight_of[group * rows + i] == 0) continue;
                 const Row row = row_of(call, block.row(group, kept[i]));
-                // Row 2 k is the first half of each pair, row 2 k + 1 the second.
+                // Even rows are the first half of each pair, odd ones the second.
                 uint16_t* halves = reinterpret_cast<uint16_t*>(into) + i % 2;
                 for (int64_t j = 0; j < valid; j++) {
-                    if (pairs)
-                        halves[2 * j] = to_bfloat16(row[p * PANEL + j]);
+                    const float value = row[p * PANEL + j];
+                    if (operands == FLOATS)
+                        into[j] = value;
                     else
-                        into[j] = row[p * PANEL + j];
+                        halves[2 * j] = to_bfloat16(operands == BFLOAT16_PAIRS
+                                                        ? value
+                                                        : part_of(value, is_rest(operands, k)));
                 }
             }
         }
@@ -209,13 +223,15 @@ struct Update {
         float* unpaired = left + size * (copies ? copies + 2 : 1);
         for (int64_t o = 0; o < chunks.size(chunk); o++) {
             const int64_t unit = chunks.first(chunk) + o;
-            float* to = pairs ? unpaired : left + o * depth_stride;
+            float* to = operands != FLOATS ? unpaired : left + o * depth_stride;
             float bias = 0;
             for (int64_t g = 0; g <= copies; g++) {
                 if (g > 0 && !moves[g]) continue;
                 // Where the group's own lies: place 0 is the sum's.
                 float* operand = left + (1 + g) * size + o * depth_stride;
-                float* own = !copies ? to : pairs ? unpaired + up_to(depth, 16) : operand;
+                float* own = !copies              ? to
+                             : operands != FLOATS ? unpaired + up_to(depth, 16)
+                                                  : operand;
                 gather(y_t + o * stride + g * block.stride, bias_weight_of + g * rows, depth,
                        depth == block.operands(), own);
                 // Before the row scale goes in: the bias sees c y act'(z) alone.
@@ -252,8 +268,10 @@ struct Update {
     }
 
     void round(float* values, int64_t n, float* operand) const {
-        if (pairs)
+        if (operands == BFLOAT16_PAIRS)
             to_pairs(values, n, operand);
+        else if (operands == SPLIT_PAIRS)
+            to_split_pairs(values, n, operand);
         else if (call.layer.compute_dtype == ffk::BFLOAT16)
             round_all(values, n, values);
         else if (call.layer.compute_dtype == ffk::FLOAT16)
@@ -274,15 +292,15 @@ struct Update {
         return values != nullptr ? values + offset : nullptr;
     }
 
-    template <int KIND, bool PAIRS>
+    template <int KIND, Operands OPERANDS>
     void multiply(const Block& block, int64_t index, int64_t chunk, const Panels& panels,
                   const float* left, float* own_sum) const {
         const int64_t first = chunks.first(chunk), size = chunks.size(chunk);
         // Both have rows of sum_stride, and a chunk's first unit at their beginning.
         float* unfinished = blocks > 1 ? sum + first * sum_stride : own_sum;
         // Once even where no row is left: decay and momentum move a weight without a gradient.
-        for (int64_t k = 0; k == 0 || k < panels.depth; k += DEPTH) {
-            const int64_t depth = smaller(DEPTH, panels.depth - k);
+        for (int64_t k = 0; k == 0 || k < panels.depth; k += depth_at_once(OPERANDS)) {
+            const int64_t depth = smaller(depth_at_once(OPERANDS), panels.depth - k);
             const bool last = k + depth == panels.depth && index == blocks - 1;
             for (int64_t p = 0; p < panels.count(); p++)
                 with_vectors(panels.vectors(p), [&](auto vectors) {
@@ -303,7 +321,7 @@ struct Update {
                             if (touched)
                                 a = TileRows(left + ((1 + g) * chunks.rows + o) * depth_stride,
                                              depth_stride, size - o);
-                            tile.template multiply<PAIRS>(
+                            tile.template multiply<OPERANDS>(
                                 a, k, own_panel(block, g, panels, p) + k * NV * LANES, depth,
                                 coming);
                             // Fetched with the first product.

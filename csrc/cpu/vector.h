@@ -9,12 +9,19 @@
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#include <arm_neon.h>
+#endif
+// AMX's unit, of the CPU or emulated: matrix_unit.h.
+#if defined(__AMX_BF16__) || defined(FFK_EMULATES_MATRIX_UNIT)
+#define FFK_ON_MATRIX_UNIT
+#endif
 
 namespace {
 
 // A tile's accumulators, one row of B's vectors and one broadcast element of A share the register
 // file; on AMX's unit a tile is four of its own.
-#if defined(__AMX_BF16__)
+#if defined(FFK_ON_MATRIX_UNIT)
 constexpr int LANES = 16, TILE_ROWS = 32, TILE_VECTORS = 2;
 #elif defined(__AVX512F__)
 constexpr int LANES = 16, TILE_ROWS = 9, TILE_VECTORS = 3;
@@ -94,16 +101,21 @@ inline void store_some(uint8_t* p, vec_of_bits v, int64_t n) {
 #endif
 
 // A unit for bfloat16 multiplies pairs: two numbers of consecutive depth, in the place of one
-// float, which is never computed with.
-#if defined(__AVX512BF16__)
-constexpr bool MULTIPLIES_PAIRS = true;
-// A product's depth is filled up with zeros to a multiple of what the unit takes at once.
-#if defined(__AMX_BF16__)
+// float, which is never computed with. A product's depth is filled up with zeros to a multiple of
+// what the unit takes at once. Three products on AMX's unit make one of float32 numbers at
+// precision "high".
+#if defined(FFK_ON_MATRIX_UNIT)
+constexpr bool MULTIPLIES_PAIRS = true, MULTIPLIES_SPLIT_PAIRS = true;
 constexpr int64_t PAIRS_AT_ONCE = 16;
+#elif defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+constexpr bool MULTIPLIES_PAIRS = true, MULTIPLIES_SPLIT_PAIRS = false;
+constexpr int64_t PAIRS_AT_ONCE = 1;
 #else
+constexpr bool MULTIPLIES_PAIRS = false, MULTIPLIES_SPLIT_PAIRS = false;
 constexpr int64_t PAIRS_AT_ONCE = 1;
 #endif
 
+#if defined(__AVX512BF16__)
 // sum += a[0] b[0] + a[1] b[1] in every lane of b.
 inline vec add_pairs(vec sum, const float* a, vec b) {
     int32_t bits;
@@ -116,12 +128,14 @@ inline vec to_pairs(vec first, vec second) {
     return (vec)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
 }
 #else
-constexpr bool MULTIPLIES_PAIRS = false;
-constexpr int64_t PAIRS_AT_ONCE = 1;
-
 inline vec add_pairs(vec sum, const float*, vec) { return sum; }
-inline vec to_pairs(vec first, vec) { return first; }
 #endif
+
+// Numbers below the smallest normal one to zero: a product with them takes a hundred times as long.
+inline vec flushed(vec values) {
+    return ((vec_of_bits)values & 0x7fffffffu) < 0x00800000u ? vec{} : values;
+}
+inline float flushed(float value) { return __builtin_fabsf(value) < 1.17549435e-38f ? 0 : value; }
 
 inline vec square_root(vec v) {
     for (int i = 0; i < LANES; i++) v[i] = __builtin_sqrtf(v[i]);
@@ -240,10 +254,53 @@ inline vec rounded(vec values) {
     return (vec)(values != values ? nan : (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u);
 }
 
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+// 2 LANES numbers to LANES pairs.
+inline vec to_pairs(vec first, vec second) {
+    const bfloat16x8_t low = vcvtq_low_bf16_f32((float32x4_t)first);
+    return (vec)vreinterpretq_f32_bf16(vcvtq_high_bf16_f32(low, (float32x4_t)second));
+}
+#elif !defined(__AVX512BF16__)
+// 2 LANES numbers to LANES pairs, denormal ones to zeros as a unit has it.
+inline vec to_pairs(vec first, vec second) {
+    vec_of_halves both[2] = {to_bfloat16(flushed(first)), to_bfloat16(flushed(second))};
+    vec pairs;
+    std::memcpy(&pairs, both, sizeof(pairs));
+    return pairs;
+}
+#endif
+
 inline void round_all(const float* values, int64_t n, float* to) {
     int64_t k = 0;
     for (; k + LANES <= n; k += LANES) store(to + k, rounded(load(values + k)));
     for (; k < n; k++) to[k] = rounded(values[k]);
+}
+
+// A number as a sum of two bfloat16 numbers, the nearest one and the nearest to the rest: within
+// 2^-17 of a number of 2^-109 or more; of a smaller one a unit may take the rest for zero. Of those
+// that round to infinity the sum lies towards zero, within 2^-15. Infinity is 1 and infinity: it
+// meets one part alone of the other operand, whose own rest may be zero or of another sign.
+struct Parts {
+    vec nearest, rest;
+};
+inline Parts parts_of(vec values) {
+    const vec_of_bits bits = (vec_of_bits)values, sign = bits & 0x80000000u, size = bits ^ sign;
+    const vec_of_bits up = (size + 0x7fff + ((size >> 16) & 1)) & 0xffff0000u;
+    const vec_of_bits largest = vec_of_bits{} + 0x7f7f0000u, one = vec_of_bits{} + 0x3f800000u;
+    vec_of_bits nearest = up >= 0x7f800000u ? largest : up;
+    nearest = (size == 0x7f800000u ? one : nearest) | sign;
+    const vec rest = values - (vec)nearest;
+    const vec towards_zero = (vec)((vec_of_bits)rest & 0xffff0000u);
+    return {(vec)nearest, up >= 0x7f800000u ? towards_zero : rounded(rest)};
+}
+inline float part_of(float value, bool is_rest) {
+    const Parts parts = parts_of(broadcast(value));
+    return is_rest ? parts.rest[0] : parts.nearest[0];
+}
+
+// bfloat16 numbers in the place of floats, two and two.
+inline vec paired(vec first, vec second) {
+    return (vec)((vec_of_bits)first >> 16 | ((vec_of_bits)second & 0xffff0000u));
 }
 
 // Two bfloat16 numbers in the place of one float.
@@ -264,11 +321,5 @@ inline int64_t up_to(int64_t n, int64_t multiple) {
     return (n + multiple - 1) / multiple * multiple;
 }
 inline int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
-
-// Numbers below the smallest normal one to zero: a product with them takes a hundred times as long.
-inline vec flushed(vec values) {
-    return ((vec_of_bits)values & 0x7fffffffu) < 0x00800000u ? vec{} : values;
-}
-inline float flushed(float value) { return __builtin_fabsf(value) < 1.17549435e-38f ? 0 : value; }
 
 }  // namespace

@@ -1,13 +1,17 @@
-// Which instruction sets are chosen on a made-up machine: CPU holds what the CPU shows, and
-// "granted" where Linux grants AMX's tiles. Prints the choice for float32 and for bfloat16.
+// Which instruction sets are chosen on a made-up machine: an x86 CPU shows what CPU holds, and
+// "granted" where Linux grants AMX's tiles; an aarch64 one is an emulator's. Prints the choice for
+// float32, for bfloat16, and for float32 at precision "high".
+#if defined(__x86_64__)
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
 
 #include <cstdio>
 #include <cstdlib>
 #include <string>
 
+#if defined(__x86_64__)
 // Read anew each time: the library chooses before main.
 static bool shows(const char* name) {
     return (" " + std::string(std::getenv("CPU")) + " ").find(" " + std::string(name) + " ")
@@ -36,12 +40,17 @@ static long made_up_syscall(long number, long request, long component) {
 #define __builtin_cpu_is shows
 #define __get_cpuid_count made_up_cpuid
 #define syscall made_up_syscall
+#else
+#define FFK_HAS_NEON_BF16
+#endif
 #include "../cpu/dispatch.cpp"
 
 namespace ffk {
-const Kernels amx{"amx", nullptr, nullptr}, avx512_bf16{"avx512_bf16", nullptr, nullptr},
-    avx512{"avx512", nullptr, nullptr};
-const Kernels avx2{"avx2", nullptr, nullptr}, baseline{"baseline", nullptr, nullptr};
+const Kernels amx{"amx", true}, avx512_bf16{"avx512_bf16", false}, avx512{"avx512", false},
+    avx2{"avx2", false}, neon_bf16{"neon_bf16", false}, baseline{"baseline", false};
 }  // namespace ffk
 
-int main() { std::printf("%s %s\n", ffk_instruction_set(0), ffk_instruction_set(1)); }
+int main() {
+    for (int products = 0; products < 3; products++)
+        std::printf("%s ", ffk_instruction_set(products));
+}

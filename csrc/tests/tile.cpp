@@ -2,17 +2,12 @@
 #include "../cpu/tile.h"
 #include "check.h"
 
-#if defined(__AMX_TILE__) && defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
 namespace {
 
 // Numbers [rows, places, EACH] as [rows, places] places.
-template <bool PAIRS>
+template <Operands KIND>
 std::vector<float> packed(const std::vector<float>& numbers) {
-    if (!PAIRS) return numbers;
+    if (KIND == FLOATS) return numbers;
     std::vector<float> places(numbers.size() / 2);
     for (size_t i = 0; i < places.size(); i++)
         places[i] = pair_of_rounded(numbers[2 * i], numbers[2 * i + 1]);
@@ -20,17 +15,19 @@ std::vector<float> packed(const std::vector<float>& numbers) {
 }
 
 // start + A[:, first:] B + column row^T, the product in two runs as where the depth is cut.
-template <int NV, bool PAIRS>
+template <int NV, Operands KIND>
 void product(int valid, int64_t first, int64_t depth) {
-    constexpr int64_t WIDTH = NV * LANES, EACH = PAIRS ? 2 : 1, GAP = 3;
+    constexpr int64_t WIDTH = NV * LANES, EACH = KIND == FLOATS ? 1 : 2, GAP = 3;
     // AMX's unit reads whatever lies behind the last row; everywhere else that is out of bounds.
-    const int64_t a_stride = first + depth, a_rows = PAIRS ? TILE_ROWS : valid,
+    const int64_t a_stride = first + depth, a_rows = KIND != FLOATS ? TILE_ROWS : valid,
                   c_stride = WIDTH + GAP, cut = depth / 2 / PAIRS_AT_ONCE * PAIRS_AT_ONCE;
-    const auto draw = [](int64_t n) { return PAIRS ? check::coarse(n) : check::numbers(n); };
+    const auto draw = [](int64_t n) {
+        return KIND != FLOATS ? check::coarse(n) : check::numbers(n);
+    };
     const std::vector<float> a = draw(a_rows * a_stride * EACH), b = draw(depth * WIDTH * EACH);
     const std::vector<float> start = check::numbers(TILE_ROWS * c_stride),
                              column = check::numbers(TILE_ROWS), row = check::numbers(WIDTH);
-    const std::vector<float> a_places = packed<PAIRS>(a), b_places = packed<PAIRS>(b);
+    const std::vector<float> a_places = packed<KIND>(a), b_places = packed<KIND>(b);
     std::vector<float> c(size_t(TILE_ROWS * c_stride), NAN);
 
     Tile<NV> tile;
@@ -41,8 +38,8 @@ void product(int valid, int64_t first, int64_t depth) {
     for (int i = 0; i < 5; i++) coming.add(c.data());
     tile.expect(c.data(), c_stride);
     tile.clear();
-    if (cut) tile.template multiply<PAIRS>(rows, first, b_places.data(), cut, coming);
-    tile.template multiply<PAIRS>(rows, first + cut, b_places.data() + cut * WIDTH, depth - cut);
+    if (cut) tile.template multiply<KIND>(rows, first, b_places.data(), cut, coming);
+    tile.template multiply<KIND>(rows, first + cut, b_places.data() + cut * WIDTH, depth - cut);
     tile.add(start.data(), c_stride);
     tile.add_outer(column.data(), row.data());
     tile.write(c.data(), c_stride);
@@ -57,8 +54,8 @@ void product(int valid, int64_t first, int64_t depth) {
                     add(a[(m * a_stride + first + k) * EACH + e], b[(k * WIDTH + j) * EACH + e]);
             check::near(c[m * c_stride + j], sum, (depth * EACH + 3) * check::HALF_ULP * size,
                         "%s %lld deep from %lld, %d rows and %d vectors: [%lld, %lld]",
-                        PAIRS ? "pairs" : "floats", (long long)depth, (long long)first, valid, NV,
-                        (long long)m, (long long)j);
+                        KIND != FLOATS ? "pairs" : "floats", (long long)depth, (long long)first,
+                        valid, NV, (long long)m, (long long)j);
         }
 }
 
@@ -83,21 +80,20 @@ void panels() {
 }  // namespace
 
 int main() {
-#if defined(__AMX_TILE__) && defined(__linux__) && !defined(FFK_EMULATES_MATRIX_UNIT)
-    syscall(SYS_arch_prctl, 0x1023, 18);  // Linux saves the tiles of those who ask
-#endif
+    check::ask_for_tiles();
     for (int pairs = 0; pairs <= int(MULTIPLIES_PAIRS); pairs++)
         for (int vectors = 1; vectors <= TILE_VECTORS; vectors++)
             for (int valid = 1; valid <= TILE_ROWS; valid++)
                 for (const int64_t depth : {1, 2, 5, 37, 400})
-                    with_pairs(pairs, [&](auto in_pairs) {
+                    with_pairs(pairs, [&](auto operands) {
                         with_vectors(vectors, [&](auto constant) {
                             constexpr int NV = decltype(constant)::value;
-                            constexpr bool PAIRS = decltype(in_pairs)::value;
-                            const int64_t whole = PAIRS ? up_to(depth, PAIRS_AT_ONCE) : depth;
+                            constexpr Operands KIND = decltype(operands)::value;
+                            const int64_t whole =
+                                KIND != FLOATS ? up_to(depth, PAIRS_AT_ONCE) : depth;
                             check::same(NV, vectors, "vectors as a constant");
-                            product<NV, PAIRS>(valid, 0, whole);
-                            if (depth < 37) product<NV, PAIRS>(valid, 3, whole);
+                            product<NV, KIND>(valid, 0, whole);
+                            if (depth < 37) product<NV, KIND>(valid, 3, whole);
                         });
                     });
     panels();

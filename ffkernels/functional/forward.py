@@ -59,7 +59,7 @@ def linear_forward(
     check.boolean("keep", keep)
     request = select.Request(weight.device, weight.dtype, compute, activation, shares=product is not None)
     chosen = select.choose(request, backend)
-    layer = Layer(weight, bias, norm, float(eps), eps_mode, activation, compute)
+    layer = Layer(weight, bias, norm, float(eps), eps_mode, activation, compute, check.precision_of(compute))
     if not torch.compiler.is_compiling() and is_transformed(x, weight, bias):
         check.without_product(product)
         y, sumsq = in_plain_operations(x, input_sumsq, layer)

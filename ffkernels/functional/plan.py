@@ -111,7 +111,8 @@ class Moment:
         kind = device.type
         if kind not in self._modes:
             autocast = check.autocast_is_on(device) and torch.get_autocast_dtype(kind)
-            self._modes[kind] = autocast, torch.is_inference_mode_enabled(), select.forced_backend(None)
+            precision = check.precision_of(torch.float32)
+            self._modes[kind] = autocast, torch.is_inference_mode_enabled(), select.forced_backend(None), precision
         return self._modes[kind]
 
     def reading(self, optimizer: Optimizer) -> optim.Reading:
@@ -236,7 +237,7 @@ def _plan(
     chosen = select.choose(request, backend)
     if chosen in select.WRITES_BY_TORCH and not compiling:
         check.writable_here(written)
-    layer = Layer(weight, bias, norm, float(eps), eps_mode, activation, compute)
+    layer = Layer(weight, bias, norm, float(eps), eps_mode, activation, compute, check.precision_of(compute))
     goal = (objective if isinstance(objective, Objective) else DEFAULT_OBJECTIVE).goal(skip_below)
     is_whole = isinstance(objective, Objective) and select.has_loss(chosen, objective.loss)
     is_whole = is_whole and options.batch_norm is None

@@ -9,7 +9,7 @@ import os
 import struct
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
@@ -21,7 +21,12 @@ RECORD = "build.json"
 VARIABLE = "FFKERNELS_LIBRARY"
 SOURCES = Path(__file__).absolute().parents[3] / "csrc" / "cpu"
 # What multiplies bfloat16 numbers, by instruction set; the others multiply rounded float32 ones.
-BFLOAT16_UNITS = {"amx": "AMX's tiles", "avx512_bf16": "AVX512-BF16's pairs"}
+BFLOAT16_UNITS = {"amx": "AMX's tiles", "avx512_bf16": "AVX512-BF16's pairs", "neon_bf16": "BFMMLA"}
+
+
+# What stands for a float32 product under `torch.set_float32_matmul_precision("high")`; the others change nothing.
+HIGH = {"amx": "three bfloat16 products on AMX's tiles"}
+Products = Literal["float32", "bfloat16", "high"]
 
 
 class Loaded(NamedTuple):
@@ -118,10 +123,11 @@ def _open(path: Path) -> ctypes.CDLL:
     return library
 
 
-def instruction_set(bfloat16: bool = False) -> str:
-    """The instruction set that the loaded library uses on this CPU for float32 or for bfloat16 products."""
+def instruction_set(products: Products = "float32") -> str:
+    """The instruction set that the loaded library uses on this CPU for such products; "high" are those of float32 under
+    `torch.set_float32_matmul_precision("high")`."""
     library = load().library
-    return "" if library is None else library.ffk_instruction_set(int(bfloat16)).decode()
+    return "" if library is None else library.ffk_instruction_set(get_args(Products).index(products)).decode()
 
 
 def describe() -> list[str]:
@@ -131,10 +137,11 @@ def describe() -> list[str]:
         return [loaded.reason]
     threads = "torch's own threads" if _torchs_threads() else "threads of its own"
     record = loaded.record
-    pairs = instruction_set(bfloat16=True)
+    pairs, high = instruction_set("bfloat16"), instruction_set("high")
     unit = BFLOAT16_UNITS.get(pairs, "no unit: rounded, then multiplied as float32")
     lines = [
         f"compiled library: {instruction_set()} for float32, {pairs} for bfloat16 ({unit}), on {threads}",
+        f"float32 at precision 'high': {HIGH.get(high, 'as at highest')}",
         f"built with: {record.get('compiler', 'unknown')} {record.get('flags', '')}".rstrip(),
         *(f"left out: {name} ({why})" for name, why in record.get("left_out", {}).items()),
     ]

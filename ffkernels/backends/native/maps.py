@@ -91,7 +91,7 @@ def multiplies(rows: MapRows, layer: Layer, geometry: Geometry) -> bool:
 
     csrc/README.md says where PyTorch's products are the faster ones.
     """
-    if geometry.stride != (1, 1) or (layer.compute_dtype == torch.bfloat16 and instruction_set(True) == "amx"):
+    if geometry.stride != (1, 1) or (layer.compute_dtype == torch.bfloat16 and instruction_set("bfloat16") == "amx"):
         return False
     height, width = size_of(rows, layer, geometry)
     merged = min(geometry.groups, VECTOR // (len(layer.weight) // geometry.groups))

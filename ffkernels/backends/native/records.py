@@ -20,6 +20,7 @@ ENUMERATIONS = {
     spec.Norm: ("Norm", "NORM_"),
     spec.EpsMode: ("EpsMode", "EPS_"),
     spec.Activation: ("Activation", ""),
+    spec.Precision: ("Precision", "PRECISION_"),
     spec.Goodness: ("Goodness", "GOODNESS_"),
     spec.Loss: ("Loss", ""),
     spec.Reduction: ("Reduction", "REDUCE_"),

@@ -116,7 +116,9 @@ class Beside:
         trainer = self.bare
         start = self.now()
         for x_pos, x_neg, labels in batches:
-            of_rows: dict[str, Any] = {"label_field": trainer.label_field or None} if x_neg is not None else {"labels": labels}
+            of_rows: dict[str, Any] = (
+                {"label_field": trainer.label_field or None} if x_neg is not None else {"labels": labels}
+            )
             trainer.net.step(x_pos, x_neg, trainer.net_optimizer, skip_below=trainer.skip_below, **of_rows)
         self.tell(Block(loop, self.now() - start, self._taken))
         self._taken, self._since = 0, self.now()

@@ -165,8 +165,10 @@ struct Forward {
     void multiply(const Block& block, int64_t chunk, Weights w, float* z_t, float* y_t) const {
         const Panels panels{block.operands(), depth};
         const int64_t out = chunks.size(chunk), field_end = field_first + field_depth;
+        const bool known = block.field.known;
         float* q = partial + chunk * block.columns();
-        for (int64_t k = 0; k < depth; k += DEPTH) {
+        if (known) bring_product(block, chunk, z_t);
+        for (int64_t k = known ? (depth - 1) / DEPTH * DEPTH : 0; k < depth; k += DEPTH) {
             const int64_t end = smaller(depth, k + DEPTH);
             const bool last = end == depth;
             // What [k, end) has before the field and behind it; where the field covers an end, a
@@ -183,13 +185,13 @@ struct Forward {
                         tile.expect(to, stride);
                         tile.clear();
                         for (const auto& [from, until] : runs)
-                            if (from < until)
+                            if (from < until && !known)
                                 tile.template multiply<PAIRS>(
                                     a, from, packed + panels.offset(p) + from * NV * LANES,
                                     until - from);
                         // The shallower part of the sum waits where its result will lie, in the
                         // first group's columns.
-                        if (k > 0) tile.add(to, stride);
+                        if (k > 0 || known) tile.add(to, stride);
                         if (!last) {
                             tile.write(to, stride);
                             continue;
@@ -200,7 +202,7 @@ struct Forward {
                             // `finish` leaves the sum in the tile, with the group before's field in
                             // it: from anew.
                             if (g > 0) tile.clear(), tile.add(shared, PANEL);
-                            if (block.field.copies)
+                            if (field_depth)
                                 tile.template multiply<PAIRS>(a, field_first, field_of(block, g, p),
                                                               field_depth);
                             // `to` is the first group's place; this one's lies `column` further.
@@ -213,6 +215,19 @@ struct Forward {
                         }
                     }
                 });
+        }
+    }
+
+    // A chunk's units of the product [rows, out] that the caller has brought, where the first group's
+    // sums wait for the field; zeros in the lanes beyond the last row.
+    void bring_product(const Block& block, int64_t chunk, float* z_t) const {
+        const ffk::Matrix& product = call.rows.product;
+        const int64_t units = chunks.size(chunk), rows = block.rows[0];
+        for (int64_t i = 0; i < up_to(rows, LANES); i++) {
+            const float* from = static_cast<const float*>(product.at)
+                                + block.row(0, smaller(i, rows - 1)) * product.stride
+                                + chunks.first(chunk);
+            for (int64_t o = 0; o < units; o++) z_t[o * stride + i] = i < rows ? from[o] : 0;
         }
     }
 

@@ -351,7 +351,8 @@ class Trainer:
             if recipe.negatives == "classifier":
                 features = self._features(x)
                 logits = self._logits(features)
-                wrong = hard_label(logits, of_own, generator, len(labels), own)
+                cooled = logits if recipe.negatives_temperature == 1 else logits / recipe.negatives_temperature
+                wrong = hard_label(cooled, of_own, generator, len(labels), own)
             else:
                 wrong = self._wrong_label(labels, generator)[own]
             sides = labelled_sides(x, of_own, wrong, classes, recipe.label_value)

@@ -2,8 +2,8 @@
 
 Candidates are `quick`, `hard-negatives` and draws from `CHOICES`, all of `EPOCHS` epochs, trained on all but the last
 10,000 training images and judged on these. Those that are better after one epoch go on to the second, the better of
-these to the end; the best there, the best as wide as `quick`, and `quick` are trained under further seeds. Of all that, only the winner is trained
-on all training images and tested on the test images, once.
+these to the end; the best there, the best as wide as `quick`, and `quick` are trained under further seeds. Of all that,
+only the winner is trained on all training images and tested on the test images, once.
 """
 
 from __future__ import annotations

@@ -48,6 +48,7 @@ def step(
     *,
     keep: bool,
     skip_below: float = 0.0,
+    product: Tensor | None = None,
     **of_rows: Any,
 ) -> list[StepResult] | None:
     """`FFNetwork.step` of linear layers with nothing between them, or None before anything is written."""
@@ -56,18 +57,19 @@ def step(
     stack, moment = [], Moment()
     try:
         for layer, optimizer, of in zip(layers, optimizers, outputs, strict=True):
-            planned = _planned(layer, optimizer, of, skip_below, moment)
+            shares = product is not None and not stack
+            planned = _planned(layer, optimizer, of, skip_below, shares, moment)
             if planned is None:
                 return None
             stack.append(planned)
-        rows = _rows(stack, x_pos, x_neg, **of_rows)
+        rows = _rows(stack, x_pos, x_neg, product=product, **of_rows)
     except (TypeError, ValueError):
         return None
     return None if rows is None else _climb(stack, rows, keep)
 
 
 def _planned(
-    layer: Layer, optimizer: Optimizer | None, outputs: str, skip_below: float, moment: Moment
+    layer: Layer, optimizer: Optimizer | None, outputs: str, skip_below: float, shares: bool, moment: Moment
 ) -> Planned | None:
     if optimizer is None or type(layer) is not FFLinear or watched(layer) or not REPLACED.isdisjoint(vars(layer)):
         return None
@@ -78,7 +80,7 @@ def _planned(
     bias, peer_mean = parameters["bias"], None if peer is None else layer.peer_mean
     options = Options(
         layer.objective, layer.norm, layer.eps, layer.eps_mode, layer.activation, outputs, layer.compute_dtype,
-        skip_below, peer, layer.backend, False,
+        skip_below, peer, layer.backend, shares,
     )  # fmt: skip
     plan = kept_plan(weight, bias, optimizer, peer_mean, options, moment)
     return None if plan is None or not plan.is_whole else Planned(plan, options, optimizer)
@@ -89,6 +91,7 @@ def _rows(
     x_pos: Tensor,
     x_neg: Tensor | None,
     *,
+    product: Tensor | None,
     label_field: int | None = None,
     sample_weight: Tensor | None = None,
     labels: Tensor | None = None,
@@ -97,7 +100,7 @@ def _rows(
     first = stack[0].plan.layer
     objective = stack[0].options.objective
     rows = checked_rows(
-        first.weight, first.compute_dtype, objective, x_pos, x_neg, None, None, sample_weight, None, label_field, labels
+        first.weight, first.compute_dtype, objective, x_pos, x_neg, None, None, sample_weight, product, label_field, labels
     )
     n_pos, n_neg = x_pos.shape[0], rows.x_neg.shape[0]
     below = None
@@ -120,7 +123,7 @@ def _rows(
                 check.labels(labels, n_pos, objective.classes, layer.weight.device)
         below = layer
     peer_mean = stack[0].plan.pull.mean
-    check.apart(first.weight, first.bias, peer_mean, x_pos, rows.x_neg, None, {})
+    check.apart(first.weight, first.bias, peer_mean, x_pos, rows.x_neg, product, {})
     return rows
 
 

@@ -173,9 +173,10 @@ class FFNetwork(nn.Module):
             One result per layer, its `y` None unless `keep`: activities live only until the next layer has seen them,
             so that memory does not grow with depth; the last layer's are not computed.
         """
-        if self.between is None and product is None and options.keys() <= kept.OPTIONS:
+        if self.between is None and options.keys() <= kept.OPTIONS:
             per_layer, outputs = self._optimizers(optimizers), self._outputs(keep)
-            results = kept.step(self, x_pos, x_neg, per_layer, outputs, label_field=label_field, keep=keep, **options)
+            shared = {"label_field": label_field, "product": product}
+            results = kept.step(self, x_pos, x_neg, per_layer, outputs, keep=keep, **shared, **options)
             if results is not None:
                 return results
         ready = self._ready(x_pos, x_neg, optimizers, options, label_field=label_field, product=product, keep=keep)

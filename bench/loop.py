@@ -3,7 +3,7 @@
 Three trainers of one recipe and seed go side by side. The first one trains as `train` does, by `run_epoch`, and is
 timed: minibatches, labels, negatives, neutral pass, classifier, totals, progress and schedule. The second one goes
 ahead and writes down the minibatches, untimed. The third one takes nothing but the network's steps on these, and is
-timed. They take turns every few steps, and at the end their weights are the same, bit for bit. Tests between epochs,
+timed. They take turns every few steps, and at the end their weights are held against each other. Tests between epochs,
 checkpoints and files are no part of either time.
 """
 
@@ -39,6 +39,8 @@ PROGRAM = "python -m bench.loop"
 # Those whose network steps on the minibatches as they are, which is what the third trainer repeats.
 CASES = ("quick", "hard-negatives")
 STEPS, EPOCHS, ROUNDS = 20, 5, 100
+# How far weights may be apart that differ by the order of sums in some hundred steps of Adam.
+FAR = 0.05
 # What a loop may take over its bare steps.
 MOST = 1.15
 
@@ -76,6 +78,7 @@ class Beside:
         # A test takes no time on one image.
         data = replace(data, test_images=data.test_images[:1], test_labels=data.test_labels[:1])
         self.loop, self.ahead, self.bare = (Trainer(recipe, data) for _ in range(3))
+        self.start = {name: p.detach().clone() for name, p in self.loop.net.named_parameters()}
         self.tell, self.steps, self.now = tell, steps, now
 
     def run_epoch(self) -> None:
@@ -123,10 +126,16 @@ class Beside:
         self.tell(Block(loop, self.now() - start, self._taken))
         self._taken, self._since = 0, self.now()
 
-    def differing(self) -> list[str]:
-        """The parameters that are not the same, bit for bit, in all three networks."""
-        nets = [dict(trainer.net.named_parameters()) for trainer in (self.loop, self.ahead, self.bare)]
-        return [name for name, p in nets[0].items() if not all(torch.equal(p, net[name]) for net in nets)]
+    def apart(self) -> tuple[list[str], float]:
+        """The parameters in which loop and written-down minibatches are not the same training, bit for bit; and how far
+        the bare steps' are from the loop's, as a share of how far these have come.
+
+        They are the same but where the loop makes a step's first product another way, and then by rounding.
+        """
+        loop, ahead, bare = (dict(trainer.net.named_parameters()) for trainer in (self.loop, self.ahead, self.bare))
+        others = [name for name, p in loop.items() if not torch.equal(p, ahead[name])]
+        far = max(float((bare[name] - p).norm() / (p - self.start[name]).norm()) for name, p in loop.items())
+        return others, far
 
 
 def _set_rates(trainer: Trainer, epoch: int) -> None:
@@ -147,9 +156,12 @@ def measure(recipe: Recipe, data: Dataset, epochs: int, say: Callable[[str], obj
         blocks.append([])
         beside.run_epoch()
         say(f"{recipe.name}, epoch {epoch + 1}: {_ratio_of(blocks[-1]):.3f}")
-    if wrong := beside.differing():
-        raise ValueError(f"{recipe.name}: bare steps do not come to the loop's {', '.join(wrong)}")
-    return {"recipe": recipe.name, "epochs": blocks}
+    others, far = beside.apart()
+    if others or not far <= FAR:
+        raise ValueError(
+            f"{recipe.name}: bare steps do not come to the loop's weights ({others or f'{far:.1%} apart'})"
+        )
+    return {"recipe": recipe.name, "epochs": blocks, "apart": far}
 
 
 def _ratio_of(blocks: Sequence[Block]) -> float:
@@ -181,6 +193,10 @@ class LoopServer(Server):
 
     module = "bench.loop"
     arguments = ("--serve",)
+
+    def __enter__(self) -> LoopServer:
+        super().__enter__()
+        return self
 
     def begin(self, recipe: str) -> None:
         """Makes the trainers."""

@@ -108,7 +108,9 @@ struct Forward {
                 for (int64_t g = 1; g <= block.field.copies; g++)
                     set_scale(block.column(g, i), block.row(g, i));
             }
-            pack_columns(rows, valid, depth, packed + panels.offset(panel) + lane, width);
+            // Of rows whose product is known the field is read, which is in front.
+            pack_columns(rows, valid, block.field.known ? field_depth : depth,
+                         packed + panels.offset(panel) + lane, width);
             for (int64_t g = 1; g <= block.field.copies; g++) {
                 float* into = field_of(block, g, panel) + lane;
                 for (int j = 0; j < LANES; j++) {
@@ -222,12 +224,13 @@ struct Forward {
     // sums wait for the field; zeros in the lanes beyond the last row.
     void bring_product(const Block& block, int64_t chunk, float* z_t) const {
         const ffk::Matrix& product = call.rows.product;
-        const int64_t units = chunks.size(chunk), rows = block.rows[0];
-        for (int64_t i = 0; i < up_to(rows, LANES); i++) {
-            const float* from = static_cast<const float*>(product.at)
-                                + block.row(0, smaller(i, rows - 1)) * product.stride
-                                + chunks.first(chunk);
-            for (int64_t o = 0; o < units; o++) z_t[o * stride + i] = i < rows ? from[o] : 0;
+        for (int64_t i = 0; i < block.rows[0]; i += LANES) {
+            const int valid = int(smaller(LANES, block.rows[0] - i));
+            const float* rows[LANES] = {};
+            for (int j = 0; j < valid; j++)
+                rows[j] = static_cast<const float*>(product.at)
+                          + block.row(0, i + j) * product.stride + chunks.first(chunk);
+            pack_columns(rows, valid, chunks.size(chunk), z_t + i, stride);
         }
     }
 

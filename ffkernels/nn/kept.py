@@ -54,7 +54,8 @@ def step(
     """`FFNetwork.step` of linear layers with nothing between them, or None before anything is written."""
     if torch.compiler.is_compiling() or "none" in outputs[:-1] or FFLinear.step is not OWN_STEP:
         return None
-    stack, moment = [], Moment()
+    stack: list[Planned] = []
+    moment = Moment()
     try:
         for layer, optimizer, of in zip(layers, optimizers, outputs, strict=True):
             shares = product is not None and not stack
@@ -100,7 +101,17 @@ def _rows(
     first = stack[0].plan.layer
     objective = stack[0].options.objective
     rows = checked_rows(
-        first.weight, first.compute_dtype, objective, x_pos, x_neg, None, None, sample_weight, product, label_field, labels
+        first.weight,
+        first.compute_dtype,
+        objective,
+        x_pos,
+        x_neg,
+        None,
+        None,
+        sample_weight,
+        product,
+        label_field,
+        labels,
     )
     n_pos, n_neg = x_pos.shape[0], rows.x_neg.shape[0]
     below = None

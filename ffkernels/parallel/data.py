@@ -27,7 +27,7 @@ from ..functional import StepResult
 from ..functional.plan import others_of
 from ..nn import FFConv2d, FFLinear, FFNetwork
 from ..nn.layer import batch_norms, called_only, overridden
-from ..nn.network import Ready, take_step
+from ..nn.layerwise import Ready, take_step
 from ..normalisation import row_scale, row_sumsq
 from ..objectives import AnyObjective, GivenLoss, any_objective
 from ..peer import PeerNormalisation
@@ -423,7 +423,7 @@ class Job(NamedTuple):
 
 
 class Stepping:
-    """The steps of a network's layers on one minibatch: `nn.network.Take`.
+    """The steps of a network's layers on one minibatch: `nn.layerwise.Take`.
 
     `at_once`: whether each waits for its sums; else they are under way until `finish`.
     """

@@ -346,8 +346,11 @@ class FFNetwork(LayerByLayer):
         if isinstance(x, Tensor) and x.dim() == 4 and len(x) > PREDICTION_IMAGES and not by_batch:
             return torch.cat([self.features(part, layers, num_classes) for part in x.split(PREDICTION_IMAGES)])
         shared: dict[str, Any] = {} if product is None else {"product": product, "label_field": num_classes}
-        passed = self._pass(negatives.neutral_label(x, num_classes) if num_classes else x, **shared)
-        return self._side_by_side([(ran.y, ran.sumsq) for _, ran in passed], layers)
+        x = negatives.neutral_label(x, num_classes) if num_classes else x
+        passed = kept.forward(self, x, product, num_classes) if self.between is None else None
+        if passed is None:
+            passed = [(ran.y, ran.sumsq) for _, ran in self._pass(x, **shared)]
+        return self._side_by_side(passed, layers)
 
     @torch.no_grad()
     def features_of(self, results: Sequence[StepResult], layers: Sequence[int] | None = None) -> Tensor:

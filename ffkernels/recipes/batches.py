@@ -127,17 +127,10 @@ def dropped(x: Tensor, share: float, generator: torch.Generator | None = None) -
 def labelled_sides(
     x: Tensor, labels: Tensor, wrong: Tensor, num_classes: int, value: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """`x` under its labels and under wrong ones, one behind the other in memory.
-
-    Labels outside of the classes, which are the caller's to look for, mark nothing.
-    """
-    rows = len(x)
-    both = x.new_empty(2 * rows, x.shape[1])
-    for side, marked in ((both[:rows], labels), (both[rows:], wrong)):
-        side.copy_(x)
-        at = torch.arange(num_classes, device=x.device)
-        torch.mul(marked[:, None] == at, value, out=side[:, :num_classes])
-    return both[:rows], both[rows:]
+    """`x` under its labels and under wrong ones, both in 0..num_classes-1, one behind the other in memory."""
+    both = torch.cat([x, x])
+    both[:, :num_classes].zero_().scatter_(1, torch.cat([labels, wrong])[:, None], value)
+    return both[: len(x)], both[len(x) :]
 
 
 def hard_label(

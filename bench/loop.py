@@ -126,6 +126,7 @@ class Beside:
         self.tell(Block(loop, self.now() - start, self._taken))
         self._taken, self._since = 0, self.now()
 
+    @torch.no_grad()
     def apart(self) -> tuple[list[str], float]:
         """The parameters in which loop and written-down minibatches are not the same training, bit for bit; and how far
         the bare steps' are from the loop's, as a share of how far these have come.

@@ -367,6 +367,8 @@ def test_hard_negatives_are_drawn_at_a_temperature(data, monkeypatch) -> None:
     trainer.run_epoch(lambda describe: False)
     batch = next(trainer.minibatches(2))
     torch.testing.assert_close(seen[-1], batch.logits / 4)
+    assert trainer.settings()["negatives_temperature"] == 4.0
+    assert "negatives_temperature" not in Trainer(SMALL["hinton-matlab"], data).settings()
     assert seen[-1].abs().max() > 0.01
 
 

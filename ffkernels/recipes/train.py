@@ -147,6 +147,9 @@ class Trainer:
         """All that decides the numbers of this run, as plain values."""
         words = ("source", "assumed", "published", "published_on")
         recipe = {name: value for name, value in asdict(self.recipe).items() if name not in words}
+        if self.recipe.negatives_temperature == 1:
+            # A checkpoint from before there were others lacks it.
+            del recipe["negatives_temperature"]
         return {
             **recipe,
             "epochs": self.epochs,

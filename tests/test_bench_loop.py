@@ -33,7 +33,8 @@ def test_the_three_go_side_by_side(name: str) -> None:
         beside.run_epoch()
     assert [block.steps for block in blocks] == [2, 2, 1] * 2
     assert all(block.loop == block.bare == 1 for block in blocks)
-    assert beside.apart() == ([], pytest.approx(0, abs=0 if name == "quick" else 1e-4))
+    assert not beside.differing()
+    assert beside.far <= (0 if name == "quick" else 1e-3)
 
 
 def test_bare_steps_that_are_not_the_loops_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,7 @@ EPOCHS = 5
 DRAWN, DRAWN_BY = 34, 0  # how many candidates besides the two recipes, and the seed that draws them
 # After so many epochs so many candidates are left.
 RUNGS = ((1, 16), (2, 7))
-FINALISTS, SEEDS = 2, (0, 1, 2)
+FINALISTS, SEEDS = 3, (0, 1, 2)
 
 Changes = dict[str, Any]
 Row = dict[str, Any]

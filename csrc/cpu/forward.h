@@ -220,8 +220,8 @@ struct Forward {
         }
     }
 
-    // A chunk's units of the product [rows, out] that the caller has brought, where the first group's
-    // sums wait for the field; zeros in the lanes beyond the last row.
+    // A chunk's units of the product [rows, out] that the caller has brought, where the first
+    // group's sums wait for the field; zeros in the lanes beyond the last row.
     void bring_product(const Block& block, int64_t chunk, float* z_t) const {
         const ffk::Matrix& product = call.rows.product;
         for (int64_t i = 0; i < block.rows[0]; i += LANES) {

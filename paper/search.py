@@ -68,14 +68,15 @@ CHOICES: Mapping[str, Sequence[Any]] = {
     "kind": ("heads", "heads", "class groups", "swish", "symba"),
     "hidden": ((500, 500), (500, 500), (1000, 1000)),
     "rate": (5e-4, 1e-3, 2e-3, 3e-3, 5e-3),
-    "fall": ("linear behind the middle, to 0", "the same, to 1/E of the rate", "cosine"),
+    "fall": ("constant, then linear to 1/E", "constant, then linear to 2/E", "cosine"),
     "batch_size": (64, 128, 256),
     "dropout": (0.0, 0.1, 0.2),
     "jitter": (0, 0, 1),
 }
+# With E epochs; what the last of them has of the rate.
 FALLS: Mapping[str, Changes] = {
-    "linear behind the middle, to 0": {"cooldown": 1.0},
-    "the same, to 1/E of the rate": {"cooldown": 2.0},
+    "constant, then linear to 1/E": {"cooldown": 1.0},
+    "constant, then linear to 2/E": {"cooldown": 2.0},
     "cosine": {"cooldown": None, "cosine": 0.0},
 }
 

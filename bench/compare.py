@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from .cases import Case
 from .machine import ROOT, git
@@ -132,13 +132,16 @@ def _git(*arguments: str) -> None:
 class Server:
     """`worker.py` in the tree under `root`, which takes steps on command."""
 
+    module: ClassVar[str] = "bench.worker"
+    arguments: ClassVar[tuple[str, ...]] = ()
+
     def __init__(self, root: Path) -> None:
         self.root = root
 
     def __enter__(self) -> Server:
         environment = {**os.environ, "PYTHONPATH": str(self.root)}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "bench.worker"],
+            [sys.executable, "-m", self.module, *self.arguments],
             cwd=self.root,
             env=environment,
             stdin=subprocess.PIPE,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 
-WHAT = ("ablation", "steps", "race", "race-convolutions", "classes", "variations", "tables", "epoch")
+WHAT = ("ablation", "steps", "race", "race-convolutions", "classes", "variations", "search", "tables", "epoch")
 
 
 def add_to(commands: Commands) -> None:
@@ -71,11 +71,12 @@ def add_to(commands: Commands) -> None:
                         the same of a network of convolutions
             classes     trains backprop on what recipes of class goodness train on
             variations  changes each choice of the recipe projected
+            search      looks for a better quick on images held back: successive halving
             tables      makes the tables and pictures of docs from these
             epoch       trains fflib's example by fflib and accelerated, in turns
 
-            The first goes on where it was stopped. steps, the races, classes and variations
-            write results/backprop, epoch writes results/epoch.
+            ablation, variations and search go on where they were stopped. steps, the races,
+            classes, variations and search write results/backprop, epoch writes results/epoch.
             """,
         ),
     )
@@ -119,9 +120,9 @@ def _paper(arguments: argparse.Namespace, argv: list[str]) -> int:
     # With the benchmark's contenders, which the other commands need not wait for.
     from bench.contenders import installed
 
-    from . import ablation, backprop, classes, epoch, race, variations
+    from . import ablation, backprop, classes, epoch, race, search, variations
 
-    saved: dict[str, Any] = {"steps": backprop, "classes": classes, "variations": variations}
+    saved: dict[str, Any] = {"steps": backprop, "classes": classes, "variations": variations, "search": search}
     races = race.RACES
     try:
         # What is written is tried before hours of measuring.
@@ -141,7 +142,8 @@ def _paper(arguments: argparse.Namespace, argv: list[str]) -> int:
             paper = Path("docs", "lab", "paper.md")
             page.update(paper, ablation.BEGIN, ablation.END, ablation.table(results.load(ablation.FOLDER)))
             page.update(paper, backprop.BEGIN, backprop.END, backprop.table())
-            print(f"{paper}: made from {ablation.FOLDER} and {backprop.FILE}")
+            page.update(paper, search.BEGIN, search.END, search.table())
+            print(f"{paper}: made from {ablation.FOLDER}, {backprop.FILE} and {search.FILE}")
             page.update(classes.PAGE, classes.BEGIN, classes.END, classes.table())
             page.update(classes.PAGE, variations.BEGIN, variations.END, variations.table())
             print(f"{classes.PAGE}: made from {results.FOLDER} and {classes.FILE}")

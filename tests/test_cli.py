@@ -548,7 +548,7 @@ def test_names_that_the_terminal_cannot_show(folder, environment) -> None:
     assert done.stdout.startswith(r"quick (784-500-500) on caf\udce9: test error")
 
 
-@pytest.mark.parametrize("what", ["backprop", "race", "race-convolutions", "classes", "variations"])
+@pytest.mark.parametrize("what", ["backprop", "race", "race-convolutions", "classes", "variations", "search"])
 def test_a_measurement_is_taken_where_it_can_be_written(what, folder, capsys, monkeypatch) -> None:
     module = pytest.importorskip(f"paper.{what.partition('-')[0]}")
     Path("measured.json").write_text("")

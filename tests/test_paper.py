@@ -16,7 +16,7 @@ from ffkernels import cli
 from ffkernels.recipes.catalogue import PROJECTED
 from ffkernels.recipes.run import train
 from ffkernels.recipes.train import Trainer
-from paper import ablation, backprop, classes, curves, race, results, variations
+from paper import ablation, backprop, classes, curves, race, results, search, variations
 from paper import page as made_page
 
 from .test_recipes import SMALL, run
@@ -286,6 +286,76 @@ def test_variations_are_trained_on_images_that_are_left(data, tmp_path, monkeypa
 def test_variations_are_of_what_a_recipe_has() -> None:
     for changes in variations.VARIATIONS.values():
         assert all(getattr(PROJECTED, name) != value for name, value in changes.items())
+
+
+CANDIDATES = (
+    {"kind": "heads", "hidden": (30, 20), "rate": 3e-3, "fall": "cosine", "batch_size": 50, "dropout": 0.0, "jitter": 0,
+     "norm": "l2", "label_smoothing": 0.0},
+    {"kind": "class groups", "hidden": (40, 30), "rate": 1e-3, "fall": "cosine", "batch_size": 50, "dropout": 0.1,
+     "jitter": 1, "norm": "none", "label_smoothing": 0.1, "goodness": "sum", "temperature": 1.0},
+    {"kind": "swish", "hidden": (40, 30), "rate": 1e-3, "fall": "cosine", "batch_size": 50, "dropout": 0.0, "jitter": 0,
+     "norm": "rms", "goodness": "mean", "negatives_temperature": 2.0},
+)  # fmt: skip
+
+
+def test_a_search_keeps_the_better_half_and_tests_the_winner_alone(data, tmp_path, monkeypatch) -> None:
+    for name in ("QUICK", "HARD_NEGATIVES"):
+        monkeypatch.setattr(search, name, replace(getattr(search, name), hidden=(40, 30), batch_size=50))
+    split = variations.held_back(data, 100)
+    monkeypatch.setattr(search, "held_back", lambda data: split)
+    monkeypatch.setattr(search, "EPOCHS", 3)
+    looked = []
+    test_error = Trainer.test_error
+    monkeypatch.setattr(
+        Trainer,
+        "test_error",
+        lambda self, predict: (
+            looked.append(torch.equal(self.test_images, data.test_images)) or test_error(self, predict)
+        ),
+    )
+    path, said = tmp_path / "search.json", []
+    options = {"candidates": CANDIDATES, "rungs": ((1, 3), (2, 2)), "epochs": 3, "seeds": (0, 1)}
+    assert search.table(path) == search.NOT_YET
+    search.save(data, said.append, path, **options)
+    found = json.loads(path.read_text())
+    rows = [row for row in found["rows"] if row["seed"] == 0]
+    done = sorted(len(row["errors"]) for row in rows)
+    # quick is trained to the end whatever it came to.
+    assert len(rows) == 5 and done.count(1) <= 2 and done.count(3) >= 2
+    first = sorted(rows, key=lambda row: row["errors"][0])
+    assert len(first[0]["errors"]) > 1
+    of_quick = [row for row in found["rows"] if row["choice"] == {"recipe": "quick"}]
+    expected = run(replace(search.QUICK, epochs=3), split, seed=1)
+    assert of_quick[1]["errors"] == [row["test_error_goodness"] for row in expected.rows]
+    # The test images were looked at once, at the end.
+    assert looked.count(True) == 1 and looked.index(True) > 10
+    by_mean = {
+        json.dumps(choice): sum(row["errors"][-1] for row in found["rows"] if row["choice"] == choice)
+        for choice in found["finalists"]
+    }
+    assert by_mean[json.dumps(found["test"]["choice"])] == min(by_mean.values())
+    text = search.table(path)
+    assert f"{found['test']['error']:.2%} of the test images" in text
+    assert text.splitlines()[2].startswith(
+        f"| {search.in_words(min(found['finalists'], key=lambda c: by_mean[json.dumps(c)]))} |"
+    )
+    # What is there is not trained anew; what is not there yet is, to the same numbers.
+    said.clear()
+    search.save(data, said.append, path, **options)
+    assert not said
+    path.write_text(json.dumps({**found, "rows": found["rows"][:2]}))
+    search.save(data, said.append, path, **options)
+    assert [row["errors"] for row in json.loads(path.read_text())["rows"]] == [row["errors"] for row in found["rows"]]
+
+
+def test_candidates_are_drawn_by_a_seed_and_are_recipes() -> None:
+    assert search.drawn(40, 1)[:9] == search.drawn(9, 1) != search.drawn(9, 2)
+    for choice in search.drawn():
+        recipe = search.recipe_of(choice)
+        assert recipe.layers.lr == choice["rate"] and recipe.hidden == tuple(choice["hidden"])
+        assert recipe.of_classes == (recipe.classifier is None) == (recipe.negatives == "none")
+        assert search.in_words(choice)
+    assert search.recipe_of({"recipe": "quick"}) == search.QUICK
 
 
 def test_reproduce_on_the_command_line(tmp_path, monkeypatch, capsys) -> None:

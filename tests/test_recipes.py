@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -357,6 +358,38 @@ def test_pictures_of_every_kind_of_recipe(name: str, data, tmp_path: Path) -> No
     trainer = run(SMALL[name], data, 1)
     picture.draw(trainer, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 20_000
+
+
+def test_hard_negatives_are_drawn_at_a_temperature(data, monkeypatch) -> None:
+    drawn, seen = batches.hard_label, []
+    monkeypatch.setattr("ffkernels.recipes.train.hard_label", lambda z, *rest: seen.append(z) or drawn(z, *rest))
+    trainer = Trainer(replace(SMALL["hinton-matlab"], negatives_temperature=4.0), data)
+    trainer.run_epoch(lambda describe: False)
+    batch = next(trainer.minibatches(2))
+    torch.testing.assert_close(seen[-1], batch.logits / 4)
+    assert trainer.settings()["negatives_temperature"] == 4.0
+    assert "negatives_temperature" not in Trainer(SMALL["hinton-matlab"], data).settings()
+    assert seen[-1].abs().max() > 0.01
+
+
+def test_a_product_that_neutral_pass_and_step_share_changes_rounding_alone(data, monkeypatch) -> None:
+    recipe = replace(SMALL["hinton-matlab"], batch_size=200)
+    shares = run(recipe, data, 1)
+    assert next(shares.minibatches(2)).shared is not None
+    assert next(Trainer(recipe, data, compute_dtype=torch.bfloat16).minibatches(1)).shared is None
+    monkeypatch.setattr(Trainer, "_share", lambda self, x: None)
+    for mine, other in zip(shares.net.parameters(), run(recipe, data, 1).net.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
+
+
+def test_a_product_of_weights_that_are_gone_is_not_read(data) -> None:
+    one, other = (Trainer(replace(SMALL["hinton-matlab"], batch_size=200), data) for _ in range(2))
+    first, second = islice(one.minibatches(1), 2)
+    for batch in (first, second):
+        one.step(batch)
+        other.step(replace(batch, shared=None if batch is second else batch.shared))
+    for mine, of_other in zip(one.net.parameters(), other.net.parameters(), strict=True):
+        assert torch.equal(mine, of_other)
 
 
 def test_every_recipe_says_where_it_is_from() -> None:

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import SGD
 
 import ffkernels as ff
@@ -100,6 +100,41 @@ def test_prediction_and_features_share_the_first_layer(rows, monkeypatch):
     assert error(net.features(x, num_classes=K, product=net.shared_product(x, K)), plain) < 1e-12
     unlabelled = net.features(x, num_classes=0)
     assert error(unlabelled[:, 7:], torch.nn.functional.normalize(net.activities(x)[2], eps=1e-4)) < 1e-3
+
+
+@needs_library
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize(("rows", "inputs", "units"), [(1, 90, 21), (5, 9, 3), (33, 500, 70), (1100, 24, 9)])
+def test_compiled_code_takes_a_product(rows, inputs, units, activation):
+    """By as much as its own sums from float64: depths of several runs, lanes and blocks that are not full."""
+    torch.manual_seed(3)
+    x, weight, bias = torch.rand(rows, inputs), torch.randn(units, inputs), torch.randn(units)
+    product = ff.shared_product(x, weight, K)
+    given = {"label_field": K, "product": product, "backend": "native", "activation": activation}
+    exact = ff.linear_forward(*(t.double() for t in (x, weight, bias)), activation=activation)
+    ours = ff.linear_forward(x, weight, bias, **given)
+    for mine, other in zip(ours, exact, strict=True):
+        assert error(mine, other) < 1e-6
+
+    sides = [ff.overlay_label(x, torch.full((rows,), k), K) for k in (0, 2)]
+    for outputs in ("pre", "post"):
+        found = []
+        for dtype, options in ((torch.float64, {"activation": activation}), (torch.float32, given)):
+            w, b = (nn.Parameter(t.to(dtype, copy=True)) for t in (weight, bias))
+            optimizer = SGD([w, b], lr=0.01)
+            result = ff.linear_step_(*(side.to(dtype) for side in sides), w, b, optimizer, outputs=outputs, **options)
+            found.append((w.detach(), b.detach(), result.y, result.goodness, result.loss))
+        for mine, other in zip(found[1], found[0], strict=True):
+            assert error(mine, other) < 2e-6
+
+
+@needs_library
+def test_compiled_code_reads_a_stale_product_as_it_came():
+    x_pos, x_neg = copies(6, 40, torch.float32)
+    weight = torch.randn(11, 40)
+    options = {"norm": "none", "outputs": "pre", "backend": "native", "label_field": K, "product": torch.zeros(6, 11)}
+    ours = ff.linear_step_(x_pos, x_neg, nn.Parameter(weight), None, None, **options).y
+    assert error(ours, torch.cat([x[:, :K] @ weight[:, :K].T for x in (x_pos, x_neg)]).relu()) < 1e-6
 
 
 @needs_library
@@ -252,8 +287,8 @@ def test_nothing_is_left_out_at_0_and_everything_below_1():
 @needs_library
 def test_what_the_compiled_library_does_not_take_runs_elsewhere():
     p = problem(dtype=torch.float32)._replace(**dict(zip(("x_pos", "x_neg"), copies(6, 5, torch.float32), strict=True)))
-    product = ff.shared_product(p.x_pos, p.weight, K)
-    options = {"product": product, "label_field": K}
+    product = ff.shared_product(p.x_pos, p.weight, K, compute_dtype=torch.bfloat16)
+    options = {"product": product, "label_field": K, "compute_dtype": torch.bfloat16}
     ff.linear_step_(p.x_pos, p.x_neg, p.weight, p.bias, p.optimizer, **options)
     with pytest.raises(ValueError, match="backend='native' cannot run this call"):
         ff.linear_step_(p.x_pos, p.x_neg, p.weight, p.bias, p.optimizer, backend="native", **options)

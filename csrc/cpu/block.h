@@ -42,8 +42,10 @@ struct Groups {
 };
 
 // Where rows differ from the positive rows whose copies they are; `copies` 0 where they are none.
+// `known`: the caller has brought the product of all other columns.
 struct Field {
     int64_t first = 0, count = 0, copies = 0;
+    bool known = false;
 };
 
 // Rows of a block come in groups: the positives, the negatives; copies of the positives under other
@@ -95,7 +97,7 @@ void parallel(int64_t tasks, int workers, const F& f) {
 
 // The rows of the second side may hold the same bits as those of the first, one after the other and
 // over again, in all but one short run of columns: then they share their products.
-inline Field label_field(const ffk::Call& call) {
+inline Field found_field(const ffk::Call& call) {
     const int64_t pairs = rows_of(call, 0), others = rows_of(call, 1),
                   bytes = bytes_of(call.rows.x_pos.dtype), most = in_of(call) / 8;
     if (pairs == 0 || others == 0 || others % pairs != 0 || call.rows.is_positive != nullptr)
@@ -136,6 +138,19 @@ inline Field label_field(const ffk::Call& call) {
     });
     if (differs) return {};
     return {first, after - first, others / pairs};
+}
+
+// Likewise; where the caller has brought a product it stands for rows that differ from the positive
+// ones within its label field alone, and for positive rows that are `alone`. Of others nothing is
+// known, and they are multiplied.
+inline Field label_field(const ffk::Call& call, bool alone) {
+    const Field found = found_field(call);
+    const int64_t columns = call.rows.label_field;
+    if (call.rows.product.at == nullptr || rounds(call) || operands_of(call) != FLOATS)
+        return found;
+    if (found.copies ? found.first + found.count > columns : !alone || rows_of(call, 1) > 0)
+        return found;
+    return {0, columns, found.copies, true};
 }
 
 // Hands out pieces of one allocation; with no memory behind it, only counts.

@@ -108,7 +108,9 @@ struct Forward {
                 for (int64_t g = 1; g <= block.field.copies; g++)
                     set_scale(block.column(g, i), block.row(g, i));
             }
-            pack_columns(rows, valid, depth, packed + panels.offset(panel) + lane, width);
+            // Of rows whose product is known the field is read, which is in front.
+            pack_columns(rows, valid, block.field.known ? field_depth : depth,
+                         packed + panels.offset(panel) + lane, width);
             for (int64_t g = 1; g <= block.field.copies; g++) {
                 float* into = field_of(block, g, panel) + lane;
                 for (int j = 0; j < LANES; j++) {
@@ -172,9 +174,12 @@ struct Forward {
     void multiply(const Block& block, int64_t chunk, Weights w, float* z_t, float* y_t) const {
         const Panels panels{block.operands(), depth};
         const int64_t out = chunks.size(chunk), field_end = field_first + field_depth;
+        const bool known = block.field.known;
         float* q = partial + chunk * block.columns();
-        for (int64_t k = 0; k < depth; k += depth_at_once(KIND)) {
-            const int64_t end = smaller(depth, k + depth_at_once(KIND));
+        if (known) bring_product(block, chunk, z_t);
+        constexpr int64_t AT_ONCE = depth_at_once(KIND);
+        for (int64_t k = known ? (depth - 1) / AT_ONCE * AT_ONCE : 0; k < depth; k += AT_ONCE) {
+            const int64_t end = smaller(depth, k + AT_ONCE);
             const bool last = end == depth;
             // What [k, end) has before the field and behind it; where the field covers an end, a
             // run is empty.
@@ -190,13 +195,13 @@ struct Forward {
                         tile.expect(to, stride);
                         tile.clear();
                         for (const auto& [from, until] : runs)
-                            if (from < until)
+                            if (from < until && !known)
                                 tile.template multiply<KIND>(
                                     a, from, packed + panels.offset(p) + from * NV * LANES,
                                     until - from);
                         // The shallower part of the sum waits where its result will lie, in the
                         // first group's columns.
-                        if (k > 0) tile.add(to, stride);
+                        if (k > 0 || known) tile.add(to, stride);
                         if (!last) {
                             tile.write(to, stride);
                             continue;
@@ -207,7 +212,7 @@ struct Forward {
                             // `finish` leaves the sum in the tile, with the group before's field in
                             // it: from anew.
                             if (g > 0) tile.clear(), tile.add(shared, PANEL);
-                            if (block.field.copies)
+                            if (field_depth)
                                 tile.template multiply<KIND>(a, field_first, field_of(block, g, p),
                                                              field_depth);
                             // `to` is the first group's place; this one's lies `column` further.
@@ -220,6 +225,20 @@ struct Forward {
                         }
                     }
                 });
+        }
+    }
+
+    // A chunk's units of the product [rows, out] that the caller has brought, where the first
+    // group's sums wait for the field; zeros in the lanes beyond the last row.
+    void bring_product(const Block& block, int64_t chunk, float* z_t) const {
+        const ffk::Matrix& product = call.rows.product;
+        for (int64_t i = 0; i < block.rows[0]; i += LANES) {
+            const int valid = int(smaller(LANES, block.rows[0] - i));
+            const float* rows[LANES] = {};
+            for (int j = 0; j < valid; j++)
+                rows[j] = static_cast<const float*>(product.at)
+                          + block.row(0, i + j) * product.stride + chunks.first(chunk);
+            pack_columns(rows, valid, chunks.size(chunk), z_t + i, stride);
         }
     }
 

@@ -38,7 +38,7 @@ struct WholeForward {
 };
 
 int linear_forward(const ffk::Call& call) {
-    const Field field = label_field(call);
+    const Field field = label_field(call, true);
     return with_memory([&](Memory& memory, bool real) {
         const WholeForward forward(call, field, memory);
         if (real) forward.run();
@@ -106,14 +106,17 @@ void apply_slopes(const ffk::Call& call, const Peers& peers, const Block& block,
 
 int linear_step(const ffk::Call& call) {
     const int64_t blocks = blocks_of_step(call);
-    const Field field = label_field(call);
+    const Field field = label_field(call, false);
     const Objective objective(call);
     ffk::Call again = call;
+    // A product that was brought is of the weight before the update.
+    Field field_again = field;
+    field_again.known = false;
     again.outputs.y = call.outputs.y_after, again.outputs.sumsq = call.outputs.sumsq_after;
     return with_memory([&](Memory& memory, bool real) {
         // What comes after the update has its memory before it, over that of the step.
         Memory after_memory = memory;
-        const WholeForward after(again, field, after_memory);
+        const WholeForward after(again, field_again, after_memory);
         const Block largest = largest_block(call, blocks, field);
         const Forward forward(call, largest, true, memory);
         Peers peers(call, largest, memory);
@@ -175,7 +178,7 @@ int linear_step(const ffk::Call& call) {
 
 int linear_update(const ffk::Call& call) {
     const int64_t blocks = blocks_of_step(call);
-    const Field field = label_field(call);
+    const Field field = found_field(call);
     return with_memory([&](Memory& memory, bool real) {
         const Block largest = largest_block(call, blocks, field);
         Peers peers(call, largest, memory);

@@ -73,6 +73,9 @@ class Kept(NamedTuple):
     layout: list[object]
 
 
+# What a forward pass takes of a layer.
+FORWARD_OPTIONS = ("norm", "eps", "eps_mode", "activation", "compute_dtype", "backend")
+
 # An optimizer owns what its plans hold, so that they live no longer than it does.
 _kept: WeakKeyDictionary[Optimizer, dict[int, Kept]] = WeakKeyDictionary()
 
@@ -144,6 +147,34 @@ def kept_plan(
         plan = plan._replace(update=update)
         of_optimizer[id(weight)] = kept._replace(plan=plan)
     return plan
+
+
+class Forward(NamedTuple):
+    """What a forward pass of a layer needs to know of it, and the facts under which that was found out."""
+
+    layer: Layer
+    chosen: str
+    facts: tuple[object, ...]
+
+
+def forward_plan(
+    kept: Forward | None, weight: Tensor, bias: Tensor | None, options: dict[str, Any], shares: bool, moment: Moment
+) -> Forward:
+    """`kept` where all that was checked is as it was, else a new one; `options`: `FORWARD_OPTIONS` and their values.
+
+    Raises:
+        ValueError, TypeError: as `linear_forward` does for a layer and its options.
+    """
+    of_both = (_of(weight), None if bias is None else _of(bias))
+    facts = (moment.modes(weight.device), shares, type(options["eps"]), tuple(options.values()), *of_both)
+    if kept is not None and kept.facts == facts:
+        return kept
+    norm, eps, eps_mode, activation, compute_dtype, backend = (options[name] for name in FORWARD_OPTIONS)
+    check.layer_options(norm, eps, eps_mode, activation)
+    check.layer_tensors(weight, bias)
+    compute = check.compute_dtype_of(compute_dtype, weight)
+    chosen = select.choose(select.Request(weight.device, weight.dtype, compute, activation, shares=shares), backend)
+    return Forward(Layer(weight, bias, norm, float(eps), eps_mode, activation, compute), chosen, facts)
 
 
 def _prepared(plan: Plan) -> Plan:

@@ -1,22 +1,23 @@
-"""A network's step where nothing has changed since the last one: the kept plans of its layers, one after the other.
+"""A network's step, or its forward pass, where nothing has changed since the last one: kept plans, one by one.
 
-Whatever is not so, or is wrong, makes of it a step that `FFNetwork` checks anew.
+Whatever is not so, or is wrong, makes of it a step or a pass that `FFNetwork` checks anew.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .. import interrupts
+from .. import interrupts, ops
 from .. import validation as check
 from ..autograd import is_transformed, without_autocast
 from ..functional import StepResult
-from ..functional.plan import Moment, Options, Plan, kept_plan
+from ..functional.plan import Forward, Moment, Options, Plan, forward_plan, kept_plan
 from ..functional.rows import checked_rows
 from ..functional.step import run
 from ..spec import Rows
@@ -24,11 +25,14 @@ from .layer import FFLinear, watched
 from .stack import Layer
 
 # A program may put another in its place, to measure it say.
-OWN_STEP = FFLinear.step
+OWN_STEP, OWN_ACTIVITY, OWN_RUN = FFLinear.step, FFLinear.activity, FFLinear._run
 # Methods that make of a layer something else where an object has its own.
 REPLACED = frozenset({"step", "forward", "activity", "goodness", "__call__"})
 # Options of a network's step under which it may be one of these.
 OPTIONS = frozenset({"sample_weight", "skip_below", "labels"})
+
+
+_forward: WeakKeyDictionary[Layer, Forward] = WeakKeyDictionary()
 
 
 class Planned(NamedTuple):
@@ -48,40 +52,90 @@ def step(
     *,
     keep: bool,
     skip_below: float = 0.0,
+    product: Tensor | None = None,
     **of_rows: Any,
 ) -> list[StepResult] | None:
     """`FFNetwork.step` of linear layers with nothing between them, or None before anything is written."""
     if torch.compiler.is_compiling() or "none" in outputs[:-1] or FFLinear.step is not OWN_STEP:
         return None
-    stack, moment = [], Moment()
+    stack: list[Planned] = []
+    moment = Moment()
     try:
         for layer, optimizer, of in zip(layers, optimizers, outputs, strict=True):
-            planned = _planned(layer, optimizer, of, skip_below, moment)
+            shares = product is not None and not stack
+            planned = _planned(layer, optimizer, of, skip_below, shares, moment)
             if planned is None:
                 return None
             stack.append(planned)
-        rows = _rows(stack, x_pos, x_neg, **of_rows)
+        rows = _rows(stack, x_pos, x_neg, product=product, **of_rows)
     except (TypeError, ValueError):
         return None
     return None if rows is None else _climb(stack, rows, keep)
 
 
 def _planned(
-    layer: Layer, optimizer: Optimizer | None, outputs: str, skip_below: float, moment: Moment
+    layer: Layer, optimizer: Optimizer | None, outputs: str, skip_below: float, shares: bool, moment: Moment
 ) -> Planned | None:
-    if optimizer is None or type(layer) is not FFLinear or watched(layer) or not REPLACED.isdisjoint(vars(layer)):
+    if optimizer is None or type(layer) is not FFLinear:
         return None
-    parameters, peer = layer._parameters, layer.peer
-    weight = parameters.get("weight")
-    if layer._modules or weight is None or len(parameters) != 2:
+    plain = _plain(layer)
+    if plain is None:
         return None
-    bias, peer_mean = parameters["bias"], None if peer is None else layer.peer_mean
+    (weight, bias), peer = plain, layer.peer
+    peer_mean = None if peer is None else layer.peer_mean
     options = Options(
         layer.objective, layer.norm, layer.eps, layer.eps_mode, layer.activation, outputs, layer.compute_dtype,
-        skip_below, peer, layer.backend, False,
+        skip_below, peer, layer.backend, shares,
     )  # fmt: skip
     plan = kept_plan(weight, bias, optimizer, peer_mean, options, moment)
     return None if plan is None or not plan.is_whole else Planned(plan, options, optimizer)
+
+
+def _plain(layer: FFLinear) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of a layer that is nothing but its closed form, or None."""
+    parameters = layer._parameters
+    weight = parameters.get("weight")
+    if watched(layer) or not REPLACED.isdisjoint(vars(layer)) or layer._modules or weight is None:
+        return None
+    return (weight, parameters["bias"]) if len(parameters) == 2 else None
+
+
+def forward(
+    layers: Iterable[Layer], x: Tensor, product: Tensor | None, label_field: int
+) -> list[tuple[Tensor, Tensor]] | None:
+    """Activities `[rows, out]` and their sums of squares of every layer, linear ones with nothing between them.
+
+    Without autograd. `product`, `label_field`: as in `linear_forward`, of the first layer.
+
+    Returns:
+        None where a layer is something else, or something is wrong.
+    """
+    replaced = FFLinear.activity is not OWN_ACTIVITY or FFLinear._run is not OWN_RUN
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or replaced:
+        return None
+    moment, found = Moment(), list[tuple[Tensor, Tensor]]()
+    sumsq = None
+    try:
+        for layer in layers:
+            plain = _plain(layer) if type(layer) is FFLinear else None
+            if plain is None:
+                return None
+            weight, bias = plain
+            plan = forward_plan(_forward.get(layer), weight, bias, layer._options(), product is not None, moment)
+            _forward[layer] = plan
+            check.rows_of("x", x, weight, plan.layer.compute_dtype)
+            if product is not None:
+                check.shared_product(product, check.label_field(label_field, weight, x, None), len(x), weight)
+            if is_transformed(x, weight, bias) or (sumsq is not None and sumsq.dtype != weight.dtype):
+                return None
+            with without_autocast(weight.device):
+                rows = Rows(x, x[:0], None, sumsq, None, product, label_field if product is not None else 0)
+                x, sumsq = ops.linear_forward(rows, plan.layer, True, plan.chosen)
+            found.append((x, sumsq))
+            product = None
+    except (TypeError, ValueError):
+        return None
+    return found
 
 
 def _rows(
@@ -89,6 +143,7 @@ def _rows(
     x_pos: Tensor,
     x_neg: Tensor | None,
     *,
+    product: Tensor | None,
     label_field: int | None = None,
     sample_weight: Tensor | None = None,
     labels: Tensor | None = None,
@@ -97,7 +152,17 @@ def _rows(
     first = stack[0].plan.layer
     objective = stack[0].options.objective
     rows = checked_rows(
-        first.weight, first.compute_dtype, objective, x_pos, x_neg, None, None, sample_weight, None, label_field, labels
+        first.weight,
+        first.compute_dtype,
+        objective,
+        x_pos,
+        x_neg,
+        None,
+        None,
+        sample_weight,
+        product,
+        label_field,
+        labels,
     )
     n_pos, n_neg = x_pos.shape[0], rows.x_neg.shape[0]
     below = None
@@ -120,7 +185,7 @@ def _rows(
                 check.labels(labels, n_pos, objective.classes, layer.weight.device)
         below = layer
     peer_mean = stack[0].plan.pull.mean
-    check.apart(first.weight, first.bias, peer_mean, x_pos, rows.x_neg, None, {})
+    check.apart(first.weight, first.bias, peer_mean, x_pos, rows.x_neg, product, {})
     return rows
 
 

@@ -15,6 +15,7 @@ from .. import validation as check
 from ..autograd import without_autocast
 from ..backends import select
 from ..functional import StepResult
+from ..functional.plan import FORWARD_OPTIONS
 from ..functional.rows import checked_rows
 from ..objectives import (
     DEFAULT_OBJECTIVE,
@@ -30,9 +31,8 @@ from ..objectives import (
 from ..peer import FIRST_MEAN, PeerNormalisation
 from ..spec import Activation, EpsMode, Norm, OutputsOf
 
-# Options of a step that say something of its rows, and those that change the activities themselves.
+# Options of a step that say something of its rows.
 ROWS_OPTIONS = ("is_positive", "labels", "input_sumsq", "sample_weight", "product", "label_field")
-FORWARD_OPTIONS = ("norm", "eps", "eps_mode", "activation", "compute_dtype", "backend")
 
 
 class Ran(NamedTuple):

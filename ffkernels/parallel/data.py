@@ -26,7 +26,7 @@ from ..functional import StepResult
 from ..functional.plan import others_of
 from ..nn import FFNetwork
 from ..nn.layer import batch_norms, called_only, overridden
-from ..nn.network import Ready, take_step
+from ..nn.layerwise import Ready, take_step
 from ..objectives import GivenLoss, any_objective
 from . import processes
 from .processes import ProcessLost

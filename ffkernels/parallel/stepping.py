@@ -93,7 +93,7 @@ class Job(NamedTuple):
 
 
 class Stepping:
-    """The steps of a network's layers on one minibatch: `nn.network.Take`.
+    """The steps of a network's layers on one minibatch: `nn.layerwise.Take`.
 
     Args:
         place: this process's among the others.

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..negatives import overlay_label_
 from .readers.dataset import SIDE
 
 
@@ -24,6 +24,7 @@ class Minibatch:
         labels: the right ones, `[rows]`.
         features: the classifier's, where the negatives are drawn from its softmax.
         logits: what it makes of them.
+        shared: what these left of the first layer's product, for the step.
     """
 
     rows: int
@@ -32,6 +33,14 @@ class Minibatch:
     labels: Tensor
     features: Tensor | None = None
     logits: Tensor | None = None
+    shared: Shared | None = None
+
+
+class Shared(NamedTuple):
+    """`FFNetwork.shared_product` of some rows, and the version of the weight that it is of."""
+
+    product: Tensor
+    version: int
 
 
 def shifted(
@@ -118,8 +127,9 @@ def dropped(x: Tensor, share: float, generator: torch.Generator | None = None) -
 def labelled_sides(
     x: Tensor, labels: Tensor, wrong: Tensor, num_classes: int, value: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """`x` under its labels and under wrong ones, one behind the other in memory."""
-    both = overlay_label_(torch.cat([x, x]), torch.cat([labels, wrong]), num_classes, value)
+    """`x` under its labels and under wrong ones, both in 0..num_classes-1, one behind the other in memory."""
+    both = torch.cat([x, x])
+    both[:, :num_classes].zero_().scatter_(1, torch.cat([labels, wrong])[:, None], value)
     return both[: len(x)], both[len(x) :]
 
 

@@ -92,6 +92,7 @@ class Recipe:
         negatives: the wrong label is drawn "uniform"-ly, from the "classifier"'s softmax without the right label (hard
             negatives, Hinton 2022, section 3.3), or comes with the batch's labels "shuffled", some of which are right;
             or, without labels, "hybrid" images (section 3.2); "none" for a loss of classes.
+        negatives_temperature: what the logits of that softmax are divided by: lower, harder negatives.
         batch_size: images in a minibatch; each is one positive and one negative row, or one row alone.
         train_images: how many of the training images, the first ones; None for all.
         jitter: training images are shifted by up to so many pixels, anew in every epoch.
@@ -136,6 +137,7 @@ class Recipe:
     init: str = "torch"
     label: str = "pixels"
     negatives: str = "uniform"
+    negatives_temperature: float = 1.0
     batch_size: int = 100
     train_images: int | None = None
     jitter: int = 0

@@ -33,7 +33,7 @@ class Totals:
     def add(self, results: list[StepResult], batch: Minibatch, wrong: Tensor | None) -> None:
         """Adds a minibatch: the layers' step results, and `[rows]` which guesses of the classifier were wrong."""
         self._labels.append(batch.labels)
-        self._results.append([replace(result, y=None) for result in results])
+        self._results.append([result if result.y is None else replace(result, y=None) for result in results])
         if wrong is not None:
             self._wrong.append(wrong)
         self._rows.append(batch.rows)

@@ -28,12 +28,13 @@ from .. import validation as check
 from ..objectives import short
 from ..parallel import DataParallel
 from . import checkpoint
-from .batches import Minibatch, as_input, dropped, flipped, hard_label, labelled_sides, shifted, turned
+from .batches import Minibatch, Shared, as_input, dropped, flipped, hard_label, labelled_sides, shifted, turned
 from .build import network_of, optimizer_of
 from .catalogue import Recipe
 from .data import Dataset
 from .metrics import Row, check_rows
 from .processes import ALONE, Processes
+from .readers.dataset import check_range
 from .totals import Totals
 
 EVALUATION_ROWS = 1000
@@ -91,6 +92,9 @@ class Trainer:
                 f"{data.source}: {len(data.train_labels)} training and {len(data.test_labels)} test images; "
                 f"{recipe.name} needs at least {self.fewest_rows} and 1"
             )
+        # Looked at once, and not with each minibatch.
+        for labels in (data.train_labels, data.test_labels):
+            check_range(labels, "labels", data.num_classes, data.source)
         if recipe.negatives == "hybrid" and data.shape[0] != 1:
             raise ValueError(f"{data.source}: images of {data.shape[0]} channels; {recipe.name} mixes grey ones alone")
         self.recipe, self.data, self.seed, self.skip_below = recipe, data, seed, skip_below
@@ -105,6 +109,7 @@ class Trainer:
         self.trained: FFNetwork | DataParallel = self.net
         if processes.size > 1:
             self.trained = DataParallel(self.net, processes.group, sync_batch_norm=True)
+        self._classes = torch.arange(data.num_classes, device=device)
         self.label_field = 0 if recipe.label == "none" else data.num_classes
         self.net_optimizer = optimizer_of(recipe.layers, self.net)
         self.rules = [(recipe.layers, self.net_optimizer)]
@@ -142,6 +147,9 @@ class Trainer:
         """All that decides the numbers of this run, as plain values."""
         words = ("source", "assumed", "published", "published_on")
         recipe = {name: value for name, value in asdict(self.recipe).items() if name not in words}
+        if self.recipe.negatives_temperature == 1:
+            # A checkpoint from before there were others lacks it.
+            del recipe["negatives_temperature"]
         return {
             **recipe,
             "epochs": self.epochs,
@@ -327,9 +335,11 @@ class Trainer:
         recipe, classes = self.recipe, self.data.num_classes
         generator = torch.Generator(self.device).manual_seed(zlib.crc32(f"{self.seed} {epoch}".encode()))
         order = torch.randperm(len(self.train_labels), generator=generator, device=self.device)
-        for rows in order.split(self._split(len(order), recipe.batch_size)):
+        sizes = self._split(len(order), recipe.batch_size)
+        of_all = self.train_labels.index_select(0, order)
+        for rows, labels in zip(order.split(sizes), of_all.split(sizes), strict=True):
             # Row by row in whole, which indexing is eight times slower at.
-            images, labels = self.train_images.index_select(0, rows), self.train_labels[rows]
+            images = self.train_images.index_select(0, rows)
             if recipe.rotation or recipe.zoom:
                 images = turned(images, recipe.rotation, recipe.zoom, generator, self.data.shape)
             if recipe.jitter:
@@ -346,16 +356,18 @@ class Trainer:
             if recipe.negatives == "hybrid":
                 yield Minibatch(len(labels), x[own], self._hybrid_images(x, generator)[own], labels[own])
                 continue
-            features = logits = None
+            features = logits = shared = None
             x, of_own = x[own], labels[own]
             if recipe.negatives == "classifier":
-                features = self._features(x)
+                shared = self._share(x)
+                features = self._features(x, None if shared is None else shared.product)
                 logits = self._logits(features)
-                wrong = hard_label(logits, of_own, generator, len(labels), own)
+                cooled = logits if recipe.negatives_temperature == 1 else logits / recipe.negatives_temperature
+                wrong = hard_label(cooled, of_own, generator, len(labels), own)
             else:
                 wrong = self._wrong_label(labels, generator)[own]
             sides = labelled_sides(x, of_own, wrong, classes, recipe.label_value)
-            yield Minibatch(len(labels), *sides, of_own, features, logits)
+            yield Minibatch(len(labels), *sides, of_own, features, logits, shared)
 
     def step(self, batch: Minibatch) -> tuple[list[StepResult], Tensor | None]:
         """Trains layers and classifier on a minibatch, at the learning rates of the last `run_epoch` or the first.
@@ -372,6 +384,9 @@ class Trainer:
             return self._step(x_pos, x_neg, options), None
         if features is not None and batch.logits is not None:
             self._step_classifier(features, batch.labels, batch.logits, batch.rows)
+            # Of a minibatch that others came after, the product is of weights that are gone.
+            if batch.shared is not None and batch.shared.version == next(iter(self.net)).weight._version:
+                options["product"] = batch.shared.product
             return self._step(x_pos, x_neg, options), batch.logits
         if self.label_field:
             assert x_neg is not None
@@ -384,6 +399,19 @@ class Trainer:
         logits = self._logits(features)
         self._step_classifier(features, batch.labels, logits, batch.rows)
         return results, logits
+
+    def _share(self, x: Tensor) -> Shared | None:
+        """What the neutral pass and the step have in common, where one process multiplies float32 numbers on a CPU.
+
+        Elsewhere nobody has measured whether that pays, and rounded operands are not parted at the label's end.
+        """
+        weight = next(iter(self.net)).weight
+        if self.device.type != "cpu" or self.processes.size > 1 or self.compute_dtype not in (None, weight.dtype):
+            return None
+        if self.recipe.layerwise_steps or check.autocast_is_on(self.device):
+            return None
+        product = self.net.shared_product(x, self.label_field)
+        return None if product is None else Shared(product, weight._version)
 
     def _hybrid_images(self, x: Tensor, generator: torch.Generator) -> Tensor:
         _, height, width = self.data.shape
@@ -413,8 +441,7 @@ class Trainer:
     def _step_classifier(self, features: Tensor, labels: Tensor, logits: Tensor, rows: int | None = None) -> None:
         """Trains the classifier, which has these logits: `dW = (softmax - one_hot)^T features / rows`."""
         assert self.classifier is not None
-        classes = torch.arange(self.data.num_classes, device=self.device)
-        error = logits.softmax(1) - (labels[:, None] == classes).to(logits.dtype)
+        error = logits.softmax(1).sub_((labels[:, None] == self._classes).to(logits.dtype))
         gradient = (error.t() @ features).div_(len(labels) if rows is None else rows)
         self.classifier.weight.grad = self.processes.sum(gradient)
         self.classifier_optimizer.step()
@@ -426,8 +453,8 @@ class Trainer:
             return x
         return x.view(-1, *self.data.shape).contiguous(memory_format=torch.channels_last)
 
-    def _features(self, x: Tensor) -> Tensor:
-        return self.net.features(x, self.recipe.classifier_layers, num_classes=self.label_field)
+    def _features(self, x: Tensor, product: Tensor | None = None) -> Tensor:
+        return self.net.features(x, self.recipe.classifier_layers, num_classes=self.label_field, product=product)
 
     @torch.no_grad()
     def classifier_error(self) -> float:

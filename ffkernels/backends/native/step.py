@@ -45,8 +45,8 @@ def unsupported(request: Request) -> str | None:
         return "torch.float16 products of a convolution: has float32 and bfloat16 ones"
     if request.geometry is not None and (reason := maps.unsupported(request.geometry, request.activation)):
         return reason
-    if request.shares:
-        return "finds out by itself what rows share: takes no product"
+    if request.shares and request.compute_dtype != torch.float32:
+        return f"a shared product of {request.compute_dtype} operands: takes one of float32 ones"
     if request.rule is not None and request.rule not in _RULES:
         return f"rule {request.rule!r}: has {', '.join(_RULES)}"
     return None

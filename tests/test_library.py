@@ -54,7 +54,7 @@ def compile_(folder: Path, source: str) -> None:
 def test_a_whole_library_is_loaded(folder):
     assert said(folder)[0].startswith("compiled library: ")
     assert (
-        said(folder)[1] == f"built with: {library.build_record(OWN)['compiler']} {library.build_record(OWN)['flags']}"
+        said(folder)[2] == f"built with: {library.build_record(OWN)['compiler']} {library.build_record(OWN)['flags']}"
     )
 
 
@@ -128,7 +128,7 @@ def test_a_record_that_lacks_a_key(folder, key):
 
 def test_without_a_record(folder):
     (folder / library.RECORD).unlink()
-    assert said(folder)[1:] == ["built with: unknown"]
+    assert said(folder)[2:] == ["built with: unknown"]
     (folder / library.NAME).unlink()
     assert said(folder) == ["the compiled library was not built: no build was tried"]
 

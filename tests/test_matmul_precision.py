@@ -90,9 +90,13 @@ def test_without_the_unit_nothing_changes(instruction_set, name, shared):
 @needs_library
 @pytest.mark.skipif(SPLITS not in SETS, reason="needs AMX, of the CPU or emulated")
 @pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
-def test_on_the_unit_the_error_lies_between_float32s_and_bfloat16s(activation, shared):
-    made = problem(65, 65, 200, 70, optimizer="sgd", dtype=torch.float32)
+@pytest.mark.parametrize(
+    ("activation", "shape"),
+    [("relu", (65, 65, 200, 70)), ("gelu", (65, 65, 200, 70)), ("relu", (2200, 2200, 40, 1000))],
+    ids=["relu", "gelu", "several blocks"],
+)
+def test_on_the_unit_the_error_lies_between_float32s_and_bfloat16s(activation, shape, shared):
+    made = problem(*shape, optimizer="sgd", dtype=torch.float32)
     made = copies(made) if shared else made
     options = {"objective": ff.Objective(), "activation": activation, "outputs": "pre"}
 

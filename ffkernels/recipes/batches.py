@@ -24,6 +24,8 @@ class Minibatch:
         labels: the right ones, `[rows]`.
         features: the classifier's, where the negatives are drawn from its softmax.
         logits: what it makes of them.
+        wrong: the negative rows' labels, where a network has both sides of the images themselves.
+        index: which of the whole run it is, from 0.
     """
 
     rows: int
@@ -32,6 +34,8 @@ class Minibatch:
     labels: Tensor
     features: Tensor | None = None
     logits: Tensor | None = None
+    wrong: Tensor | None = None
+    index: int = 0
 
 
 def shifted(

@@ -27,6 +27,12 @@ OPTIMIZERS: dict[str, Callable[[Iterable[Tensor]], Optimizer]] = {
 }
 # Channels, groups and pool of each layer of CwC's network.
 CONVOLUTIONS = ((20, 1, 1), (80, 10, 2), (240, 1, 1), (480, 10, 2))
+# Channels, pool and height of the kernel of each layer of the other networks of maps.
+NETWORKS = {
+    "trifecta": ((128, 2, 3), (128, 1, 3), (256, 2, 3), (256, 1, 3), (256, 1, 3), (512, 2, 3)),
+    "scff-1": ((96, 1, 5),),
+    "scff-2": ((384, 1, 3),),
+}
 # Which run by default; those of a tier run in the later ones too.
 TIERS = ("quick", "default", "all")
 
@@ -63,12 +69,21 @@ class Case:
     seconds: float = 4.0  # of timing, all contenders together
     tier: str = "default"
     device: str = "cpu"
-    maps: tuple[int, int, int] | None = None  # channels, height, width of images, for `CONVOLUTIONS`
+    maps: tuple[int, int, int] | None = None  # channels, height, width of images, for the network's convolutions
+    network: str = "cwc"  # `CONVOLUTIONS`; or one of `NETWORKS`
+    proof_rows: int | None = None  # of a batch, the first ones, by which contenders prove what they compute
 
     @property
     def original(self) -> Original:
         """The original whose step this is."""
         return ORIGINALS[self.original_name]
+
+    @property
+    def convolutions(self) -> tuple[tuple[int, int, int], ...]:
+        """Channels of each, and two numbers as `CONVOLUTIONS` or `NETWORKS` have them."""
+        if self.maps is None:
+            return ()
+        return CONVOLUTIONS if self.network == "cwc" else NETWORKS[self.network]
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
@@ -99,7 +114,7 @@ class Case:
         """Network, rows and optimizer in a few words."""
         rows = f"{self.rows:,}" if self.task == "predict" or self.sides == 1 else f"2x{self.rows:,}"
         doing = "10 labels" if self.task == "predict" else type(self.optimizer([torch.zeros(1)])).__name__
-        channels = [str(out) for out, *_ in CONVOLUTIONS] if self.maps else []
+        channels = [str(out) for out, *_ in self.convolutions]
         return f"{'-'.join([*map(str, self.maps or self.sizes), *channels])}, {rows} rows, {doing}"
 
     def optimizer(self, parameters: Iterable[Tensor]) -> Optimizer:
@@ -119,6 +134,10 @@ class Case:
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
+            if self.network in NETWORKS:
+                from .blocks import initial_of
+
+                return initial_of(self)
             if self.maps is not None:
                 return self._initial_convolutions(self.maps[0])
             layers = [nn.Linear(inputs, outputs) for inputs, outputs in self.shapes]
@@ -186,6 +205,18 @@ def _networks() -> list[Case]:
         label="apart", compiled=True, proof_steps=1, seconds=20, maps=(1, 28, 28),
     )  # fmt: skip
     coloured = replace(cwc, name="cwc-cifar10", sizes=(3 * 32 * 32,), label="colours", seconds=30, maps=(3, 32, 32))
+    trifecta = Case(
+        "trifecta", "trifecta", (784,), 512,
+        label="apart", proof_steps=1, warm_steps=1, seconds=120, tier="all", maps=(1, 28, 28), network="trifecta",
+        proof_rows=16,
+    )  # fmt: skip
+    pairs = [
+        Case(
+            name, "scff", (maps[0] * maps[1] * maps[2],), 50,
+            label="colours", seconds=20, tier="all", maps=maps, network=name, proof_steps=1, proof_rows=16,
+        )
+        for name, maps in {"scff-1": (3, 32, 32), "scff-2": (96, 16, 16)}.items()
+    ]  # fmt: skip
     others = {
         "hinton": ((784, 1000, 1000, 1000), 100),
         "ffpytorch": ((784, 500, 500), 5000),
@@ -206,6 +237,8 @@ def _networks() -> list[Case]:
         headed,
         *_in_dtypes(cwc, float32="all", bfloat16="all"),
         *_in_dtypes(coloured, float32="default", bfloat16="default"),
+        *_in_dtypes(trifecta, float32="all", bfloat16="all"),
+        *(case for of in pairs for case in _in_dtypes(of, float32="all", bfloat16="all")),
         *(
             Case(f"{name}-float32", name, *shape, optimizer_name=eased.get(name), proof_steps=2, tier="all")
             for name, shape in others.items()

@@ -9,7 +9,7 @@ from functools import cache
 
 import torch
 
-from .cases import CONVOLUTIONS, NUM_CLASSES, Case
+from .cases import NUM_CLASSES, Case
 from .data import cache_bytes
 
 
@@ -21,6 +21,11 @@ def flops(case: Case) -> int:
     A prediction multiplies all rows once in the first layer, which changes little from label to label, and once for
     each label in the others; where labels stand apart, once in each.
     """
+    if case.network == "trifecta":
+        # Two steps: forward and weight gradient of all rows, but of the last block's weight one, and in one each, but
+        # for the labels' maps, the input's gradient.
+        products = [products for products, _, _ in _convolutions(case)]
+        return 2 * 2 * case.rows * (4 * sum(products) - products[-1] + sum(products[1:]))
     if case.maps is not None:
         return sum(2 * 2 * case.rows * products for products, _, _ in _convolutions(case))
     per_row = [2 * inputs * outputs for inputs, outputs in case.shapes]
@@ -42,6 +47,7 @@ def least_bytes(case: Case) -> int:
     if case.maps is not None:
         kept = 2 * master * (1 + case.states_per_parameter())
         maps = sum(2 * units * operand for _, units, _ in _convolutions(case)[:-1])
+        maps *= 4 if case.network == "trifecta" else 1
         return case.rows * (case.sizes[0] * master + maps) + kept * sum(p for _, _, p in _convolutions(case))
     parameters = sum((inputs + 1) * outputs for inputs, outputs in case.shapes)
     if case.task == "predict":
@@ -56,9 +62,11 @@ def _convolutions(case: Case) -> list[tuple[int, int, int]]:
     """Of each layer: multiplications for a row, units handed on by a row, and parameters."""
     assert case.maps is not None
     channels, height, width = case.maps
+    channels += case.network == "trifecta"
     found = []
-    for out, groups, pool in CONVOLUTIONS:
-        kernel = out * channels // groups * 9
+    for out, second, third in case.convolutions:
+        groups, pool, side = (second, third, 3) if case.network == "cwc" else (1, second, third)
+        kernel = out * channels // groups * side**2
         products = kernel * height * width
         channels, height, width = out, height // pool, width // pool
         found.append((products, out * height * width, kernel + 3 * out))

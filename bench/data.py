@@ -78,7 +78,8 @@ class Data:
 
     def proof(self, case: Case) -> list[Batch]:
         """The first batches, of the steps by which contenders prove what they compute."""
-        return [self.batch(case, index) for index in range(case.proof_steps)]
+        batches = [self.batch(case, index) for index in range(case.proof_steps)]
+        return [tuple(of[: case.proof_rows] for of in batch) for batch in batches]
 
     def pool(self, case: Case, first: int, visits: int = 1) -> list[Batch]:
         """Batches from the `first`-th on, together twice as large as the last cache: by the time one comes round

@@ -326,6 +326,15 @@ _ALL = [
         "cwc", _plain_forward, _group_loss, partial(Adam, lr=0.01, eps=1e-5), _RMS | {"norm": "none"},
         {"loss": "cross_entropy", "classes": 10}, "pre",
     ),
+    # Their layers are in blocks.py.
+    Original(
+        "trifecta", _plain_forward, _group_loss, partial(Adam, lr=1e-3, eps=1e-2), _RMS | {"norm": "none"},
+        {"classes": 10}, "pre",
+    ),
+    Original(
+        "scff", _plain_forward, _group_loss, partial(AdamW, lr=2e-3, weight_decay=1e-4, eps=1e-5),
+        _RMS | {"norm": "none"}, {"classes": 10}, "pre",
+    ),
 ]
 # fmt: on
 ORIGINALS = {original.name: original for original in _ALL}

@@ -23,9 +23,11 @@ __all__ = ["MISSING", "available", "draw", "fingerprint", "kind_of"]
 KINDS = {
     OURS: ("this package", POSITIVE, "o"),
     f"{OURS}, ": ("this package, other backends", "#7cc0b8", "o"),
+    f"{OURS}, skip_below": ("this package, an approximation", "#a8c686", "o"),
     f"{OURS}, graph": ("this package, CUDA graph", "#0b4f4a", "o"),
     "fflib": ("the original's package", "#d1495b", "s"),
     "bioff": ("the original's package", "#d1495b", "s"),
+    "its own program": ("the original's package", "#d1495b", "s"),
     "autograd": ("plain PyTorch", "#e08e2b", "D"),
     "plain": ("plain PyTorch", "#e08e2b", "D"),
     "autograd, autocast": ("plain PyTorch, autocast", "#b8862f", "d"),

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cases import NUM_CLASSES, Batch, Case, Layers
+from .blocks import PAIRS, AutogradBlocks, AutogradPairs
+from .cases import NETWORKS, NUM_CLASSES, Batch, Case, Layers
 from .contenders import Autograd, Contender
 from .convolutions import AutogradConvolutions
 from .originals import stable_softplus
@@ -46,9 +47,11 @@ class Exact:
     def __init__(self, case: Case, initial: Layers, batches: list[Batch]) -> None:
         self.start = [p for layer in initial for p in layer]
         self.batches = batches
-        if case.maps is not None:
-            plain: Callable[..., Contender] = AutogradConvolutions
+        if case.network in NETWORKS:
+            plain: Callable[..., Contender] = AutogradPairs if case.network in PAIRS else AutogradBlocks
             softplus_of: tuple[dict[str, Any], ...] = ({},)
+        elif case.maps is not None:
+            plain, softplus_of = AutogradConvolutions, ({},)
         else:
             plain, softplus_of = Autograd, ({"softplus": None}, {"softplus": stable_softplus})
         exact = plain(case, initial, dtype=torch.float64, **softplus_of[-1])

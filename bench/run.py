@@ -12,7 +12,8 @@ import torch
 
 import ffkernels as ff
 
-from .cases import Batch, Case, Layers
+from .blocks import blocks_of
+from .cases import NETWORKS, Batch, Case, Layers
 from .contenders import OURS, Contender, FFKernels, Maker, backends_of, trainers_of
 from .convolutions import convolutions_of
 from .counts import limit_of
@@ -31,6 +32,8 @@ class NotExact(RuntimeError):
 
 def contenders_of(case: Case, compiled: bool = True) -> dict[str, Maker]:
     """Name and maker of everyone who runs a case; ours first. `compiled`: those of torch.compile too."""
+    if case.network in NETWORKS:
+        return blocks_of(case)
     if case.maps is not None:
         return convolutions_of(case, compiled)
     return (predictors_of if case.task == "predict" else trainers_of)(case, compiled)

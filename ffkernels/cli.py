@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from . import FFConv2d, Objective, __version__, explain
+from . import FFLinear, Objective, __version__, explain
 from .backends.native import library
 from .backends.select import Request
 from .backends.triton import support as triton_support
@@ -421,12 +421,12 @@ def _prepare(arguments: argparse.Namespace, processes: Processes) -> Trainer:
             processes=processes,
         )
         first = next(iter(trainer.net))
-        own: dict[str, Any] = {"pool": first.pool} if isinstance(first, FFConv2d) else {"peer": first.peer}
+        own: dict[str, Any] = {"peer": first.peer} if isinstance(first, FFLinear) else {"pool": first.pool}
         explanation = explain(
             first.weight,
             trainer.net_optimizer,
             objective=first.objective,
-            activation=first.activation,
+            activation=getattr(first, "activation", "relu"),
             compute_dtype=first.compute_dtype,
             skip_below=trainer.skip_below,
             **own,

@@ -26,7 +26,7 @@ from .bench_cases import small
 
 # Who runs a case and how depends on these, not on its sizes.
 DISTINCT = {
-    (c.original_name, c.task, c.dtype, c.optimizer_name, min(len(c.sizes), 4), c.one_optimizer, c.bare): c
+    (c.original_name, c.network, c.task, c.dtype, c.optimizer_name, min(len(c.sizes), 4), c.one_optimizer, c.bare): c
     for c in CASES.values()
 }
 

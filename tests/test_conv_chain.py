@@ -66,6 +66,33 @@ def test_three_layers_and_what_their_input_is_made_of(running):
             assert error(layer.state_dict()[name], value, 1.0) <= 1e-10, name
 
 
+@pytest.mark.parametrize("left", [2, 0])
+def test_rows_left_out_are_in_no_gradient(left):
+    """Their slopes are zero, and what reaches them by the statistics of a batch is dropped."""
+    ours, x = layers()[:2], torch.randn(8, 2, 12, 12, dtype=torch.float64)
+    scale = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
+    theirs, other = deepcopy((ours, scale))
+    given = x * other
+    below = definition(theirs[0], given)
+    goodness = definition(theirs[1], below).square().mean((1, 2, 3))
+    difference = goodness[:4] - goodness[4:]
+    of_pairs = torch.sigmoid(-4 * difference).detach()
+    skip_below = of_pairs.sort().values[1:3].mean().item() if left else 1.0
+    kept = of_pairs >= skip_below
+    assert kept.sum() == left
+    mine = torch.optim.SGD([scale, *(p for layer in ours for p in layer.parameters())], lr=0.1)
+    chain.step_(passed(ours, x * scale), 4, mine, ff.Objective(loss="symba"), {"scale": scale}, skip_below)
+    of_rows = kept.repeat(2)[:, None, None, None]
+    for maps in (given, below):
+        maps.register_hook(lambda gradient: gradient * of_rows)
+    (F.softplus(-4 * difference) * kept).sum().div(4).backward()
+    torch.optim.SGD([other, *(p for layer in theirs for p in layer.parameters())], lr=0.1).step()
+    assert error(scale, other) <= 1e-10
+    for layer, reference in zip(ours, theirs, strict=True):
+        for name, value in reference.named_parameters():
+            assert error(layer.get_parameter(name), value, 1.0) <= 1e-10, name
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [

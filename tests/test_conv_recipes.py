@@ -13,6 +13,7 @@ from ffkernels import cli
 from ffkernels.recipes import batches, catalogue, picture
 from ffkernels.recipes.catalogue import RECIPES, Convolution
 from ffkernels.recipes.data import Dataset
+from ffkernels.recipes.processes import Processes
 from ffkernels.recipes.train import Trainer
 
 from .toy_data import toy_data, write_idx
@@ -207,6 +208,80 @@ def test_deeper_forwards_small_network(data) -> None:
     expected = [0.003 + 0.027 * (1 + math.cos(math.pi * epoch / 4)) / 2 for epoch in range(4)]
     assert rates == pytest.approx(expected)
     assert trainer.rows[-1]["test_error_goodness"] < 0.5
+
+
+TRIFECTA = replace(
+    RECIPES["trifecta-mnist"],
+    convolutions=(Convolution(8, pool=2), Convolution(8), Convolution(12, pool=2)),
+    layers=replace(RECIPES["trifecta-mnist"].layers, lr=0.02),
+    goodness_layers=(1, 2),
+    batch_size=20,
+    epochs=6,
+    jitter=0,
+    rotation=0.0,
+)
+
+
+def test_trifectas_blocks_learn_in_turns_and_go_on_to_the_same_numbers(data) -> None:
+    trainer = Trainer(TRIFECTA, data, skip_below=0.01)
+    images, labels = trainer._as_input(trainer.train_images[:6]), trainer.train_labels[:6]
+    before = [p.clone() for p in trainer.net.parameters()]
+    results = trainer.net.step(images, labels, (labels + 1) % 10, 0)
+    # Of the embedding and three blocks an even step changes the first two blocks; the last one's pass is left out.
+    changed = [not torch.equal(p, old) for p, old in zip(trainer.net.parameters(), before, strict=True)]
+    assert changed == [False] + 6 * [True] + 3 * [False]
+    assert [result is None for result in results] == [True, False, True]
+    trainer = run(TRIFECTA, data, skip_below=0.01)
+    last = trainer.rows[-1]
+    assert last["test_error_goodness"] < 0.5 and min(last["kept"]) < 1
+    assert [int(state["step"]) for o in trainer.net_optimizers for state in o.state.values()] == [60] * (4 + 6 + 6)
+    resumed, first = (Trainer(TRIFECTA, data, skip_below=0.01) for _ in range(2))
+    for _ in range(3):
+        first.run_epoch(lambda describe: False)
+    resumed.load_state(first.state())
+    while not resumed.finished:
+        resumed.run_epoch(lambda describe: False)
+    assert resumed.rows[-1]["loss"] == last["loss"]
+    for name, value in trainer.net.state_dict().items():
+        assert torch.equal(resumed.net.state_dict()[name], value), name
+
+
+def test_trifectas_prediction_is_the_label_of_most_goodness(data) -> None:
+    trainer = run(TRIFECTA, data, 1)
+    net, x = trainer.net.eval(), trainer._as_input(trainer.test_images[:7])
+    of_labels = []
+    for label in range(10):
+        y = torch.cat([x, net.embedding.weight[label].view(1, 1, 28, 28).expand(7, 1, 28, 28)], 1)
+        goodness = []
+        for block in net:
+            y = block.inner(y)
+            goodness.append(y.square().mean((1, 2, 3)))
+        of_labels.append(torch.stack(goodness, 1))
+        torch.testing.assert_close(net.goodness(x, torch.full((7,), label)), of_labels[-1])
+    goodness = torch.stack(of_labels)
+    assert torch.equal(net.predict(x, 10), goodness.sum(2).argmax(0))
+    assert torch.equal(net.predict(x, 10, (2,)), goodness[:, :, 2].argmax(0))
+
+
+def test_trifecta_on_the_command_line(tmp_path: Path, monkeypatch, capsys, data) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_idx(Path("textures"), data)
+    monkeypatch.setitem(catalogue.RECIPES, "trifecta-mnist", replace(TRIFECTA, epochs=2))
+    arguments = ["train", "--preset", "trifecta-mnist", "--data", "textures", "--device", "cpu", "--output", "out"]
+    assert cli.main(arguments) == 0
+    assert "trifecta-mnist (2-8-8-12) on " in capsys.readouterr().out
+    assert cli.main([*arguments, "--resume"]) == 0
+
+
+def test_trifecta_trains_on_one_process(data) -> None:
+    class Two(Processes):
+        size = 2
+
+        def __init__(self) -> None:
+            self.rank = 0
+
+    with pytest.raises(ValueError, match="2 processes; trifecta-mnist trains on one"):
+        Trainer(TRIFECTA, data, processes=Two())
 
 
 def test_half_the_images_are_turned() -> None:

@@ -106,17 +106,37 @@ def test_both_parities_are_those_of_autograd(changes):
 
 
 def test_fifty_steps_in_float32():
-    (ours, theirs), (_, exact) = made(torch.float32, eps=1e-2), made(eps=1e-2)
-    exact.net.load_state_dict(ours.state_dict())
-    for iteration in range(50):
-        x, labels = batch(torch.float32)
-        ours(x, labels, iteration)
-        theirs.step(x, labels, iteration)
-        exact.step(x.double(), labels, iteration)
-    for name, value in exact.net.state_dict().items():
-        of_torch = error(theirs.net.state_dict()[name], value, 1.0)
-        # A ReLU or a pool that rounding has turned over in one of the steps leaves up to 1e-4.
-        assert error(ours.state_dict()[name], value, 1.0) <= 2 * of_torch + 1e-4, name
+    """Of three runs the middle one: in one of twelve a ReLU or a pool that rounding has turned over leaves up to 1e-3,
+    of ours as of PyTorch's."""
+    errors: dict[str, list[tuple[float, float]]] = {}
+    for seed in range(3):
+        (ours, theirs), (_, exact) = made(torch.float32, eps=1e-2), made(eps=1e-2)
+        exact.net.load_state_dict(ours.state_dict())
+        torch.manual_seed(seed)
+        for iteration in range(50):
+            x, labels = batch(torch.float32)
+            ours(x, labels, iteration)
+            theirs.step(x, labels, iteration)
+            exact.step(x.double(), labels, iteration)
+        for name, value in exact.net.state_dict().items():
+            pair = (error(net.state_dict()[name], value, 1.0) for net in (ours, theirs.net))
+            errors.setdefault(name, []).append(tuple(pair))
+    for name, of_runs in errors.items():
+        mine, of_torch = (sorted(values)[1] for values in zip(*of_runs, strict=True))
+        assert mine <= 2 * of_torch + 1e-7, name
+
+
+def test_statistics_of_many_numbers_keep_their_digits():
+    torch.manual_seed(0)
+    block = Block(3, 8, 1, None, 32, lr=1e-3, scale=1, alpha=4.0, tau=2.0, olu=True, bn=True)
+    x = (torch.randn(64, 3, 32, 32) + torch.tensor([0.0, 1.0, 10.0])[:, None, None]).contiguous(
+        memory_format=torch.channels_last
+    )
+    block(x, 0)
+    norm = block.inner[0]
+    wide = x.double()
+    assert error(norm.running_mean / 0.1, wide.mean((0, 2, 3))) <= 1e-6
+    assert error((norm.running_var - 0.9) / 0.1, wide.var((0, 2, 3))) <= 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

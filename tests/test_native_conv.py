@@ -9,6 +9,7 @@ from hypothesis import assume, given, settings
 import ffkernels as ff
 from ffkernels import ops
 from ffkernels.backends import select
+from ffkernels.backends.eager import conv
 from ffkernels.backends.native import library, maps
 from ffkernels.functional.maps import ConvOptions
 from ffkernels.spec import Geometry, Layer, MapRows, MapSlopes
@@ -338,3 +339,31 @@ def test_rows_that_are_summed_by_place_have_own_products_too():
     exact.ours(), single.ours(backend="native")
     for name, value in exact.state().items():
         assert error(single.state()[name], value, 1e-2) <= 1e-4, name
+
+
+@pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", ["relu", "identity"])
+@pytest.mark.parametrize("pool", [None, 2, torch.nn.MaxPool2d((2, 3), (3, 4))])
+def test_a_gradient_of_each_place_goes_in_front_of_activation_and_pool(pool, activation, compute_dtype):
+    """As PyTorch's passes put it there, from the same activities; by the moments' slopes too."""
+    options = ConvOptions(1, 1, "zeros", 1, pool, "none", 0.0, "add", activation, None, None, compute_dtype, None)
+    # Of whole numbers both have the same winners.
+    weight, x = (torch.randint(-2, 3, shape).float() for shape in ((21, 4, 3, 3), (5, 4, 9, 10)))
+    layer, geometry = options.checked(weight, None)
+    rows = MapRows(x.to(compute_dtype).contiguous(memory_format=torch.channels_last), None)
+    assert maps.passes_on(geometry, activation)
+    ours, theirs = (of.conv2d_forward(rows, layer, geometry, False, None) for of in (maps, conv))
+    shape = ours.p.shape
+    for slopes in (MapSlopes(torch.randn(shape), None), MapSlopes(torch.randn(shape[:2]), torch.randn(shape[:2]))):
+        dz, sums = maps.in_front(rows, layer, geometry, ours, slopes)
+        expected = conv.in_front(theirs, slopes, activation, geometry, (9, 10))
+        assert dz.dtype == compute_dtype and dz.is_contiguous(memory_format=torch.channels_last)
+        tolerance = 1e-5 if compute_dtype == torch.float32 else 2e-2
+        assert error(dz.float(), expected.float(), 1.0) <= tolerance
+        assert error(sums, expected.float().sum((0, 2, 3)), 1.0) <= tolerance
+
+
+def test_where_activities_do_not_tell_their_slopes():
+    for pool, activation in ((torch.nn.AvgPool2d(2), "relu"), (None, "silu"), (torch.nn.MaxPool2d(2, 1), "relu")):
+        options = ConvOptions(1, 1, "zeros", 1, pool, "none", 0.0, "add", activation, None, None, None, None)
+        assert not maps.passes_on(options.geometry(), activation)

@@ -19,10 +19,11 @@ from .. import interrupts, optim
 from .. import validation as check
 from ..autograd import without_autocast
 from ..backends.eager import conv, rules
+from ..backends.native import maps as native
 from ..objectives import AnyObjective, Judged, move
 from ..spec import Geometry, Layer, MapRows, Maps, MapSlopes, Rows
 from . import in_front
-from .conv import judge_maps, read_maps
+from .conv import backend_of, judge_maps, read_maps
 from .maps import ConvOptions, maps_of, rows_for
 
 
@@ -42,6 +43,14 @@ class Passed(NamedTuple):
     rows: MapRows
     maps: Maps
     standardising: in_front.Standardising | None
+    is_compiled: bool
+
+    def only(self, kept: Tensor) -> Passed:
+        """What it keeps of these rows; the statistics stay those of all."""
+        x, y = conv.take(self.x.detach(), kept), conv.take(self.y, kept)
+        p, where, before = (conv.take(of, kept) if of.numel() else of for of in (self.maps.p, *self.maps[4:]))
+        maps = self.maps._replace(p=p, where=where, before=before)
+        return self._replace(x=x, y=y, rows=MapRows(conv.take(self.rows.x, kept), None), maps=maps)
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions) -> Passed:
@@ -60,13 +69,15 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions
         raise ValueError(f"padding_mode={geometry.padding_mode!r} came to a chain of convolutions; accepted: 'zeros'")
     maps_of("x", x, weight, layer.compute_dtype, geometry)
     in_front.check_fits(norm, x, weight, layer.norm)
+    chosen = backend_of(layer, geometry, None, options.backend)
+    is_compiled = chosen == "native" and native.passes_on(geometry, layer.activation)
     with torch.no_grad(), without_autocast(weight.device):
         u, standardising = in_front.standardising(norm, x.detach(), weight.dtype)
         rows = rows_for(u, layer, geometry, None)
-        maps = conv.conv2d_forward(rows, layer, geometry, False, None)
+        maps = (native if is_compiled else conv).conv2d_forward(rows, layer, geometry, False, None)
         if standardising is not None:
             move(standardising.module, standardising)
-    return Passed(x, maps.p, layer, geometry, options, rows, maps, standardising)
+    return Passed(x, maps.p, layer, geometry, options, rows, maps, standardising, is_compiled)
 
 
 def step_(
@@ -85,12 +96,13 @@ def step_(
         optimizer: holds all their parameters; it may hold others, which stay as they are.
         objective: of positive and negative rows.
         learned: parameters by name that the first one's `x` hangs on, by a graph; they learn too.
-        skip_below: as in `conv2d_step_`.
+        skip_below: as in `conv2d_step_`. An approximation more, on a CPU: no gradient that comes by the statistics of
+            the batch reaches the rows left out, so that no product is of them.
 
     Raises:
         ValueError: for parameters that the optimizer does not hold, or cannot learn, before anything is written.
     """
-    last = chain[-1]
+    first, last = chain[0], chain[-1]
     named = _parameters(chain) | dict(learned or {})
     for name, parameter in named.items():
         check.trainable(name, parameter)
@@ -105,6 +117,11 @@ def step_(
             x = last.x.detach()
             judged, _ = judge_maps(objective, read, Rows(x[:n_pos], x[n_pos:]), skip_below, None)
             slopes = MapSlopes(judged.first, judged.second)
+            kept = _in_doubt(slopes) if skip_below and x.device.type == "cpu" else None
+            if kept is not None:
+                chain = [passed.only(kept) for passed in chain]
+                by_first, by_second = (None if of is None else of[kept] for of in (judged.first, judged.second))
+                slopes = MapSlopes(by_first, by_second)
             gradients: dict[str, Tensor] = {}
             for i in reversed(range(len(chain))):
                 wants = i > 0 or bool(learned)
@@ -112,8 +129,10 @@ def step_(
                 gradients |= {f"{i}.{name}": gradient for name, gradient in found.items()}
                 if i > 0:
                     slopes = MapSlopes(below, None)
+            if kept is not None and below is not None:
+                below = torch.zeros_like(first.x, dtype=below.dtype).index_copy_(0, kept, below)
         if learned:
-            found_by = torch.autograd.grad(chain[0].x, list(learned.values()), below, retain_graph=False)
+            found_by = torch.autograd.grad(first.x, list(learned.values()), below, retain_graph=False)
             gradients |= dict(zip(learned, found_by, strict=True))
         with torch.no_grad():
             for name, part in zip((f"{len(chain) - 1}.weight", *named), update.parts, strict=True):
@@ -123,6 +142,13 @@ def step_(
     finally:
         interrupts.release(held)
     return judged
+
+
+def _in_doubt(slopes: MapSlopes) -> Tensor | None:
+    """Indices of the rows that have a slope; None for all of them."""
+    of_rows = [(slope != 0).flatten(1).any(1) for slope in (slopes.first, slopes.second) if slope is not None]
+    kept = torch.stack(of_rows).any(0).nonzero().squeeze(1)
+    return None if len(kept) == len(of_rows[0]) else kept
 
 
 def _parameters(chain: Sequence[Passed]) -> dict[str, Tensor]:
@@ -138,9 +164,13 @@ def _parameters(chain: Sequence[Passed]) -> dict[str, Tensor]:
 def _gradients(of: Passed, slopes: MapSlopes, wants: bool) -> tuple[dict[str, Tensor], Tensor | None]:
     """A layer's gradients by name, and if `wants` that of the `x` it took, in the weight's dtype."""
     layer, geometry, line = of.layer, of.geometry, of.standardising
-    dz = conv.in_front(of.maps, slopes, layer.activation, geometry, conv.size_of(of.rows, layer, geometry))
-    found = {} if layer.bias is None else {"bias": dz.sum((0, 2, 3))}
-    dz = dz.to(layer.compute_dtype).contiguous(memory_format=torch.channels_last)
+    if of.is_compiled:
+        dz, by_bias = native.in_front(of.rows, layer, geometry, of.maps, slopes)
+    else:
+        dz = conv.in_front(of.maps, slopes, layer.activation, geometry, conv.size_of(of.rows, layer, geometry))
+        by_bias = dz.sum((0, 2, 3))
+        dz = dz.to(layer.compute_dtype).contiguous(memory_format=torch.channels_last)
+    found = {} if layer.bias is None else {"bias": by_bias}
     rows, standardised = of.rows, None
     if line is not None:
         standardised = line.standardised(of.x.detach())

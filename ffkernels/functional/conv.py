@@ -151,7 +151,7 @@ def _ready(
     with without_autocast(weight.device):
         x = in_front.normalised(options.input_norm, x.detach(), weight.dtype)
         rows = rows_for(x, layer, geometry, input_sumsq)
-    return rows, layer, geometry, _backend_of(layer, geometry, None, options.backend)
+    return rows, layer, geometry, backend_of(layer, geometry, None, options.backend)
 
 
 def _forward(
@@ -332,7 +332,7 @@ def conv2d_pass(
     for module in (batch_norm, options.input_norm, options.product_norm):
         if module is not None:
             check.writable_here(list(module.buffers()))
-    chosen = _backend_of(layer, geometry, None if update is None else update.rule, options.backend)
+    chosen = backend_of(layer, geometry, None if update is None else update.rule, options.backend)
     n_pos = len(x_pos) if rows.is_positive is None else None
     if only_checks:
         nothing = weight.new_empty(0)
@@ -434,7 +434,8 @@ def _enough_between(norm: nn.BatchNorm2d | None, geometry: Geometry, weight: Ten
     check.enough_for_statistics(norm, sum(map(len, sides)), before[0] * before[1], "product_norm")
 
 
-def _backend_of(layer: Layer, geometry: Geometry, rule: str | None, backend: str | None) -> str:
+def backend_of(layer: Layer, geometry: Geometry, rule: str | None, backend: str | None) -> str:
+    """The backend that runs a convolution; raises where the one asked for cannot."""
     weight = layer.weight
     request = select.Request(
         weight.device, weight.dtype, layer.compute_dtype, layer.activation, rule, geometry=geometry

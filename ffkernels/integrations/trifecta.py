@@ -17,8 +17,9 @@ from torch.optim import Adam, Optimizer
 
 from .. import validation as check
 from ..functional import chain
+from ..functional.conv import run_conv2d, waits
 from ..functional.maps import ConvOptions
-from ..objectives import Objective
+from ..objectives import Judged, Objective
 from . import common
 
 SIZES = {
@@ -101,47 +102,75 @@ class Block(nn.Module):
         None where the block has no loss, and all but the first two outside of train mode.
         """
         if not self.training:
-            return self._by_autograd(x, None)
+            return self._evaluated(x)
         assert iteration is not None
         has_loss = should_detach(self.olu, self.index, iteration)
         reason = self._reason(x, has_loss)
         if reason is not None:
             common.warn_once(f"block {self.index} of Trifecta runs on its original path: {reason}")
             return self._by_autograd(x, iteration)
-        norm, conv, _, pool = (cast("Any", module) for module in self.inner)
-        options = ConvOptions(
-            1, 1, "zeros", 1, 2 if isinstance(pool, nn.MaxPool2d) else None, "none", 0.0, "add", "relu",
-            norm, None, self.compute_dtype, None,
-        )  # fmt: skip
-        passed = chain.forward(x, conv.weight, None, options)
+        y, judged = self.advance(x, has_loss)
+        if judged is None:
+            return y, None, None, None, None, None
+        goodness = judged.goodness
+        assert goodness is not None
+        pos, neg = goodness.chunk(2)
+        return y, goodness, (pos - neg).mean(0), judged.loss.item(), pos.mean(0), neg.mean(0)
+
+    def advance(self, x: Tensor, has_loss: bool) -> tuple[Tensor, Judged | None]:
+        """What the block hands on of rows as in `forward`, and if it has a loss, a step by this; no value comes back to
+        the host but where rows are left out."""
+        passed = chain.forward(x, self.weight, None, self._options())
         if not has_loss:
             vars(self)["_passed"] = passed if self._above is not None else None
-            return passed.y, None, None, None, None, None
+            return passed.y, None
         below = None if self._below is None else self._below._taken(x)
         learned: dict[str, Tensor] = {}
         if below is None and x.requires_grad:
             learned = {f"learned.{i}": p for i, p in enumerate(self._learned)}
         self.optimizer.zero_grad()
-        n_pos = (len(x) + 1) // 2
         links = [passed] if below is None else [below, passed]
-        judged = chain.step_(links, n_pos, self.optimizer, self._objective(), learned, self.skip_below)
-        goodness = judged.goodness
-        assert goodness is not None
-        pos, neg = goodness[:n_pos], goodness[n_pos:]
-        return passed.y, goodness, (pos - neg).mean(0), judged.loss.item(), pos.mean(0), neg.mean(0)
+        n_pos = (len(x) + 1) // 2
+        return passed.y, chain.step_(links, n_pos, self.optimizer, self.objective, learned, self.skip_below)
+
+    @property
+    def weight(self) -> Tensor:
+        """The convolution's, `[out, in, 3, 3]`."""
+        return cast("nn.Conv2d", self.inner[1]).weight
+
+    @property
+    def pool(self) -> int | None:
+        """The size of its pool."""
+        return 2 if isinstance(self.inner[3], nn.MaxPool2d) else None
+
+    @property
+    def objective(self) -> Objective:
+        """What its loss is."""
+        if self.alpha is None:
+            return Objective(threshold=float(self.tau))
+        return Objective(loss="symba", alpha=float(self.alpha))
+
+    def _options(self) -> ConvOptions:
+        norm = cast("nn.BatchNorm2d", self.inner[0])
+        return ConvOptions(
+            1, 1, "zeros", 1, self.pool, "none", 0.0, "add", "relu", norm, None, self.compute_dtype, None
+        )
+
+    def _evaluated(self, x: Tensor) -> tuple[Any, ...]:
+        """A forward pass alone."""
+        if self._own_reason() is not None or waits(x, x, *self.parameters()):
+            return self._by_autograd(x, None)
+        y, moments = run_conv2d(x, self.weight, None, None, self._options(), None)
+        goodness = moments.second.sum(1) / y.shape[1:].numel()
+        return y, goodness, None, None, None, None
 
     def _taken(self, x: Tensor) -> chain.Passed | None:
         """What a pass without a loss has left, if `x` is what it handed on."""
         passed, vars(self)["_passed"] = self._passed, None
         return passed if passed is not None and passed.y is x else None
 
-    def _objective(self) -> Objective:
-        if self.alpha is None:
-            return Objective(threshold=float(self.tau))
-        return Objective(loss="symba", alpha=float(self.alpha))
-
     def _by_autograd(self, x: Tensor, iteration: int | None) -> tuple[Any, ...]:
-        """The same by plain PyTorch; without an iteration a forward pass alone."""
+        """`forward` by plain PyTorch; without an iteration a forward pass alone."""
         out = self.inner(x)
         goodness = out.pow(2).flatten(1).mean(1)
         if iteration is None:

@@ -25,6 +25,8 @@ class Minibatch:
         features: the classifier's, where the negatives are drawn from its softmax.
         logits: what it makes of them.
         shared: what these left of the first layer's product, for the step.
+        wrong: the negative rows' labels, where a network has both sides of the images themselves.
+        index: which of the whole run it is, from 0.
     """
 
     rows: int
@@ -34,6 +36,8 @@ class Minibatch:
     features: Tensor | None = None
     logits: Tensor | None = None
     shared: Shared | None = None
+    wrong: Tensor | None = None
+    index: int = 0
 
 
 class Shared(NamedTuple):

@@ -13,10 +13,13 @@ from .. import FFConv2d, FFLinear, FFNetwork
 from ..optim import SGDW
 from .catalogue import Recipe, Rule
 from .data import Dataset
+from .overlapped import OverlappedNetwork
 
 
-def network_of(recipe: Recipe, data: Dataset, compute_dtype: torch.dtype | None) -> FFNetwork:
+def network_of(recipe: Recipe, data: Dataset, compute_dtype: torch.dtype | None) -> FFNetwork | OverlappedNetwork:
     """An untrained network for images of this data set, of weights drawn from the default generator."""
+    if recipe.overlapped:
+        return OverlappedNetwork(recipe, data, compute_dtype)
     classes, (channels, height, width) = data.num_classes, data.shape
     options: dict[str, Any] = {
         "norm": recipe.norm, "eps": recipe.eps, "eps_mode": recipe.eps_mode, "activation": recipe.activation,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -20,7 +21,7 @@ class Totals:
     def __init__(self, net: FFNetwork, skip_below: float) -> None:
         self._objectives = [layer.objective for layer in net]
         self._skip_below = skip_below
-        self._results: list[list[StepResult]] = []
+        self._results: list[list[StepResult | None]] = []
         self._labels: list[Tensor] = []
         self._wrong: list[Tensor] = []
         self._rows: list[int] = []
@@ -30,10 +31,13 @@ class Totals:
         """How many images all processes have trained on."""
         return sum(self._rows)
 
-    def add(self, results: list[StepResult], batch: Minibatch, wrong: Tensor | None) -> None:
-        """Adds a minibatch: the layers' step results, and `[rows]` which guesses of the classifier were wrong."""
+    def add(self, results: Sequence[StepResult | None], batch: Minibatch, wrong: Tensor | None) -> None:
+        """Adds a minibatch: the layers' step results, and `[rows]` which guesses of the classifier were wrong.
+
+        A result is None where a layer had no loss.
+        """
         self._labels.append(batch.labels)
-        self._results.append([result if result.y is None else replace(result, y=None) for result in results])
+        self._results.append([of if of is None or of.y is None else replace(of, y=None) for of in results])
         if wrong is not None:
             self._wrong.append(wrong)
         self._rows.append(batch.rows)
@@ -42,11 +46,17 @@ class Totals:
         """Per layer over the rows of these processes, as numbers; `kept` is the share of rows that took part in the
         updates.
 
-        Of classes, `goodness_neg` is the mean over those that are not a row's own.
+        A layer without a loss has zeros. Of classes, `goodness_neg` is the mean over those that are not a row's own.
         """
         row: Row = {"loss": [], "goodness_pos": [], "goodness_neg": [], "kept": []}
-        for objective, results in zip(self._objectives, zip(*self._results, strict=True), strict=True):
-            rows = torch.tensor(self._rows, dtype=torch.float64)
+        for objective, of_layer in zip(self._objectives, zip(*self._results, strict=True), strict=True):
+            results = [result for result in of_layer if result is not None]
+            counts = [count for count, result in zip(self._rows, of_layer, strict=True) if result is not None]
+            if not results:
+                for values in (row[name] for name in ("loss", "goodness_pos", "goodness_neg", "kept")):
+                    values.append(0.0)
+                continue
+            rows = torch.tensor(counts, dtype=torch.float64)
             losses = torch.stack([result.loss for result in results]).cpu().double()
             pos, neg = (
                 torch.cat(side) for side in zip(*[(r.goodness_pos, r.goodness_neg) for r in results], strict=True)

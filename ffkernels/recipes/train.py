@@ -12,11 +12,11 @@ from __future__ import annotations
 import math
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ from .build import network_of, optimizer_of
 from .catalogue import Recipe
 from .data import Dataset
 from .metrics import Row, check_rows
+from .overlapped import OverlappedNetwork
 from .processes import ALONE, Processes
 from .readers.dataset import check_range
 from .totals import Totals
@@ -105,14 +106,22 @@ class Trainer:
         # Drawn on the CPU, so that a run starts from the same weights on every device.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            self.net = network_of(recipe, data, compute_dtype).to(device)
+            net = network_of(recipe, data, compute_dtype).to(device)
+        # What both have in common: layers with an objective, and a state.
+        self.net = cast("FFNetwork", net)
+        self.overlapped = net if isinstance(net, OverlappedNetwork) else None
         self.trained: FFNetwork | DataParallel = self.net
         if processes.size > 1:
+            if self.overlapped is not None:
+                raise ValueError(f"{processes.size} processes; {recipe.name} trains on one")
             self.trained = DataParallel(self.net, processes.group, sync_batch_norm=True)
         self._classes = torch.arange(data.num_classes, device=device)
         self.label_field = 0 if recipe.label == "none" else data.num_classes
-        self.net_optimizer = optimizer_of(recipe.layers, self.net)
-        self.rules = [(recipe.layers, self.net_optimizer)]
+        self.net_optimizers = (
+            [optimizer_of(recipe.layers, self.net)] if self.overlapped is None else self.overlapped.optimizers
+        )
+        self.net_optimizer = self.net_optimizers[0]
+        self.rules = [(recipe.layers, optimizer) for optimizer in self.net_optimizers]
         self.classifier: nn.Linear | None = None
         if recipe.classifier is not None:
             features = self._features(self._as_input(self.train_images[:1]))
@@ -178,7 +187,7 @@ class Trainer:
             raise ValueError(f"state: {found}, not a dict of {wanted}")
         check_rows(state["rows"], self.epochs, len(self.net), self.classifier is not None)
         done = len(state["rows"])
-        steps_of = {"net_optimizer": self._steps_of_layers(done)}
+        steps_of = self._steps_of_layers(done)
         checked: dict[str, dict[str, Any]] = {
             name: checkpoint.module_state(name, state[name], part)
             if isinstance(part, nn.Module)
@@ -191,22 +200,32 @@ class Trainer:
             part.load_state_dict(checked[name])
         self.rows = list(state["rows"])
 
-    def _steps_of_layers(self, epochs: int) -> list[int]:
-        """How many steps each parameter of the network has taken after so many epochs."""
+    def _steps_of_layers(self, epochs: int) -> dict[str, list[int]]:
+        """How many steps each optimizer of the network has taken with each parameter after so many epochs."""
+        if self.overlapped is not None:
+            taken = epochs * self.steps_per_epoch
+            return {
+                name: [(taken + index % 2) // 2] * sum(len(group["params"]) for group in optimizer.param_groups)
+                for index, (name, optimizer) in enumerate(self._optimizers().items())
+            }
         each = self.steps_per_epoch * max(1, self.recipe.layerwise_steps)
         steps = []
         for i, layer in enumerate(self.net):
             learnt = sum(self._learns(i, epoch) for epoch in range(1, epochs + 1))
             steps += [learnt * each] * len(list(layer.parameters()))
-        return steps
+        return {"net_optimizer": steps}
+
+    def _optimizers(self) -> dict[str, Optimizer]:
+        """Those of the network by their names in a checkpoint."""
+        return {f"net_optimizer{f'_{i}' if i else ''}": optimizer for i, optimizer in enumerate(self.net_optimizers)}
 
     def _parts(self) -> dict[str, nn.Module | Optimizer]:
-        names: tuple[str, ...] = ("net", "net_optimizer")
+        parts: dict[str, nn.Module | Optimizer] = {"net": self.net, **self._optimizers()}
         if self.classifier is not None:
-            names += ("classifier", "classifier_optimizer")
+            parts |= {"classifier": self.classifier, "classifier_optimizer": self.classifier_optimizer}
         if self.averages is not None:
-            names += ("averages",)
-        return {name: getattr(self, name) for name in names}
+            parts["averages"] = self.averages
+        return parts
 
     def run_epoch(self, after_step: Callable[[Callable[[], str]], bool]) -> Row | None:
         """Trains one epoch, tests, and adds the epoch's row of metrics to `rows`.
@@ -335,9 +354,10 @@ class Trainer:
         recipe, classes = self.recipe, self.data.num_classes
         generator = torch.Generator(self.device).manual_seed(zlib.crc32(f"{self.seed} {epoch}".encode()))
         order = torch.randperm(len(self.train_labels), generator=generator, device=self.device)
-        sizes = self._split(len(order), recipe.batch_size)
+        first, sizes = (epoch - 1) * self.steps_per_epoch, self._split(len(order), recipe.batch_size)
         of_all = self.train_labels.index_select(0, order)
-        for rows, labels in zip(order.split(sizes), of_all.split(sizes), strict=True):
+        minibatches = zip(order.split(sizes), of_all.split(sizes), strict=True)
+        for index, (rows, labels) in enumerate(minibatches, first):
             # Row by row in whole, which indexing is eight times slower at.
             images = self.train_images.index_select(0, rows)
             if recipe.rotation or recipe.zoom:
@@ -356,6 +376,10 @@ class Trainer:
             if recipe.negatives == "hybrid":
                 yield Minibatch(len(labels), x[own], self._hybrid_images(x, generator)[own], labels[own])
                 continue
+            if recipe.label == "map":
+                wrong = self._wrong_label(labels, generator)
+                yield Minibatch(len(labels), x[own], x[own], labels[own], wrong=wrong[own], index=index)
+                continue
             features = logits = shared = None
             x, of_own = x[own], labels[own]
             if recipe.negatives == "classifier":
@@ -369,14 +393,17 @@ class Trainer:
             sides = labelled_sides(x, of_own, wrong, classes, recipe.label_value)
             yield Minibatch(len(labels), *sides, of_own, features, logits, shared)
 
-    def step(self, batch: Minibatch) -> tuple[list[StepResult], Tensor | None]:
+    def step(self, batch: Minibatch) -> tuple[Sequence[StepResult | None], Tensor | None]:
         """Trains layers and classifier on a minibatch, at the learning rates of the last `run_epoch` or the first.
 
         Returns:
-            What the layers' steps give; the classifier's logits `[rows, classes]` from before its own step, None
-            without a classifier.
+            What the layers' steps give, None for one without a loss; the classifier's logits `[rows, classes]` from
+            before its own step, None without a classifier.
         """
         x_pos, x_neg, features = batch.x_pos, batch.x_neg, batch.features
+        if self.overlapped is not None:
+            assert batch.wrong is not None
+            return self.overlapped.step(x_pos, batch.labels, batch.wrong, batch.index, self.skip_below), None
         options: dict[str, Any] = {"skip_below": self.skip_below}
         if self.recipe.of_classes:
             options["labels"] = batch.labels
@@ -465,8 +492,11 @@ class Trainer:
 
     def goodness_error(self) -> float:
         """Share of the test images for which a wrong label has the highest goodness."""
-        options = (self.data.num_classes, self.recipe.goodness_layers, self.recipe.label_value)
-        return self.test_error(lambda x: self.net.predict(x, *options))
+        classes, layers = self.data.num_classes, self.recipe.goodness_layers
+        if self.overlapped is not None:
+            overlapped = self.overlapped
+            return self.test_error(lambda x: overlapped.predict(x, classes, layers))
+        return self.test_error(lambda x: self.net.predict(x, classes, layers, self.recipe.label_value))
 
     def test_error(self, predict: Callable[[Tensor], Tensor]) -> float:
         """Share of the test images of which `predict`, called on rows as the network takes them, gives no label."""
@@ -516,6 +546,10 @@ class Trainer:
                 sides = x, self._hybrid_images(x, generator)
             else:
                 wrong = wrong_label(labels, classes, generator)
+                if self.overlapped is not None:
+                    for of_side, side in zip((labels, wrong), goodness, strict=True):
+                        side.append(self.overlapped.goodness(x, of_side))
+                    continue
                 sides = labelled_sides(x, labels, wrong, classes, self.recipe.label_value)
             for rows, side in zip(sides, goodness, strict=True):
                 side.append(self.net.goodness(rows))

@@ -86,6 +86,34 @@ def conv2d_gradients_(rows: MapRows, layer: Layer, geometry: Geometry, maps: Map
     return MapGradients(dw, given["dz_sums"].sum(0), by_place)
 
 
+def passes_on(geometry: Geometry, activation: str) -> bool:
+    """Whether `in_front` knows this activation and pool: activities alone tell their slopes."""
+    return activation in POOLED_FIRST and geometry.pool != "average" and unsupported(geometry, activation) is None
+
+
+def in_front(rows: MapRows, layer: Layer, geometry: Geometry, maps: Maps, slopes: MapSlopes) -> tuple[Tensor, Tensor]:
+    """The gradient in front of activation and pool, in the compute dtype, and its sums `[channels]` over all places.
+
+    `slopes`: as in `conv2d_gradients_`, or `first` of each place, `[rows, channels, h, w]`, alone.
+    """
+    (count, channels), size = maps.p.shape[:2], size_of(rows, layer, geometry)
+    dz, sums = _channels_last(maps.p, size), maps.first.new_empty(count, channels)
+    if slopes.first is not None and slopes.first.dim() == 4:
+        # A gradient is its own slope as an activity p that a loss p^2 / 2 and the identity are behind.
+        given = slopes.first.to(maps.p.dtype)
+        given = given.masked_fill(maps.p <= 0, 0) if layer.activation == "relu" else given
+        maps = maps._replace(p=given.contiguous(memory_format=torch.channels_last))
+        layer = layer._replace(activation="identity")
+        slopes = MapSlopes(None, sums.new_full((1, 1), 0.5).expand(count, 1))
+    if count:
+        given_slopes = _given(slopes, channels)
+        _run(
+            "ffk_maps_backward",
+            _pass(maps.before, rows, layer, geometry, maps, size, **given_slopes, dz=dz, dz_sums=sums),
+        )
+    return dz, sums.sum(0)
+
+
 def multiplies(rows: MapRows, layer: Layer, geometry: Geometry) -> bool:
     """Whether the library multiplies a layer's maps itself; by shape and machine alone, so that both passes agree.
 

@@ -90,8 +90,11 @@ PRECISIONS = [(torch.float32, 1e-6), (torch.bfloat16, 1e-3)]
 @pytest.mark.parametrize("norm", ["none", "l2"])
 @pytest.mark.parametrize("objective", ["mean", "symba", "cross_entropy mean", "cross_entropy activity", "projection"])
 def test_precision_is_that_of_torch(objective, norm, statistics, dtype, floor):
-    """At most twice the error of plain PyTorch in the same dtype, in the mean square over draws, a gradient's parts
-    being few; `floor`: what one number more or less may make."""
+    """At most twice the error of plain PyTorch in the same dtype; `floor`: what one number more or less may make.
+
+    In the mean square over draws, a gradient's parts being few; in float32 in their median, as the rare ReLU or pool
+    that rounding turns over weighs more there than all rounding together.
+    """
     pool = 2 if statistics else nn.AvgPool2d(2)
     options = {"rows": 32, "channels": (8, 12), "maps": (12, 12), "padding": 1, "pool": pool, "optimizer": None}
     errors: dict[str, list[tuple[float, float]]] = {}
@@ -108,7 +111,9 @@ def test_precision_is_that_of_torch(objective, norm, statistics, dtype, floor):
             of = error(ours.state()[name], value), error(torchs.state()[name], value)
             errors.setdefault(name, []).append(of)
     for name, found in errors.items():
-        of_ours, of_torchs = torch.tensor(found).square().mean(0).sqrt().tolist()
+        squares = torch.tensor(found).square()
+        typical = squares.quantile(0.5, 0) if dtype == torch.float32 else squares.mean(0)
+        of_ours, of_torchs = typical.sqrt().tolist()
         assert of_ours <= 2 * of_torchs + floor, (name, found)
 
 

@@ -47,7 +47,8 @@ def gradients(
     if rows.scale is not None:
         dz = dz * rows.scale[:, None, None, None]
     dz = dz.to(layer.compute_dtype)
-    found = MapGradients(conv.by_weight(dz, rows.x, layer, geometry), db, conv.summed(dz, layer.weight, slopes))
+    dw = conv.by_weight(dz, rows.x, layer, geometry, slopes.by_place)
+    found = MapGradients(dw, db, conv.summed(dz, layer.weight, slopes))
     if slopes.gain is not None and slopes.shift is not None:
         conv.hand_on_(maps, slopes.gain, slopes.shift)
     return found, {"product_norm.weight": by_weight, "product_norm.bias": by_bias}

@@ -175,7 +175,7 @@ def _gradients(of: Passed, slopes: MapSlopes, wants: bool) -> tuple[dict[str, Te
     if line is not None:
         standardised = line.standardised(of.x.detach())
         rows = rows_for(standardised, layer, geometry, None)
-    dw = conv.by_weight(dz, rows.x, layer, geometry)
+    dw = conv.by_weight(dz, rows.x, layer, geometry, unrounded=line is not None)
     found["weight"] = dw
     if line is not None:
         by_place = dz.sum(0, keepdim=True, dtype=layer.weight.dtype)
@@ -186,6 +186,8 @@ def _gradients(of: Passed, slopes: MapSlopes, wants: bool) -> tuple[dict[str, Te
     if line is None or standardised is None:
         return found, du
     norm = line.module
+    # A sum that cancels for the most part: its own terms are closer to it than those of the convolution's weight.
+    found["input_norm.weight"] = (du * standardised).sum((2, 3)).sum(0)
     variance = norm.running_var if line.variance is None else line.variance
     assert variance is not None
     deviation = (variance + norm.eps).sqrt()

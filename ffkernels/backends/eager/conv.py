@@ -110,7 +110,9 @@ def conv2d_gradients_(rows: MapRows, layer: Layer, geometry: Geometry, maps: Map
     rows, maps, slopes = unsaturated(rows, maps, slopes)
     if len(maps.p):
         dz, db = _gradient(rows, layer, geometry, maps, slopes)
-        gradients = MapGradients(by_weight(dz, rows.x, layer, geometry), db, summed(dz, weight, slopes))
+        gradients = MapGradients(
+            by_weight(dz, rows.x, layer, geometry, slopes.by_place), db, summed(dz, weight, slopes)
+        )
     else:
         gradients = nothing(rows, layer, geometry, slopes)
     if slopes.gain is not None and slopes.shift is not None:
@@ -177,9 +179,16 @@ def _through_activation(
     return _gated(dz, maps.before, of), False
 
 
-def by_weight(dz: Tensor, x: Tensor, layer: Layer, geometry: Geometry) -> Tensor:
-    """`dW` of the gradient `dz` in front of the activation, and of that alone."""
+def by_weight(dz: Tensor, x: Tensor, layer: Layer, geometry: Geometry, unrounded: bool = False) -> Tensor:
+    """`dW` of the gradient `dz` in front of the activation, and of that alone.
+
+    unrounded: what PyTorch makes of narrow operands is rounded to their dtype. A sum over `dW` in which most of it
+        cancels, as is the gradient of a normalisation's weight in front, would be of little more than that rounding:
+        then the same operands are multiplied in the weight's dtype.
+    """
     weight = layer.weight
+    if unrounded:
+        dz, x, layer = dz.to(weight.dtype), x.to(weight.dtype), layer._replace(compute_dtype=weight.dtype)
     _, dw, _ = torch.ops.aten.convolution_backward(
         dz.contiguous(memory_format=torch.channels_last), x, weight.to(layer.compute_dtype), None, geometry.stride,
         _padding(geometry), [1, 1], False, [0, 0], geometry.groups, [False, True, False],

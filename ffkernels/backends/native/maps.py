@@ -82,8 +82,8 @@ def conv2d_gradients_(rows: MapRows, layer: Layer, geometry: Geometry, maps: Map
     else:
         dz = _channels_last(maps.p, size)
     _run("ffk_maps_backward", _pass(maps.before, rows, layer, geometry, maps, size, **given, dz=dz))
-    dw, by_place = by_weight(dz, rows.x, layer, geometry), summed(dz, layer.weight, slopes)
-    return MapGradients(dw, given["dz_sums"].sum(0), by_place)
+    dw = by_weight(dz, rows.x, layer, geometry, slopes.by_place)
+    return MapGradients(dw, given["dz_sums"].sum(0), summed(dz, layer.weight, slopes))
 
 
 def passes_on(geometry: Geometry, activation: str) -> bool:

@@ -62,8 +62,10 @@ def update(readme: Path = README, benchmarks: Path = PAGE) -> list[Path]:
 
 
 def by_device(results: Sequence[Result]) -> dict[str, Result]:
-    """One result per device, CPUs as "cpu" or "cpu-amx": every case from the newest run that has it in full, else from
-    the newest quick one; of several CPUs of a kind only the one measured last, since its name stands over all rows.
+    """One result per device: every case from the newest run that has it in full, else from the newest quick one.
+
+    CPUs are of three kinds, by what multiplies bfloat16: "cpu", "cpu-avx512-bf16" or "cpu-amx". Of several of a kind
+    only the one measured last counts, since its name stands over all rows.
     """
     found: dict[str, Result] = {}
     newest = {_name(result): result["machine"] for result in results}
@@ -84,8 +86,9 @@ def by_device(results: Sequence[Result]) -> dict[str, Result]:
 
 def _name(result: Result) -> str:
     device = result["machine"].get("device", "cpu")
-    if device == "cpu" and "AMX" in result["machine"].get("bfloat16_units", ()):
-        return "cpu-amx"
+    if device == "cpu":
+        units = result["machine"].get("bfloat16_units", ())
+        return next((f"cpu-{unit.lower()}" for unit in machine.UNITS if unit in units), "cpu")
     return "-".join(device.lower().split())
 
 
@@ -100,7 +103,7 @@ def text(results: dict[str, Result]) -> str:
 
 def short(results: dict[str, Result]) -> str:
     """README's table: ratios of a few cases, on the kind of CPU that was measured last."""
-    of_cpus = [result for name, result in results.items() if name in ("cpu", "cpu-amx")]
+    of_cpus = [result for result in results.values() if result["machine"].get("device", "cpu") == "cpu"]
     if not of_cpus:
         return "Nothing is measured yet."
     result = max(of_cpus, key=lambda result: str(result["machine"]["date"]))

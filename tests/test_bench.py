@@ -309,9 +309,10 @@ def test_readme_shows_each_kind_of_cpu_by_the_newest_full_run_of_it() -> None:
     assert {name: [row["run"] for row in of["rows"]] for name, of in results.items()} == {
         "cpu": ["4"],
         "cpu-amx": ["2"],
+        "cpu-avx512-bf16": ["3"],
     }
     text = readme.text(results)
-    assert text.count("\n| a | ") == 2 and text.count(readme.INTRODUCTION) == text.count(readme.LEGEND) == 1
+    assert text.count("\n| a | ") == 3 and text.count(readme.INTRODUCTION) == text.count(readme.LEGEND) == 1
     of_plain, of_amx = text.split("![Benchmarks, cpu](benchmarks-cpu.png)")
     assert "**plain with no bfloat16 unit, no AMX, 2 threads, torch 2**, 4:" in of_plain and "| 4 ms |" in of_plain
     said = "**new with AMX and AVX512-BF16, 2 threads, torch 2**, 2, with `FFKERNELS_BACKEND=native`:"

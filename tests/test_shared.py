@@ -108,8 +108,7 @@ def test_prediction_and_features_share_the_first_layer(rows, monkeypatch):
     ("rows", "inputs", "units"), [(1, 90, 21), (5, 9, 3), (33, 500, 70), (1100, 24, 9), (5600, 800, 4)]
 )
 def test_compiled_code_takes_a_product(rows, inputs, units, activation):
-    """By as much as its own sums from float64: depths of several runs, lanes and blocks that are not full, several blocks
-    of a step."""
+    """By as much as its own sums from float64: depths of several runs, lanes that are not full, blocks of a step."""
     torch.manual_seed(3)
     x, weight, bias = torch.rand(rows, inputs), torch.randn(units, inputs), torch.randn(units)
     product = ff.shared_product(x, weight, K)

@@ -175,7 +175,8 @@ def _gradients(of: Passed, slopes: MapSlopes, wants: bool) -> tuple[dict[str, Te
     if line is not None:
         standardised = line.standardised(of.x.detach())
         rows = rows_for(standardised, layer, geometry, None)
-    dw = conv.by_weight(dz, rows.x, layer, geometry, unrounded=line is not None)
+    # Where the input's gradient is made, the norm's weight takes its own from it, below.
+    dw = conv.by_weight(dz, rows.x, layer, geometry, unrounded=line is not None and not wants)
     found["weight"] = dw
     if line is not None:
         by_place = dz.sum(0, keepdim=True, dtype=layer.weight.dtype)

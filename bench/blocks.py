@@ -30,10 +30,10 @@ from ffkernels.integrations import trifecta
 
 from .cases import NUM_CLASSES, Case, Layers
 from .contenders import OURS, Contender, FFKernels, Maker, copy_into, precision
+from .convolutions import LAST, AutogradMaps
 
 VARIABLE = "FFKERNELS_PEERS"
 PROGRAMS = {"trifecta": "trifecta/main.py", "scff": "contrastive-forward-forward/ContrastFF_CIFAR.py"}
-LAST = torch.channels_last
 SKIP_BELOW = 0.02
 ALPHA = 4.0
 SHIFT = 7
@@ -112,19 +112,11 @@ class BlocksProgram(Contender):
         self.inner.step(*batch)
 
 
-class AutogradBlocks(Contender):
-    """The same by autograd; arguments as of `AutogradConvolutions`."""
+class AutogradBlocks(AutogradMaps):
+    """The same by autograd."""
 
-    def __init__(
-        self,
-        case: Case,
-        initial: Layers,
-        autocast: bool = False,
-        dtype: torch.dtype | None = None,
-        layout: torch.memory_format = torch.contiguous_format,
-    ) -> None:
-        self.precision, self.maps, self.layout = partial(precision, case, autocast), case.maps or (), layout
-        self.layers = [tuple(nn.Parameter(p.to(dtype or p.dtype, copy=True)) for p in layer) for layer in initial]
+    def __init__(self, case: Case, initial: Layers, **options: Any) -> None:
+        super().__init__(case, initial, **options)
         self.optimizers = [case.optimizer([*a, *b]) for a, b in zip(self.layers, self.layers[1:], strict=False)]
 
     def step(self, *batch: Tensor) -> None:
@@ -213,20 +205,12 @@ def partners(rows: int, device: torch.device) -> Tensor:
     return (torch.arange(rows, device=device) + SHIFT) % rows
 
 
-class AutogradPairs(Contender):
-    """The same by autograd on four convolutions; arguments as of `AutogradConvolutions`."""
+class AutogradPairs(AutogradMaps):
+    """The same by autograd on four convolutions."""
 
-    def __init__(
-        self,
-        case: Case,
-        initial: Layers,
-        autocast: bool = False,
-        dtype: torch.dtype | None = None,
-        layout: torch.memory_format = torch.contiguous_format,
-    ) -> None:
-        self.precision, self.maps, self.layout = partial(precision, case, autocast), case.maps or (), layout
+    def __init__(self, case: Case, initial: Layers, **options: Any) -> None:
+        super().__init__(case, initial, **options)
         self.thresholds, self.penalty, self.padding = PAIRS[case.network]
-        self.layers = [tuple(nn.Parameter(p.to(dtype or p.dtype, copy=True)) for p in layer) for layer in initial]
         self.optimizer = case.optimizer(self.parameters())
 
     def goodness(self, one: Tensor, other: Tensor) -> Tensor:

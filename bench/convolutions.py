@@ -60,20 +60,26 @@ class OurConvolutions(FFKernels):
         return self.net.step(x, None, self.optimizers, labels=labels)
 
 
-class AutogradConvolutions(Contender):
-    """The same by autograd; arguments as of `Autograd`, and the layout of the maps."""
+class AutogradMaps(Contender):
+    """Copies of the layers for autograd on maps; arguments as of `Autograd`, and the layout of the maps."""
 
     def __init__(
         self,
         case: Case,
         initial: Layers,
         autocast: bool = False,
-        compiled: bool = False,
         dtype: torch.dtype | None = None,
         layout: torch.memory_format = torch.contiguous_format,
     ) -> None:
         self.precision, self.maps, self.layout = partial(precision, case, autocast), case.maps or (), layout
         self.layers = [tuple(nn.Parameter(p.to(dtype or p.dtype, copy=True)) for p in layer) for layer in initial]
+
+
+class AutogradConvolutions(AutogradMaps):
+    """The same by autograd."""
+
+    def __init__(self, case: Case, initial: Layers, compiled: bool = False, **options: Any) -> None:
+        super().__init__(case, initial, **options)
         self.optimizers = [case.optimizer(layer) for layer in self.layers]
         self.loss = compiler(case)(self._loss) if compiled else self._loss
 

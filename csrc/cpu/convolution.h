@@ -13,8 +13,11 @@ constexpr bool ON_UNIT = true;
 constexpr bool ON_UNIT = false;
 #endif
 
-// Partial sums of a weight's gradient: of so many runs of images at most, and of so many numbers.
-constexpr int64_t MOST_RUNS = 16, PARTIAL_NUMBERS = int64_t(1) << 22;
+// Partial sums of a weight's gradient: of so many runs of images, a power of two; fewer where they
+// would be more numbers than these, and less than `FEW_RUNS` where they would be four times more.
+constexpr int64_t MOST_RUNS = 16, FEW_RUNS = 4, PARTIAL_NUMBERS = int64_t(1) << 22;
+// What stays in the second cache of the left operand's rows.
+constexpr int64_t ROWS_NUMBERS = int64_t(1) << 15;
 
 // The shape of a convolution's products. Groups of few channels are multiplied together, as one
 // `unit` that is zero outside of its blocks, until they fill a vector.
@@ -270,7 +273,7 @@ struct TurnedImage {
     TurnedImage(const Convolution& c, int64_t depth)
         : of(c),
           line(line_of(c)),
-          channel_floats(stride_for(depth + line * c.call.kernel_height)),
+          channel_floats(stride_for(depth + line * c.call.kernel_height + LANES)),
           unit_floats((c.in + TILE_ROWS) * channel_floats),
           column_floats(c.units * unit_floats),
           turned_width(c.padded_width + 2 * LANES) {}
@@ -283,10 +286,10 @@ struct TurnedImage {
         return of.call.kernel_width * column_floats + of.in * (of.call.in_width + turned_width);
     }
 
-    // What a kernel's place meets of a channel.
-    const float* row(const float* at, int64_t unit, int64_t c, int64_t tap) const {
+    // What a kernel's place meets of a channel of the unit at `at`.
+    const float* row(const float* at, int64_t c, int64_t tap) const {
         const int64_t kernel = of.call.kernel_width, begin = tap / kernel * line;
-        return at + tap % kernel * column_floats + unit * unit_floats + c * channel_floats
+        return at + tap % kernel * column_floats + c * channel_floats
                + (of.pairs ? begin / 2 : begin);
     }
 
@@ -314,35 +317,39 @@ struct TurnedImage {
                         rows[i] = from + (x + smaller(i, valid - 1)) * stride;
                     pack_columns(rows, valid, of.in, turned + call.padding_width + x, turned_width);
                 }
+                const int64_t place = (y + call.padding_height) * line;
                 for (int64_t column = 0; column < call.kernel_width; column++)
-                    for (int64_t c = 0; c < of.in; c++)
-                        put_line(turned + c * turned_width + column,
-                                 at + column * column_floats + u * unit_floats + c * channel_floats,
-                                 (y + call.padding_height) * line);
+                    for (int64_t c = 0; c < of.in; c++) {
+                        float* channel =
+                            at + column * column_floats + u * unit_floats + c * channel_floats;
+                        put_line(turned + c * turned_width + column, channel, place);
+                        if (y + 1 == call.in_height) put_vector(vec{}, channel, place + call.width);
+                    }
             }
     }
 
+    // In whole vectors: the next line overwrites what comes behind this one.
     void put_line(const float* values, float* channel, int64_t place) const {
-        const int64_t n = of.call.width;
-        for (int64_t x = 0; x < n; x += LANES) {
-            const vec v = load(values + x);
-            if (!of.pairs)
-                store_some(channel + place + x, v, n - x);
-            else  // They were bfloat16 numbers before.
-                store_some(reinterpret_cast<uint16_t*>(channel) + place + x,
-                           halves_of((vec_of_bits)v), n - x);
-        }
+        for (int64_t x = 0; x < of.call.width; x += LANES)
+            put_vector(load(values + x), channel, place + x);
+    }
+    void put_vector(vec v, float* channel, int64_t place) const {
+        if (of.pairs)  // They were bfloat16 numbers before.
+            store(reinterpret_cast<uint16_t*>(channel) + place, halves_of((vec_of_bits)v));
+        else
+            store(channel + place, v);
     }
 };
 
 // The weight's gradient: for each run of images its partial sum, [units, panels, rows, channels],
-// whose rows are channels of the input at a place of the kernel.
+// whose rows are channels of the input at a place of the kernel. So many images are multiplied at
+// once that a sum is about half as deep as a tile goes: `dz` then stays in the first cache.
 struct WeightGradient {
     const Convolution& of;
     const int64_t line, places, depth;  // of an image; its places as operands
     const int64_t taps_at_once, rows_at_once, rows;
     const Panels panels;
-    const int64_t run_floats;
+    const int64_t run_floats, images_at_once;
 
     explicit WeightGradient(const Convolution& c)
         : of(c),
@@ -354,78 +361,103 @@ struct WeightGradient {
           rows_at_once(up_to(taps_at_once * c.in, TILE_ROWS)),
           rows(c.taps / taps_at_once * rows_at_once),
           panels{c.out, rows},
-          run_floats(c.units * panels.elements()) {}
+          run_floats(c.units * panels.elements()),
+          images_at_once(
+              smaller(larger(1, DEPTH / 2 / larger(depth, 1)), pieces(c.call.rows, runs()))) {}
 
     int64_t runs() const {
-        const int64_t most = larger(1, smaller(MOST_RUNS, PARTIAL_NUMBERS / run_floats));
+        int64_t most = MOST_RUNS;
+        while (most > FEW_RUNS && most * run_floats > PARTIAL_NUMBERS) most /= 2;
+        while (most > 1 && most * run_floats > 4 * PARTIAL_NUMBERS) most /= 2;
         return smaller(most, of.call.rows);
     }
-    // Of `dz`, and where it is to be in pairs, of these behind it.
-    int64_t gradient_floats() const { return ((of.pairs ? 2 : 1) * depth + AHEAD) * PANEL; }
+    // Of `dz`: operands of all images at once, [units, panels, images, places, channels], and what
+    // they are made from where they are to be in pairs.
+    int64_t gradient_floats() const {
+        return of.units * unit_floats() + depth * PANEL + AHEAD * PANEL;
+    }
+    int64_t unit_floats() const { return panels.padded() * depth * images_at_once; }
+    int64_t operand(int64_t unit, int64_t p) const {
+        return unit * unit_floats() + p * PANEL * depth * images_at_once;
+    }
     int64_t row_of(int64_t c, int64_t tap) const {
         return tap / taps_at_once * rows_at_once + tap % taps_at_once * of.in + c;
     }
 
-    // `dz` of an image: as many places and channels as the operands have, zero where there is none.
+    // `dz` of an image, the `index`-th at once, for panels `first` to `end` of all units': as many
+    // places and channels as operands have, zero where there is none.
     template <class P>
-    void take(const P& passes, const TurnedImage& image, const float* packed, float* dz,
-              int64_t row, bool is_first, float* partial) const {
+    void differentiate(const P& passes, float* dz, int64_t row, int64_t index, int64_t first,
+                       int64_t end) const {
         using D = typename P::Made;
-        for (int64_t unit = 0; unit < of.units; unit++)
-            for (int64_t p = 0; p < panels.count(); p++) {
-                const int64_t vectors = panels.vectors(p), width = vectors * LANES;
-                const Channels range = of.of_panel(unit, panels, p);
-                // What no window writes, and what lies behind the last place.
-                const bool has_gaps = of.call.has_gaps || line != of.call.width;
-                const int64_t all = (of.pairs ? 2 : 1) * depth * width,
-                              kept = has_gaps ? 0 : places * width;
-                D* numbers = reinterpret_cast<D*>(dz);
-                std::memset(numbers + kept, 0, size_t(all - kept) * sizeof(D));
-                passes.backward_row(row, range,
-                                    Places<D>{numbers, range.begin, width, line * width});
-                float* operand = dz;
-                if constexpr (sizeof(D) == 2) {
-                    operand = dz + depth * width;
-                    for (int64_t i = 0; i < depth; i++)
-                        for (int64_t v = 0; v < width; v += LANES) {
-                            const D* first = numbers + 2 * i * width + v;
-                            const vec_of_bits low = (vec_of_bits)from_bfloat16(first),
-                                              high = (vec_of_bits)from_bfloat16(first + width);
-                            store(operand + i * width + v, (vec)(low >> 16 | high));
-                        }
-                } else if (of.call.dtype == ffk::BFLOAT16)
-                    round_all(dz, depth * width, dz);
-                float* sums = partial + unit * panels.elements() + panels.offset(p);
+        for (int64_t i = first; i < end; i++) {
+            const int64_t unit = i / panels.count(), p = i % panels.count();
+            const int64_t width = panels.vectors(p) * LANES;
+            const Channels range = of.of_panel(unit, panels, p);
+            float* into = dz + operand(unit, p) + index * depth * width;
+            // What no window writes, and what lies behind the last place.
+            const bool has_gaps = of.call.has_gaps || line != of.call.width;
+            const int64_t all = (sizeof(D) == 2 ? 2 : 1) * depth * width,
+                          kept = has_gaps ? 0 : places * width;
+            D* numbers = reinterpret_cast<D*>(sizeof(D) == 2 ? dz + operand(of.units, 0) : into);
+            std::memset(numbers + kept, 0, size_t(all - kept) * sizeof(D));
+            passes.backward_row(row, range, Places<D>{numbers, range.begin, width, line * width});
+            if constexpr (sizeof(D) == 2) {
+                for (int64_t k = 0; k < depth; k++)
+                    for (int64_t v = 0; v < width; v += LANES) {
+                        const D* at = numbers + 2 * k * width + v;
+                        const vec_of_bits low = (vec_of_bits)from_bfloat16(at),
+                                          high = (vec_of_bits)from_bfloat16(at + width);
+                        store(into + k * width + v, (vec)(low >> 16 | high));
+                    }
+            } else if (of.call.dtype == ffk::BFLOAT16)
+                round_all(into, depth * width, into);
+        }
+    }
+
+    // += the products of `count` images, `packed`, with their `dz` for these panels.
+    void take(const TurnedImage& image, const float* packed, const float* dz, int64_t count,
+              int64_t first, int64_t end, bool is_first, float* partial) const {
+        // Some rows of all images stay in the second cache for all panels.
+        const int64_t some =
+            up_to(larger(1, ROWS_NUMBERS / (larger(depth, 1) * images_at_once)), TILE_ROWS);
+        for (int64_t begin = 0; begin < rows; begin += some)
+            for (int64_t i = first; i < end; i++) {
+                const int64_t unit = i / panels.count(), p = i % panels.count();
                 with_pairs(of.pairs, [&](auto pairs) {
-                    with_vectors(int(vectors), [&](auto nv) {
+                    with_vectors(panels.vectors(p), [&](auto nv) {
                         multiply<decltype(pairs)::value, decltype(nv)::value>(
-                            image, packed, unit, operand, is_first, sums);
+                            image, packed + unit * image.unit_floats, dz + operand(unit, p), count,
+                            begin, smaller(begin + some, rows), is_first,
+                            partial + unit * panels.elements() + panels.offset(p));
                     });
                 });
             }
     }
 
     template <Operands KIND, int NV>
-    void multiply(const TurnedImage& image, const float* packed, int64_t unit, const float* dz,
-                  bool is_first, float* sums) const {
-        for (int64_t tap = 0; tap < of.taps; tap += taps_at_once)
-            for (int64_t r = 0; r < rows_at_once; r += TILE_ROWS) {
-                const int64_t last = taps_at_once * of.in - 1;
-                const auto row = [&](int64_t i) {
-                    return image.row(packed, unit, smaller(i, last) % of.in,
-                                     tap + smaller(i, last) / of.in);
-                };
-                TileRows a(row(r), image.channel_floats, TILE_ROWS);
-                if (!(ON_UNIT && KIND == BFLOAT16_PAIRS))
-                    for (int m = 0; m < TILE_ROWS; m++) a.row[m] = row(r + m);
-                float* c = sums + (tap / taps_at_once * rows_at_once + r) * NV * LANES;
-                Tile<NV> tile;
-                tile.clear();
-                if (!is_first) Tile<NV>::expect(c, NV * LANES);
-                tile.template multiply<KIND>(a, 0, dz, depth);
-                if (!is_first) tile.add(c, NV * LANES);
-                tile.write(c, NV * LANES);
-            }
+    void multiply(const TurnedImage& image, const float* packed, const float* dz, int64_t count,
+                  int64_t begin, int64_t end, bool is_first, float* sums) const {
+        const int64_t last = taps_at_once * of.in - 1, image_floats = image.floats();
+        for (int64_t r = begin; r < end; r += TILE_ROWS) {
+            const int64_t tap = r / rows_at_once * taps_at_once;
+            const auto row = [&](int64_t m) {
+                const int64_t i = smaller(r % rows_at_once + m, last);
+                return image.row(packed, i % of.in, tap + i / of.in);
+            };
+            TileRows a(row(0), image.channel_floats, TILE_ROWS);
+            if (!(ON_UNIT && KIND == BFLOAT16_PAIRS))
+                for (int m = 0; m < TILE_ROWS; m++) a.row[m] = row(m);
+            float* c = sums + r * NV * LANES;
+            Tile<NV> tile;
+            tile.clear();
+            if (!is_first) Tile<NV>::expect(c, NV * LANES);
+            for (int64_t i = 0; i < count; i++)
+                tile.template multiply<KIND>(a, i * image_floats, dz + i * depth * NV * LANES,
+                                             depth);
+            if (!is_first) tile.add(c, NV * LANES);
+            tile.write(c, NV * LANES);
+        }
     }
 
     // The sum over the runs, always in their order, to the parameter's layout.
@@ -457,17 +489,27 @@ int convolution_gradient(const ffk::MapsPass& call) {
     return with_memory([&](Memory& memory, bool real) {
         const int64_t workers = of.workers(), runs = gradient.runs();
         float* partial = memory.take(runs * gradient.run_floats);
-        const Scratch images(workers, image.floats(), memory);
+        const int64_t at_once = gradient.images_at_once;
+        const Scratch images(workers, at_once * image.floats(), memory);
         const Scratch gradients(workers, gradient.gradient_floats(), memory);
         if (!real) return;
         images.clear(), gradients.clear();
+        // Few runs are divided by their panels too, each of which is summed as before.
+        const int64_t all = of.units * gradient.panels.count(),
+                      parts = smaller(all, pieces(workers, runs));
         const auto run = [&](const auto& passes) {
-            parallel(runs, int(workers), [&](int64_t i, int worker) {
-                float* packed = images.of(worker);
+            parallel(runs * parts, int(workers), [&](int64_t task, int worker) {
+                const int64_t i = task / parts, part = task % parts, panel = all * part / parts,
+                              behind = all * (part + 1) / parts;
+                float *packed = images.of(worker), *dz = gradients.of(worker);
                 const int64_t first = call.rows * i / runs, end = call.rows * (i + 1) / runs;
-                for (int64_t row = first; row < end; row++) {
-                    image.pack(row, packed);
-                    gradient.take(passes, image, packed, gradients.of(worker), row, row == first,
+                for (int64_t row = first; row < end; row += at_once) {
+                    const int64_t count = smaller(at_once, end - row);
+                    for (int64_t index = 0; index < count; index++) {
+                        image.pack(row + index, packed + index * image.floats());
+                        gradient.differentiate(passes, dz, row + index, index, panel, behind);
+                    }
+                    gradient.take(image, packed, dz, count, panel, behind, row == first,
                                   partial + i * gradient.run_floats);
                 }
             });
@@ -475,9 +517,10 @@ int convolution_gradient(const ffk::MapsPass& call) {
         using Narrow = std::conditional_t<MULTIPLIES_PAIRS, uint16_t, float>;
         call.dtype == ffk::BFLOAT16 ? with_passes<uint16_t, Narrow>(call, run)
                                     : with_passes<float, float>(call, run);
-        const int64_t panels = gradient.panels.count();
-        parallel(of.units * panels, int(workers),
-                 [&](int64_t i, int) { gradient.finish(partial, i / panels, i % panels); });
+        parallel(all, int(workers), [&](int64_t i, int) {
+            const int64_t panels = gradient.panels.count();
+            gradient.finish(partial, i / panels, i % panels);
+        });
     });
 }
 

@@ -164,22 +164,22 @@ def _parameters(chain: Sequence[Passed]) -> dict[str, Tensor]:
 def _gradients(of: Passed, slopes: MapSlopes, wants: bool) -> tuple[dict[str, Tensor], Tensor | None]:
     """A layer's gradients by name, and if `wants` that of the `x` it took, in the weight's dtype."""
     layer, geometry, line = of.layer, of.geometry, of.standardising
-    if of.is_compiled:
-        dz, by_bias = native.in_front(of.rows, layer, geometry, of.maps, slopes)
-    else:
-        dz = conv.in_front(of.maps, slopes, layer.activation, geometry, conv.size_of(of.rows, layer, geometry))
-        by_bias = dz.sum((0, 2, 3))
-        dz = dz.to(layer.compute_dtype).contiguous(memory_format=torch.channels_last)
-    found = {} if layer.bias is None else {"bias": by_bias}
     rows, standardised = of.rows, None
     if line is not None:
         standardised = line.standardised(of.x.detach())
         rows = rows_for(standardised, layer, geometry, None)
     # Where the input's gradient is made, the norm's weight takes its own from it, below.
-    dw = conv.by_weight(dz, rows.x, layer, geometry, unrounded=line is not None and not wants)
-    found["weight"] = dw
+    unrounded = line is not None and not wants
+    if of.is_compiled:
+        dz, by_bias, dw = native.in_front(rows, layer, geometry, of.maps, slopes, unrounded)
+    else:
+        dz = conv.in_front(of.maps, slopes, layer.activation, geometry, conv.size_of(rows, layer, geometry))
+        by_bias = dz.sum((0, 2, 3))
+        dz = dz.to(layer.compute_dtype).contiguous(memory_format=torch.channels_last)
+        dw = conv.by_weight(dz, rows.x, layer, geometry, unrounded)
+    found = {"weight": dw} if layer.bias is None else {"weight": dw, "bias": by_bias}
     if line is not None:
-        by_place = dz.sum(0, keepdim=True, dtype=layer.weight.dtype)
+        by_place = conv.over_rows(dz, layer.weight.dtype)
         found |= in_front.through_line(line.module, dw, by_place, rows, layer, geometry)
     if not wants:
         return found, None

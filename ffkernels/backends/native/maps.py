@@ -10,13 +10,15 @@ from torch import Tensor
 from ...spec import Geometry, Layer, MapGradients, MapRows, Maps, MapSlopes
 from ..eager.conv import POOLED_FIRST, by_weight, nothing, product, size_of, summed, unsaturated
 from ..eager.layer import ACTIVATIONS
-from .library import instruction_set, load
+from .library import BFLOAT16_UNITS, instruction_set, load
 from .records import MEMBERS, PASS_LAYOUT, MapsPass
 
 MOST_PLACES = 256  # of a window, whose places are numbered by bytes
 # The library's own products: groups of few channels are multiplied together until they fill a vector, and what is
 # between them is zero; a small map is too short a sum for a tile, and a large one's products leave the cache.
 VECTOR, MOST_MERGED, FEWEST_PRODUCTS, MOST_PRODUCTS = 16, 4, 8 * 8, 64 * 64
+# On AVX2 a forward pass gains by what is saved around short products, a gradient everywhere but on the smallest maps.
+MOST_INPUTS, FEWEST_BACK = 32, 4 * 4
 # Activations whose maximum over a window is compiled.
 _POOLED = [name for name, activation in ACTIVATIONS.items() if name in POOLED_FIRST or activation.keeps_z]
 
@@ -69,10 +71,8 @@ def conv2d_gradients_(rows: MapRows, layer: Layer, geometry: Geometry, maps: Map
     if count == 0:
         return nothing(rows, layer, geometry, slopes)
     given: dict[str, Any] = {**_given(slopes, channels), "dz_sums": maps.first.new_empty(count, channels)}
-    if multiplies(rows, layer, geometry) and not slopes.by_place:
-        dw = torch.empty_like(layer.weight, memory_format=torch.contiguous_format)
-        given |= {**_of_product(rows, layer, geometry), "dw": dw}
-        _run("ffk_convolution_gradient", _pass(maps.before, rows, layer, geometry, maps, size, **given))
+    dw = _by_weight(rows, layer, geometry, maps, given, not slopes.by_place)
+    if dw is not None and not slopes.by_place:
         return MapGradients(dw, given["dz_sums"].sum(0), layer.weight.new_empty(0))
     if only_memory and len(memory):
         dz = memory[:count]
@@ -82,7 +82,8 @@ def conv2d_gradients_(rows: MapRows, layer: Layer, geometry: Geometry, maps: Map
     else:
         dz = _channels_last(maps.p, size)
     _run("ffk_maps_backward", _pass(maps.before, rows, layer, geometry, maps, size, **given, dz=dz))
-    dw = by_weight(dz, rows.x, layer, geometry, slopes.by_place)
+    if dw is None:
+        dw = by_weight(dz, rows.x, layer, geometry, slopes.by_place)
     return MapGradients(dw, given["dz_sums"].sum(0), summed(dz, layer.weight, slopes))
 
 
@@ -91,10 +92,14 @@ def passes_on(geometry: Geometry, activation: str) -> bool:
     return activation in POOLED_FIRST and geometry.pool != "average" and unsupported(geometry, activation) is None
 
 
-def in_front(rows: MapRows, layer: Layer, geometry: Geometry, maps: Maps, slopes: MapSlopes) -> tuple[Tensor, Tensor]:
-    """The gradient in front of activation and pool, in the compute dtype, and its sums `[channels]` over all places.
+def in_front(
+    rows: MapRows, layer: Layer, geometry: Geometry, maps: Maps, slopes: MapSlopes, unrounded: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient in front of activation and pool, in the compute dtype, its sums `[channels]` over all places, and
+    the weight's of it and `rows`.
 
-    `slopes`: as in `conv2d_gradients_`, or `first` of each place, `[rows, channels, h, w]`, alone.
+    `slopes`: as in `conv2d_gradients_`, or `first` of each place, `[rows, channels, h, w]`, alone. `unrounded`: as of
+    `by_weight`.
     """
     (count, channels), size = maps.p.shape[:2], size_of(rows, layer, geometry)
     dz, sums = _channels_last(maps.p, size), maps.first.new_empty(count, channels)
@@ -105,25 +110,66 @@ def in_front(rows: MapRows, layer: Layer, geometry: Geometry, maps: Maps, slopes
         maps = maps._replace(p=given.contiguous(memory_format=torch.channels_last))
         layer = layer._replace(activation="identity")
         slopes = MapSlopes(None, sums.new_full((1, 1), 0.5).expand(count, 1))
+    dw = None
     if count:
-        given_slopes = _given(slopes, channels)
-        _run(
-            "ffk_maps_backward",
-            _pass(maps.before, rows, layer, geometry, maps, size, **given_slopes, dz=dz, dz_sums=sums),
-        )
-    return dz, sums.sum(0)
+        taken: dict[str, Any] = {**_given(slopes, channels), "dz_sums": sums}
+        dw = _by_weight(rows, layer, geometry, maps, taken, False)
+        _run("ffk_maps_backward", _pass(maps.before, rows, layer, geometry, maps, size, **taken, dz=dz))
+    if dw is None:
+        dw = by_weight(dz, rows.x, layer, geometry, unrounded)
+    return dz, sums.sum(0), dw
+
+
+def _by_weight(
+    rows: MapRows, layer: Layer, geometry: Geometry, maps: Maps, given: dict[str, Any], is_last: bool
+) -> Tensor | None:
+    """The weight's gradient by the library's own products, without a `dz` in memory and never rounded to a dtype of
+    operands; None where PyTorch's are to be. Only the last pass over the activities may hand them on."""
+    if not multiplies_back(rows, layer, geometry):
+        return None
+    dw = torch.empty_like(layer.weight, memory_format=torch.contiguous_format)
+    given = {**given, **_of_product(rows, layer, geometry), "dw": dw}
+    if not is_last:
+        given |= {"gain": None, "shift": None}
+    size = size_of(rows, layer, geometry)
+    _run("ffk_convolution_gradient", _pass(maps.before, rows, layer, geometry, maps, size, **given))
+    return dw
 
 
 def multiplies(rows: MapRows, layer: Layer, geometry: Geometry) -> bool:
-    """Whether the library multiplies a layer's maps itself; by shape and machine alone, so that both passes agree.
+    """Whether the library multiplies a layer's maps itself in a forward pass; by shape and machine alone.
 
     csrc/README.md says where PyTorch's products are the faster ones.
     """
+    places = _places_of_products(rows, layer, geometry)
+    if _has_no_unit(layer):
+        return places > 0
+    return FEWEST_PRODUCTS <= places <= MOST_PRODUCTS and (not _is_avx2(layer) or layer.weight.shape[1] <= MOST_INPUTS)
+
+
+def multiplies_back(rows: MapRows, layer: Layer, geometry: Geometry) -> bool:
+    """`multiplies`, for the weight's gradient."""
+    if not _is_avx2(layer):
+        return multiplies(rows, layer, geometry)
+    fills_a_vector = geometry.groups == 1 or len(layer.weight) // geometry.groups >= VECTOR
+    return _places_of_products(rows, layer, geometry) >= FEWEST_BACK and fills_a_vector
+
+
+def _has_no_unit(layer: Layer) -> bool:
+    return layer.compute_dtype == torch.bfloat16 and instruction_set("bfloat16") not in BFLOAT16_UNITS
+
+
+def _is_avx2(layer: Layer) -> bool:
+    return layer.compute_dtype == torch.float32 and instruction_set() == "avx2"
+
+
+def _places_of_products(rows: MapRows, layer: Layer, geometry: Geometry) -> int:
+    """How many places a map of products has; 0 where the library cannot or should not multiply."""
     if geometry.stride != (1, 1) or (layer.compute_dtype == torch.bfloat16 and instruction_set("bfloat16") == "amx"):
-        return False
+        return 0
     height, width = size_of(rows, layer, geometry)
     merged = min(geometry.groups, VECTOR // (len(layer.weight) // geometry.groups))
-    return merged <= MOST_MERGED and FEWEST_PRODUCTS <= height * width <= MOST_PRODUCTS
+    return height * width if merged <= MOST_MERGED else 0
 
 
 def _of_product(rows: MapRows, layer: Layer, geometry: Geometry) -> dict[str, Any]:

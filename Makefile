@@ -12,7 +12,7 @@ VENV := .venv
 LIBRARY := ffkernels/backends/native/libffkernels_cpu.so
 PIP := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: mnist test docs lint records sanitize sanitize-library properties fuzz campaign configurations compilers nightly bench gpu clean
+.PHONY: mnist test docs lint records sanitize sanitize-narrower sanitize-library properties fuzz campaign configurations compilers nightly bench gpu clean
 
 mnist: $(VENV)/train
 	$(VENV)/bin/python -m ffkernels train --preset quick --data mnist --resume
@@ -35,11 +35,15 @@ records: $(VENV)/core
 	$(VENV)/bin/python -c '$(HEADER)' > build/records.h
 	mv build/records.h csrc/cpu/records.h
 
-# The programs of csrc/tests for addresses and undefined behaviour, and those that have threads for races.
+# The programs of csrc/tests for addresses and undefined behaviour, for this CPU's best two instruction sets (those
+# below them at night), and those that have threads for races.
 SANITIZED := build/sanitized
 sanitize: $(VENV)/test
 	FFKERNELS_SANITIZE=thread $(VENV)/bin/python -m pytest tests/test_csrc_parts.py -k threads
-	FFKERNELS_SANITIZE=address,undefined $(VENV)/bin/python -m pytest tests/test_csrc_parts.py
+	FFKERNELS_SANITIZE=address,undefined $(VENV)/bin/python -m pytest tests/test_csrc_parts.py -m "not narrower"
+
+sanitize-narrower: $(VENV)/test
+	FFKERNELS_SANITIZE=address,undefined $(VENV)/bin/python -m pytest tests/test_csrc_parts.py -m narrower
 
 # The compiled library's own tests, on small shapes, for addresses and undefined behaviour.
 sanitize-library: $(VENV)/test
@@ -49,10 +53,11 @@ sanitize-library: $(VENV)/test
 	  $(VENV)/bin/python -m pytest -p no:faulthandler tests/test_native.py tests/test_native_conv.py tests/test_large_labels.py \
 	  -k "not 4200 and not 4300 and not profiler"
 
-# Minutes each: the library under sanitizers, tests of random cases with others than `make test` draws, random calls
-# against float64, trainings that are killed and interrupted, every shipped configuration of the Triton kernels compiled
-# for every device, and compiled training loops through each of torch's compilers.
-nightly: sanitize-library properties fuzz campaign configurations compilers
+# Minutes each: narrower instruction sets and the library under sanitizers, tests of random cases with others than
+# `make test` draws, random calls against float64, trainings that are killed and interrupted, every shipped
+# configuration of the Triton kernels compiled for every device, and compiled training loops through each of torch's
+# compilers.
+nightly: sanitize-narrower sanitize-library properties fuzz campaign configurations compilers
 
 properties: $(VENV)/test $(VENV)/contenders
 	for round in 1 2 3; do $(VENV)/bin/python -m pytest -m hypothesis --hypothesis-profile=default || exit 1; done

@@ -6,6 +6,7 @@ import os
 import platform
 import runpy
 import subprocess
+import tempfile
 from functools import cache
 from pathlib import Path
 from unittest import mock
@@ -15,6 +16,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # `address,undefined` or `thread`, as setup.py has it.
 SANITIZER = os.environ.get("FFKERNELS_SANITIZE")
+# What programs have in common is compiled once.
+OBJECTS = tempfile.TemporaryDirectory(prefix="ffkernels-objects-")
 
 
 @cache
@@ -47,8 +50,17 @@ def compiled(
     options = [*build()["FLAGS"], "-O1", *of_set, f"-DFFK_SET={instruction_set}"]
     sources = [ROOT / "csrc" / "tests" / f"{name}.cpp", *(ROOT / "csrc" / "cpu" / unit for unit in units)]
     program = folder / f"{name}-{instruction_set}"
-    run([*command, *options, *checked, *map(str, sources), "-o", str(program)])
+    command = [*command, *options, *checked]
+    run([*command, *(object_of(source, tuple(command)) for source in sources), "-o", program])
     return program
+
+
+@cache
+def object_of(source: Path, command: tuple[str, ...]) -> Path:
+    """The object file of a source."""
+    made = Path(tempfile.mkdtemp(dir=OBJECTS.name)) / f"{source.stem}.o"
+    run([*command, "-c", source, "-o", made])
+    return made
 
 
 def run(command: list[str | Path], **environment: str) -> str:

@@ -10,6 +10,9 @@ from hypothesis import given, settings
 from torch import nn
 
 import ffkernels as ff
+from ffkernels.backends.eager import conv
+from ffkernels.functional.maps import ConvOptions
+from ffkernels.spec import MapRows
 
 from .conv_cases import OBJECTIVES, RULES, Case, cases, definition, drawn_case, judged, made, sensitivity
 from .steps import OPTIMIZERS, error
@@ -416,3 +419,20 @@ def test_a_layer_that_hooks_watch_raises():
     layer.register_forward_hook(lambda module, given, y: None)
     with pytest.raises(ValueError, match="watched by hooks or overridden"):
         layer.step(torch.ones(2, 2, 5, 5), torch.ones(2, 2, 5, 5), None)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_bfloat16_products_are_rounded_once(groups):
+    """Forward, for the weight and for the input: sums of rounded operands are float32's until they are handed on."""
+    weight, x, dz = (torch.randn(of).bfloat16().double() for of in ((6, 8 // groups, 3, 3), (5, 8, 7, 6), (5, 6, 7, 6)))
+    options = ConvOptions(1, 1, "zeros", groups, None, "none", 0.0, "add", "relu", None, None, torch.bfloat16, None)
+    layer, geometry = options.checked(weight.float(), None)
+    wide = layer._replace(weight=weight, compute_dtype=torch.float64)
+    narrow = MapRows(x.bfloat16().contiguous(memory_format=torch.channels_last), None)
+    found = [
+        (conv.product(narrow, layer, geometry), conv.product(MapRows(x, None), wide, geometry)),
+        (conv.by_weight(dz.bfloat16(), narrow.x, layer, geometry), conv.by_weight(dz, x, wide, geometry)),
+        (conv.by_input(dz.bfloat16(), narrow.x, layer, geometry), conv.by_input(dz, x, wide, geometry)),
+    ]
+    for ours, exact in found:
+        assert torch.all((ours.double() - exact).abs() <= exact.abs() / 256 + 1e-5 * exact.abs().max())

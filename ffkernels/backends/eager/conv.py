@@ -15,6 +15,7 @@ from .layer import ACTIVATIONS, LEAKY_SLOPE
 
 # Whose maximum over a window is that of the window's maximum, ties and all: pooling first leaves less to activate.
 POOLED_FIRST = ("relu", "identity")
+ONEDNN_HAS_BFLOAT16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def product(rows: MapRows, layer: Layer, geometry: Geometry) -> Tensor:
@@ -30,7 +31,7 @@ def _operands(*narrow: Tensor) -> tuple[Tensor, ...]:
     """Operands as PyTorch multiplies them best: bfloat16 ones widened on a CPU that oneDNN has no such products for,
     where PyTorch's own take six to eight times as long as those of float32."""
     of = narrow[0]
-    if of.dtype != torch.bfloat16 or of.device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if of.dtype != torch.bfloat16 or of.device.type != "cpu" or ONEDNN_HAS_BFLOAT16:
         return narrow
     return tuple([operand.float() for operand in narrow])
 

@@ -293,14 +293,13 @@ struct TurnedImage {
                + (of.pairs ? begin / 2 : begin);
     }
 
-    // Of some units.
-    void pack(int64_t image, int64_t first_unit, int64_t end_unit, float* at) const {
+    void pack(int64_t image, float* at) const {
         const ffk::MapsPass& call = of.call;
         const int64_t width = call.in_width;
         // Turned lines have their padding beside them.
         float *wide = at + call.kernel_width * column_floats, *turned = wide + width * of.in;
         for (int64_t y = 0; y < call.in_height; y++)
-            for (int64_t u = first_unit; u < end_unit; u++) {
+            for (int64_t u = 0; u < of.units; u++) {
                 const int64_t first =
                     (image * call.in_height + y) * width * call.in_channels + u * of.in;
                 const float* from = static_cast<const float*>(call.x) + first;
@@ -495,10 +494,9 @@ int convolution_gradient(const ffk::MapsPass& call) {
         const Scratch gradients(workers, gradient.gradient_floats(), memory);
         if (!real) return;
         images.clear(), gradients.clear();
-        // Units, whose sums stay in the second cache from image to image, are tasks of their own;
-        // few runs are divided by their panels too. Each panel is summed as before.
-        const int64_t panels = gradient.panels.count(), all = of.units * panels,
-                      parts = larger(of.units, smaller(all, pieces(workers, runs)));
+        // Few runs are divided by their panels too, each of which is summed as before.
+        const int64_t all = of.units * gradient.panels.count(),
+                      parts = smaller(all, pieces(workers, runs));
         const auto run = [&](const auto& passes) {
             parallel(runs * parts, int(workers), [&](int64_t task, int worker) {
                 const int64_t i = task / parts, part = task % parts, panel = all * part / parts,
@@ -508,8 +506,7 @@ int convolution_gradient(const ffk::MapsPass& call) {
                 for (int64_t row = first; row < end; row += at_once) {
                     const int64_t count = smaller(at_once, end - row);
                     for (int64_t index = 0; index < count; index++) {
-                        image.pack(row + index, panel / panels, pieces(behind, panels),
-                                   packed + index * image.floats());
+                        image.pack(row + index, packed + index * image.floats());
                         gradient.differentiate(passes, dz, row + index, index, panel, behind);
                     }
                     gradient.take(image, packed, dz, count, panel, behind, row == first,
@@ -520,8 +517,10 @@ int convolution_gradient(const ffk::MapsPass& call) {
         using Narrow = std::conditional_t<MULTIPLIES_PAIRS, uint16_t, float>;
         call.dtype == ffk::BFLOAT16 ? with_passes<uint16_t, Narrow>(call, run)
                                     : with_passes<float, float>(call, run);
-        parallel(all, int(workers),
-                 [&](int64_t i, int) { gradient.finish(partial, i / panels, i % panels); });
+        parallel(all, int(workers), [&](int64_t i, int) {
+            const int64_t panels = gradient.panels.count();
+            gradient.finish(partial, i / panels, i % panels);
+        });
     });
 }
 

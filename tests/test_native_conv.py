@@ -300,6 +300,30 @@ def test_own_products_are_as_near_to_float64_as_pytorchs(options, norm, compute,
         assert max(ours) <= 2 * theirs + (1e-6 if compute is None else 1e-3), (name, errors)
 
 
+@pytest.mark.parametrize("compute", [None, torch.bfloat16])
+@pytest.mark.parametrize(("activation", "pool"), [("relu", torch.nn.AvgPool2d(2)), ("gelu", None), ("silu", 2)])
+def test_what_a_product_and_its_bias_leave_of_each_other_is_kept(activation, pool, compute):
+    """Products of the size of 5 whose bias takes their mean away: rounded before, they would lose what is left."""
+    ours, theirs = [], []
+    for _ in range(4):
+        exact = made("mean", rows=12, channels=(8, 16), maps=(12, 12), activation=activation, pool=pool, optimizer=None)
+        exact.x = exact.x.abs().bfloat16().double()
+        with torch.no_grad():
+            weight = (exact.layer.weight + 0.1).bfloat16().double()
+            exact.layer.weight.copy_(weight)
+            exact.layer.bias.copy_(-torch.conv2d(exact.x, weight).mean((0, 2, 3)).bfloat16())
+        found = []
+        for backend in ("native", "eager"):
+            case = exact.copy(torch.float32)
+            case.ours(backend=backend, compute_dtype=compute)
+            found.append(case.state())
+        exact.theirs()
+        for errors, state in zip((ours, theirs), found, strict=True):
+            errors.append([error(state[name], value) for name, value in exact.state().items()])
+    ours, theirs = (torch.tensor(errors).square().mean(0).sqrt() for errors in (ours, theirs))
+    assert (ours <= 2 * theirs + 1e-6).all(), (ours, theirs)
+
+
 def checked(case, compute) -> tuple[MapRows, Layer, Geometry]:
     layer, geometry = ConvOptions(**{**case.layer._options(), "compute_dtype": compute}).checked(
         case.layer.weight, case.layer.bias
@@ -311,6 +335,7 @@ def checked(case, compute) -> tuple[MapRows, Layer, Geometry]:
     ("options", "compute", "forward", "back"),
     [
         ({}, None, True, True),
+        ({"channels": (2, 8)}, None, False, False),
         ({"stride": 2, "maps": (17, 17)}, None, False, False),
         ({"maps": (7, 8)}, None, False, "avx2"),
         ({"maps": (3, 5)}, None, False, False),
@@ -322,7 +347,7 @@ def checked(case, compute) -> tuple[MapRows, Layer, Geometry]:
     ],
 )
 def test_the_library_multiplies_where_it_is_the_faster_one(options, compute, forward, back):
-    case = made("mean", dtype=torch.float32, **{"maps": (8, 8), "padding": 1, "rows": 1, **options})
+    case = made("mean", dtype=torch.float32, **{"channels": (2, 12), "maps": (8, 8), "padding": 1, **options})
     is_avx2 = library.instruction_set() == "avx2"
     has_unit = library.instruction_set("bfloat16") in library.BFLOAT16_UNITS
     told = {"avx2": is_avx2, "not avx2": not is_avx2, "no unit": not has_unit}

@@ -210,15 +210,19 @@ struct ConvolutionForward {
         }
     }
 
-    // The slope of an activation may be told by the product alone.
+    // The slope of an activation may be told by the product alone: as PyTorch's has it, with the
+    // bias where no scale stands between them. Rounded without, it would lose what both leave.
     void keep(int64_t row, Channels range, const Places<float>& places) const {
         const auto kept = passes.template whole<typename P::Kept>(of.call.z, row);
+        const float* bias = of.call.scale == nullptr ? of.call.bias : nullptr;
         for (int64_t y = 0; y < of.call.height; y++)
             for (int64_t x = 0; x < of.call.width; x++)
                 passes.each_vector(range, [&](auto whole, int64_t channel) {
                     constexpr bool WHOLE = decltype(whole)::value;
                     const int64_t n = range.end - channel;
-                    put<WHOLE>(kept(y, x, channel), get<WHOLE>(places(y, x, channel), n), n);
+                    vec v = get<WHOLE>(places(y, x, channel), n);
+                    if (bias != nullptr) v += get<WHOLE>(bias + channel, n);
+                    put<WHOLE>(kept(y, x, channel), v, n);
                 });
     }
 };
@@ -228,8 +232,11 @@ int convolution_forward(const ffk::MapsPass& call) {
     const Image image(of);
     return with_memory([&](Memory& memory, bool real) {
         const PackedWeight weight(of, memory);
-        const int64_t workers = of.workers(), panels = weight.panels.count(),
-                      all = of.units * panels;
+        const int64_t panels = weight.panels.count(), all = of.units * panels;
+        // Few images are divided by their panels too, each of which packs its image.
+        const bool are_few = of.workers() > 1 && call.rows < TASKS;
+        const int64_t parts = are_few ? all : 1, each = all / parts,
+                      workers = smaller(of.workers(), larger(1, call.rows * parts));
         const Scratch images(workers, image.floats(), memory);
         const Scratch products(workers, (call.height * of.line + TILE_ROWS) * PANEL, memory);
         if (!real || call.rows == 0) return;
@@ -250,8 +257,6 @@ int convolution_forward(const ffk::MapsPass& call) {
                     some(0, i, i + 1, worker, nullptr, false);
                     passes.find_pivot(of.of_panel(i / panels, weight.panels, i % panels));
                 });
-            // Few images are divided by their panels too.
-            const int64_t parts = call.rows < TASKS ? all : 1, each = all / parts;
             parallel(call.rows * parts, int(workers), [&](int64_t task, int worker) {
                 const int64_t first = task % parts * each;
                 some(task / parts, first, first + each, worker, call.pivot, true);
@@ -484,19 +489,23 @@ struct WeightGradient {
 
 int convolution_gradient(const ffk::MapsPass& call) {
     const Convolution of(call);
+    if (call.rows == 0) {
+        std::memset(call.dw, 0, size_t(call.channels * of.in / of.merged * of.taps) * 4);
+        return 0;
+    }
     const WeightGradient gradient(of);
     const TurnedImage image(of, gradient.depth);
     return with_memory([&](Memory& memory, bool real) {
-        const int64_t workers = of.workers(), runs = gradient.runs();
+        // Few runs are divided by their panels too, each of which is summed as before.
+        const int64_t runs = gradient.runs(), all = of.units * gradient.panels.count(),
+                      parts = smaller(all, pieces(of.workers(), runs)),
+                      workers = smaller(of.workers(), runs * parts);
         float* partial = memory.take(runs * gradient.run_floats);
         const int64_t at_once = gradient.images_at_once;
         const Scratch images(workers, at_once * image.floats(), memory);
         const Scratch gradients(workers, gradient.gradient_floats(), memory);
         if (!real) return;
         images.clear(), gradients.clear();
-        // Few runs are divided by their panels too, each of which is summed as before.
-        const int64_t all = of.units * gradient.panels.count(),
-                      parts = smaller(all, pieces(workers, runs));
         const auto run = [&](const auto& passes) {
             parallel(runs * parts, int(workers), [&](int64_t task, int worker) {
                 const int64_t i = task / parts, part = task % parts, panel = all * part / parts,
@@ -517,7 +526,7 @@ int convolution_gradient(const ffk::MapsPass& call) {
         using Narrow = std::conditional_t<MULTIPLIES_PAIRS, uint16_t, float>;
         call.dtype == ffk::BFLOAT16 ? with_passes<uint16_t, Narrow>(call, run)
                                     : with_passes<float, float>(call, run);
-        parallel(all, int(workers), [&](int64_t i, int) {
+        parallel(all, int(of.workers()), [&](int64_t i, int) {
             const int64_t panels = gradient.panels.count();
             gradient.finish(partial, i / panels, i % panels);
         });

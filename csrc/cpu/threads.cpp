@@ -37,10 +37,10 @@ struct Memory {
     ~Memory() { std::free(at); }
 };
 thread_local Memory memory;
-// What a step on a very large batch took is given back by the next small one.
 // Operands spread over small pages fall onto the same lines of a cache by chance, in some processes
 // and not in others.
 constexpr size_t HUGE_PAGE = size_t(2) << 20;
+// What a step on a very large batch took is given back by the next small one.
 constexpr size_t KEPT_BYTES = size_t(256) << 20;
 
 }  // namespace
@@ -62,7 +62,7 @@ void ffk::run_tasks(int64_t tasks, int workers, Task task, void* context) {
 
 float* ffk::workspace(size_t floats) {
     const size_t bytes = (floats * 4 + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
-    if (bytes > memory.bytes || memory.bytes > KEPT_BYTES) {
+    if (bytes > memory.bytes || (memory.bytes > KEPT_BYTES && bytes <= KEPT_BYTES)) {
         std::free(memory.at);
         memory.at = std::aligned_alloc(HUGE_PAGE, bytes);
         memory.bytes = memory.at == nullptr ? 0 : bytes;

@@ -114,6 +114,7 @@ void run(const Case& o) {
 
     call.slope_first = slope.data(), call.dz_sums = sums.data();
     call.first = call.spread = nullptr;
+    if (!o.scaled) call.bias = nullptr;
     if (convolution_gradient(call)) return check::same(1, 0, "memory");
     // What the update reads is what the forward pass has left.
     std::vector<double> expected(dw.size()), size(dw.size());
@@ -130,8 +131,8 @@ void run(const Case& o) {
                         if (o.pool == ffk::POOL_MAX && where[unit] != k) continue;
                         double told = number(p[unit]);
                         if (keeps)
-                            told = number(z[place]) * (o.scaled ? scale[size_t(n)] : 1)
-                                   + bias[size_t(c)];
+                            told = o.scaled ? number(z[place]) * scale[size_t(n)] + bias[size_t(c)]
+                                            : number(z[place]);
                         if (curved) {
                             const double density = std::exp(-told * told / 2) / std::sqrt(2 * M_PI);
                             g *= std::erfc(-told / std::sqrt(2.)) / 2 + told * density;

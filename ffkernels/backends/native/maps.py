@@ -15,8 +15,9 @@ from .records import MEMBERS, PASS_LAYOUT, MapsPass
 
 MOST_PLACES = 256  # of a window, whose places are numbered by bytes
 # The library's own products: groups of few channels are multiplied together until they fill a vector, and what is
-# between them is zero; a small map is too short a sum for a tile, and a large one's products leave the cache.
-VECTOR, MOST_MERGED, FEWEST_PRODUCTS, MOST_PRODUCTS = 16, 4, 8 * 8, 64 * 64
+# between them is zero. Their forward pass packs the weight for too few places of a small map, and the products of a
+# large one leave the cache; few channels leave most of a tile empty.
+VECTOR, MOST_MERGED, FEWEST_PRODUCTS, MOST_PRODUCTS, NARROW = 16, 4, 8 * 8, 64 * 64, 8
 # On AVX2 a forward pass gains by what is saved around short products, a gradient everywhere but on the smallest maps.
 MOST_INPUTS, FEWEST_BACK = 32, 4 * 4
 # Activations whose maximum over a window is compiled.
@@ -37,16 +38,17 @@ def unsupported(geometry: Geometry, activation: str) -> str | None:
 
 def conv2d_forward(rows: MapRows, layer: Layer, geometry: Geometry, is_centred: bool, pivot: Tensor | None) -> Maps:
     """See `ops.SCHEMAS`."""
-    moments: dict[str, Any] = {"finds_pivot": is_centred and pivot is None}
+    given: dict[str, Any] = {"finds_pivot": is_centred and pivot is None}
     if multiplies(rows, layer, geometry):
         maps = _room(rows, layer, geometry, is_centred, pivot)
-        name, z, of_product = "ffk_convolution_forward", maps.before, _of_product(rows, layer, geometry)
+        name, z = "ffk_convolution_forward", maps.before
+        given |= {**_of_product(rows, layer, geometry), "bias": layer.bias}
     else:
         z = product(rows, layer, geometry)
         maps = _maps_of(z, layer, geometry, is_centred, pivot)
-        name, of_product = "ffk_maps_forward", {}
-    moments |= {"first": maps.first, "spread": maps.spread}
-    _run(name, _pass(z, rows, layer, geometry, maps, size_of(rows, layer, geometry), **moments, **of_product))
+        name = "ffk_maps_forward"
+    given |= {"first": maps.first, "spread": maps.spread}
+    _run(name, _pass(z, rows, layer, geometry, maps, size_of(rows, layer, geometry), **given))
     return maps
 
 
@@ -144,15 +146,17 @@ def multiplies(rows: MapRows, layer: Layer, geometry: Geometry) -> bool:
     places = _places_of_products(rows, layer, geometry)
     if _has_no_unit(layer):
         return places > 0
-    return FEWEST_PRODUCTS <= places <= MOST_PRODUCTS and (not _is_avx2(layer) or layer.weight.shape[1] <= MOST_INPUTS)
+    is_narrow = geometry.groups == 1 and len(layer.weight) <= NARROW
+    has_many_inputs = _is_avx2(layer) and layer.weight.shape[1] > MOST_INPUTS
+    return FEWEST_PRODUCTS <= places <= MOST_PRODUCTS and not (is_narrow or has_many_inputs)
 
 
 def multiplies_back(rows: MapRows, layer: Layer, geometry: Geometry) -> bool:
     """`multiplies`, for the weight's gradient."""
     if not _is_avx2(layer):
         return multiplies(rows, layer, geometry)
-    fills_a_vector = geometry.groups == 1 or len(layer.weight) // geometry.groups >= VECTOR
-    return _places_of_products(rows, layer, geometry) >= FEWEST_BACK and fills_a_vector
+    is_narrow = len(layer.weight) // geometry.groups <= NARROW
+    return _places_of_products(rows, layer, geometry) >= FEWEST_BACK and not is_narrow
 
 
 def _has_no_unit(layer: Layer) -> bool:
@@ -242,9 +246,8 @@ def _pass(
 ) -> MapsPass:
     """`size`: of the maps in front of the pool."""
     scale = None if rows.scale is None else rows.scale.contiguous()
-    # A product of PyTorch's has the bias where no scale stands between them.
-    is_added = scale is not None or multiplies(rows, layer, geometry)
-    bias = layer.bias.contiguous() if layer.bias is not None and is_added else None
+    # A product has the bias where no scale stands between them.
+    bias = given.pop("bias", None if scale is None else layer.bias)
     sizes = (*maps.p.shape[:2], *size, *maps.p.shape[2:], *geometry.pool_size, *geometry.pool_stride)
     pivot = maps.pivot if maps.pivot.numel() else None
     members: dict[str, Any] = {
@@ -254,7 +257,16 @@ def _pass(
         "activation": layer.activation,
         "dtype": maps.p.dtype,
     }
-    return MapsPass(**members, z=z, p=maps.p, where=maps.where, scale=scale, bias=bias, pivot=pivot, **given)
+    return MapsPass(
+        **members,
+        z=z,
+        p=maps.p,
+        where=maps.where,
+        scale=scale,
+        bias=None if bias is None else bias.contiguous(),
+        pivot=pivot,
+        **given,
+    )
 
 
 def _run(name: str, call: MapsPass) -> None:

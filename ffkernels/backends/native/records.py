@@ -39,9 +39,10 @@ class MapsPass(NamedTuple):
         has_gaps: whether there are places in no window.
         finds_pivot: whether the pivot is to be found among the activities.
         z, dz: the product, and its gradient, which may lie in its place.
+        bias: what is added to `scale z`; None where z has it.
         dz_sums: `[rows, channels]`, over places, before the row scale.
         x, weight, dw: a convolution's own, where the library multiplies too; the last two laid out as the parameter.
-            Then z is kept where it is not null, and dz is not.
+            Then z is kept where it is not null, with the bias where there is no scale, and dz is never written.
         in_channels, ..., groups: its shape; what a padding pads is zero.
     """
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ffkernels import cli
+from ffkernels import cli, wrong_label
 from ffkernels.recipes import batches, catalogue, picture
 from ffkernels.recipes.catalogue import RECIPES, Convolution
 from ffkernels.recipes.data import Dataset
@@ -244,6 +244,29 @@ def test_trifectas_blocks_learn_in_turns_and_go_on_to_the_same_numbers(data) -> 
     assert resumed.rows[-1]["loss"] == last["loss"]
     for name, value in trainer.net.state_dict().items():
         assert torch.equal(resumed.net.state_dict()[name], value), name
+
+
+def test_trifectas_settled_statistics_are_of_right_and_wrong_labels(data) -> None:
+    recipe = replace(TRIFECTA, jitter=1, averaging=0.9)
+    trainer = run(replace(recipe, settling=3), data, 2)
+    net, plain = trainer.net, run(recipe, data, 2).net
+    for p, other in zip(net.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(p, other)
+    generator = torch.Generator().manual_seed(trainer.seed)
+    norms = [block.inner[0] for block in net]
+    settled = [torch.stack([norm.running_mean, norm.running_var]) for norm in norms]
+    found: list[list[torch.Tensor]] = [[] for _ in net]
+    with torch.no_grad():
+        for rows in torch.arange(60).split(20):
+            images, labels = trainer.train_images[rows], trainer.train_labels[rows]
+            sides = torch.cat([labels, wrong_label(labels, 10, generator)])
+            y = torch.cat([trainer._as_input(images).repeat(2, 1, 1, 1), net.embedding(sides).view(-1, 1, 28, 28)], 1)
+            for block, of_block in zip(net, found, strict=True):
+                of_block.append(torch.stack([y.mean((0, 2, 3)), y.var((0, 2, 3))]))
+                y = block.inner(y)
+    for norm, value, of_block in zip(norms, settled, found, strict=True):
+        torch.testing.assert_close(value, torch.stack(of_block).mean(0))
+        assert norm.momentum == 0.1
 
 
 def test_trifectas_prediction_is_the_label_of_most_goodness(data) -> None:

@@ -28,6 +28,7 @@ struct Convolution {
     int64_t merged, units, in, out;  // groups in a unit, units, and channels of one
     int64_t in_places;               // what a unit's channels take along the depth of a product
     int64_t line;                    // how far lines of a product lie apart, in places
+    int64_t turned_line;             // and of the weight's gradient: an even number, for pairs
 
     explicit Convolution(const ffk::MapsPass& c)
         : call(c),
@@ -44,6 +45,7 @@ struct Convolution {
         in_places = pairs ? pieces(in, 2) : in;
         // The matrix unit takes places at one distance, those of the padding among them.
         line = ON_UNIT && pairs ? padded_width : c.width;
+        turned_line = pairs ? up_to(c.width, 2) : c.width;
     }
 
     int64_t workers() const {
@@ -271,21 +273,17 @@ int convolution_forward(const ffk::MapsPass& call) {
 // [columns, units, channels, lines, places]. Above and below it is padded.
 struct TurnedImage {
     const Convolution& of;
-    const int64_t line;  // an even number, for pairs
-    const int64_t channel_floats, unit_floats, column_floats;
+    const int64_t line, channel_floats, unit_floats, column_floats;
     const int64_t turned_width;
 
     TurnedImage(const Convolution& c, int64_t depth)
         : of(c),
-          line(line_of(c)),
+          line(c.turned_line),
           channel_floats(stride_for(depth + line * c.call.kernel_height + LANES)),
           unit_floats((c.in + TILE_ROWS) * channel_floats),
           column_floats(c.units * unit_floats),
           turned_width(c.padded_width + 2 * LANES) {}
 
-    static int64_t line_of(const Convolution& c) {
-        return c.pairs ? up_to(c.call.width, 2) : c.call.width;
-    }
     // With room for a line, as it comes and turned.
     int64_t floats() const {
         return of.call.kernel_width * column_floats + of.in * (of.call.in_width + turned_width);
@@ -358,7 +356,7 @@ struct WeightGradient {
 
     explicit WeightGradient(const Convolution& c)
         : of(c),
-          line(TurnedImage::line_of(c)),
+          line(c.turned_line),
           places(c.call.height * line),
           depth(c.pairs ? up_to(pieces(places, 2), PAIRS_AT_ONCE) : places),
           // On the unit a tile's rows lie at one distance.
@@ -367,8 +365,7 @@ struct WeightGradient {
           rows(c.taps / taps_at_once * rows_at_once),
           panels{c.out, rows},
           run_floats(c.units * panels.elements()),
-          images_at_once(
-              smaller(larger(1, DEPTH / 2 / larger(depth, 1)), pieces(c.call.rows, runs()))) {}
+          images_at_once(smaller(larger(1, DEPTH / 2 / depth), pieces(c.call.rows, runs()))) {}
 
     int64_t runs() const {
         int64_t most = MOST_RUNS;
@@ -424,8 +421,7 @@ struct WeightGradient {
     void take(const TurnedImage& image, const float* packed, const float* dz, int64_t count,
               int64_t first, int64_t end, bool is_first, float* partial) const {
         // Some rows of all images stay in the second cache for all panels.
-        const int64_t some =
-            up_to(larger(1, ROWS_NUMBERS / (larger(depth, 1) * images_at_once)), TILE_ROWS);
+        const int64_t some = up_to(larger(1, ROWS_NUMBERS / (depth * images_at_once)), TILE_ROWS);
         for (int64_t begin = 0; begin < rows; begin += some)
             for (int64_t i = first; i < end; i++) {
                 const int64_t unit = i / panels.count(), p = i % panels.count();

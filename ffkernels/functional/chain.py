@@ -194,8 +194,8 @@ def _gradients(of: Passed, slopes: MapSlopes, wants: bool) -> tuple[dict[str, Te
     deviation = (variance + norm.eps).sqrt()
     scale = (norm.weight / deviation)[:, None, None]
     if line.mean is None:
-        return found, du * scale
+        return found, du.mul_(scale)
     through_mean, through_deviation = (
         found[f"input_norm.{name}"][:, None, None] / max(line.samples, 1) for name in ("bias", "weight")
     )
-    return found, (du - through_mean - standardised * through_deviation) * scale
+    return found, du.sub_(through_mean).addcmul_(standardised, through_deviation, value=-1).mul_(scale)

@@ -79,6 +79,13 @@ class OverlappedNetwork(nn.Module):
             results.append(StepResult(None, goodness * x[0].numel(), goodness, judged.loss, len(labels), None))
         return results
 
+    @torch.no_grad()
+    def observe(self, x: Tensor, labels: Tensor, wrong: Tensor) -> None:
+        """Moves the running statistics, and nothing else, by images as `step` takes them."""
+        x = self._labelled(torch.cat([x, x]), torch.cat([labels, wrong]))
+        for block in self:
+            x, _ = block.advance(x, False)
+
     def _labelled(self, x: Tensor, labels: Tensor) -> Tensor:
         maps = self.embedding(labels).view(-1, 1, *x.shape[2:])
         return torch.cat([x, maps], 1).contiguous(memory_format=torch.channels_last)

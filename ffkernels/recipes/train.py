@@ -323,6 +323,7 @@ class Trainer:
         """Takes the running statistics anew, as the mean of those of some minibatches of images as they are."""
         norms = [module for module in self.net.modules() if isinstance(module, nn.BatchNorm2d)]
         momenta = [norm.momentum for norm in norms]
+        generator = torch.Generator(self.device).manual_seed(self.seed)
         learning = [p for p in self.net.parameters() if p.requires_grad]
         self.net.requires_grad_(False)
         try:
@@ -332,7 +333,11 @@ class Trainer:
             size = self.recipe.batch_size
             batches = zip(self.train_images.split(size), self.train_labels.split(size), strict=True)
             for images, labels in islice(batches, self.recipe.settling):
-                self.net.step(self._as_input(images), None, None, labels=labels)
+                x = self._as_input(images)
+                if self.overlapped is None:
+                    self.net.step(x, None, None, labels=labels)
+                else:
+                    self.overlapped.observe(x, labels, self._wrong_label(labels, generator))
         finally:
             for parameter in learning:
                 parameter.requires_grad_(True)

@@ -108,7 +108,8 @@ def in_front(
     if slopes.first is not None and slopes.first.dim() == 4:
         # A gradient is its own slope as an activity p that a loss p^2 / 2 and the identity are behind.
         given = slopes.first.to(maps.p.dtype)
-        given = given.masked_fill(maps.p <= 0, 0) if layer.activation == "relu" else given
+        if layer.activation == "relu":
+            given = torch.ops.aten.threshold_backward(given, maps.p, 0)
         maps = maps._replace(p=given.contiguous(memory_format=torch.channels_last))
         layer = layer._replace(activation="identity")
         slopes = MapSlopes(None, sums.new_full((1, 1), 0.5).expand(count, 1))
@@ -155,8 +156,8 @@ def multiplies_back(rows: MapRows, layer: Layer, geometry: Geometry) -> bool:
     """`multiplies`, for the weight's gradient."""
     if not _is_avx2(layer):
         return multiplies(rows, layer, geometry)
-    is_narrow = len(layer.weight) // geometry.groups <= NARROW
-    return _places_of_products(rows, layer, geometry) >= FEWEST_BACK and not is_narrow
+    has_narrow_groups = geometry.groups > 1 and len(layer.weight) // geometry.groups <= NARROW
+    return _places_of_products(rows, layer, geometry) >= FEWEST_BACK and not has_narrow_groups
 
 
 def _has_no_unit(layer: Layer) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import ffkernels as ff
+from ffkernels.functional import in_front
 
 from .conv_cases import RULES, made
 from .steps import OPTIMIZERS, error
@@ -174,3 +175,14 @@ def test_no_row_and_rows_without_slopes():
     exact = made("norm", in_front="batch", rows=8, optimizer=None)
     exact.sample_weight = torch.tensor([1.0, 0, 0, 0, 0, 0, 0, 2], dtype=torch.float64)
     assert_same(exact, exact.copy(), 1e-10, steps=1)
+
+
+@pytest.mark.parametrize(("offset", "is_told"), [(0.0, True), (2.0, True), (4.0, False)])
+def test_statistics_by_sums_are_as_near_to_float64(offset, is_told):
+    x = (torch.randn(64, 5, 16, 16) + offset).contiguous(memory_format=torch.channels_last)
+    found = in_front._by_sums(x.sum((2, 3)), x.square().sum((2, 3)), 64 * 256)
+    assert (found is not None) == is_told
+    if found is not None:
+        exact, plain = in_front._statistics(x.double(), torch.float64), in_front._statistics(x, torch.float32)
+        for name, ours, theirs, value in zip(("mean", "variance"), found, plain, exact, strict=True):
+            assert error(ours, value) <= 2 * error(theirs, value) + 1e-6, name

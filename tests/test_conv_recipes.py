@@ -219,6 +219,8 @@ TRIFECTA = replace(
     epochs=6,
     jitter=0,
     rotation=0.0,
+    settling=0,
+    averaging=0.9,
 )
 
 
@@ -247,7 +249,7 @@ def test_trifectas_blocks_learn_in_turns_and_go_on_to_the_same_numbers(data) -> 
 
 
 def test_trifectas_settled_statistics_are_of_right_and_wrong_labels(data) -> None:
-    recipe = replace(TRIFECTA, jitter=1, averaging=0.9)
+    recipe = replace(TRIFECTA, jitter=1)
     trainer = run(replace(recipe, settling=3), data, 2)
     net, plain = trainer.net, run(recipe, data, 2).net
     for p, other in zip(net.parameters(), plain.parameters(), strict=True):

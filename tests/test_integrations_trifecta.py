@@ -139,6 +139,20 @@ def test_statistics_of_many_numbers_keep_their_digits():
     assert error((norm.running_var - 0.9) / 0.1, wide.var((0, 2, 3))) <= 1e-5
 
 
+@pytest.mark.parametrize("change", [lambda y: y, lambda y: y * 2, lambda y: y.mul_(2), lambda y: y + 4])
+def test_statistics_are_of_the_maps_that_come(change):
+    """Sums that a block below has of what it handed on are taken for nothing else, nor where they would cancel."""
+    ours, _ = made(torch.float32)
+    below, block = ours.layers[:2]
+    x = torch.cat([torch.randn(8, 1, 12, 12), torch.ones(8, 1, 12, 12)], 1)
+    y, _ = below.advance(x, False)
+    y = change(y)
+    block.advance(y, False)
+    wide, norm = y.double(), block.inner[0]
+    assert error(norm.running_mean / norm.momentum, wide.mean((0, 2, 3))) <= 1e-6
+    assert error(norm.running_var - (1 - norm.momentum), norm.momentum * wide.var((0, 2, 3))) <= 1e-5
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("iteration", [0, 1])
 def test_precision_is_that_of_torch(iteration, dtype):

@@ -45,6 +45,11 @@ class Passed(NamedTuple):
     standardising: in_front.Standardising | None
     is_compiled: bool
 
+    @property
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """`[rows, out]` over the places of `y` and of its squares."""
+        return self.maps.first, self.maps.spread
+
     def only(self, kept: Tensor) -> Passed:
         """What it keeps of these rows; the statistics stay those of all."""
         x, y = conv.take(self.x.detach(), kept), conv.take(self.y, kept)
@@ -53,8 +58,16 @@ class Passed(NamedTuple):
         return self._replace(x=x, y=y, rows=MapRows(conv.take(self.rows.x, kept), None), maps=maps)
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions) -> Passed:
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    options: ConvOptions,
+    sums: tuple[Tensor, Tensor] | None = None,
+) -> Passed:
     """A forward pass of a convolution; in train mode the running statistics in front of it move.
+
+    `sums`: `[rows, in]` over the places of `x` and of its squares, as `Passed.sums` has them of a layer that made it.
 
     Raises:
         ValueError, TypeError: for an argument that does not fit, and for rows that a norm scales.
@@ -72,7 +85,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions
     chosen = backend_of(layer, geometry, None, options.backend)
     is_compiled = chosen == "native" and native.passes_on(geometry, layer.activation)
     with torch.no_grad(), without_autocast(weight.device):
-        u, standardising = in_front.standardising(norm, x.detach(), weight.dtype)
+        u, standardising = in_front.standardising(norm, x.detach(), weight.dtype, sums)
         rows = rows_for(u, layer, geometry, None)
         maps = (native if is_compiled else conv).conv2d_forward(rows, layer, geometry, False, None)
         if standardising is not None:

@@ -20,6 +20,8 @@ from ..objectives import joint_statistics, summed
 from ..spec import Geometry, Layer, MapRows
 
 InputNorm = nn.BatchNorm2d | nn.GroupNorm | nn.LayerNorm | None
+# How much larger than a variance a mean square may be that it is taken from.
+MOST_OF_VARIANCE = 8
 _ROW_NORMS = (nn.GroupNorm, nn.LayerNorm)
 
 
@@ -86,8 +88,13 @@ def normalised(norm: InputNorm, x: Tensor, dtype: torch.dtype) -> Tensor:
     return _normalised(norm, x, dtype)
 
 
-def standardising(norm: InputNorm, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Standardising | None]:
-    """`normalised`, and how a batch normalisation has standardised."""
+def standardising(
+    norm: InputNorm, x: Tensor, dtype: torch.dtype, sums: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Standardising | None]:
+    """`normalised`, and how a batch normalisation has standardised.
+
+    `sums`: `[rows, channels]` over the places of `x` and of its squares, if they are known.
+    """
     if not isinstance(norm, nn.BatchNorm2d):
         return normalised(norm, x, dtype), None
     samples, together = len(x) * x.shape[2:].numel(), summed(norm)
@@ -97,7 +104,8 @@ def standardising(norm: InputNorm, x: Tensor, dtype: torch.dtype) -> tuple[Tenso
         return (_through(norm, x, dtype, mean, variance) if len(x) else x), Standardising(norm, mean, variance, samples)
     if not _of_batch(norm) or samples == 0:
         return normalised(norm, x, dtype), Standardising(norm, None, None, samples)
-    mean, variance = _statistics(x, dtype)
+    known = None if sums is None or x.device.type != "cpu" else _by_sums(*sums, samples)
+    mean, variance = _statistics(x, dtype) if known is None else known
     return _through(norm, x, dtype, mean, variance), Standardising(norm, mean, variance, samples)
 
 
@@ -123,6 +131,15 @@ def _statistics(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     count = len(x) * x.shape[2:].numel()
     mean = x.sum((2, 3), dtype=dtype).sum(0) / count
     return mean, (x - mean[:, None, None]).square().sum((2, 3)).sum(0) / count
+
+
+def _by_sums(first: Tensor, second: Tensor, samples: int) -> tuple[Tensor, Tensor] | None:
+    """`_statistics` by sums over places; None where squares about zero would lose digits of a variance."""
+    mean, square = (of.double().sum(0) / samples for of in (first, second))
+    variance = square - mean.square()
+    if (square > MOST_OF_VARIANCE * variance).any():
+        return None
+    return mean.to(first.dtype), variance.to(first.dtype)
 
 
 def _through(

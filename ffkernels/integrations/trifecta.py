@@ -56,6 +56,7 @@ class Block(nn.Module):
     _below: Block | None
     _above: Block | None
     _passed: chain.Passed | None
+    _handed: tuple[Tensor, int, tuple[Tensor, Tensor]] | None
     _learned: list[Tensor]
 
     def __init__(
@@ -90,7 +91,7 @@ class Block(nn.Module):
         self.index, self.alpha, self.tau, self.olu = index, alpha, tau, olu
         self.compute_dtype, self.skip_below = compute_dtype, skip_below
         # Neighbours are no parts of it.
-        vars(self).update(_below=prev if isinstance(prev, Block) else None, _above=None, _passed=None)
+        vars(self).update(_below=prev if isinstance(prev, Block) else None, _above=None, _passed=None, _handed=None)
         vars(self)["_learned"] = [] if isinstance(prev, Block) else below
         if isinstance(prev, Block):
             vars(prev)["_above"] = self
@@ -120,7 +121,10 @@ class Block(nn.Module):
     def advance(self, x: Tensor, has_loss: bool) -> tuple[Tensor, Judged | None]:
         """What the block hands on of rows as in `forward`, and if it has a loss, a step by this; no value comes back to
         the host but where rows are left out."""
-        passed = chain.forward(x, self.weight, None, self._options())
+        sums = None if self._below is None else self._below._sums_of(x)
+        passed = chain.forward(x, self.weight, None, self._options(), sums)
+        if self._above is not None:
+            vars(self)["_handed"] = passed.y, passed.y._version, passed.sums
         if not has_loss:
             vars(self)["_passed"] = passed if self._above is not None else None
             return passed.y, None
@@ -168,6 +172,11 @@ class Block(nn.Module):
         """What a pass without a loss has left, if `x` is what it handed on."""
         passed, vars(self)["_passed"] = self._passed, None
         return passed if passed is not None and passed.y is x else None
+
+    def _sums_of(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """`chain.Passed.sums` of the last pass, if `x` is what it handed on, as it was."""
+        handed, vars(self)["_handed"] = self._handed, None
+        return handed[2] if handed is not None and handed[0] is x and handed[1] == x._version else None
 
     def _by_autograd(self, x: Tensor, iteration: int | None) -> tuple[Any, ...]:
         """`forward` by plain PyTorch; without an iteration a forward pass alone."""

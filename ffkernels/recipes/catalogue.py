@@ -71,7 +71,7 @@ class Recipe:
         epochs: passes over the training set.
         layers: one optimizer for all layers.
         classifier: optimizer of the linear classifier (no bias, starts at zero) that is trained alongside, by
-            cross-entropy on `FFNetwork.features`; None for no classifier.
+            cross-entropy on `FFNetwork.features`, or beside overlapped blocks on the pixels; None for no classifier.
         classifier_layers: whose features it reads; None for all but the first.
         settling: how many minibatches of training images, neither shifted nor dropped, batch normalisation goes by in a
             test, with the weights as they are then (Wu & Johnson, Rethinking "Batch" in BatchNorm, 2021); 0: by the
@@ -558,34 +558,41 @@ TRIFECTA_MNIST = Recipe(
     source="The small network of Trifecta (Dooms, Tsang and Oramas, 2023, and its code): six blocks of batch "
     "normalisation, convolution, ReLU and pool, the label a learned map beside the image, a SymBa loss of pairs in "
     "every other block of a step, which reaches the one below too, and an Adam for each block.",
-    assumed="A quarter of its channels, ten epochs for its 100, on batches of 64 for its 512, at rates of 2e-3 for "
+    assumed="Three eighths of its channels, 40 epochs for its 100, on batches of 64 for its 512, at rates of 2e-3 for "
     "its 1e-3, which fall linearly to 0 in the second half; shifts by two pixels for its four, turns by 10 degrees for "
-    "its 15. All training images are in an epoch, where the code drops the last batch; the last block runs in steps in "
-    "which it has a loss. So far from its length, far from its error.",
+    "its 15. All training images are in an epoch, where the code drops the last batch; the last block runs in steps "
+    "in which it has a loss. Wrong labels are drawn from a linear classifier of the pixels, where the code draws all "
+    "alike, which soon tells nothing more; averaged weights; the goodness of the last two blocks, where the code "
+    "takes that of the last. Negatives, averages and blocks were chosen on the last 10,000 training images, at a "
+    "quarter of the channels and ten epochs: 1.72% without hard negatives, 1.46% with them, 1.30% by two blocks.",
     published="0.42%",
     hidden=(),
     convolutions=(
-        Convolution(32, pool=2),
-        Convolution(32),
-        Convolution(64, pool=2),
-        Convolution(64),
-        Convolution(64),
-        Convolution(128, pool=2),
+        Convolution(48, pool=2),
+        Convolution(48),
+        Convolution(96, pool=2),
+        Convolution(96),
+        Convolution(96),
+        Convolution(192, pool=2),
     ),
-    epochs=10,
+    epochs=40,
     layers=Rule("adam", lr=2e-3),
-    classifier=None,
+    classifier=Rule("adam", lr=1e-3),
     loss="symba",
     norm="none",
     label="map",
+    negatives="classifier",
+    negatives_temperature=2.0,
     batch_size=64,
     jitter=2,
     rotation=10.0,
     pixel_mean=0.1307,
     pixel_std=0.3081,
     cooldown=1.0,
-    goodness_layers=(5,),
+    goodness_layers=(4, 5),
     goodness_every=5,
+    settling=80,
+    averaging=0.998,
     norm_of_maps="overlapped",
 )
 

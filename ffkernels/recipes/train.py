@@ -381,20 +381,19 @@ class Trainer:
             if recipe.negatives == "hybrid":
                 yield Minibatch(len(labels), x[own], self._hybrid_images(x, generator)[own], labels[own])
                 continue
-            if recipe.label == "map":
-                wrong = self._wrong_label(labels, generator)
-                yield Minibatch(len(labels), x[own], x[own], labels[own], wrong=wrong[own], index=index)
-                continue
             features = logits = shared = None
             x, of_own = x[own], labels[own]
             if recipe.negatives == "classifier":
-                shared = self._share(x)
+                shared = self._share(x) if self.overlapped is None else None
                 features = self._features(x, None if shared is None else shared.product)
                 logits = self._logits(features)
                 cooled = logits if recipe.negatives_temperature == 1 else logits / recipe.negatives_temperature
                 wrong = hard_label(cooled, of_own, generator, len(labels), own)
             else:
                 wrong = self._wrong_label(labels, generator)[own]
+            if self.overlapped is not None:
+                yield Minibatch(len(labels), x, x, of_own, features, logits, wrong=wrong, index=index)
+                continue
             sides = labelled_sides(x, of_own, wrong, classes, recipe.label_value)
             yield Minibatch(len(labels), *sides, of_own, features, logits, shared)
 
@@ -408,7 +407,10 @@ class Trainer:
         x_pos, x_neg, features = batch.x_pos, batch.x_neg, batch.features
         if self.overlapped is not None:
             assert batch.wrong is not None
-            return self.overlapped.step(x_pos, batch.labels, batch.wrong, batch.index, self.skip_below), None
+            of_blocks = self.overlapped.step(x_pos, batch.labels, batch.wrong, batch.index, self.skip_below)
+            if features is not None and batch.logits is not None:
+                self._step_classifier(features, batch.labels, batch.logits)
+            return of_blocks, batch.logits
         options: dict[str, Any] = {"skip_below": self.skip_below}
         if self.recipe.of_classes:
             options["labels"] = batch.labels
@@ -486,6 +488,8 @@ class Trainer:
         return x.view(-1, *self.data.shape).contiguous(memory_format=torch.channels_last)
 
     def _features(self, x: Tensor, product: Tensor | None = None) -> Tensor:
+        if self.overlapped is not None:
+            return x.flatten(1)
         return self.net.features(x, self.recipe.classifier_layers, num_classes=self.label_field, product=product)
 
     @torch.no_grad()

@@ -123,7 +123,7 @@ class Block(nn.Module):
         the host but where rows are left out."""
         sums = None if self._below is None else self._below._sums_of(x)
         passed = chain.forward(x, self.weight, None, self._options(), sums)
-        if self._above is not None:
+        if self._above is not None and not passed.y.is_inference():
             vars(self)["_handed"] = passed.y, passed.y._version, passed.sums
         if not has_loss:
             vars(self)["_passed"] = passed if self._above is not None else None

@@ -151,6 +151,8 @@ void ffk_maps_forward(const ffk::MapsPass* call) { kernels_for(call->dtype).maps
 
 void ffk_maps_backward(const ffk::MapsPass* call) { kernels_for(call->dtype).maps_backward(*call); }
 
+void ffk_maps_products(const ffk::MapsPass* call) { kernels_for(call->dtype).maps_products(*call); }
+
 int ffk_convolution_forward(const ffk::MapsPass* call) {
     return kernels_for(call->dtype).convolution_forward(*call);
 }

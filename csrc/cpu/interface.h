@@ -23,6 +23,8 @@ int ffk_linear_update(const ffk::Call* call);
 // The passes over maps on both sides of a convolution (maps.h).
 void ffk_maps_forward(const ffk::MapsPass* call);
 void ffk_maps_backward(const ffk::MapsPass* call);
+// Sums over places that a normalisation in front of a convolution asks for (maps.h).
+void ffk_maps_products(const ffk::MapsPass* call);
 // The same with the products between them (convolution.h); results as above.
 int ffk_convolution_forward(const ffk::MapsPass* call);
 int ffk_convolution_gradient(const ffk::MapsPass* call);

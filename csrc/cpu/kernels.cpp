@@ -219,6 +219,7 @@ int linear_update(const ffk::Call& call) {
 
 #define FFK_TEXT_OF(name) #name
 #define FFK_TEXT(name) FFK_TEXT_OF(name)
-const ffk::Kernels ffk::FFK_SET{FFK_TEXT(FFK_SET), MULTIPLIES_SPLIT_PAIRS, linear_forward,
-                                linear_step,       linear_update,          maps_forward,
-                                maps_backward,     convolution_forward,    convolution_gradient};
+const ffk::Kernels ffk::FFK_SET{FFK_TEXT(FFK_SET),   MULTIPLIES_SPLIT_PAIRS, linear_forward,
+                                linear_step,         linear_update,          maps_forward,
+                                maps_backward,       maps_products,          convolution_forward,
+                                convolution_gradient};

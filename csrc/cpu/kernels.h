@@ -12,6 +12,7 @@ struct Kernels {
     int (*linear_update)(const Call&);
     void (*maps_forward)(const MapsPass&);
     void (*maps_backward)(const MapsPass&);
+    void (*maps_products)(const MapsPass&);
     int (*convolution_forward)(const MapsPass&);
     int (*convolution_gradient)(const MapsPass&);
 };

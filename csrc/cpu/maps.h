@@ -140,9 +140,7 @@ struct Passes {
     // the moments alone.
     void forward_row(int64_t row, Channels range, const Places<D>& z, const float* pivot,
                      bool writes) const {
-        const int64_t begin = row * channels + range.begin, bytes = (range.end - range.begin) * 4;
-        std::memset(call.first + begin, 0, size_t(bytes));
-        std::memset(call.spread + begin, 0, size_t(bytes));
+        clear_sums(row, range);
         for (int64_t line = 0; line < call.pooled_height; line++)
             each_vector(range, [&](auto whole, int64_t channel) {
                 forward_line<decltype(whole)::value>(row, line, channel, range.end - channel, z,
@@ -194,10 +192,20 @@ struct Passes {
             v = as_stored(T{}, v) - centre;
             sum += v, squares += v * v;
         }
+        add_sums<WHOLE>(row, channel, n, sum, squares);
+    }
+
+    void clear_sums(int64_t row, Channels range) const {
+        const int64_t begin = row * channels + range.begin, bytes = (range.end - range.begin) * 4;
+        std::memset(call.first + begin, 0, size_t(bytes));
+        std::memset(call.spread + begin, 0, size_t(bytes));
+    }
+    template <bool WHOLE>
+    void add_sums(int64_t row, int64_t channel, int64_t n, vec sum, vec other) const {
         float *first = call.first + row * channels + channel,
               *spread = call.spread + row * channels + channel;
         put<WHOLE>(first, get<WHOLE>(first, n) + sum, n);
-        put<WHOLE>(spread, get<WHOLE>(spread, n) + squares, n);
+        put<WHOLE>(spread, get<WHOLE>(spread, n) + other, n);
     }
 
     void forward() const {
@@ -243,7 +251,9 @@ struct Passes {
                   second = 2 * number(call.slope_second, row * channels),
                   centre = number(call.pivot, 0), gain = number(call.gain, 0),
                   shift = number(call.shift, 0), bias = number(call.bias, 0),
+                  place_scale = number(call.place_scale, 0),
                   scale = broadcast(call.scale ? call.scale[row] : 1);
+        const float* place_slope = call.place_slope ? call.place_slope + channel : nullptr;
         vec sum = {};
         for (int64_t x = 0; x < call.pooled_width; x++) {
             const int64_t from = unit(row, line, x);
@@ -257,6 +267,7 @@ struct Passes {
             };
             const vec a = get<WHOLE>(p + from, n), apart = a - centre;
             vec g = has_second ? first + second * apart : first;
+            if (place_slope) g += place_scale * get<WHOLE>(place_slope + from, n);
             if (POOL == ffk::POOL_AVERAGE) {
                 g *= 1.f / float(pool_height * pool_width);
                 each_place([&](uint32_t, int64_t i, int64_t j) {
@@ -323,6 +334,35 @@ void with_passes(const ffk::MapsPass& call, F f) {
         with_passes_of<T, D, Curve<ffk::SILU>>(call, f);
     else
         with_passes_of<T, D, Gate>(call, f);
+}
+
+// Sums over a row's places of what `place_slope` has, and of its products with activities about the
+// pivot.
+template <class T>
+void products_with(const ffk::MapsPass& call) {
+    const Passes<T, T, ffk::POOL_NONE, false, Gate> passes(call);
+    const T* p = static_cast<const T*>(call.p);
+    const int64_t channels = call.channels;
+    passes.each_row([&](int64_t row) {
+        passes.clear_sums(row, passes.all());
+        for (int64_t line = 0; line < call.pooled_height; line++)
+            passes.each_vector(passes.all(), [&](auto whole, int64_t channel) {
+                constexpr bool WHOLE = decltype(whole)::value;
+                const int64_t n = channels - channel;
+                const vec centre = get<WHOLE>(call.pivot + channel, n);
+                vec sum = {}, products = {};
+                for (int64_t x = 0; x < call.pooled_width; x++) {
+                    const int64_t from = passes.unit(row, line, x) + channel;
+                    const vec g = get<WHOLE>(call.place_slope + from, n);
+                    sum += g, products += g * (get<WHOLE>(p + from, n) - centre);
+                }
+                passes.template add_sums<WHOLE>(row, channel, n, sum, products);
+            });
+    });
+}
+
+void maps_products(const ffk::MapsPass& call) {
+    call.dtype == ffk::BFLOAT16 ? products_with<uint16_t>(call) : products_with<float>(call);
 }
 
 void maps_forward(const ffk::MapsPass& call) {

@@ -5,7 +5,7 @@
 
 namespace ffk {
 
-constexpr int INTERFACE = 256527190;
+constexpr int INTERFACE = 198636106;
 
 enum Norm : int32_t { NORM_L2, NORM_RMS, NORM_NONE };
 enum EpsMode : int32_t { EPS_ADD, EPS_CLAMP, EPS_INSIDE };
@@ -152,6 +152,8 @@ struct MapsPass {
     const float* slope_second;
     const float* gain;
     const float* shift;
+    const float* place_slope;
+    const float* place_scale;
     void* dz;
     float* dz_sums;
     void* x;
@@ -312,6 +314,8 @@ constexpr size_t LAYOUT[] = {
     offsetof(MapsPass, slope_second),
     offsetof(MapsPass, gain),
     offsetof(MapsPass, shift),
+    offsetof(MapsPass, place_slope),
+    offsetof(MapsPass, place_scale),
     offsetof(MapsPass, dz),
     offsetof(MapsPass, dz_sums),
     offsetof(MapsPass, x),

@@ -9,7 +9,7 @@ struct Case {
     int64_t rows, channels, height, width, pool_height, pool_width, stride_height, stride_width;
     ffk::Pool pool;
     ffk::Activation activation;
-    bool scaled, centred, hands_on;
+    bool scaled, centred, hands_on, placed;
 };
 
 template <class T>
@@ -64,7 +64,9 @@ void run(const Case& o) {
     std::vector<float> scale = floats(o.rows), bias = floats(o.channels),
                        pivot = floats(o.channels), first = floats(moments), spread = first,
                        slope1 = floats(moments), slope2 = floats(moments),
-                       gain = floats(o.channels), shift = floats(o.channels), sums = first;
+                       gain = floats(o.channels), shift = floats(o.channels), sums = first,
+                       of_place = floats(o.rows * units * o.channels),
+                       place_scale = floats(o.channels);
     for (float& s : scale) s = 0.5f + std::fabs(s);
     // Whole numbers: equal ones are many, and without a scale sums of a few are exact.
     for (size_t i = 0; i < z.numbers.size(); i++)
@@ -134,8 +136,27 @@ void run(const Case& o) {
         }
 
     const Stored<T> before = made;
+    if (o.placed && o.centred) {
+        call.place_slope = of_place.data();
+        maps_products(call);
+        for (int64_t n = 0; n < o.rows; n++)
+            for (int64_t c = 0; c < o.channels; c++) {
+                double sum = 0, products = 0;
+                for (int64_t i = 0; i < units; i++) {
+                    const int64_t unit = (n * units + i) * o.channels + c;
+                    const double of = of_place[size_t(unit)];
+                    sum += of, products += of * (before[unit] - pivot[size_t(c)]);
+                }
+                const double most = double(units) * 8 * check::HALF_ULP;
+                const size_t m = size_t(n * o.channels + c);
+                check::near(first[m], sum, most, "sum over places");
+                check::near(spread[m], products, most * span, "sum of products");
+            }
+        call.place_slope = nullptr;
+    }
     call.slope_first = slope1.data(), call.slope_second = slope2.data();
     if (o.hands_on) call.gain = gain.data(), call.shift = shift.data();
+    if (o.placed) call.place_slope = of_place.data(), call.place_scale = place_scale.data();
     call.dz = dz.numbers.data(), call.dz_sums = sums.data();
     maps_backward(call);
     Stored<double> expected(o.rows * places * o.channels);
@@ -148,7 +169,10 @@ void run(const Case& o) {
                     const int64_t unit = ((n * h + y) * w + x) * o.channels + c,
                                   count = o.pool_height * o.pool_width;
                     const double apart = before[unit] - (o.centred ? pivot[size_t(c)] : 0),
-                                 g = double(slope1[m]) + 2 * double(slope2[m]) * apart;
+                                 placed = o.placed ? double(of_place[size_t(unit)])
+                                                         * place_scale[size_t(c)]
+                                                   : 0,
+                                 g = double(slope1[m]) + 2 * double(slope2[m]) * apart + placed;
                     if (o.hands_on)
                         check::near((pools ? p : z)[unit],
                                     gain[size_t(c)] * apart + shift[size_t(c)], 2 * ulp * span,
@@ -182,7 +206,7 @@ int main() {
         for (const ffk::Activation activation :
              {ffk::RELU, ffk::LEAKY_RELU, ffk::IDENTITY, ffk::GELU, ffk::SILU})
             for (int kind = 0; kind < 7; kind++)
-                for (int option = 0; option < 8; option++) {
+                for (int option = 0; option < 16; option++) {
                     Case o{3,
                            channels,
                            5,
@@ -195,7 +219,8 @@ int main() {
                            activation,
                            (option & 1) != 0,
                            (option & 2) != 0,
-                           (option & 4) != 0};
+                           (option & 4) != 0,
+                           (option & 8) != 0};
                     if (kind) o.pool = kind % 2 ? ffk::POOL_MAX : ffk::POOL_AVERAGE;
                     if (kind == 1 || kind == 2)
                         o.pool_height = o.pool_width = o.stride_height = o.stride_width = 2;

@@ -2,8 +2,9 @@
 
 Each `Passed` is what a forward pass of one keeps. From the gradient `dz` in front of a layer's activation come its own
 and that of what it took: with batch normalisation in front, `u = weight x + bias` of `x = (p - mean) / deviation` and
-`du` the convolution's input gradient, `dp = weight / deviation (du - (dbias + x dweight) / n)`, whose sums are known
-from the weight's gradient already. So one more convolution and one pass reach the layer below, without a graph.
+`du` the convolution's input gradient, `dp = weight / deviation (du - (dbias + x dweight) / n)` with the sums
+`dbias = sum du`, `dweight = sum x du`. So one more convolution, a pass for the sums and the pass that the layer below
+makes anyway reach it, without a graph: `dp` and `x` are never in memory.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ..autograd import without_autocast
 from ..backends.eager import conv, rules
 from ..backends.native import maps as native
 from ..objectives import AnyObjective, Judged, move
-from ..spec import Geometry, Layer, MapRows, Maps, MapSlopes, Rows
+from ..spec import Geometry, Layer, MapRows, Maps, MapSlopes, PlaceSlopes, Rows
 from . import in_front
 from .conv import backend_of, judge_maps, read_maps
 from .maps import ConvOptions, maps_of, rows_for
@@ -83,7 +84,7 @@ def forward(
     maps_of("x", x, weight, layer.compute_dtype, geometry)
     in_front.check_fits(norm, x, weight, layer.norm)
     chosen = backend_of(layer, geometry, None, options.backend)
-    is_compiled = chosen == "native" and native.passes_on(geometry, layer.activation)
+    is_compiled = chosen == "native"
     with torch.no_grad(), without_autocast(weight.device):
         u, standardising = in_front.standardising(norm, x.detach(), weight.dtype, sums)
         rows = rows_for(u, layer, geometry, None)
@@ -129,23 +130,26 @@ def step_(
             read = read_maps(last.maps, None)
             x = last.x.detach()
             judged, _ = judge_maps(objective, read, Rows(x[:n_pos], x[n_pos:]), skip_below, None)
-            slopes = MapSlopes(judged.first, judged.second)
-            kept = _in_doubt(slopes) if skip_below and x.device.type == "cpu" else None
+            by_moments = MapSlopes(judged.first, judged.second)
+            kept = _in_doubt(by_moments) if skip_below and x.device.type == "cpu" else None
             if kept is not None:
                 chain = [passed.only(kept) for passed in chain]
                 by_first, by_second = (None if of is None else of[kept] for of in (judged.first, judged.second))
-                slopes = MapSlopes(by_first, by_second)
+                by_moments = MapSlopes(by_first, by_second)
+            slopes: MapSlopes | PlaceSlopes = by_moments
             gradients: dict[str, Tensor] = {}
             for i in reversed(range(len(chain))):
                 wants = i > 0 or bool(learned)
                 found, below = _gradients(chain[i], slopes, wants)
                 gradients |= {f"{i}.{name}": gradient for name, gradient in found.items()}
-                if i > 0:
-                    slopes = MapSlopes(below, None)
-            if kept is not None and below is not None:
-                below = torch.zeros_like(first.x, dtype=below.dtype).index_copy_(0, kept, below)
+                if below is not None:
+                    slopes = below
+            if below is not None:
+                by_x = conv.by_places(below, chain[0].x.detach())
+                if kept is not None:
+                    by_x = torch.zeros_like(first.x, dtype=by_x.dtype).index_copy_(0, kept, by_x)
         if learned:
-            found_by = torch.autograd.grad(first.x, list(learned.values()), below, retain_graph=False)
+            found_by = torch.autograd.grad(first.x, list(learned.values()), by_x, retain_graph=False)
             gradients |= dict(zip(learned, found_by, strict=True))
         with torch.no_grad():
             for name, part in zip((f"{len(chain) - 1}.weight", *named), update.parts, strict=True):
@@ -174,41 +178,32 @@ def _parameters(chain: Sequence[Passed]) -> dict[str, Tensor]:
     return {name: p for name, p in named.items() if p is not None}
 
 
-def _gradients(of: Passed, slopes: MapSlopes, wants: bool) -> tuple[dict[str, Tensor], Tensor | None]:
+def _gradients(
+    of: Passed, slopes: MapSlopes | PlaceSlopes, wants: bool
+) -> tuple[dict[str, Tensor], PlaceSlopes | None]:
     """A layer's gradients by name, and if `wants` that of the `x` it took, in the weight's dtype."""
-    layer, geometry, line = of.layer, of.geometry, of.standardising
-    rows, standardised = of.rows, None
-    if line is not None:
-        standardised = line.standardised(of.x.detach())
-        rows = rows_for(standardised, layer, geometry, None)
-    # Where the input's gradient is made, the norm's weight takes its own from it, below.
-    unrounded = line is not None and not wants
+    layer, geometry, line, rows = of.layer, of.geometry, of.standardising, of.rows
+    # Without the input's gradient the line's weight and bias take theirs from the convolution's weight gradient.
+    by_line = line is not None and not wants
+    if line is not None and by_line:
+        rows = rows_for(line.standardised(of.x.detach()), layer, geometry, None)
     if of.is_compiled:
-        dz, by_bias, dw = native.in_front(rows, layer, geometry, of.maps, slopes, unrounded)
+        dz, by_bias, dw = native.in_front(rows, layer, geometry, of.maps, slopes, by_line)
     else:
         dz = conv.in_front(of.maps, slopes, layer.activation, geometry, conv.size_of(rows, layer, geometry))
         by_bias = dz.sum((0, 2, 3))
         dz = dz.to(layer.compute_dtype).contiguous(memory_format=torch.channels_last)
-        dw = conv.by_weight(dz, rows.x, layer, geometry, unrounded)
+        dw = conv.by_weight(dz, rows.x, layer, geometry, by_line)
     found = {"weight": dw} if layer.bias is None else {"weight": dw, "bias": by_bias}
-    if line is not None:
+    if line is not None and by_line:
         by_place = conv.over_rows(dz, layer.weight.dtype)
         found |= in_front.through_line(line.module, dw, by_place, rows, layer, geometry)
     if not wants:
         return found, None
     du = conv.by_input(dz, rows.x, layer, geometry)
-    if line is None or standardised is None:
-        return found, du
-    norm = line.module
-    # A sum that cancels for the most part: its own terms are closer to it than those of the convolution's weight.
-    found["input_norm.weight"] = (du * standardised).sum((2, 3)).sum(0)
-    variance = norm.running_var if line.variance is None else line.variance
-    assert variance is not None
-    deviation = (variance + norm.eps).sqrt()
-    scale = (norm.weight / deviation)[:, None, None]
-    if line.mean is None:
-        return found, du.mul_(scale)
-    through_mean, through_deviation = (
-        found[f"input_norm.{name}"][:, None, None] / max(line.samples, 1) for name in ("bias", "weight")
-    )
-    return found, du.sub_(through_mean).addcmul_(standardised, through_deviation, value=-1).mul_(scale)
+    if line is None:
+        return found, PlaceSlopes(du)
+    x = of.x.detach()
+    sums, products = (native if of.is_compiled else conv).products(du, x, line.centre)
+    of_line, below = in_front.through_statistics(line, sums, products, du)
+    return found | of_line, below

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .. import validation as check
 from ..backends.eager.conv import by_weight
 from ..objectives import joint_statistics, summed
-from ..spec import Geometry, Layer, MapRows
+from ..spec import Geometry, Layer, MapRows, PlaceSlopes
 
 InputNorm = nn.BatchNorm2d | nn.GroupNorm | nn.LayerNorm | None
 # How much larger than a variance a mean square may be that it is taken from.
@@ -36,6 +36,13 @@ class Standardising(NamedTuple):
     mean: Tensor | None
     variance: Tensor | None
     samples: int
+
+    @property
+    def centre(self) -> Tensor:
+        """The mean that counts."""
+        mean = self.module.running_mean if self.mean is None else self.mean
+        assert mean is not None
+        return mean
 
     def standardised(self, u: Tensor) -> Tensor:
         """`(u - mean) / deviation`."""
@@ -187,6 +194,28 @@ def through_line(
         gradients["input_norm.bias"] = (by_group * s).sum((1, 3, 4)).flatten()
         dw = dw + s * _by_input(norm.bias, groups)
     return {"weight": dw.reshape(weight.shape), **gradients}
+
+
+def through_statistics(
+    line: Standardising, sums: Tensor, products: Tensor, du: Tensor
+) -> tuple[dict[str, Tensor], PlaceSlopes]:
+    """The gradients of the line's weight and bias by their names, and that of what was normalised.
+
+    Args:
+        sums, products: `[channels]` over rows and places of the gradient `du` behind the normalisation, and of `du`
+            times what lies in front of it, about `line.centre`.
+    """
+    norm, variance = line.module, line.variance
+    if variance is None:
+        variance = norm.running_var
+    assert variance is not None
+    deviation = (variance + norm.eps).sqrt()
+    by_weight, scale = products / deviation, norm.weight / deviation
+    found = {"input_norm.weight": by_weight, "input_norm.bias": sums}
+    if line.mean is None:
+        return found, PlaceSlopes(du, scale)
+    through_mean, through_deviation = (-scale * of / max(line.samples, 1) for of in (sums, by_weight / deviation))
+    return found, PlaceSlopes(du, scale, through_mean, through_deviation / 2, line.mean)
 
 
 def _by_input(values: Tensor, groups: int) -> Tensor:

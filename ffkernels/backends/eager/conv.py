@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...spec import Geometry, Layer, MapGradients, MapRows, Maps, MapSlopes
+from ...spec import Geometry, Layer, MapGradients, MapRows, Maps, MapSlopes, PlaceSlopes
 from .gradient import unsaturated_rows
 from .layer import ACTIVATIONS, LEAKY_SLOPE
 
@@ -173,23 +173,28 @@ def _gradient(rows: MapRows, layer: Layer, geometry: Geometry, maps: Maps, slope
     return (_in_front_of_pool(dz, maps.where, geometry, size) if is_behind else dz), db
 
 
-def in_front(maps: Maps, slopes: MapSlopes, activation: str, geometry: Geometry, size: tuple[int, int]) -> Tensor:
+def in_front(
+    maps: Maps, slopes: MapSlopes | PlaceSlopes, activation: str, geometry: Geometry, size: tuple[int, int]
+) -> Tensor:
     """The gradient in front of activation and pool, `[rows, channels, *size]` in the slopes' dtype."""
     dz, is_behind = _through_activation(maps, slopes, activation, geometry, size)
     return _in_front_of_pool(dz, maps.where, geometry, size) if is_behind else dz
 
 
 def _through_activation(
-    maps: Maps, slopes: MapSlopes, of: str, geometry: Geometry, size: tuple[int, int]
+    maps: Maps, slopes: MapSlopes | PlaceSlopes, of: str, geometry: Geometry, size: tuple[int, int]
 ) -> tuple[Tensor, bool]:
     """`dp` times the activation's slope, and whether it is still behind the pool, which then passes it on as it is."""
     activation = ACTIVATIONS[of]
-    centre = maps.pivot if maps.pivot.numel() else None
-    first = slopes.first
-    dz = _by_activity(maps.p, first, slopes.second, centre)
+    if isinstance(slopes, PlaceSlopes):
+        dz, is_multiple = by_places(slopes, maps.p), False
+    else:
+        centre = maps.pivot if maps.pivot.numel() else None
+        dz = _by_activity(maps.p, slopes.first, slopes.second, centre)
+        is_multiple = slopes.first is None and centre is None
     if not is_told_before(of, geometry):
         # What a ReLU has shut off is zero, and so is its multiple.
-        if of != "relu" or first is not None or centre is not None:
+        if of != "relu" or not is_multiple:
             dz = _gated(dz, maps.p, of)
         return dz, True
     dz = _in_front_of_pool(dz, maps.where, geometry, size)
@@ -197,6 +202,26 @@ def _through_activation(
         z = maps.before.to(dz.dtype)
         return dz * activation.slope(z, z), False
     return _gated(dz, maps.before, of), False
+
+
+def by_places(slopes: PlaceSlopes, p: Tensor) -> Tensor:
+    """`dLoss/dp` of maps `p`."""
+    dp = slopes.of_place
+    if slopes.scale is not None:
+        dp = dp * slopes.scale[:, None, None]
+    if slopes.first is None or slopes.second is None or slopes.mean is None:
+        return dp
+    first, second, mean = (of[:, None, None] for of in (slopes.first, slopes.second, slopes.mean))
+    return (dp + first).addcmul_(p.to(dp.dtype) - mean, 2 * second)
+
+
+def products(of_place: Tensor, p: Tensor, pivot: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums `[channels]` of maps over rows and places, and of their products with maps `p` about a `pivot`."""
+    of_products = of_place * (p.to(of_place.dtype) - pivot[:, None, None])
+    # Sums that cancel for the most part; not every GPU has float64, and theirs are of trees.
+    wide = torch.float64 if p.device.type == "cpu" else None
+    sums, of_products = (of.sum((2, 3)).sum(0, dtype=wide).to(of.dtype) for of in (of_place, of_products))
+    return sums, of_products
 
 
 def by_weight(dz: Tensor, x: Tensor, layer: Layer, geometry: Geometry, unrounded: bool = False) -> Tensor:
@@ -232,7 +257,7 @@ def _by_activity(p: Tensor, first: Tensor | None, second: Tensor | None, centre:
     """dLoss/dp in the slopes' dtype."""
     if second is None:
         assert first is not None
-        return first if first.dim() == 4 else first[:, :, None, None].expand(p.shape)
+        return first[:, :, None, None].expand(p.shape)
     factor = 2 * second[:, :, None, None]
     apart = p if centre is None else p - centre[:, None, None]
     return apart * factor if first is None else torch.addcmul(first[:, :, None, None], apart.to(factor.dtype), factor)

@@ -115,7 +115,7 @@ def _open(path: Path) -> ctypes.CDLL:
         named = ("linear_forward", "linear_step", "linear_update", "convolution_forward", "convolution_gradient")
         for name in (f"ffk_{of}" for of in named):
             getattr(library, name).argtypes = [ctypes.c_char_p]
-        for name in ("ffk_maps_forward", "ffk_maps_backward"):
+        for name in ("ffk_maps_forward", "ffk_maps_backward", "ffk_maps_products"):
             getattr(library, name).argtypes, getattr(library, name).restype = [ctypes.c_char_p], None
         library.ffk_use_threads(_torchs_threads())
     except (OSError, AttributeError) as error:

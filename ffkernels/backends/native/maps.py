@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...spec import Geometry, Layer, MapGradients, MapRows, Maps, MapSlopes
+from ...spec import Geometry, Layer, MapGradients, MapRows, Maps, MapSlopes, PlaceSlopes
 from ..eager.conv import POOLED_FIRST, by_weight, nothing, product, size_of, summed, unsaturated
 from ..eager.layer import ACTIVATIONS
 from .library import BFLOAT16_UNITS, instruction_set, load
@@ -89,38 +89,49 @@ def conv2d_gradients_(rows: MapRows, layer: Layer, geometry: Geometry, maps: Map
     return MapGradients(dw, given["dz_sums"].sum(0), summed(dz, layer.weight, slopes))
 
 
-def passes_on(geometry: Geometry, activation: str) -> bool:
-    """Whether `in_front` knows this activation and pool: activities alone tell their slopes."""
-    return activation in POOLED_FIRST and geometry.pool != "average" and unsupported(geometry, activation) is None
-
-
 def in_front(
-    rows: MapRows, layer: Layer, geometry: Geometry, maps: Maps, slopes: MapSlopes, unrounded: bool = False
+    rows: MapRows,
+    layer: Layer,
+    geometry: Geometry,
+    maps: Maps,
+    slopes: MapSlopes | PlaceSlopes,
+    unrounded: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient in front of activation and pool, in the compute dtype, its sums `[channels]` over all places, and
     the weight's of it and `rows`.
 
-    `slopes`: as in `conv2d_gradients_`, or `first` of each place, `[rows, channels, h, w]`, alone. `unrounded`: as of
-    `by_weight`.
+    `unrounded`: as of `by_weight`.
     """
     (count, channels), size = maps.p.shape[:2], size_of(rows, layer, geometry)
     dz, sums = _channels_last(maps.p, size), maps.first.new_empty(count, channels)
-    if slopes.first is not None and slopes.first.dim() == 4:
-        # A gradient is its own slope as an activity p that a loss p^2 / 2 and the identity are behind.
-        given = slopes.first.to(maps.p.dtype)
-        if layer.activation == "relu":
-            given = torch.ops.aten.threshold_backward(given, maps.p, 0)
-        maps = maps._replace(p=given.contiguous(memory_format=torch.channels_last))
-        layer = layer._replace(activation="identity")
-        slopes = MapSlopes(None, sums.new_full((1, 1), 0.5).expand(count, 1))
+    taken: dict[str, Any] = {"dz_sums": sums}
+    if isinstance(slopes, PlaceSlopes):
+        taken |= _of_places(slopes.of_place, slopes.scale)
+        first, second = (None if of is None else of.expand(count, -1) for of in (slopes.first, slopes.second))
+        maps = maps if slopes.mean is None else maps._replace(pivot=slopes.mean)
+        slopes = MapSlopes(first, second)
+    taken |= _given(slopes, channels)
     dw = None
     if count:
-        taken: dict[str, Any] = {**_given(slopes, channels), "dz_sums": sums}
         dw = _by_weight(rows, layer, geometry, maps, taken, False)
         _run("ffk_maps_backward", _pass(maps.before, rows, layer, geometry, maps, size, **taken, dz=dz))
     if dw is None:
         dw = by_weight(dz, rows.x, layer, geometry, unrounded)
     return dz, sums.sum(0), dw
+
+
+def products(of_place: Tensor, p: Tensor, pivot: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums `[channels]` of float32 maps over rows and places, and of their products with maps `p` about a `pivot`."""
+    p = p if p.dtype in (torch.float32, torch.bfloat16) else p.float()
+    p = p.contiguous(memory_format=torch.channels_last)
+    sums, of_products = (of_place.new_empty(p.shape[:2]) for _ in range(2))
+    sizes = (*p.shape, *p.shape[2:], 1, 1, 1, 1)
+    given: dict[str, Any] = dict(zip(MapsPass._fields, sizes, strict=False)) | _of_places(of_place, None)
+    given |= {"has_gaps": False, "pool": "none", "activation": "identity", "dtype": p.dtype}
+    given |= {"z": p, "p": p, "where": None, "scale": None, "bias": None, "pivot": pivot.contiguous()}
+    _run("ffk_maps_products", MapsPass(**given, first=sums, spread=of_products))
+    sums, of_products = (of.sum(0, dtype=torch.float64).float() for of in (sums, of_products))
+    return sums, of_products
 
 
 def _by_weight(
@@ -204,6 +215,13 @@ def _given(slopes: MapSlopes, channels: int) -> dict[str, Tensor | None]:
     line = {"gain": slopes.gain, "shift": slopes.shift}
     given = {name: None if slope is None else slope.expand(-1, channels) for name, slope in wide.items()} | line
     return {name: None if value is None else value.to(torch.float32).contiguous() for name, value in given.items()}
+
+
+def _of_places(slope: Tensor, scale: Tensor | None) -> dict[str, Any]:
+    """Slopes of each place as a pass reads them."""
+    scale = slope.new_ones(slope.shape[1]) if scale is None else scale
+    slope = slope.to(torch.float32).contiguous(memory_format=torch.channels_last)
+    return {"place_slope": slope, "place_scale": scale.to(torch.float32).contiguous()}
 
 
 def _maps_of(z: Tensor, layer: Layer, geometry: Geometry, is_centred: bool, pivot: Tensor | None) -> Maps:

@@ -73,6 +73,8 @@ class MapsPass(NamedTuple):
     slope_second: spec.Vector | None = None
     gain: spec.Vector | None = None
     shift: spec.Vector | None = None
+    place_slope: spec.Vector | None = None
+    place_scale: spec.Vector | None = None
     dz: spec.AnyMaps | None = None
     dz_sums: spec.WrittenVector | None = None
     x: spec.AnyMaps | None = None

@@ -183,7 +183,7 @@ def test_the_classifiers_gradient_is_that_of_cross_entropy(data) -> None:
     weight = trainer.classifier.weight.detach().clone().requires_grad_()
     nn.functional.cross_entropy(features @ weight.T, labels).backward()
     logits = trainer._logits(features)
-    trainer._step_classifier(features, labels, logits)
+    trainer._step_classifier(features, labels, logits, len(labels))
     torch.testing.assert_close(trainer.classifier.weight.grad, weight.grad, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(logits, (features @ weight.T).detach())
 

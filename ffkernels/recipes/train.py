@@ -405,19 +405,18 @@ class Trainer:
             before its own step, None without a classifier.
         """
         x_pos, x_neg, features = batch.x_pos, batch.x_neg, batch.features
+        if features is not None and batch.logits is not None:
+            self._step_classifier(features, batch.labels, batch.logits, batch.rows)
         if self.overlapped is not None:
             assert batch.wrong is not None
             of_blocks = self.overlapped.step(x_pos, batch.labels, batch.wrong, batch.index, self.skip_below)
-            if features is not None and batch.logits is not None:
-                self._step_classifier(features, batch.labels, batch.logits)
             return of_blocks, batch.logits
         options: dict[str, Any] = {"skip_below": self.skip_below}
         if self.recipe.of_classes:
             options["labels"] = batch.labels
         if self.classifier is None:
             return self._step(x_pos, x_neg, options), None
-        if features is not None and batch.logits is not None:
-            self._step_classifier(features, batch.labels, batch.logits, batch.rows)
+        if batch.logits is not None:
             # Of a minibatch that others came after, the product is of weights that are gone.
             if batch.shared is not None and batch.shared.version == next(iter(self.net)).weight._version:
                 options["product"] = batch.shared.product
@@ -472,11 +471,11 @@ class Trainer:
         return logits
 
     @torch.no_grad()
-    def _step_classifier(self, features: Tensor, labels: Tensor, logits: Tensor, rows: int | None = None) -> None:
+    def _step_classifier(self, features: Tensor, labels: Tensor, logits: Tensor, rows: int) -> None:
         """Trains the classifier, which has these logits: `dW = (softmax - one_hot)^T features / rows`."""
         assert self.classifier is not None
         error = logits.softmax(1).sub_((labels[:, None] == self._classes).to(logits.dtype))
-        gradient = (error.t() @ features).div_(len(labels) if rows is None else rows)
+        gradient = (error.t() @ features).div_(rows)
         self.classifier.weight.grad = self.processes.sum(gradient)
         self.classifier_optimizer.step()
 

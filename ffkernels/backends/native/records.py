@@ -40,6 +40,8 @@ class MapsPass(NamedTuple):
         finds_pivot: whether the pivot is to be found among the activities.
         z, dz: the product, and its gradient, which may lie in its place.
         bias: what is added to `scale z`; None where z has it.
+        place_slope, place_scale: `[rows, pooled_height, pooled_width, channels]` and `[channels]`; with them
+            `place_scale place_slope` is added to what the moments' slopes make of an activity's gradient.
         dz_sums: `[rows, channels]`, over places, before the row scale.
         x, weight, dw: a convolution's own, where the library multiplies too; the last two laid out as the parameter.
             Then z is kept where it is not null, with the bias where there is no scale, and dz is never written.

@@ -147,7 +147,8 @@ class MapSlopes(NamedTuple):
     """What a convolution's update takes in place of an objective: `dLoss/dp = first + 2 second (p - pivot)`.
 
     Attributes:
-        first, second: `[rows, channels]` or `[rows, 1]`, or None for zero.
+        first, second: `[rows, channels]` or `[rows, 1]`, or None for zero. On the PyTorch backend the first may be one
+            of each place, `[rows, channels, h, w]`.
         gain, shift: `[channels]`; with them `gain (p - pivot) + shift` is written over `p`.
         by_place: whether the gradient in front of the activation is summed over rows too; the weight's is then not
             rounded to the dtype of the products' operands.

@@ -179,7 +179,10 @@ def test_fifty_steps_of_cwcs_network(loss, options, tolerance):
 
 
 def test_fifty_steps_of_it_end_as_near_to_float64_as_torchs():
-    """With units that change sides and windows that change winners: in the mean over losses, at most twice as far."""
+    """With units that change sides and windows that change winners: in the median over losses, at most twice as far.
+
+    A unit that changes sides in one of the two alone leaves it thousands of times as far from there on: no mean holds.
+    """
     ratios = []
     for loss in ("cross_entropy", "pvn", "cwc", "cwg"):
         ours = network(loss)
@@ -193,7 +196,7 @@ def test_fifty_steps_of_it_end_as_near_to_float64_as_torchs():
             by_autograd(exact, optimizers[2], x.double(), labels)
         for one, other, known in zip(*(net.parameters() for net in nets), strict=True):
             ratios.append(error(one, known, 1.0) / error(other, known, 1.0))
-    assert torch.tensor(ratios).log().mean().exp() <= 2
+    assert torch.tensor(ratios).median() <= 2
 
 
 def test_rows_in_any_order_are_the_same_step():
@@ -288,6 +291,22 @@ def test_parameters_are_those_of_torch():
     for name, value in theirs.state_dict().items():
         assert torch.equal(ours.state_dict()[name], value)
     assert isinstance(ours, nn.Conv2d)
+
+
+@pytest.mark.parametrize("stride", [(1, 2), (2, 1), (2, 3)])
+@pytest.mark.parametrize("kernel", [1, (1, 2)])
+def test_strided_points_of_few_channels(kernel, stride):
+    """Of such maps channels-last oneDNN's gradient for a kernel of one place writes beyond its memory."""
+    torch.manual_seed(0)
+    single = ff.FFConv2d(2, 3, kernel, stride=stride, objective=ff.Objective(threshold=0.5))
+    exact = ff.FFConv2d(2, 3, kernel, stride=stride, objective=ff.Objective(threshold=0.5), dtype=torch.float64)
+    exact.load_state_dict(single.state_dict())
+    optimizers = [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in (single, exact)]
+    for _ in range(10):
+        x_pos, x_neg = torch.randn(2, 8, 2, 10, 5)
+        single.step(x_pos, x_neg, optimizers[0])
+        exact.step(x_pos.double(), x_neg.double(), optimizers[1])
+    assert error(single.weight, exact.weight) <= 1e-5
 
 
 def test_autograd_hears_of_a_step():

@@ -93,6 +93,71 @@ def test_rows_left_out_are_in_no_gradient(left):
             assert error(layer.get_parameter(name), value, 1.0) <= 1e-10, name
 
 
+STEMS = {
+    "channels-last": (
+        lambda p: F.conv2d(IMAGES.contiguous(memory_format=torch.channels_last), p["stem"]),
+        (2, 3, 3, 3),
+    ),
+    "expanded": (lambda p: IMAGES[:, :2] + p["stem"].sum(), (64,)),
+    "one for two": (lambda p: p["stem"] + p["other"], (4, 2, 8, 8)),
+}
+IMAGES = torch.rand(4, 3, 8, 8)
+
+
+@pytest.mark.parametrize("rule", [torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.parametrize("stem", STEMS)
+def test_gradients_of_what_the_input_is_made_of_in_any_layout(stem, rule):
+    """Rules walk memory in order and write over a gradient: autograd's may be laid out otherwise, or be one for two."""
+    make, shape = STEMS[stem]
+    torch.manual_seed(0)
+    layer = ff.FFConv2d(2, 4, 3, padding=1, objective=OBJECTIVE)
+    given = {name: torch.randn(shape) for name in ("stem", "other")}
+    if stem == "one for two":
+        # Which the unfused rules take, as it is.
+        given = {name: value.contiguous(memory_format=torch.channels_last) for name, value in given.items()}
+    given = {name: nn.Parameter(value) for name, value in given.items()}
+    theirs, others = deepcopy((layer, given))
+    options = {"lr": 0.1, "weight_decay": 0.1}
+    if rule is torch.optim.Adam:
+        options["eps"] = 1e-2
+    x = make(given)
+    learned = {name: p for name, p in given.items() if name == "stem" or stem == "one for two"}
+    chain.step_(passed([layer], x), 2, rule([*learned.values(), *layer.parameters()], **options), OBJECTIVE, learned)
+    goodness = definition(theirs, make(others)).square().mean((1, 2, 3))
+    ((F.softplus(0.5 - goodness[:2]).sum() + F.softplus(goodness[2:] - 0.5).sum()) / 4).backward()
+    rule([*others.values(), *theirs.parameters()], **options).step()
+    for name, parameter in learned.items():
+        assert error(parameter, others[name], 1.0) <= 1e-5, name
+    assert error(layer.weight, theirs.weight, 1.0) <= 1e-5
+
+
+def test_a_weight_of_two_layers_is_refused():
+    first, second = (ff.FFConv2d(4, 4, 3, padding=1, objective=OBJECTIVE) for _ in range(2))
+    second.weight = first.weight
+    before = first.weight.detach().clone()
+    links = passed([first, second], torch.rand(4, 4, 6, 6))
+    optimizer = torch.optim.Adam([*first.parameters(), second.bias])
+    with pytest.raises(ValueError, match=r"0\.weight shares memory with weight"):
+        chain.step_(links, 2, optimizer, OBJECTIVE)
+    assert torch.equal(first.weight, before)
+
+
+def test_no_rows_without_running_statistics_change_nothing():
+    ours = layers()[:2]
+    for layer in ours:
+        layer.input_norm = nn.BatchNorm2d(layer.in_channels, track_running_stats=False, dtype=torch.float64)
+    before = deepcopy([layer.state_dict() for layer in ours])
+    parameters = [p for layer in ours for p in layer.parameters()]
+    chain.step_(passed(ours, torch.rand(0, 2, 12, 12, dtype=torch.float64)), 0, torch.optim.SGD(parameters), OBJECTIVE)
+    for layer, state in zip(ours, before, strict=True):
+        assert all(torch.equal(value, state[name]) for name, value in layer.state_dict().items())
+
+
+def test_one_number_has_no_variance():
+    with pytest.raises(ValueError, match="no variance for input_norm"):
+        passed([ff.FFConv2d(2, 4, 1, batch_norm="before")], torch.rand(1, 2, 1, 1))
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [

@@ -147,10 +147,24 @@ def test_statistics_are_of_the_maps_that_come(change):
     x = torch.cat([torch.randn(8, 1, 12, 12), torch.ones(8, 1, 12, 12)], 1)
     y, _ = below.advance(x, False)
     y = change(y)
-    block.advance(y, False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        block.advance(y, False)
     wide, norm = y.double(), block.inner[0]
     assert error(norm.running_mean / norm.momentum, wide.mean((0, 2, 3))) <= 1e-6
     assert error(norm.running_var - (1 - norm.momentum), norm.momentum * wide.var((0, 2, 3))) <= 1e-5
+
+
+@pytest.mark.parametrize("change", [lambda y: y * 2, lambda y: y.mul_(2)])
+def test_what_comes_between_two_blocks_is_named(change):
+    """No gradient goes through it: the upper one learns of what came, the lower one not, and a warning says so."""
+    ours, _ = made()
+    below, block = ours.layers[:2]
+    y, _ = below.advance(torch.randn(8, 2, 12, 12, dtype=torch.float64), False)
+    before = copy.deepcopy(below.state_dict())
+    with pytest.warns(UserWarning, match="block 0 of Trifecta did not learn in a step"):
+        block.advance(change(y), True)
+    assert all(torch.equal(value, before[name]) for name, value in below.state_dict().items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

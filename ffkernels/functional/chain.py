@@ -83,6 +83,7 @@ def forward(
         raise ValueError(f"padding_mode={geometry.padding_mode!r} came to a chain of convolutions; accepted: 'zeros'")
     maps_of("x", x, weight, layer.compute_dtype, geometry)
     in_front.check_fits(norm, x, weight, layer.norm)
+    in_front.check_enough(norm, x)
     chosen = backend_of(layer, geometry, None, options.backend)
     is_compiled = chosen == "native"
     with torch.no_grad(), without_autocast(weight.device):
@@ -114,7 +115,8 @@ def step_(
             the batch reaches the rows left out, so that no product is of them.
 
     Raises:
-        ValueError: for parameters that the optimizer does not hold, or cannot learn, before anything is written.
+        ValueError: for parameters that the optimizer does not hold, or cannot learn, and for one that two layers have,
+            before anything is written.
     """
     first, last = chain[0], chain[-1]
     named = _parameters(chain) | dict(learned or {})
@@ -122,6 +124,7 @@ def step_(
         check.trainable(name, parameter)
         check.writable(name, parameter)
     weight = named.pop(f"{len(chain) - 1}.weight")
+    check.apart(weight, None, None, first.x.detach(), None, None, named)
     update = optim.plan(optimizer, weight, None, named)
     check.writable_here(update.written())
     held = interrupts.hold()
@@ -141,7 +144,7 @@ def step_(
             for i in reversed(range(len(chain))):
                 wants = i > 0 or bool(learned)
                 found, below = _gradients(chain[i], slopes, wants)
-                gradients |= {f"{i}.{name}": gradient for name, gradient in found.items()}
+                gradients |= {f"{i}.{name}": gradient.clone() for name, gradient in found.items()}
                 if below is not None:
                     slopes = below
             if below is not None:
@@ -150,7 +153,8 @@ def step_(
                     by_x = torch.zeros_like(first.x, dtype=by_x.dtype).index_copy_(0, kept, by_x)
         if learned:
             found_by = torch.autograd.grad(first.x, list(learned.values()), by_x, retain_graph=False)
-            gradients |= dict(zip(learned, found_by, strict=True))
+            # Two of them may be one tensor, and a rule writes over it.
+            gradients |= {name: gradient.clone() for name, gradient in zip(learned, found_by, strict=True)}
         with torch.no_grad():
             for name, part in zip((f"{len(chain) - 1}.weight", *named), update.parts, strict=True):
                 rules.step(update.rule, part.parameter, gradients[name], part.slot)
@@ -204,6 +208,6 @@ def _gradients(
     if line is None:
         return found, PlaceSlopes(du)
     x = of.x.detach()
-    sums, products = (native if of.is_compiled else conv).products(du, x, line.centre)
+    sums, products = (native if of.is_compiled else conv).products(du, x, line.statistics[0])
     of_line, below = in_front.through_statistics(line, sums, products, du)
     return found | of_line, below

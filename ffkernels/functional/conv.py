@@ -142,7 +142,7 @@ def _ready(
     layer, geometry = options.checked(weight, bias)
     maps_of("x", x, weight, layer.compute_dtype, geometry)
     in_front.check_fits(options.input_norm, x, weight, layer.norm)
-    _enough_in_front(options.input_norm, x)
+    in_front.check_enough(options.input_norm, x)
     between.check_module(options.product_norm, weight, options.backend)
     _enough_between(options.product_norm, geometry, weight, x)
     if input_sumsq is not None:
@@ -314,7 +314,7 @@ def conv2d_pass(
     if rows.x_neg.shape[1:] != x_pos.shape[1:]:
         raise ValueError(f"x_neg has maps of {tuple(rows.x_neg.shape[1:])}; accepted: {tuple(x_pos.shape[1:])}")
     in_front.check_fits(options.input_norm, x_pos, weight, layer.norm)
-    _enough_in_front(options.input_norm, x_pos, rows.x_neg)
+    in_front.check_enough(options.input_norm, x_pos, rows.x_neg)
     between.check_module(options.product_norm, weight, options.backend)
     _enough_between(options.product_norm, geometry, weight, x_pos, rows.x_neg)
     _enough_for_statistics(batch_norm, geometry, weight, x_pos, rows.x_neg)
@@ -419,12 +419,6 @@ def _enough_for_statistics(
     """Raises where a channel has a single number in the rows of these maps, which has no variance."""
     _, behind = geometry.maps_of(x.shape[2], x.shape[3], (weight.shape[2], weight.shape[3]))
     check.enough_for_statistics(batch_norm, len(x) + sum(map(len, others)), behind[0] * behind[1])
-
-
-def _enough_in_front(input_norm: InputNorm, *sides: Tensor) -> None:
-    """Likewise of these maps themselves."""
-    if isinstance(input_norm, nn.BatchNorm2d):
-        check.enough_for_statistics(input_norm, sum(map(len, sides)), sides[0].shape[2:].numel(), "input_norm")
 
 
 def _enough_between(norm: nn.BatchNorm2d | None, geometry: Geometry, weight: Tensor, *sides: Tensor) -> None:

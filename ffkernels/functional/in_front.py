@@ -38,21 +38,21 @@ class Standardising(NamedTuple):
     samples: int
 
     @property
-    def centre(self) -> Tensor:
-        """The mean that counts."""
-        mean = self.module.running_mean if self.mean is None else self.mean
-        assert mean is not None
-        return mean
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """The mean and variance that count, the running ones as they are now; 0 and 1 of no rows without them."""
+        norm, mean, variance = self.module, self.mean, self.variance
+        if mean is None:
+            mean, variance = norm.running_mean, norm.running_var
+        if mean is None or variance is None:
+            return torch.zeros_like(norm.weight), torch.ones_like(norm.weight)
+        return mean, variance
 
     def standardised(self, u: Tensor) -> Tensor:
         """`(u - mean) / deviation`."""
         if len(u) == 0:
             return u
-        norm, mean, variance = self.module, self.mean, self.variance
-        if mean is None:
-            mean, variance = norm.running_mean, norm.running_var
-        assert mean is not None
-        return F.batch_norm(_wide(u, mean.dtype), mean, variance, None, None, False, 0.0, norm.eps)
+        mean, variance = self.statistics
+        return F.batch_norm(_wide(u, mean.dtype), mean, variance, None, None, False, 0.0, self.module.eps)
 
 
 def check_module(norm: object, channels: int, weight: Tensor, row_norm: str) -> None:
@@ -85,6 +85,12 @@ def check_fits(norm: InputNorm, x: Tensor, weight: Tensor, row_norm: str) -> Non
         raise ValueError(
             f"input_norm has normalized_shape={tuple(norm.normalized_shape)}; accepted: {tuple(x.shape[1:])}, a row's"
         )
+
+
+def check_enough(norm: InputNorm, *sides: Tensor) -> None:
+    """Raises unless these maps have a variance for `norm`, where it takes one of the batch."""
+    if isinstance(norm, nn.BatchNorm2d):
+        check.enough_for_statistics(norm, sum(map(len, sides)), sides[0].shape[2:].numel(), "input_norm")
 
 
 def normalised(norm: InputNorm, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -203,12 +209,9 @@ def through_statistics(
 
     Args:
         sums, products: `[channels]` over rows and places of the gradient `du` behind the normalisation, and of `du`
-            times what lies in front of it, about `line.centre`.
+            times what lies in front of it, about the mean.
     """
-    norm, variance = line.module, line.variance
-    if variance is None:
-        variance = norm.running_var
-    assert variance is not None
+    norm, (_, variance) = line.module, line.statistics
     deviation = (variance + norm.eps).sqrt()
     by_weight, scale = products / deviation, norm.weight / deviation
     found = {"input_norm.weight": by_weight, "input_norm.bias": sums}

@@ -8,7 +8,7 @@ and one warning says why.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,15 @@ def should_detach(olu: bool, index: int, iteration: int) -> bool:
     return (index % 2 != iteration % 2) if olu else True
 
 
+class Handed(NamedTuple):
+    """What a block hands on, its version and `chain.Passed.sums`, and where a loss is still to come the pass."""
+
+    y: Tensor
+    version: int | None
+    sums: tuple[Tensor, Tensor]
+    passed: chain.Passed | None
+
+
 class Block(nn.Module):
     """Batch normalisation, a convolution without bias, ReLU and perhaps a pool, `inner`; and an Adam of its own.
 
@@ -55,8 +64,7 @@ class Block(nn.Module):
 
     _below: Block | None
     _above: Block | None
-    _passed: chain.Passed | None
-    _handed: tuple[Tensor, int, tuple[Tensor, Tensor]] | None
+    _handed: Handed | None
     _learned: list[Tensor]
 
     def __init__(
@@ -91,7 +99,7 @@ class Block(nn.Module):
         self.index, self.alpha, self.tau, self.olu = index, alpha, tau, olu
         self.compute_dtype, self.skip_below = compute_dtype, skip_below
         # Neighbours are no parts of it.
-        vars(self).update(_below=prev if isinstance(prev, Block) else None, _above=None, _passed=None, _handed=None)
+        vars(self).update(_below=prev if isinstance(prev, Block) else None, _above=None, _handed=None)
         vars(self)["_learned"] = [] if isinstance(prev, Block) else below
         if isinstance(prev, Block):
             vars(prev)["_above"] = self
@@ -121,14 +129,14 @@ class Block(nn.Module):
     def advance(self, x: Tensor, has_loss: bool) -> tuple[Tensor, Judged | None]:
         """What the block hands on of rows as in `forward`, and if it has a loss, a step by this; no value comes back to
         the host but where rows are left out."""
-        sums = None if self._below is None else self._below._sums_of(x)
-        passed = chain.forward(x, self.weight, None, self._options(), sums)
-        if self._above is not None and not passed.y.is_inference():
-            vars(self)["_handed"] = passed.y, passed.y._version, passed.sums
+        handed = None if self._below is None else self._below._handed_on(x)
+        passed = chain.forward(x, self.weight, None, self._options(), None if handed is None else handed.sums)
+        if self._above is not None:
+            left = None if has_loss else passed
+            vars(self)["_handed"] = Handed(passed.y, _version(passed.y), passed.sums, left)
         if not has_loss:
-            vars(self)["_passed"] = passed if self._above is not None else None
             return passed.y, None
-        below = None if self._below is None else self._below._taken(x)
+        below = None if handed is None else handed.passed
         learned: dict[str, Tensor] = {}
         if below is None and x.requires_grad:
             learned = {f"learned.{i}": p for i, p in enumerate(self._learned)}
@@ -168,15 +176,17 @@ class Block(nn.Module):
         goodness = moments.second.sum(1) / y.shape[1:].numel()
         return y, goodness, None, None, None, None
 
-    def _taken(self, x: Tensor) -> chain.Passed | None:
-        """What a pass without a loss has left, if `x` is what it handed on."""
-        passed, vars(self)["_passed"] = self._passed, None
-        return passed if passed is not None and passed.y is x else None
-
-    def _sums_of(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
-        """`chain.Passed.sums` of the last pass, if `x` is what it handed on, as it was."""
+    def _handed_on(self, x: Tensor) -> Handed | None:
+        """What the last pass has left, if `x` is what it handed on, as it was."""
         handed, vars(self)["_handed"] = self._handed, None
-        return handed[2] if handed is not None and handed[0] is x and handed[1] == x._version else None
+        if handed is None or (handed.y is x and handed.version == _version(x)):
+            return handed
+        if handed.passed is not None:
+            common.warn_once(
+                f"block {self.index} of Trifecta did not learn in a step: the next one took other maps than it handed "
+                "on, and no gradient goes through what is between them"
+            )
+        return None
 
     def _by_autograd(self, x: Tensor, iteration: int | None) -> tuple[Any, ...]:
         """`forward` by plain PyTorch; without an iteration a forward pass alone."""
@@ -225,6 +235,10 @@ class Block(nn.Module):
             if not any(p is other for other in held):
                 return f"its optimizer does not hold {name}"
         return common.overridden(self, Block, ("forward",))
+
+
+def _version(x: Tensor) -> int | None:
+    return None if x.is_inference() else x._version
 
 
 class Network(nn.Module):

@@ -234,6 +234,11 @@ def by_weight(dz: Tensor, x: Tensor, layer: Layer, geometry: Geometry, unrounded
     weight = layer.weight
     if unrounded:
         dz, x, layer = dz.to(weight.dtype), x.to(weight.dtype), layer._replace(compute_dtype=weight.dtype)
+    if weight.shape[2:] == (1, 1) and geometry.stride != (1, 1) and _padding(geometry) == (0, 0):
+        # oneDNN's own gathering of these places writes beyond its memory where channels are few (PyTorch 2.13).
+        down, across = geometry.stride
+        x = x[:, :, ::down, ::across].contiguous(memory_format=torch.channels_last)
+        geometry = geometry._replace(stride=(1, 1))
     _, dw, _ = _backward(dz, x, layer, geometry, [False, True, False])
     # PyTorch's fused rules walk memory in order, and the gradient comes channels-last.
     return dw.to(weight.dtype).contiguous()
@@ -257,7 +262,7 @@ def _by_activity(p: Tensor, first: Tensor | None, second: Tensor | None, centre:
     """dLoss/dp in the slopes' dtype."""
     if second is None:
         assert first is not None
-        return first[:, :, None, None].expand(p.shape)
+        return first if first.dim() == 4 else first[:, :, None, None].expand(p.shape)
     factor = 2 * second[:, :, None, None]
     apart = p if centre is None else p - centre[:, None, None]
     return apart * factor if first is None else torch.addcmul(first[:, :, None, None], apart.to(factor.dtype), factor)

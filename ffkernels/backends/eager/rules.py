@@ -95,6 +95,9 @@ def step(rule: str, parameter: Tensor, gradient: Tensor, slot: Slot) -> None:
         return
     start(rule, slot.state)
     assert isinstance(slot.numbers, Numbers)
+    # The rules walk memory in order, and write over the gradient.
+    if gradient.stride() != parameter.stride():
+        gradient = torch.empty_like(parameter).copy_(gradient)
     RULES[rule](parameter, gradient, slot.state, slot.numbers, rate(slot, parameter.dtype))
 
 

@@ -155,6 +155,29 @@ def test_statistics_are_of_the_maps_that_come(change):
     assert error(norm.running_var - (1 - norm.momentum), norm.momentum * wide.var((0, 2, 3))) <= 1e-5
 
 
+@pytest.mark.parametrize("is_watched", [False, True])
+def test_an_output_that_nobody_reads_is_not_made(is_watched, monkeypatch):
+    """Of the last block without a loss the running statistics move, as in a pass, and a hook still sees that."""
+    ours, theirs = made()
+    seen: list[Any] = []
+    if is_watched:
+        ours.layers[-1].register_forward_hook(lambda *of: seen.append(of))
+    passes: list[Any] = []
+    forward = trifecta.chain.forward
+    monkeypatch.setattr(trifecta.chain, "forward", lambda *of: passes.append(of) or forward(*of))
+    x, labels = batch(torch.float64)
+    for iteration in range(2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore" if is_watched else "error")
+            ours(x, labels, iteration)
+        theirs.step(x, labels, iteration)
+    last = len(ours.layers) - 1
+    assert len(seen) == 2 * is_watched and len(passes) == (11 if not is_watched else 2 * last - 1)
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        mine, reference = (getattr(net.layers[last].inner[0], name) for net in (ours, theirs.net))
+        assert error(mine, reference) <= 1e-10, name
+
+
 @pytest.mark.parametrize("change", [lambda y: y * 2, lambda y: y.mul_(2)])
 def test_what_comes_between_two_blocks_is_named(change):
     """No gradient goes through it: the upper one learns of what came, the lower one not, and a warning says so."""

@@ -110,16 +110,24 @@ def standardising(
     """
     if not isinstance(norm, nn.BatchNorm2d):
         return normalised(norm, x, dtype), None
+    line = standardising_of(norm, x, dtype, sums)
+    if line.mean is None or len(x) == 0:
+        return normalised(norm, x, dtype), line
+    return _through(norm, x, dtype, line.mean, line.variance), line
+
+
+def standardising_of(
+    norm: nn.BatchNorm2d, x: Tensor, dtype: torch.dtype, sums: tuple[Tensor, Tensor] | None = None
+) -> Standardising:
+    """How a batch normalisation standardises maps `x`; `sums` as in `standardising`."""
     samples, together = len(x) * x.shape[2:].numel(), summed(norm)
     if _of_batch(norm) and together is not None:
         places = _wide(x, dtype).movedim(1, -1).flatten(0, -2)
-        mean, variance, samples = joint_statistics(places.to(dtype), together)
-        return (_through(norm, x, dtype, mean, variance) if len(x) else x), Standardising(norm, mean, variance, samples)
+        return Standardising(norm, *joint_statistics(places.to(dtype), together))
     if not _of_batch(norm) or samples == 0:
-        return normalised(norm, x, dtype), Standardising(norm, None, None, samples)
+        return Standardising(norm, None, None, samples)
     known = None if sums is None or x.device.type != "cpu" else _by_sums(*sums, samples)
-    mean, variance = _statistics(x, dtype) if known is None else known
-    return _through(norm, x, dtype, mean, variance), Standardising(norm, mean, variance, samples)
+    return Standardising(norm, *(_statistics(x, dtype) if known is None else known), samples)
 
 
 def _normalised(norm: InputNorm, x: Tensor, dtype: torch.dtype) -> Tensor:

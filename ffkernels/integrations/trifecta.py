@@ -16,10 +16,10 @@ from torch.nn.functional import softplus
 from torch.optim import Adam, Optimizer
 
 from .. import validation as check
-from ..functional import chain
+from ..functional import chain, in_front
 from ..functional.conv import run_conv2d, waits
 from ..functional.maps import ConvOptions
-from ..objectives import Judged, Objective
+from ..objectives import Judged, Objective, move
 from . import common
 
 SIZES = {
@@ -126,6 +126,12 @@ class Block(nn.Module):
         pos, neg = goodness.chunk(2)
         return y, goodness, (pos - neg).mean(0), judged.loss.item(), pos.mean(0), neg.mean(0)
 
+    def can_observe(self, x: Tensor, iteration: int | None) -> bool:
+        """Whether `observe` does what a step does but for its `y`."""
+        if not self.training or iteration is None or should_detach(self.olu, self.index, iteration):
+            return False
+        return self._reason(x, False) is None
+
     def advance(self, x: Tensor, has_loss: bool) -> tuple[Tensor, Judged | None]:
         """What the block hands on of rows as in `forward`, and if it has a loss, a step by this; no value comes back to
         the host but where rows are left out."""
@@ -144,6 +150,16 @@ class Block(nn.Module):
         links = [passed] if below is None else [below, passed]
         n_pos = (len(x) + 1) // 2
         return passed.y, chain.step_(links, n_pos, self.optimizer, self.objective, learned, self.skip_below)
+
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> None:
+        """Moves the running statistics by rows as in `forward`: all that is left of a pass without a loss whose `y`
+        nobody reads."""
+        handed = None if self._below is None else self._below._handed_on(x)
+        norm = cast("nn.BatchNorm2d", self.inner[0])
+        in_front.check_fits(norm, x, self.weight, "none")
+        in_front.check_enough(norm, x)
+        move(norm, in_front.standardising_of(norm, x, self.weight.dtype, None if handed is None else handed.sums))
 
     @property
     def weight(self) -> Tensor:
@@ -285,9 +301,13 @@ class Network(nn.Module):
         """
         maps = self.embedding(y).view(-1, 1, self.dims, self.dims)
         x = torch.cat([x, maps], dim=1)
-        metrics = []
-        for layer in self.layers:
+        metrics: list[tuple[Any, ...]] = []
+        for layer in cast("list[Block]", self.layers):
+            if layer is self.layers[-1] and layer.can_observe(x, iteration):
+                layer.observe(x)
+                metrics.append((None,) * 5)
+                continue
             x, *rest = layer(x, iteration)
-            metrics.append(rest)
+            metrics.append(tuple(rest))
         goodness, delta, loss, pos, neg = zip(*metrics, strict=True)
         return (delta, loss, pos, neg) if self.training else torch.stack(goodness)

@@ -66,7 +66,7 @@ class OverlappedNetwork(nn.Module):
         for block in self:
             has_loss = should_detach(True, block.index, iteration)
             if not has_loss and block.index == len(self) - 1:
-                # Nothing would come of its pass.
+                block.observe(x)
                 results.append(None)
                 break
             block.skip_below = skip_below

@@ -74,52 +74,49 @@ struct Scratch {
     }
 };
 
-// One image, padded, as the product with the weight takes it: [units, height, width, channels].
+// A unit of one image, padded, as the product with the weight takes it: [height, width, channels].
 struct Image {
     const Convolution& of;
-    const int64_t unit_floats;
-
-    explicit Image(const Convolution& c)
-        : of(c), unit_floats(up_to(c.padded_height * c.padded_width * c.in_places, 16)) {}
 
     // What lies behind the last place is read with it.
     int64_t floats() const {
-        return of.units * unit_floats + PAIRS_AT_ONCE
+        return of.padded_height * of.padded_width * of.in_places + PAIRS_AT_ONCE
                + (TILE_ROWS + of.call.kernel_width) * of.in_places;
     }
 
-    void pack(int64_t row, float* at) const {
-        const ffk::MapsPass& call = of.call;
-        const int64_t line = call.in_width * call.in_channels;
-        for (int64_t y = 0; y < call.in_height; y++) {
-            const int64_t from = (row * call.in_height + y) * line,
-                          to = ((y + call.padding_height) * of.padded_width + call.padding_width)
-                               * of.in_places;
-            for (int64_t x = 0; x < call.in_width; x++)
-                for (int64_t u = 0; u < of.units; u++) {
-                    const int64_t place = from + x * call.in_channels + u * of.in;
-                    float* into = at + u * unit_floats + to + x * of.in_places;
-                    if (call.dtype == ffk::FLOAT32)
-                        copy(static_cast<const float*>(call.x) + place, of.in, into);
-                    else if (of.pairs)
-                        copy(static_cast<const uint16_t*>(call.x) + place, of.in,
-                             reinterpret_cast<uint16_t*>(into));
-                    else
-                        copy(static_cast<const uint16_t*>(call.x) + place, of.in, into);
-                }
+    void pack(int64_t row, int64_t unit, float* at) const {
+        if (of.call.dtype == ffk::FLOAT32)
+            pack_numbers(static_cast<const float*>(of.call.x), row, unit, at);
+        else if (of.pairs)
+            pack_numbers(static_cast<const uint16_t*>(of.call.x), row, unit,
+                         reinterpret_cast<uint16_t*>(at));
+        else
+            pack_numbers(static_cast<const uint16_t*>(of.call.x), row, unit, at);
+    }
+
+    template <class S, class D>
+    void pack_numbers(const S* x, int64_t row, int64_t unit, D* at) const {
+        // The compiler cannot know that no store changes these.
+        const int64_t in = of.in, channels = of.call.in_channels, width = of.call.in_width,
+                      apart = of.in_places * int64_t(sizeof(float) / sizeof(D));
+        for (int64_t y = 0; y < of.call.in_height; y++) {
+            const S* from = x + (row * of.call.in_height + y) * width * channels + unit * in;
+            D* into =
+                at
+                + ((y + of.call.padding_height) * of.padded_width + of.call.padding_width) * apart;
+            for (int64_t i = 0; i < width; i++) copy(from + i * channels, in, into + i * apart);
         }
     }
 
     // Few numbers, too few for a call of memcpy; narrow ones as they are or widened.
-    static void copy(const float* from, int64_t n, float* to) {
-        for (; n > 0; n -= LANES, from += LANES, to += LANES) store_some(to, load_some(from, n), n);
+    template <class T>
+    static void copy(const T* from, int64_t n, T* to) {
+        for (; n >= LANES; n -= LANES, from += LANES, to += LANES)
+            std::memcpy(to, from, LANES * sizeof(T));
+        copy_few<LANES / 2>(from, to, n);
     }
     static void copy(const uint16_t* from, int64_t n, float* to) {
         for (; n > 0; n -= LANES, from += LANES, to += LANES) store_some(to, load_some(from, n), n);
-    }
-    static void copy(const uint16_t* from, int64_t n, uint16_t* to) {
-        for (; n > 0; n -= LANES, from += LANES, to += LANES)
-            store_some(to, halves_of((vec_of_bits)load_some(from, n)), n);
     }
 };
 
@@ -166,22 +163,21 @@ struct PackedWeight {
     }
 };
 
-// Products of one image's places with a panel of channels, and what becomes of them.
+// Products of one image's places with a panel of a unit's channels, and what becomes of them.
 template <class P>
 struct ConvolutionForward {
     const Convolution& of;
-    const Image& image;
     const PackedWeight& weight;
     const P& passes;
 
-    // `packed`: the image; `z`: room for the products.
+    // `packed`: the unit's image; `z`: room for the products.
     void run(const float* packed, float* z, int64_t row, int64_t unit, int64_t panel,
              const float* pivot, bool writes) const {
         const int64_t width = weight.panels.vectors(panel) * LANES;
         with_pairs(of.pairs, [&](auto pairs) {
             with_vectors(weight.panels.vectors(panel), [&](auto vectors) {
                 multiply<decltype(pairs)::value, decltype(vectors)::value>(
-                    packed + unit * image.unit_floats, weight.panel(unit, panel), z);
+                    packed, weight.panel(unit, panel), z);
             });
         });
         const Channels range = of.of_panel(unit, weight.panels, panel);
@@ -231,7 +227,7 @@ struct ConvolutionForward {
 
 int convolution_forward(const ffk::MapsPass& call) {
     const Convolution of(call);
-    const Image image(of);
+    const Image image{of};
     return with_memory([&](Memory& memory, bool real) {
         const PackedWeight weight(of, memory);
         const int64_t panels = weight.panels.count(), all = of.units * panels;
@@ -245,14 +241,15 @@ int convolution_forward(const ffk::MapsPass& call) {
         images.clear();
         parallel(all, int(workers), [&](int64_t i, int) { weight.pack(i / panels, i % panels); });
         const auto run = [&](const auto& passes) {
-            const ConvolutionForward<std::decay_t<decltype(passes)>> forward{of, image, weight,
-                                                                             passes};
+            const ConvolutionForward<std::decay_t<decltype(passes)>> forward{of, weight, passes};
             const auto some = [&](int64_t row, int64_t first, int64_t end, int worker,
                                   const float* pivot, bool writes) {
-                image.pack(row, images.of(worker));
-                for (int64_t i = first; i < end; i++)
-                    forward.run(images.of(worker), products.of(worker), row, i / panels, i % panels,
-                                pivot, writes);
+                for (int64_t i = first; i < end; i++) {
+                    const int64_t unit = i / panels, panel = i % panels;
+                    if (i == first || panel == 0) image.pack(row, unit, images.of(worker));
+                    forward.run(images.of(worker), products.of(worker), row, unit, panel, pivot,
+                                writes);
+                }
             };
             if (call.finds_pivot)
                 parallel(all, int(workers), [&](int64_t i, int worker) {
@@ -269,19 +266,18 @@ int convolution_forward(const ffk::MapsPass& call) {
     });
 }
 
-// One image as the weight's gradient takes it: for each column of a kernel, what that meets,
-// [columns, units, channels, lines, places]. Above and below it is padded.
+// A unit of one image as the weight's gradient takes it: for each column of a kernel, what that
+// meets, [columns, channels, lines, places]. Above and below it is padded.
 struct TurnedImage {
     const Convolution& of;
-    const int64_t line, channel_floats, unit_floats, column_floats;
+    const int64_t line, channel_floats, column_floats;
     const int64_t turned_width;
 
     TurnedImage(const Convolution& c, int64_t depth)
         : of(c),
           line(c.turned_line),
           channel_floats(stride_for(depth + line * c.call.kernel_height + LANES)),
-          unit_floats((c.in + TILE_ROWS) * channel_floats),
-          column_floats(c.units * unit_floats),
+          column_floats((c.in + TILE_ROWS) * channel_floats),
           turned_width(c.padded_width + 2 * LANES) {}
 
     // With room for a line, as it comes and turned.
@@ -289,59 +285,62 @@ struct TurnedImage {
         return of.call.kernel_width * column_floats + of.in * (of.call.in_width + turned_width);
     }
 
-    // What a kernel's place meets of a channel of the unit at `at`.
+    // What a kernel's place meets of a channel.
     const float* row(const float* at, int64_t c, int64_t tap) const {
         const int64_t kernel = of.call.kernel_width, begin = tap / kernel * line;
         return at + tap % kernel * column_floats + c * channel_floats
                + (of.pairs ? begin / 2 : begin);
     }
 
-    void pack(int64_t image, float* at) const {
-        const ffk::MapsPass& call = of.call;
-        const int64_t width = call.in_width;
-        // Turned lines have their padding beside them.
-        float *wide = at + call.kernel_width * column_floats, *turned = wide + width * of.in;
-        for (int64_t y = 0; y < call.in_height; y++)
-            for (int64_t u = 0; u < of.units; u++) {
-                const int64_t first =
-                    (image * call.in_height + y) * width * call.in_channels + u * of.in;
-                const float* from = static_cast<const float*>(call.x) + first;
-                int64_t stride = call.in_channels;
-                if (call.dtype == ffk::BFLOAT16) {
-                    const uint16_t* halves = static_cast<const uint16_t*>(call.x) + first;
-                    for (int64_t x = 0; x < width; x++)
-                        Image::copy(halves + x * stride, of.in, wide + x * of.in);
-                    from = wide, stride = of.in;
-                }
-                for (int64_t x = 0; x < width; x += LANES) {
-                    const int valid = int(smaller(LANES, width - x));
-                    const float* rows[LANES];
-                    for (int i = 0; i < LANES; i++)
-                        rows[i] = from + (x + smaller(i, valid - 1)) * stride;
-                    pack_columns(rows, valid, of.in, turned + call.padding_width + x, turned_width);
-                }
-                const int64_t place = (y + call.padding_height) * line;
-                for (int64_t column = 0; column < call.kernel_width; column++)
-                    for (int64_t c = 0; c < of.in; c++) {
-                        float* channel =
-                            at + column * column_floats + u * unit_floats + c * channel_floats;
-                        put_line(turned + c * turned_width + column, channel, place);
-                        if (y + 1 == call.in_height) put_vector(vec{}, channel, place + call.width);
-                    }
-            }
+    void pack(int64_t image, int64_t unit, float* at) const {
+        of.pairs ? pack_numbers<uint16_t>(image, unit, at) : pack_numbers<float>(image, unit, at);
     }
 
-    // In whole vectors: the next line overwrites what comes behind this one.
-    void put_line(const float* values, float* channel, int64_t place) const {
-        for (int64_t x = 0; x < of.call.width; x += LANES)
-            put_vector(load(values + x), channel, place + x);
+    template <class D>
+    void pack_numbers(int64_t image, int64_t unit, float* at) const {
+        const ffk::MapsPass& call = of.call;
+        const int64_t width = call.in_width, ins = of.in, columns = call.kernel_width;
+        // Turned lines have their padding beside them.
+        float *wide = at + columns * column_floats, *turned = wide + width * ins;
+        for (int64_t y = 0; y < call.in_height; y++) {
+            const int64_t first =
+                (image * call.in_height + y) * width * call.in_channels + unit * ins;
+            const float* from = static_cast<const float*>(call.x) + first;
+            int64_t stride = call.in_channels;
+            if (call.dtype == ffk::BFLOAT16) {
+                const uint16_t* halves = static_cast<const uint16_t*>(call.x) + first;
+                for (int64_t x = 0; x < width; x++)
+                    Image::copy(halves + x * stride, ins, wide + x * ins);
+                from = wide, stride = ins;
+            }
+            for (int64_t x = 0; x < width; x += LANES) {
+                const int valid = int(smaller(LANES, width - x));
+                const float* rows[LANES];
+                for (int i = 0; i < LANES; i++)
+                    rows[i] = from + (x + smaller(i, valid - 1)) * stride;
+                pack_columns(rows, valid, ins, turned + call.padding_width + x, turned_width);
+            }
+            const int64_t place = (y + call.padding_height) * line;
+            for (int64_t column = 0; column < columns; column++)
+                for (int64_t c = 0; c < ins; c++)
+                    put_line(turned + c * turned_width + column,
+                             reinterpret_cast<D*>(at + column * column_floats + c * channel_floats)
+                                 + place,
+                             y + 1 == call.in_height);
+        }
     }
-    void put_vector(vec v, float* channel, int64_t place) const {
-        if (of.pairs)  // They were bfloat16 numbers before.
-            store(reinterpret_cast<uint16_t*>(channel) + place, halves_of((vec_of_bits)v));
-        else
-            store(channel + place, v);
+
+    // In whole vectors: the next line overwrites what comes behind this one, and zeros do behind
+    // the last one.
+    template <class D>
+    void put_line(const float* values, D* to, bool is_last) const {
+        const int64_t width = of.call.width;
+        for (int64_t x = 0; x < width; x += LANES) store(to + x, number(D{}, load(values + x)));
+        if (is_last) store(to + width, number(D{}, vec{}));
     }
+    static vec number(float, vec v) { return v; }
+    // It was a bfloat16 number before.
+    static vec_of_halves number(uint16_t, vec v) { return halves_of((vec_of_bits)v); }
 };
 
 // The weight's gradient: for each run of images its partial sum, [units, panels, rows, channels],
@@ -373,35 +372,30 @@ struct WeightGradient {
         while (most > 1 && most * run_floats > 4 * PARTIAL_NUMBERS) most /= 2;
         return smaller(most, of.call.rows);
     }
-    // Of `dz`: operands of all images at once, [units, panels, images, places, channels], and what
-    // they are made from where they are to be in pairs.
-    int64_t gradient_floats() const {
-        return of.units * unit_floats() + depth * PANEL + AHEAD * PANEL;
-    }
-    int64_t unit_floats() const { return panels.padded() * depth * images_at_once; }
-    int64_t operand(int64_t unit, int64_t p) const {
-        return unit * unit_floats() + p * PANEL * depth * images_at_once;
-    }
+    // Of a unit's `dz`: operands of all images at once, [panels, images, places, channels], and
+    // what they are made from where they are to be in pairs.
+    int64_t gradient_floats() const { return of_pairs() + depth * PANEL + AHEAD * PANEL; }
+    int64_t of_pairs() const { return panels.padded() * depth * images_at_once; }
+    int64_t operand(int64_t p) const { return p * PANEL * depth * images_at_once; }
     int64_t row_of(int64_t c, int64_t tap) const {
         return tap / taps_at_once * rows_at_once + tap % taps_at_once * of.in + c;
     }
 
-    // `dz` of an image, the `index`-th at once, for panels `first` to `end` of all units': as many
+    // `dz` of an image, the `index`-th at once, for panels `first` to `end` of a unit: as many
     // places and channels as operands have, zero where there is none.
     template <class P>
-    void differentiate(const P& passes, float* dz, int64_t row, int64_t index, int64_t first,
-                       int64_t end) const {
+    void differentiate(const P& passes, float* dz, int64_t row, int64_t index, int64_t unit,
+                       int64_t first, int64_t end) const {
         using D = typename P::Made;
-        for (int64_t i = first; i < end; i++) {
-            const int64_t unit = i / panels.count(), p = i % panels.count();
+        for (int64_t p = first; p < end; p++) {
             const int64_t width = panels.vectors(p) * LANES;
             const Channels range = of.of_panel(unit, panels, p);
-            float* into = dz + operand(unit, p) + index * depth * width;
+            float* into = dz + operand(p) + index * depth * width;
             // What no window writes, and what lies behind the last place.
             const bool has_gaps = of.call.has_gaps || line != of.call.width;
             const int64_t all = (sizeof(D) == 2 ? 2 : 1) * depth * width,
                           kept = has_gaps ? 0 : places * width;
-            D* numbers = reinterpret_cast<D*>(sizeof(D) == 2 ? dz + operand(of.units, 0) : into);
+            D* numbers = reinterpret_cast<D*>(sizeof(D) == 2 ? dz + of_pairs() : into);
             std::memset(numbers + kept, 0, size_t(all - kept) * sizeof(D));
             passes.backward_row(row, range, Places<D>{numbers, range.begin, width, line * width});
             if constexpr (sizeof(D) == 2) {
@@ -417,23 +411,21 @@ struct WeightGradient {
         }
     }
 
-    // += the products of `count` images, `packed`, with their `dz` for these panels.
+    // `sums` of a unit += the products of `count` images, `packed`, with their `dz` for these
+    // panels.
     void take(const TurnedImage& image, const float* packed, const float* dz, int64_t count,
-              int64_t first, int64_t end, bool is_first, float* partial) const {
+              int64_t first, int64_t end, bool is_first, float* sums) const {
         // Some rows of all images stay in the second cache for all panels.
         const int64_t some = up_to(larger(1, ROWS_NUMBERS / (depth * images_at_once)), TILE_ROWS);
         for (int64_t begin = 0; begin < rows; begin += some)
-            for (int64_t i = first; i < end; i++) {
-                const int64_t unit = i / panels.count(), p = i % panels.count();
+            for (int64_t p = first; p < end; p++)
                 with_pairs(of.pairs, [&](auto pairs) {
                     with_vectors(panels.vectors(p), [&](auto nv) {
                         multiply<decltype(pairs)::value, decltype(nv)::value>(
-                            image, packed + unit * image.unit_floats, dz + operand(unit, p), count,
-                            begin, smaller(begin + some, rows), is_first,
-                            partial + unit * panels.elements() + panels.offset(p));
+                            image, packed, dz + operand(p), count, begin,
+                            smaller(begin + some, rows), is_first, sums + panels.offset(p));
                     });
                 });
-            }
     }
 
     template <Operands KIND, int NV>
@@ -504,18 +496,25 @@ int convolution_gradient(const ffk::MapsPass& call) {
         images.clear(), gradients.clear();
         const auto run = [&](const auto& passes) {
             parallel(runs * parts, int(workers), [&](int64_t task, int worker) {
-                const int64_t i = task / parts, part = task % parts, panel = all * part / parts,
-                              behind = all * (part + 1) / parts;
+                const int64_t run = task / parts, part = task % parts, panels = all / of.units,
+                              begin = all * part / parts, behind = all * (part + 1) / parts;
                 float *packed = images.of(worker), *dz = gradients.of(worker);
-                const int64_t first = call.rows * i / runs, end = call.rows * (i + 1) / runs;
+                const int64_t first = call.rows * run / runs, end = call.rows * (run + 1) / runs;
                 for (int64_t row = first; row < end; row += at_once) {
                     const int64_t count = smaller(at_once, end - row);
-                    for (int64_t index = 0; index < count; index++) {
-                        image.pack(row + index, packed + index * image.floats());
-                        gradient.differentiate(passes, dz, row + index, index, panel, behind);
+                    // A unit's operands stay in the caches.
+                    for (int64_t unit = begin / panels; unit * panels < behind; unit++) {
+                        const int64_t panel = larger(begin - unit * panels, 0),
+                                      last = smaller(behind - unit * panels, panels);
+                        for (int64_t index = 0; index < count; index++) {
+                            image.pack(row + index, unit, packed + index * image.floats());
+                            gradient.differentiate(passes, dz, row + index, index, unit, panel,
+                                                   last);
+                        }
+                        gradient.take(image, packed, dz, count, panel, last, row == first,
+                                      partial + run * gradient.run_floats
+                                          + unit * gradient.panels.elements());
                     }
-                    gradient.take(image, packed, dz, count, panel, behind, row == first,
-                                  partial + i * gradient.run_floats);
                 }
             });
         };

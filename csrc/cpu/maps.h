@@ -161,17 +161,20 @@ struct Passes {
             const vec v = get<WHOLE>(place, n);
             return scaled ? v * scale + bias : v;
         };
+        // The compiler cannot know that no store changes these.
+        const int64_t width = call.pooled_width, apart = channels, z_line = z.line,
+                      z_place = z.stride, z_apart = call.pool_stride_width * z.stride;
+        const D* begin = window(z, line, 0, channel);
+        int64_t to = unit(row, line, 0);
         vec sum = {}, squares = {};
-        for (int64_t x = 0; x < call.pooled_width; x++) {
-            const D* begin = window(z, line, x, channel);
-            const int64_t to = unit(row, line, x);
+        for (int64_t x = 0; x < width; x++, begin += z_apart, to += apart) {
             vec v = read(begin);
             if (POOL == ffk::POOL_MAX) {
                 vec_of_bits winner = {};
                 if (!POOLS_FIRST) v = gate.y(v);
                 each_place([&](uint32_t place, int64_t i, int64_t j) {
                     if (place == 0) return;
-                    vec u = read(begin + i * z.line + j * z.stride);
+                    vec u = read(begin + i * z_line + j * z_place);
                     if (!POOLS_FIRST) u = gate.y(u);
                     // The first of equal ones wins, and a NaN always does.
                     const auto wins = (u > v) | (u != u);
@@ -182,7 +185,7 @@ struct Passes {
             } else if (POOL == ffk::POOL_AVERAGE) {
                 v = vec{};
                 each_place([&](uint32_t, int64_t i, int64_t j) {
-                    v += gate.y(read(begin + i * z.line + j * z.stride));
+                    v += gate.y(read(begin + i * z_line + j * z_place));
                 });
                 v *= 1.f / float(pool_height * pool_width);
             } else
@@ -254,16 +257,22 @@ struct Passes {
                   place_scale = number(call.place_scale, 0),
                   scale = broadcast(call.scale ? call.scale[row] : 1);
         const float* place_slope = call.place_slope ? call.place_slope + channel : nullptr;
+        // The compiler cannot know that no store changes these.
+        const int64_t width = call.pooled_width, apart = channels, dz_line = dz.line,
+                      dz_place = dz.stride, dz_apart = call.pool_stride_width * dz.stride,
+                      z_line = z.line, z_place = z.stride,
+                      z_apart = call.pool_stride_width * z.stride;
+        const bool hands_on = call.gain != nullptr;
+        D* to = window(dz, line, 0, channel);
+        const T* begin = window(z, line, 0, channel);
+        int64_t from = unit(row, line, 0);
         vec sum = {};
-        for (int64_t x = 0; x < call.pooled_width; x++) {
-            const int64_t from = unit(row, line, x);
-            D* to = window(dz, line, x, channel);
+        for (int64_t x = 0; x < width; x++, to += dz_apart, begin += z_apart, from += apart) {
             const auto place_of = [&](int64_t i, int64_t j) {
-                return to + i * dz.line + j * dz.stride;
+                return to + i * dz_line + j * dz_place;
             };
             const auto before = [&](int64_t i, int64_t j) {
-                const T* begin = window(z, line, x, channel) + i * z.line + j * z.stride;
-                return get<WHOLE>(begin, n) * scale + bias;
+                return get<WHOLE>(begin + i * z_line + j * z_place, n) * scale + bias;
             };
             const vec a = get<WHOLE>(p + from, n), apart = a - centre;
             vec g = has_second ? first + second * apart : first;
@@ -295,7 +304,7 @@ struct Passes {
                 } else
                     put<WHOLE>(to, g, n);
             }
-            if (call.gain != nullptr) put<WHOLE>(p + from, gain * apart + shift, n);
+            if (hands_on) put<WHOLE>(p + from, gain * apart + shift, n);
         }
         float* sums = call.dz_sums + row * channels + channel;
         put<WHOLE>(sums, get<WHOLE>(sums, n) + sum, n);

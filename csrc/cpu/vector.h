@@ -46,6 +46,14 @@ typedef uint16_t halves_in_memory __attribute__((vector_size(2 * LANES), aligned
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// The first `n` numbers, fewer than twice N: by moves of one size each, where a call of memcpy
+// would cost more than they do.
+template <int64_t N, class T>
+inline void copy_few(const T* from, T* to, int64_t n) {
+    if (n & N) std::memcpy(to, from, N * sizeof(T)), from += N, to += N;
+    if constexpr (N > 1) copy_few<N / 2>(from, to, n);
+}
+
 inline vec load(const float* p) { return *reinterpret_cast<const vec_in_memory*>(p); }
 inline void store(float* p, vec v) { *reinterpret_cast<vec_in_memory*>(p) = v; }
 inline void store(uint16_t* p, vec_of_halves v) { *reinterpret_cast<halves_in_memory*>(p) = v; }
@@ -77,16 +85,20 @@ inline void store_some(uint8_t* p, vec_of_bits v, int64_t n) {
 template <class V, class T>
 inline V from_memory(const T* p, int64_t n) {
     V v = {};
-    std::memcpy(&v, p, size_t(smaller(n, LANES)) * sizeof(T));
+    if (n >= LANES)
+        std::memcpy(&v, p, sizeof(V));
+    else
+        copy_few<LANES / 2>(p, reinterpret_cast<T*>(&v), n);
     return v;
 }
 template <class V, class T>
 inline void to_memory(T* p, V v, int64_t n) {
-    std::memcpy(p, &v, size_t(smaller(n, LANES)) * sizeof(T));
+    if (n >= LANES)
+        std::memcpy(p, &v, sizeof(V));
+    else
+        copy_few<LANES / 2>(reinterpret_cast<const T*>(&v), p, n);
 }
-inline vec load_some(const float* p, int64_t n) {
-    return n >= LANES ? load(p) : from_memory<vec>(p, n);
-}
+inline vec load_some(const float* p, int64_t n) { return from_memory<vec>(p, n); }
 inline vec load_some(const uint16_t* p, int64_t n) {
     return (vec)(__builtin_convertvector(from_memory<vec_of_halves>(p, n), vec_of_bits) << 16);
 }

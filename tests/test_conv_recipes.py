@@ -215,6 +215,7 @@ TRIFECTA = replace(
     convolutions=(Convolution(8, pool=2), Convolution(8), Convolution(12, pool=2)),
     layers=replace(RECIPES["trifecta-mnist"].layers, lr=0.02),
     goodness_layers=(1, 2),
+    test_shift=0,
     batch_size=20,
     epochs=6,
     jitter=0,
@@ -284,8 +285,46 @@ def test_trifectas_prediction_is_the_label_of_most_goodness(data) -> None:
         of_labels.append(torch.stack(goodness, 1))
         torch.testing.assert_close(net.goodness(x, torch.full((7,), label)), of_labels[-1])
     goodness = torch.stack(of_labels)
-    assert torch.equal(net.predict(x, 10), goodness.sum(2).argmax(0))
-    assert torch.equal(net.predict(x, 10, (2,)), goodness[:, :, 2].argmax(0))
+    shares = goodness / goodness.sum(0)
+    torch.testing.assert_close(net.scores(x, 10), shares.sum(2).t())
+    torch.testing.assert_close(net.scores(x, 10, (2,)), shares[:, :, 2].t())
+
+
+def test_half_of_the_negatives_are_labels_that_an_image_took_best(data) -> None:
+    trainer = Trainer(TRIFECTA, data)
+    met, steps = trainer.labels_met, []
+    trainer._set_lr(1.0)
+    for epoch in (1, 2):
+        for batch in trainer.minibatches(epoch):
+            known = met.lacked[batch.images].clone()
+            best = known.argmin(1)
+            has_met = known.min(1).values.isfinite()
+            steps.append([int((batch.wrong == best)[has_met].sum()), int(has_met.sum())])
+            assert torch.equal(trainer.train_labels[batch.images], batch.labels) and (batch.wrong != batch.labels).all()
+            results = [result for result in trainer.step(batch)[0] if result is not None]
+            known[torch.arange(20), batch.wrong] = results[-1].goodness_pos - results[-1].goodness_neg
+            torch.testing.assert_close(met.lacked[batch.images], known)
+    first, second = torch.tensor(steps).view(2, -1, 2).sum(1).tolist()
+    rows = len(trainer.train_labels)
+    # In the second epoch each image has met one label, which half of them have again, and a few by the draw.
+    assert first == [0, 0] and second[1] == rows and 0.35 * rows < second[0] < 0.8 * rows
+
+
+def test_views_move_an_image_and_leave_a_blank(data) -> None:
+    trainer = run(replace(TRIFECTA, test_shift=1, goodness_layers=None), data, 1)
+    x = trainer._as_input(trainer.test_images)
+    blank = float(trainer._as_input(torch.zeros(1, 784, dtype=torch.uint8))[0, 0, 0, 0])
+    same, up, down, left, right = batches.views(x, 1, blank)
+    assert same is x and len(batches.views(x, 0, blank)) == 1
+    for view, axis, by in ((up, 2, -1), (down, 2, 1), (left, 3, -1), (right, 3, 1)):
+        rolled = x.roll(by, axis)
+        rolled.select(axis, 0 if by > 0 else 27).fill_(blank)
+        torch.testing.assert_close(view, rolled)
+    net = trainer.net.eval()
+    scores = sum(net.scores(view, 10) for view in (same, up, down, left, right))
+    wrong = (scores.argmax(1) != trainer.test_labels).float().mean().item()
+    trainer.net.train()
+    assert trainer.goodness_error() == pytest.approx(wrong)
 
 
 def test_trifecta_on_the_command_line(tmp_path: Path, monkeypatch, capsys, data) -> None:

@@ -25,8 +25,9 @@ class Minibatch:
         features: the classifier's, where the negatives are drawn from its softmax.
         logits: what it makes of them.
         shared: what these left of the first layer's product, for the step.
-        wrong: the negative rows' labels, where a network has both sides of the images themselves.
+        wrong: the negative rows' labels.
         index: which of the whole run it is, from 0.
+        images: which of the training images these rows are, where labels that they have met are kept.
     """
 
     rows: int
@@ -38,6 +39,7 @@ class Minibatch:
     shared: Shared | None = None
     wrong: Tensor | None = None
     index: int = 0
+    images: Tensor | None = None
 
 
 class Shared(NamedTuple):
@@ -68,6 +70,13 @@ def random_crops(images: Tensor, pad: int, generator: torch.Generator | None = N
     down, right = torch.randint(2 * pad + 1, (2, len(images), 1), generator=generator, device=images.device)
     rows = torch.arange(len(images), device=images.device)
     return padded.unfold(2, height, 1).unfold(3, width, 1)[rows, :, down[:, 0], right[:, 0]]
+
+
+def views(x: Tensor, by: int, blank: float) -> list[Tensor]:
+    """Images `[rows, channels, height, width]`, and unless `by` is 0 those moved by so many pixels up, down, left and
+    right, with `blank` where nothing is left."""
+    moves = [(0, 0, -by, by), (0, 0, by, -by), (-by, by, 0, 0), (by, -by, 0, 0)] if by else []
+    return [x, *(F.pad(x, move, value=blank) for move in moves)]
 
 
 def random_flips(images: Tensor, generator: torch.Generator | None = None) -> Tensor:

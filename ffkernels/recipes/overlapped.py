@@ -101,12 +101,13 @@ class OverlappedNetwork(nn.Module):
         return torch.stack(found, 1)
 
     @torch.no_grad()
-    def predict(self, x: Tensor, num_classes: int, layers: tuple[int, ...] | None = None) -> Tensor:
-        """For each image the label under which the goodness, summed over these blocks, is the highest; `[rows]`."""
+    def scores(self, x: Tensor, num_classes: int, layers: tuple[int, ...] | None = None) -> Tensor:
+        """`[rows, labels]`: each label's share of the goodness under all of them, summed over these blocks."""
         found = []
         for images in x.split(max(1, PREDICTION_ROWS // num_classes)):
             labels = torch.arange(num_classes, device=x.device).repeat(len(images))
-            goodness = self.goodness(images.repeat_interleave(num_classes, 0), labels)
-            chosen = goodness if layers is None else goodness[:, list(layers)]
-            found.append(chosen.sum(1).view(-1, num_classes).argmax(1))
+            goodness = self.goodness(images.repeat_interleave(num_classes, 0), labels).view(-1, num_classes, len(self))
+            chosen = goodness if layers is None else goodness[..., list(layers)]
+            # A block that no label stirs tells them not apart.
+            found.append((chosen / chosen.sum(1, keepdim=True).clamp_min(1e-30)).sum(2))
         return torch.cat(found)

@@ -28,10 +28,11 @@ from .. import validation as check
 from ..objectives import short
 from ..parallel import DataParallel
 from . import checkpoint
-from .batches import Minibatch, Shared, as_input, dropped, flipped, hard_label, labelled_sides, shifted, turned
+from .batches import Minibatch, Shared, as_input, dropped, flipped, hard_label, labelled_sides, shifted, turned, views
 from .build import network_of, optimizer_of
 from .catalogue import Recipe
 from .data import Dataset
+from .labels_met import LabelsMet
 from .metrics import Row, check_rows
 from .overlapped import OverlappedNetwork
 from .processes import ALONE, Processes
@@ -134,6 +135,11 @@ class Trainer:
         self.averages: AveragedModel | None = None
         if recipe.averaging:
             self.averages = AveragedModel(self._learners, multi_avg_fn=get_ema_multi_avg_fn(recipe.averaging))
+        self.labels_met: LabelsMet | None = None
+        if recipe.negatives == "met":
+            if processes.size > 1:
+                raise ValueError(f"{processes.size} processes; {recipe.name} trains on one")
+            self.labels_met = LabelsMet(len(self.train_labels), data.num_classes, self.device)
         self.rows: list[Row] = []
 
     @property
@@ -156,9 +162,10 @@ class Trainer:
         """All that decides the numbers of this run, as plain values."""
         words = ("source", "assumed", "published", "published_on")
         recipe = {name: value for name, value in asdict(self.recipe).items() if name not in words}
-        if self.recipe.negatives_temperature == 1:
-            # A checkpoint from before there were others lacks it.
-            del recipe["negatives_temperature"]
+        # A checkpoint from before there were others lacks them.
+        for name, usual in (("negatives_temperature", 1), ("test_shift", 0)):
+            if recipe[name] == usual:
+                del recipe[name]
         return {
             **recipe,
             "epochs": self.epochs,
@@ -225,6 +232,8 @@ class Trainer:
             parts |= {"classifier": self.classifier, "classifier_optimizer": self.classifier_optimizer}
         if self.averages is not None:
             parts["averages"] = self.averages
+        if self.labels_met is not None:
+            parts["labels_met"] = self.labels_met
         return parts
 
     def run_epoch(self, after_step: Callable[[Callable[[], str]], bool]) -> Row | None:
@@ -383,19 +392,22 @@ class Trainer:
                 continue
             features = logits = shared = None
             x, of_own = x[own], labels[own]
-            if recipe.negatives == "classifier":
+            if recipe.negatives in ("classifier", "met"):
                 shared = self._share(x) if self.overlapped is None else None
                 features = self._features(x, None if shared is None else shared.product)
                 logits = self._logits(features)
                 cooled = logits if recipe.negatives_temperature == 1 else logits / recipe.negatives_temperature
                 wrong = hard_label(cooled, of_own, generator, len(labels), own)
+                if self.labels_met is not None:
+                    wrong = self.labels_met.hardest(rows, wrong, generator)
             else:
                 wrong = self._wrong_label(labels, generator)[own]
+            of_rows: dict[str, Any] = {"wrong": wrong, "index": index, "images": rows[own]}
             if self.overlapped is not None:
-                yield Minibatch(len(labels), x, x, of_own, features, logits, wrong=wrong, index=index)
+                yield Minibatch(len(labels), x, x, of_own, features, logits, **of_rows)
                 continue
             sides = labelled_sides(x, of_own, wrong, classes, recipe.label_value)
-            yield Minibatch(len(labels), *sides, of_own, features, logits, shared)
+            yield Minibatch(len(labels), *sides, of_own, features, logits, shared, **of_rows)
 
     def step(self, batch: Minibatch) -> tuple[Sequence[StepResult | None], Tensor | None]:
         """Trains layers and classifier on a minibatch, at the learning rates of the last `run_epoch` or the first.
@@ -410,6 +422,7 @@ class Trainer:
         if self.overlapped is not None:
             assert batch.wrong is not None
             of_blocks = self.overlapped.step(x_pos, batch.labels, batch.wrong, batch.index, self.skip_below)
+            self._meet(batch, of_blocks)
             return of_blocks, batch.logits
         options: dict[str, Any] = {"skip_below": self.skip_below}
         if self.recipe.of_classes:
@@ -420,7 +433,9 @@ class Trainer:
             # Of a minibatch that others came after, the product is of weights that are gone.
             if batch.shared is not None and batch.shared.version == next(iter(self.net)).weight._version:
                 options["product"] = batch.shared.product
-            return self._step(x_pos, x_neg, options), batch.logits
+            results = self._step(x_pos, x_neg, options)
+            self._meet(batch, results)
+            return results, batch.logits
         if self.label_field:
             assert x_neg is not None
             results, features = self.trained.step_and_features(
@@ -432,6 +447,12 @@ class Trainer:
         logits = self._logits(features)
         self._step_classifier(features, batch.labels, logits, batch.rows)
         return results, logits
+
+    def _meet(self, batch: Minibatch, results: Sequence[StepResult | None]) -> None:
+        if self.labels_met is not None:
+            assert batch.images is not None and batch.wrong is not None
+            last = [result for result in results if result is not None][-1]
+            self.labels_met.add(batch.images, batch.wrong, last.goodness_pos, last.goodness_neg)
 
     def _share(self, x: Tensor) -> Shared | None:
         """What the neutral pass and the step have in common, where one process multiplies float32 numbers on a CPU.
@@ -503,7 +524,13 @@ class Trainer:
         classes, layers = self.data.num_classes, self.recipe.goodness_layers
         if self.overlapped is not None:
             overlapped = self.overlapped
-            return self.test_error(lambda x: overlapped.predict(x, classes, layers))
+            blank = -self.recipe.pixel_mean / self.recipe.pixel_std
+
+            def predict(x: Tensor) -> Tensor:
+                of_views = views(x, self.recipe.test_shift, blank)
+                return torch.stack([overlapped.scores(view, classes, layers) for view in of_views]).sum(0).argmax(1)
+
+            return self.test_error(predict)
         return self.test_error(lambda x: self.net.predict(x, classes, layers, self.recipe.label_value))
 
     def test_error(self, predict: Callable[[Tensor], Tensor]) -> float:

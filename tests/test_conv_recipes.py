@@ -220,6 +220,7 @@ TRIFECTA = replace(
     epochs=6,
     jitter=0,
     rotation=0.0,
+    zoom=0.0,
     settling=0,
     averaging=0.9,
 )

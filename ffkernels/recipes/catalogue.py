@@ -565,12 +565,12 @@ TRIFECTA_MNIST = Recipe(
     "normalisation, convolution, ReLU and pool, the label a learned map beside the image, a SymBa loss of pairs in "
     "every other block of a step, which reaches the one below too, and an Adam for each block.",
     assumed="Three eighths of its channels, 50 epochs for its 100, on batches of 64 for its 512, at rates of 2e-3 for "
-    "its 1e-3, which fall linearly to 0 in the second half; shifts by two pixels for its four, turns by 10 degrees for "
-    "its 15. All training images are in an epoch, where the code drops the last batch. Wrong labels are drawn from a "
+    "its 1e-3, which fall linearly to 0 in the second half; shifts by two pixels for its four, and a tenth "
+    "smaller to larger. All training images are in an epoch, where the code drops the last batch. Wrong labels are drawn from a "
     "linear classifier of the pixels, or half of them are those that an image took best before, where the code draws "
     "all alike, which soon tells nothing more; averaged weights; a prediction by all blocks and five views, the image "
     "and four that are moved by a pixel, where the code takes the last block and the image. Negatives, averages, "
-    "blocks and views were chosen on the last 10,000 training images, at a quarter of the channels and eight or ten "
+    "sizes, blocks and views were chosen on the last 10,000 training images, at a quarter of the channels and eight or ten "
     "epochs.",
     published="0.42%",
     hidden=(),
@@ -592,12 +592,13 @@ TRIFECTA_MNIST = Recipe(
     negatives_temperature=2.0,
     batch_size=64,
     jitter=2,
-    rotation=10.0,
+    rotation=15.0,
+    zoom=0.1,
     pixel_mean=0.1307,
     pixel_std=0.3081,
     cooldown=1.0,
     test_shift=1,
-    goodness_every=10,
+    goodness_every=25,
     settling=80,
     averaging=0.998,
     norm_of_maps="overlapped",

@@ -144,14 +144,16 @@ class Maps(NamedTuple):
 
 
 class MapSlopes(NamedTuple):
-    """What a convolution's update takes in place of an objective: `dLoss/dp = first + 2 second (p - pivot)`.
+    """What a convolution's update takes in place of an objective:
+    `dLoss/dp = scale of_place + first + 2 second (p - pivot)`.
 
     Attributes:
-        first, second: `[rows, channels]` or `[rows, 1]`, or None for zero. On the PyTorch backend the first may be one
-            of each place, `[rows, channels, h, w]`.
+        first, second: `[rows, channels]` or `[rows, 1]`, or None for zero.
         gain, shift: `[channels]`; with them `gain (p - pivot) + shift` is written over `p`.
         by_place: whether the gradient in front of the activation is summed over rows too; the weight's is then not
             rounded to the dtype of the products' operands.
+        of_place: `[rows, channels, h, w]` what comes to each place, or None for zero.
+        scale: `[channels]` what that is multiplied by, or None for one.
     """
 
     first: Matrix | None
@@ -159,23 +161,8 @@ class MapSlopes(NamedTuple):
     gain: Vector | None = None
     shift: Vector | None = None
     by_place: bool = False
-
-
-class PlaceSlopes(NamedTuple):
-    """A gradient that comes to each place, through a batch normalisation or as it is:
-    `dLoss/dp = scale of_place + first + 2 second (p - mean)`.
-
-    Attributes:
-        of_place: `[rows, channels, h, w]`.
-        scale: `[channels]`, or None for one.
-        first, second, mean: `[channels]`, or all None for zero.
-    """
-
-    of_place: Tensor
+    of_place: AnyMaps | None = None
     scale: Vector | None = None
-    first: Vector | None = None
-    second: Vector | None = None
-    mean: Vector | None = None
 
 
 class MapGradients(NamedTuple):

@@ -393,8 +393,8 @@ BAD = [
         "objective reads 'activities' but came with batch_norm",
     ),
     (
-        {"objective": ff.GivenLoss(lambda y, side: y.sum(), "activities"), "backend": "native"},
-        "backend='native' came with an objective that reads 'activities'",
+        {"objective": ff.GivenLoss(lambda y, side: y.sum(), "activities"), "backend": "triton"},
+        "backend='triton' cannot run this call: a loss of whole maps",
     ),
     ({"batch_norm": nn.BatchNorm1d(4)}, "batch_norm is a BatchNorm1d; accepted: a torch.nn.BatchNorm2d"),
     ({"batch_norm": nn.BatchNorm2d(5)}, "batch_norm has 5 features; accepted: 4"),

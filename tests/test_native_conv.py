@@ -12,7 +12,7 @@ from ffkernels.backends import select
 from ffkernels.backends.eager import conv
 from ffkernels.backends.native import library, maps
 from ffkernels.functional.maps import ConvOptions
-from ffkernels.spec import Geometry, Layer, MapRows, MapSlopes, PlaceSlopes
+from ffkernels.spec import Geometry, Layer, MapRows, MapSlopes
 
 from .conv_cases import cases, drawn_case, made, sensitivity
 from .steps import error
@@ -395,9 +395,12 @@ def test_a_gradient_of_each_place_goes_in_front_of_activation_and_pool(pool, act
     if geometry.pool == "max" and activation in ("leaky_relu", "gelu"):
         pytest.skip("not compiled, or of curved activities equal ones that PyTorch rounds apart")
     ours, theirs = (of.conv2d_forward(rows, layer, geometry, False, None) for of in (maps, conv))
-    shape = ours.p.shape
-    through = PlaceSlopes(torch.randn(shape), *torch.randn(4, 21))
-    for slopes in (through, PlaceSlopes(through.of_place), MapSlopes(*torch.randn(2, *shape[:2]))):
+    shape, mean = ours.p.shape, torch.randn(21)
+    ours, theirs = (of._replace(pivot=mean) for of in (ours, theirs))
+    by_moments = MapSlopes(*torch.randn(2, *shape[:2]))
+    of_place, scale = torch.randn(shape), torch.randn(21)
+    through = by_moments._replace(of_place=of_place, scale=scale)
+    for slopes in (through, MapSlopes(None, None, of_place=of_place), by_moments):
         dz, sums, dw = maps.in_front(rows, layer, geometry, ours, slopes)
         expected = conv.in_front(theirs, slopes, activation, geometry, (9, 10))
         assert dz.dtype == compute_dtype and dz.is_contiguous(memory_format=torch.channels_last)
@@ -405,6 +408,38 @@ def test_a_gradient_of_each_place_goes_in_front_of_activation_and_pool(pool, act
         assert error(dz.float(), expected.float(), 1.0) <= tolerance
         assert error(sums, expected.float().sum((0, 2, 3)), 1.0) <= tolerance
         assert error(dw, conv.by_weight(expected.to(compute_dtype), rows.x, layer, geometry).float(), 1.0) <= tolerance
+
+
+def of_maps(maps, side):
+    ramp = torch.linspace(-1, 1, maps.shape[3], dtype=maps.dtype)
+    return (((maps * ramp).tanh() - maps.mean(0)).square().mean((1, 2, 3)) * (side.to(maps.dtype) - 0.4)).mean()
+
+
+@pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pool": 2, "norm": "l2"},
+        {"pool": torch.nn.AvgPool2d((2, 3), (3, 4)), "activation": "silu"},
+        {"in_front": "batch", "activation": "gelu"},
+        {"groups": 2, "stride": 2},
+        {"activation": "leaky_relu"},
+    ],
+)
+def test_a_loss_of_the_maps_themselves(options, compute_dtype):
+    exact = made("given sides", rows=8, channels=(4, 12), maps=(9, 10), padding=1, optimizer=None, **options)
+    exact.layer.objective = ff.GivenLoss(of_maps, reads="activities")
+    if compute_dtype is not None:
+        exact.x = exact.x.bfloat16().double()
+    single = {name: exact.copy(torch.float32) for name in ("native", "eager")}
+    expected = exact.ours()
+    for name, case in single.items():
+        result = case.ours(backend=name, compute_dtype=compute_dtype)
+        assert error(result.loss, expected.loss, 1e-2) <= (1e-5 if compute_dtype is None else 2e-2)
+    for name, value in exact.state().items():
+        floor = 1e-6 if compute_dtype is None else 1e-3
+        theirs = error(single["eager"].state()[name], value)
+        assert error(single["native"].state()[name], value) <= 2 * theirs + floor, (name, theirs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -44,7 +44,8 @@ class Request(NamedTuple):
 
     `peer`: None, "straight through" or "gated". `forced`: whether this very backend was asked for, which some ways of
     running are kept for. `skips`: whether rows with small coefficients are left out. `shares`: whether the product of
-    what rows have in common is given. `geometry`: of a convolution; None for linear layers.
+    what rows have in common is given. `geometry`: of a convolution; None for linear layers. `by_places`: whether a
+    gradient comes to each place of its maps.
     """
 
     device: torch.device
@@ -57,6 +58,7 @@ class Request(NamedTuple):
     skips: bool = False
     shares: bool = False
     geometry: Geometry | None = None
+    by_places: bool = False
 
 
 @cache

@@ -22,7 +22,7 @@ from ..autograd import without_autocast
 from ..backends.eager import conv, rules
 from ..backends.native import maps as native
 from ..objectives import AnyObjective, Judged, move
-from ..spec import Geometry, Layer, MapRows, Maps, MapSlopes, PlaceSlopes, Rows
+from ..spec import Geometry, Layer, MapRows, Maps, MapSlopes, Rows
 from . import in_front
 from .conv import backend_of, judge_maps, read_maps
 from .maps import ConvOptions, maps_of, rows_for
@@ -133,22 +133,25 @@ def step_(
             read = read_maps(last.maps, None)
             x = last.x.detach()
             judged, _ = judge_maps(objective, read, Rows(x[:n_pos], x[n_pos:]), skip_below, None)
-            by_moments = MapSlopes(judged.first, judged.second)
-            kept = _in_doubt(by_moments) if skip_below and x.device.type == "cpu" else None
+            slopes = MapSlopes(judged.first, judged.second)
+            kept = _in_doubt(slopes) if skip_below and x.device.type == "cpu" else None
+            chain = list(chain) if kept is None else [passed.only(kept) for passed in chain]
             if kept is not None:
-                chain = [passed.only(kept) for passed in chain]
                 by_first, by_second = (None if of is None else of[kept] for of in (judged.first, judged.second))
-                by_moments = MapSlopes(by_first, by_second)
-            slopes: MapSlopes | PlaceSlopes = by_moments
+                slopes = MapSlopes(by_first, by_second)
             gradients: dict[str, Tensor] = {}
             for i in reversed(range(len(chain))):
                 wants = i > 0 or bool(learned)
                 found, below = _gradients(chain[i], slopes, wants)
                 gradients |= {f"{i}.{name}": gradient.clone() for name, gradient in found.items()}
-                if below is not None:
-                    slopes = below
+                if below is None:
+                    break
+                slopes, line = below, chain[i].standardising
+                mean = None if line is None else line.mean
+                if i > 0 and mean is not None:
+                    chain[i - 1] = chain[i - 1]._replace(maps=chain[i - 1].maps._replace(pivot=mean))
             if below is not None:
-                by_x = conv.by_places(below, chain[0].x.detach())
+                by_x = conv.by_places(chain[0].x.detach(), slopes, mean)
                 if kept is not None:
                     by_x = torch.zeros_like(first.x, dtype=by_x.dtype).index_copy_(0, kept, by_x)
         if learned:
@@ -182,10 +185,8 @@ def _parameters(chain: Sequence[Passed]) -> dict[str, Tensor]:
     return {name: p for name, p in named.items() if p is not None}
 
 
-def _gradients(
-    of: Passed, slopes: MapSlopes | PlaceSlopes, wants: bool
-) -> tuple[dict[str, Tensor], PlaceSlopes | None]:
-    """A layer's gradients by name, and if `wants` that of the `x` it took, in the weight's dtype."""
+def _gradients(of: Passed, slopes: MapSlopes, wants: bool) -> tuple[dict[str, Tensor], MapSlopes | None]:
+    """A layer's gradients by name, and if `wants` the slopes of the `x` it took, about the mean of its line."""
     layer, geometry, line, rows = of.layer, of.geometry, of.standardising, of.rows
     # Without the input's gradient the line's weight and bias take theirs from the convolution's weight gradient.
     by_line = line is not None and not wants
@@ -206,7 +207,7 @@ def _gradients(
         return found, None
     du = conv.by_input(dz, rows.x, layer, geometry)
     if line is None:
-        return found, PlaceSlopes(du)
+        return found, MapSlopes(None, None, of_place=du)
     x = of.x.detach()
     sums, products = (native if of.is_compiled else conv).products(du, x, line.statistics[0])
     of_line, below = in_front.through_statistics(line, sums, products, du)

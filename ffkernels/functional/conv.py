@@ -294,18 +294,12 @@ def conv2d_pass(
     check.batch_norm(batch_norm, weight, outputs, None, nn.BatchNorm2d)
     check.fraction("skip_below", skip_below)
     check.objective_alone(objective, skip_below, len(weight))
-    if _reads_maps(objective):
-        if batch_norm is not None:
-            raise ValueError(
-                "objective reads 'activities' but came with batch_norm, which goes by moments; accepted: 'goodness', "
-                "'moments', or no batch_norm"
-            )
-        if options.backend not in (None, "eager"):
-            raise ValueError(
-                f"backend={options.backend!r} came with an objective that reads 'activities', which runs in PyTorch; "
-                "accepted: None, 'eager'"
-            )
-        options = options._replace(backend="eager")
+    reads_maps = _reads_maps(objective)
+    if reads_maps and batch_norm is not None:
+        raise ValueError(
+            "objective reads 'activities' but came with batch_norm, which goes by moments; accepted: 'goodness', "
+            "'moments', or no batch_norm"
+        )
     _check_dropout(dropout, layer, geometry, batch_norm)
     check.optimizer_object(optimizer)
     check.tensor("x_pos", x_pos)
@@ -332,7 +326,7 @@ def conv2d_pass(
     for module in (batch_norm, options.input_norm, options.product_norm):
         if module is not None:
             check.writable_here(list(module.buffers()))
-    chosen = backend_of(layer, geometry, None if update is None else update.rule, options.backend)
+    chosen = backend_of(layer, geometry, None if update is None else update.rule, options.backend, reads_maps)
     n_pos = len(x_pos) if rows.is_positive is None else None
     if only_checks:
         nothing = weight.new_empty(0)
@@ -347,7 +341,7 @@ def conv2d_pass(
             if dropout:
                 maps = _dropped(maps, dropout)
             read = read_maps(maps, batch_norm)
-            seen = maps.p.to(weight.dtype) if _reads_maps(objective) else None
+            seen = maps.p.to(weight.dtype) if reads_maps else None
             judged, by_head = judge_maps(objective, read, rows, skip_below, seen)
             if update is None:
                 # What an update would leave in the place of the activities.
@@ -357,8 +351,9 @@ def conv2d_pass(
                 slopes, gradients = _slopes(read, judged, outputs == "pre")
                 if dropout:
                     # What is dropped is zero, which a ReLU's gradient does not pass.
-                    kept = [None if slope is None else slope / (1 - dropout) for slope in slopes[:2]]
-                    slopes = slopes._replace(first=kept[0], second=kept[1])
+                    of_all = (slopes.first, slopes.second, slopes.of_place)
+                    first, second, of_place = (None if of is None else of / (1 - dropout) for of in of_all)
+                    slopes = slopes._replace(first=first, second=second, of_place=of_place)
                 line = standardising if in_front.has_line(options.input_norm) else None
                 if line is not None:
                     slopes = slopes._replace(by_place=True)
@@ -428,11 +423,11 @@ def _enough_between(norm: nn.BatchNorm2d | None, geometry: Geometry, weight: Ten
     check.enough_for_statistics(norm, sum(map(len, sides)), before[0] * before[1], "product_norm")
 
 
-def backend_of(layer: Layer, geometry: Geometry, rule: str | None, backend: str | None) -> str:
+def backend_of(layer: Layer, geometry: Geometry, rule: str | None, backend: str | None, by_places: bool = False) -> str:
     """The backend that runs a convolution; raises where the one asked for cannot."""
     weight = layer.weight
     request = select.Request(
-        weight.device, weight.dtype, layer.compute_dtype, layer.activation, rule, geometry=geometry
+        weight.device, weight.dtype, layer.compute_dtype, layer.activation, rule, geometry=geometry, by_places=by_places
     )
     return select.choose(request, backend)
 
@@ -503,7 +498,9 @@ def judge_maps(
 
 
 def _slopes(read: Read, judged: Judged, hands_on: bool) -> tuple[MapSlopes, dict[str, Tensor]]:
-    """The slopes by the moments of activities, and the gradients of a batch normalisation by name."""
+    """The slopes of activities, by their moments or by themselves, and a batch normalisation's gradients by name."""
+    if judged.first is not None and judged.first.dim() == 4:
+        return MapSlopes(None, None, of_place=judged.first), {}
     if read.behind is None:
         return MapSlopes(judged.first, judged.second), {}
     offset, gain, by_weight, by_bias = through_moments(read.behind, judged.first, judged.second)

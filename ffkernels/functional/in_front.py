@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .. import validation as check
 from ..backends.eager.conv import by_weight
 from ..objectives import joint_statistics, summed
-from ..spec import Geometry, Layer, MapRows, PlaceSlopes
+from ..spec import Geometry, Layer, MapRows, MapSlopes
 
 InputNorm = nn.BatchNorm2d | nn.GroupNorm | nn.LayerNorm | None
 # How much larger than a variance a mean square may be that it is taken from.
@@ -212,8 +212,8 @@ def through_line(
 
 def through_statistics(
     line: Standardising, sums: Tensor, products: Tensor, du: Tensor
-) -> tuple[dict[str, Tensor], PlaceSlopes]:
-    """The gradients of the line's weight and bias by their names, and that of what was normalised.
+) -> tuple[dict[str, Tensor], MapSlopes]:
+    """The gradients of the line's weight and bias by their names, and the slopes of what it takes, about their mean.
 
     Args:
         sums, products: `[channels]` over rows and places of the gradient `du` behind the normalisation, and of `du`
@@ -224,9 +224,10 @@ def through_statistics(
     by_weight, scale = products / deviation, norm.weight / deviation
     found = {"input_norm.weight": by_weight, "input_norm.bias": sums}
     if line.mean is None:
-        return found, PlaceSlopes(du, scale)
+        return found, MapSlopes(None, None, of_place=du, scale=scale)
     through_mean, through_deviation = (-scale * of / max(line.samples, 1) for of in (sums, by_weight / deviation))
-    return found, PlaceSlopes(du, scale, through_mean, through_deviation / 2, line.mean)
+    first, second = (of.expand(len(du), -1) for of in (through_mean, through_deviation / 2))
+    return found, MapSlopes(first, second, of_place=du, scale=scale)
 
 
 def _by_input(values: Tensor, groups: int) -> Tensor:

@@ -565,13 +565,13 @@ TRIFECTA_MNIST = Recipe(
     "normalisation, convolution, ReLU and pool, the label a learned map beside the image, a SymBa loss of pairs in "
     "every other block of a step, which reaches the one below too, and an Adam for each block.",
     assumed="Three eighths of its channels, 50 epochs for its 100, on batches of 64 for its 512, at rates of 2e-3 for "
-    "its 1e-3, which fall linearly to 0 in the second half; shifts by two pixels for its four, and a tenth "
-    "smaller to larger. All training images are in an epoch, where the code drops the last batch. Wrong labels are drawn from a "
-    "linear classifier of the pixels, or half of them are those that an image took best before, where the code draws "
-    "all alike, which soon tells nothing more; averaged weights; a prediction by all blocks and five views, the image "
-    "and four that are moved by a pixel, where the code takes the last block and the image. Negatives, averages, "
-    "sizes, blocks and views were chosen on the last 10,000 training images, at a quarter of the channels and eight or ten "
-    "epochs.",
+    "its 1e-3, which fall linearly to 0 in the second half; shifts by two pixels for its four, and images a tenth "
+    "smaller to larger. All training images are in an epoch, where the code drops the last batch. Wrong labels are "
+    "drawn from a linear classifier of the pixels, or half of them are those that an image took best before, where the "
+    "code draws all alike, which soon tells nothing more; averaged weights; a prediction by all blocks and five views, "
+    "the image and four that are moved by a pixel, where the code takes the last block and the image. Negatives, "
+    "averages, sizes, blocks and views were chosen on the last 10,000 training images, at a quarter of the channels "
+    "and eight or ten epochs.",
     published="0.42%",
     hidden=(),
     convolutions=(

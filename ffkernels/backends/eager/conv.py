@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...spec import Geometry, Layer, MapGradients, MapRows, Maps, MapSlopes, PlaceSlopes
+from ...spec import Geometry, Layer, MapGradients, MapRows, Maps, MapSlopes
 from .gradient import unsaturated_rows
 from .layer import ACTIVATIONS, LEAKY_SLOPE
 
@@ -101,17 +101,18 @@ conv2d_forward_like = conv2d_forward
 
 def unsaturated(rows: MapRows, maps: Maps, slopes: MapSlopes) -> tuple[MapRows, Maps, MapSlopes]:
     """What is left where rows have slopes of exactly zero alone, if these are worth leaving out."""
-    given = [slope for slope in (slopes.first, slopes.second) if slope is not None]
+    given = [slope for slope in (slopes.first, slopes.second, slopes.of_place) if slope is not None]
     kept = unsaturated_rows(torch.stack([(slope != 0).flatten(1).any(1) for slope in given]).any(0))
     if kept is None:
         return rows, maps, slopes
     first, second = (None if slope is None else slope[kept] for slope in (slopes.first, slopes.second))
     scale = None if rows.scale is None else rows.scale[kept]
     where, before = (take(t, kept) if t.numel() else t for t in (maps.where, maps.before))
+    of_place = None if slopes.of_place is None else take(slopes.of_place, kept)
     return (
         MapRows(take(rows.x, kept), scale),
         maps._replace(p=take(maps.p, kept), where=where, before=before),
-        slopes._replace(first=first, second=second),
+        slopes._replace(first=first, second=second, of_place=of_place),
     )
 
 
@@ -173,25 +174,20 @@ def _gradient(rows: MapRows, layer: Layer, geometry: Geometry, maps: Maps, slope
     return (_in_front_of_pool(dz, maps.where, geometry, size) if is_behind else dz), db
 
 
-def in_front(
-    maps: Maps, slopes: MapSlopes | PlaceSlopes, activation: str, geometry: Geometry, size: tuple[int, int]
-) -> Tensor:
+def in_front(maps: Maps, slopes: MapSlopes, activation: str, geometry: Geometry, size: tuple[int, int]) -> Tensor:
     """The gradient in front of activation and pool, `[rows, channels, *size]` in the slopes' dtype."""
     dz, is_behind = _through_activation(maps, slopes, activation, geometry, size)
     return _in_front_of_pool(dz, maps.where, geometry, size) if is_behind else dz
 
 
 def _through_activation(
-    maps: Maps, slopes: MapSlopes | PlaceSlopes, of: str, geometry: Geometry, size: tuple[int, int]
+    maps: Maps, slopes: MapSlopes, of: str, geometry: Geometry, size: tuple[int, int]
 ) -> tuple[Tensor, bool]:
     """`dp` times the activation's slope, and whether it is still behind the pool, which then passes it on as it is."""
     activation = ACTIVATIONS[of]
-    if isinstance(slopes, PlaceSlopes):
-        dz, is_multiple = by_places(slopes, maps.p), False
-    else:
-        centre = maps.pivot if maps.pivot.numel() else None
-        dz = _by_activity(maps.p, slopes.first, slopes.second, centre)
-        is_multiple = slopes.first is None and centre is None
+    centre = maps.pivot if maps.pivot.numel() else None
+    dz = by_places(maps.p, slopes, centre)
+    is_multiple = slopes.first is None and slopes.of_place is None and centre is None
     if not is_told_before(of, geometry):
         # What a ReLU has shut off is zero, and so is its multiple.
         if of != "relu" or not is_multiple:
@@ -204,15 +200,20 @@ def _through_activation(
     return _gated(dz, maps.before, of), False
 
 
-def by_places(slopes: PlaceSlopes, p: Tensor) -> Tensor:
-    """`dLoss/dp` of maps `p`."""
-    dp = slopes.of_place
-    if slopes.scale is not None:
-        dp = dp * slopes.scale[:, None, None]
-    if slopes.first is None or slopes.second is None or slopes.mean is None:
-        return dp
-    first, second, mean = (of[:, None, None] for of in (slopes.first, slopes.second, slopes.mean))
-    return (dp + first).addcmul_(p.to(dp.dtype) - mean, 2 * second)
+def by_places(p: Tensor, slopes: MapSlopes, pivot: Tensor | None) -> Tensor:
+    """`dLoss/dp` of maps `p`, in the slopes' dtype."""
+    first, second, of_place, scale = slopes.first, slopes.second, slopes.of_place, slopes.scale
+    if of_place is not None and scale is not None:
+        of_place = of_place * scale[:, None, None]
+    if first is not None:
+        first = first[:, :, None, None]
+        of_place = first if of_place is None else of_place + first
+    if second is None:
+        assert of_place is not None
+        return of_place.expand(p.shape)
+    factor = 2 * second[:, :, None, None]
+    apart = p if pivot is None else p - pivot[:, None, None]
+    return apart * factor if of_place is None else torch.addcmul(of_place, apart.to(factor.dtype), factor)
 
 
 def products(of_place: Tensor, p: Tensor, pivot: Tensor) -> tuple[Tensor, Tensor]:
@@ -256,16 +257,6 @@ def _backward(dz: Tensor, x: Tensor, layer: Layer, geometry: Geometry, wanted: l
     return torch.ops.aten.convolution_backward(
         dz, x, weight, None, geometry.stride, _padding(geometry), [1, 1], False, [0, 0], geometry.groups, wanted
     )
-
-
-def _by_activity(p: Tensor, first: Tensor | None, second: Tensor | None, centre: Tensor | None) -> Tensor:
-    """dLoss/dp in the slopes' dtype."""
-    if second is None:
-        assert first is not None
-        return first if first.dim() == 4 else first[:, :, None, None].expand(p.shape)
-    factor = 2 * second[:, :, None, None]
-    apart = p if centre is None else p - centre[:, None, None]
-    return apart * factor if first is None else torch.addcmul(first[:, :, None, None], apart.to(factor.dtype), factor)
 
 
 def _gated(dz: Tensor, a: Tensor, activation: str) -> Tensor:

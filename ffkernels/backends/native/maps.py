@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...spec import Geometry, Layer, MapGradients, MapRows, Maps, MapSlopes, PlaceSlopes
+from ...spec import Geometry, Layer, MapGradients, MapRows, Maps, MapSlopes
 from ..eager.conv import POOLED_FIRST, by_weight, nothing, product, size_of, summed, unsaturated
 from ..eager.layer import ACTIVATIONS
 from .library import BFLOAT16_UNITS, instruction_set, load
@@ -90,12 +90,7 @@ def conv2d_gradients_(rows: MapRows, layer: Layer, geometry: Geometry, maps: Map
 
 
 def in_front(
-    rows: MapRows,
-    layer: Layer,
-    geometry: Geometry,
-    maps: Maps,
-    slopes: MapSlopes | PlaceSlopes,
-    unrounded: bool = False,
+    rows: MapRows, layer: Layer, geometry: Geometry, maps: Maps, slopes: MapSlopes, unrounded: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient in front of activation and pool, in the compute dtype, its sums `[channels]` over all places, and
     the weight's of it and `rows`.
@@ -104,13 +99,7 @@ def in_front(
     """
     (count, channels), size = maps.p.shape[:2], size_of(rows, layer, geometry)
     dz, sums = _channels_last(maps.p, size), maps.first.new_empty(count, channels)
-    taken: dict[str, Any] = {"dz_sums": sums}
-    if isinstance(slopes, PlaceSlopes):
-        taken |= _of_places(slopes.of_place, slopes.scale)
-        first, second = (None if of is None else of.expand(count, -1) for of in (slopes.first, slopes.second))
-        maps = maps if slopes.mean is None else maps._replace(pivot=slopes.mean)
-        slopes = MapSlopes(first, second)
-    taken |= _given(slopes, channels)
+    taken: dict[str, Any] = {**_given(slopes, channels), "dz_sums": sums}
     dw = None
     if count:
         dw = _by_weight(rows, layer, geometry, maps, taken, False)
@@ -209,12 +198,13 @@ def _room(rows: MapRows, layer: Layer, geometry: Geometry, is_centred: bool, piv
     return Maps(p, *_moments(like, weight, is_centred, pivot), where, before)
 
 
-def _given(slopes: MapSlopes, channels: int) -> dict[str, Tensor | None]:
+def _given(slopes: MapSlopes, channels: int) -> dict[str, Any]:
     """The slopes as a pass reads them, `[rows, channels]`, and the line without gaps."""
     wide = {"slope_first": slopes.first, "slope_second": slopes.second}
     line = {"gain": slopes.gain, "shift": slopes.shift}
     given = {name: None if slope is None else slope.expand(-1, channels) for name, slope in wide.items()} | line
-    return {name: None if value is None else value.to(torch.float32).contiguous() for name, value in given.items()}
+    found = {name: None if value is None else value.to(torch.float32).contiguous() for name, value in given.items()}
+    return found if slopes.of_place is None else found | _of_places(slopes.of_place, slopes.scale)
 
 
 def _of_places(slope: Tensor, scale: Tensor | None) -> dict[str, Any]:

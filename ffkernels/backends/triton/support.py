@@ -34,6 +34,8 @@ def unsupported(request: Request) -> str | None:
         return f"{str(request.dtype).removeprefix('torch.')} runs on the eager backend"
     if request.geometry is not None and request.compute_dtype == torch.float16:
         return "a convolution's products in float16, whose sums leave that range: has float32 and bfloat16 ones"
+    if request.by_places:
+        return "a loss of whole maps: has losses of goodness and moments"
     reason = _unsupported_device(request)
     if reason is not None:
         return reason

@@ -26,6 +26,7 @@ from ffkernels.recipes.catalogue import (
     Recipe,
 )
 from ffkernels.recipes.metrics import describe
+from ffkernels.recipes.processes import Processes
 from ffkernels.recipes.run import train
 from ffkernels.recipes.totals import Totals
 from ffkernels.recipes.train import Trainer
@@ -370,6 +371,25 @@ def test_hard_negatives_are_drawn_at_a_temperature(data, monkeypatch) -> None:
     assert trainer.settings()["negatives_temperature"] == 4.0
     assert "negatives_temperature" not in Trainer(SMALL["hinton-matlab"], data).settings()
     assert seen[-1].abs().max() > 0.01
+
+
+def test_labels_met_go_on_to_the_same_numbers_and_are_kept_by_one_process(data) -> None:
+    recipe = replace(SMALL["hinton-matlab"], negatives="met")
+    trainer = run(recipe, data, 3)
+    first, resumed = (Trainer(recipe, data, epochs=3) for _ in range(2))
+    first.run_epoch(lambda describe: False)
+    resumed.load_state(first.state())
+    # An image has met a label in each epoch, some of them one twice.
+    assert (resumed.labels_met.lacked.isfinite().sum(1) == 1).all()
+    while not resumed.finished:
+        resumed.run_epoch(lambda describe: False)
+    assert resumed.rows[-1]["loss"] == trainer.rows[-1]["loss"]
+    met = trainer.labels_met.lacked.isfinite().sum(1)
+    assert torch.equal(resumed.labels_met.lacked, trainer.labels_met.lacked) and met.min() == 1 and met.max() == 3
+    two = Processes()
+    two.size = 2
+    with pytest.raises(ValueError, match="2 processes; hinton-matlab trains on one"):
+        Trainer(recipe, data, processes=two)
 
 
 def test_a_product_that_neutral_pass_and_step_share_changes_rounding_alone(data, monkeypatch) -> None:

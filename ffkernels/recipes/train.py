@@ -113,7 +113,7 @@ class Trainer:
         self.overlapped = net if isinstance(net, OverlappedNetwork) else None
         self.trained: FFNetwork | DataParallel = self.net
         if processes.size > 1:
-            if self.overlapped is not None:
+            if self.overlapped is not None or recipe.negatives == "met":
                 raise ValueError(f"{processes.size} processes; {recipe.name} trains on one")
             self.trained = DataParallel(self.net, processes.group, sync_batch_norm=True)
         self._classes = torch.arange(data.num_classes, device=device)
@@ -137,8 +137,6 @@ class Trainer:
             self.averages = AveragedModel(self._learners, multi_avg_fn=get_ema_multi_avg_fn(recipe.averaging))
         self.labels_met: LabelsMet | None = None
         if recipe.negatives == "met":
-            if processes.size > 1:
-                raise ValueError(f"{processes.size} processes; {recipe.name} trains on one")
             self.labels_met = LabelsMet(len(self.train_labels), data.num_classes, self.device)
         self.rows: list[Row] = []
 

@@ -65,7 +65,8 @@ def draw(trainer: Trainer, path: Path) -> None:
     with rc_context(STYLE):
         figure = Figure(figsize=(14, 8), layout="constrained")
         figure.suptitle(f"Forward-Forward: {summary(trainer)}", x=0.01, ha="left", fontsize=12)
-        grid = figure.add_gridspec(1 + layers, 3, width_ratios=(1.5, 1, 3.1), height_ratios=(2, *[1] * layers))
+        heights = (2 + layers // 4, *[1] * layers)
+        grid = figure.add_gridspec(1 + layers, 3, width_ratios=(1.5, 1, 3.1), height_ratios=heights)
         error_curves(figure.add_subplot(grid[0, 0]), trainer.rows)
         kept_curves(figure.add_subplot(grid[0, 1]), trainer.rows)
         sides = trainer.test_goodness()
@@ -102,7 +103,7 @@ def error_curves(axes: Any, rows: list[Row]) -> None:
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(title="Error", xlabel="epoch")
     axes.grid(axis="y", which="both", color=FAINT, alpha=0.25)
-    axes.legend()
+    axes.legend(fontsize=8)
 
 
 def kept_curves(axes: Any, rows: list[Row]) -> None:
@@ -114,7 +115,7 @@ def kept_curves(axes: Any, rows: list[Row]) -> None:
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}%")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(title="Rows that took part in updates", xlabel="epoch")
-    axes.legend()
+    axes.legend(fontsize=8, ncols=2)
 
 
 def goodness_histogram(axes: Any, positive: Tensor, negative: Tensor, objective: AnyObjective) -> None:

@@ -156,8 +156,7 @@ def multiplies_back(rows: MapRows, layer: Layer, geometry: Geometry) -> bool:
     """`multiplies`, for the weight's gradient."""
     if not _is_avx2(layer):
         return multiplies(rows, layer, geometry)
-    has_narrow_groups = geometry.groups > 1 and len(layer.weight) // geometry.groups <= NARROW
-    return _places_of_products(rows, layer, geometry) >= FEWEST_BACK and not has_narrow_groups
+    return _places_of_products(rows, layer, geometry) >= FEWEST_BACK
 
 
 def _has_no_unit(layer: Layer) -> bool:

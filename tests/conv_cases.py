@@ -178,6 +178,13 @@ def judged(objective: Any, y: Tensor, side: Tensor, weight: Tensor | None) -> tu
     return goodness, reference.loss_of(goodness, side, objective, weight)
 
 
+def of_maps(maps: torch.Tensor, side: torch.Tensor) -> torch.Tensor:
+    """A loss of places, and of rows together: no function of the moments."""
+    ramp = torch.linspace(-1, 1, maps.shape[3], dtype=maps.dtype)
+    apart = (maps * ramp).tanh() - maps.mean(0, keepdim=True)
+    return (apart.square().mean((1, 2, 3)) * (side.to(maps.dtype) - 0.4)).mean()
+
+
 def made(
     objective: str,
     *,

@@ -14,7 +14,7 @@ from ffkernels.backends.eager import conv
 from ffkernels.functional.maps import ConvOptions
 from ffkernels.spec import MapRows
 
-from .conv_cases import OBJECTIVES, RULES, Case, cases, definition, drawn_case, judged, made, sensitivity
+from .conv_cases import OBJECTIVES, RULES, Case, cases, definition, drawn_case, judged, made, of_maps, sensitivity
 from .steps import OPTIMIZERS, error
 
 
@@ -332,13 +332,6 @@ def test_autocast_says_the_compute_dtype():
     case = made("mean", dtype=torch.float32, padding=1)
     with torch.autocast("cpu", torch.bfloat16):
         assert case.ours().y.dtype == torch.bfloat16
-
-
-def of_maps(maps: torch.Tensor, side: torch.Tensor) -> torch.Tensor:
-    """A loss of places, and of rows together: no function of the moments."""
-    ramp = torch.linspace(-1, 1, maps.shape[3], dtype=maps.dtype)
-    apart = (maps * ramp).tanh() - maps.mean(0, keepdim=True)
-    return (apart.square().mean((1, 2, 3)) * (side.to(maps.dtype) - 0.4)).mean()
 
 
 @pytest.mark.parametrize("optimizer", RULES)

@@ -289,6 +289,7 @@ def test_trifectas_prediction_is_the_label_of_most_goodness(data) -> None:
     shares = goodness / goodness.sum(0)
     torch.testing.assert_close(net.scores(x, 10), shares.sum(2).t())
     torch.testing.assert_close(net.scores(x, 10, (2,)), shares[:, :, 2].t())
+    assert torch.equal(net.predict(x, 10), shares.sum(2).argmax(0))
 
 
 def test_half_of_the_negatives_are_labels_that_an_image_took_best(data) -> None:

@@ -14,7 +14,7 @@ from ffkernels.backends.native import library, maps
 from ffkernels.functional.maps import ConvOptions
 from ffkernels.spec import Geometry, Layer, MapRows, MapSlopes
 
-from .conv_cases import cases, drawn_case, made, sensitivity
+from .conv_cases import cases, drawn_case, made, of_maps, sensitivity
 from .steps import error
 
 pytestmark = pytest.mark.skipif(library.load().library is None, reason="the compiled library is not there")
@@ -408,11 +408,6 @@ def test_a_gradient_of_each_place_goes_in_front_of_activation_and_pool(pool, act
         assert error(dz.float(), expected.float(), 1.0) <= tolerance
         assert error(sums, expected.float().sum((0, 2, 3)), 1.0) <= tolerance
         assert error(dw, conv.by_weight(expected.to(compute_dtype), rows.x, layer, geometry).float(), 1.0) <= tolerance
-
-
-def of_maps(maps, side):
-    ramp = torch.linspace(-1, 1, maps.shape[3], dtype=maps.dtype)
-    return (((maps * ramp).tanh() - maps.mean(0)).square().mean((1, 2, 3)) * (side.to(maps.dtype) - 0.4)).mean()
 
 
 @pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16])

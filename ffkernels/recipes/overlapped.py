@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from .. import StepResult
 from ..integrations.trifecta import Block, should_detach
+from .batches import views
 from .catalogue import Recipe
 from .data import Dataset
 
@@ -99,6 +100,13 @@ class OverlappedNetwork(nn.Module):
             x, goodness, *_ = block(x, None)
             found.append(goodness)
         return torch.stack(found, 1)
+
+    def predict(
+        self, x: Tensor, num_classes: int, layers: tuple[int, ...] | None = None, shift: int = 0, blank: float = 0.0
+    ) -> Tensor:
+        """For each image the label of the highest `scores`, summed over its `views`; `[rows]`."""
+        of_views = [self.scores(view, num_classes, layers) for view in views(x, shift, blank)]
+        return torch.stack(of_views).sum(0).argmax(1)
 
     @torch.no_grad()
     def scores(self, x: Tensor, num_classes: int, layers: tuple[int, ...] | None = None) -> Tensor:

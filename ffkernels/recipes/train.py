@@ -28,10 +28,10 @@ from .. import validation as check
 from ..objectives import short
 from ..parallel import DataParallel
 from . import checkpoint
-from .batches import Minibatch, Shared, as_input, dropped, flipped, hard_label, labelled_sides, shifted, turned, views
+from .batches import Minibatch, Shared, as_input, dropped, flipped, hard_label, labelled_sides, shifted, turned
 from .build import network_of, optimizer_of
 from .catalogue import Recipe
-from .data import Dataset
+from .data import Dataset, fingerprint
 from .labels_met import LabelsMet
 from .metrics import Row, check_rows
 from .overlapped import OverlappedNetwork
@@ -168,7 +168,7 @@ class Trainer:
             **recipe,
             "epochs": self.epochs,
             "seed": self.seed,
-            "data": f"{self.data.name} ({_fingerprint(self.data)})",
+            "data": f"{self.data.name} ({fingerprint(self.data)})",
             "device": self.device.type,
             "compute_dtype": str(self.compute_dtype),
             "skip_below": self.skip_below,
@@ -522,13 +522,8 @@ class Trainer:
         classes, layers = self.data.num_classes, self.recipe.goodness_layers
         if self.overlapped is not None:
             overlapped = self.overlapped
-            blank = -self.recipe.pixel_mean / self.recipe.pixel_std
-
-            def predict(x: Tensor) -> Tensor:
-                of_views = views(x, self.recipe.test_shift, blank)
-                return torch.stack([overlapped.scores(view, classes, layers) for view in of_views]).sum(0).argmax(1)
-
-            return self.test_error(predict)
+            shift, blank = self.recipe.test_shift, -self.recipe.pixel_mean / self.recipe.pixel_std
+            return self.test_error(lambda x: overlapped.predict(x, classes, layers, shift, blank))
         return self.test_error(lambda x: self.net.predict(x, classes, layers, self.recipe.label_value))
 
     def test_error(self, predict: Callable[[Tensor], Tensor]) -> float:
@@ -598,15 +593,3 @@ def _copy(values: Iterable[Tensor], into: nn.Module) -> None:
 def _whole_number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}={value!r} is not a whole number")
-
-
-def _fingerprint(data: Dataset) -> str:
-    """Differs for other images or labels, and for the same images or pixels in another order."""
-    sums = []
-    pixel = torch.arange(1, data.train_images.shape[1] + 1, dtype=torch.float64)
-    for images, labels in ((data.train_images, data.train_labels), (data.test_images, data.test_labels)):
-        # Whole numbers, which float64 holds exactly; by parts, since the products take eight times the images' memory.
-        marks = torch.cat([part.double() @ pixel for part in images.split(10_000)]).long()
-        place = torch.arange(1, len(labels) + 1)
-        sums.append(f"{len(labels)} images {int((place * (11 * marks + labels)).sum()):x}")
-    return ", ".join(sums)

@@ -5,8 +5,14 @@
 
 namespace {
 
+// What the forward pass leaves of each unit for an update: nothing, as there is none; what tells
+// value and slope, z of a curve and else y; or y act'(z), where nothing else is asked of a curve.
+enum Left { LEFT_NOTHING, LEFT_VALUES, LEFT_SLOPED };
+
 struct Forward {
     const ffk::Call& call;
+    Left leaves;
+    bool shows;  // whether anybody reads activities
     Chunks chunks;
     Operands operands;
     int64_t depth;  // of the product, in places
@@ -23,9 +29,12 @@ struct Forward {
     int64_t scratch_size, weight_scratch, weight_stride, y_scratch;
     bool copies_weights;
 
-    Forward(const ffk::Call& c, const Block& largest, bool keeps, Memory& memory)
+    // `is_seen`: whether somebody sees a chunk's activities besides the caller.
+    Forward(const ffk::Call& c, const Block& largest, Left left, bool is_seen, Memory& memory)
         // Whole vectors are read beyond a group's last column.
         : call(c),
+          leaves(left),
+          shows(is_seen || c.outputs.y.at != nullptr),
           chunks(out_of(c), largest.operands()),
           operands(operands_of(c)),
           depth(places(c, in_of(c))),
@@ -46,7 +55,7 @@ struct Forward {
             rounds(call) || operands != FLOATS || (in_of(call) % 512 == 0 && rows >= 512);
         weight_stride = stride_for(depth);
         weight_scratch = copies_weights ? chunks.rows * weight_stride : 0;
-        y_scratch = keeps && !is_curved(call) ? 0 : chunks.rows * stride;
+        y_scratch = leaves && !(is_curved(call) && shows) ? 0 : chunks.rows * stride;
         scratch_size = up_to(LANES * depth + weight_scratch + y_scratch, 16);
         scratch = memory.take(scratch_size * call.threads);
     }
@@ -55,9 +64,8 @@ struct Forward {
         run(block, nullptr, [](int64_t, const float*) {});
     }
 
-    // `kept`: [out, stride], for what the update reads of each unit: z of a curve, else y; null
-    // where there is no update. `see(chunk, y_t)` is called with each chunk's activities
-    // [units, stride] while they are warm.
+    // `kept`: [out, stride], for what it leaves of each unit, or null. `see(chunk, y_t)` is called
+    // with each chunk's activities [units, stride] while they are warm, if they are shown.
     template <class F>
     void run(const Block& block, float* kept, F see) const {
         const int workers = workers_for(call, block.operands() * in_of(call) * out_of(call));
@@ -68,7 +76,7 @@ struct Forward {
             // place.
             float *z_t =
                       kept != nullptr ? kept + chunks.first(chunk) * stride : own + weight_scratch,
-                  *y_t = is_curved(call) ? own + weight_scratch : z_t;
+                  *y_t = is_curved(call) && shows ? own + weight_scratch : z_t;
             with_operands(operands, [&](auto constant) {
                 multiply<decltype(constant)::value>(block, chunk, weights(chunk, own), z_t, y_t);
             });
@@ -168,8 +176,7 @@ struct Forward {
     }
 
     // A group's rows are those of the first in all places but the label field's: its sum is theirs
-    // without the field, and its own part on top. Curves leave z too, unless it has the same place
-    // as y.
+    // without the field, and its own part on top.
     template <Operands KIND>
     void multiply(const Block& block, int64_t chunk, Weights w, float* z_t, float* y_t) const {
         const Panels panels{block.operands(), depth};
@@ -242,8 +249,8 @@ struct Forward {
         }
     }
 
-    // z = r acc + b, y = act(z), q += y^2; the accumulators stay as they are. Of a curve it leaves
-    // z in the place of y, and q to `bend`.
+    // z = r acc + b, y = act(z), q += y^2; the accumulators stay as they are. Of a curve it writes
+    // z in the place of y, and leaves q to `bend`.
     template <int NV>
     __attribute__((always_inline)) void finish(const Tile<NV>& tile, int valid, int64_t unit,
                                                int64_t column, float* y, float* q,
@@ -275,19 +282,20 @@ struct Forward {
         for (int v = 0; v < NV; v++) store(q + v * LANES, squares[v]);
     }
 
-    // y = act(z), q += y^2 of a tile, whose registers a curve would need for itself.
+    // y = act(z), q += y^2 of a tile, whose registers a curve would need for itself; y act'(z) in
+    // the place of z where that is what is left.
     template <int NV>
-    __attribute__((noinline)) void bend(int valid, const float* z, float* y, float* q,
-                                        bool first) const {
+    __attribute__((noinline)) void bend(int valid, float* z, float* y, float* q, bool first) const {
         with_activation(call, [&](auto act) {
             vec squares[NV];
             for (int v = 0; v < NV; v++) squares[v] = first ? vec{} : load(q + v * LANES);
             for (int m = 0; m < valid; m++)
                 for (int v = 0; v < NV; v++) {
                     const int64_t at = m * stride + v * LANES;
-                    const vec activity = act(load(z + at)).y;
-                    store(y + at, activity);
-                    squares[v] += activity * activity;
+                    const Active a = act(load(z + at));
+                    if (leaves == LEFT_SLOPED) store(z + at, a.y * a.slope);
+                    if (shows) store(y + at, a.y);
+                    squares[v] += a.y * a.y;
                 }
             for (int v = 0; v < NV; v++) store(q + v * LANES, squares[v]);
         });

@@ -28,7 +28,7 @@ struct WholeForward {
         : call(c),
           blocks(larger(1, pieces(rows_of(c, 0) + rows_of(c, 1), BLOCK_ROWS))),
           field(f),
-          forward(call, largest_block(call, blocks, field), false, memory) {}
+          forward(call, largest_block(call, blocks, field), LEFT_NOTHING, false, memory) {}
     WholeForward(const WholeForward&) = delete;
 
     void run() const {
@@ -118,18 +118,23 @@ int linear_step(const ffk::Call& call) {
         Memory after_memory = memory;
         const WholeForward after(again, field_again, after_memory);
         const Block largest = largest_block(call, blocks, field);
-        const Forward forward(call, largest, true, memory);
         Peers peers(call, largest, memory);
         const Classes classes(call, largest, memory);
+        // Sums over peers or classes, and what joins a slope, need more than the slope.
+        const bool is_plain = !peers.there() && !classes.there();
+        const Left left = is_curved(call) && is_plain ? LEFT_SLOPED : LEFT_VALUES;
+        const Forward forward(call, largest, left, classes.there(), memory);
         Update update(call, peers, largest, blocks, memory);
         float* kept = memory.take(up_to(out_of(call), TILE_ROWS) * forward.stride);
         float* coefficient = memory.take(largest.columns());
         float* weights = memory.take(peers.gated() ? largest.columns() : 0);
         memory.used = larger(memory.used, after_memory.used);
         if (!real) return;
-        const bool y_is_enough =
-            !peers.gated()
-            && (call.layer.activation == ffk::RELU || call.layer.activation == ffk::IDENTITY);
+        // y of a ReLU is y act'(z).
+        const bool is_sloped =
+            left == LEFT_SLOPED
+            || (!peers.gated()
+                && (call.layer.activation == ffk::RELU || call.layer.activation == ffk::IDENTITY));
         double loss = 0;
         const auto show = [&](const Block& block, int64_t chunk) {
             const int64_t first = forward.chunks.first(chunk);
@@ -165,7 +170,7 @@ int linear_step(const ffk::Call& call) {
                            float* of_chunk = kept + chunks.first(chunk) * forward.stride;
                            if (classes.there())
                                classes.apply(block, chunk, of_chunk, forward.stride, peers);
-                           else if (!y_is_enough)
+                           else if (!is_sloped)
                                apply_slopes(call, peers, block, weights, chunks.first(chunk),
                                             chunks.size(chunk), forward.stride, of_chunk);
                            return of_chunk;

@@ -53,7 +53,7 @@ struct Convolution {
                    ? 1
                    : call.threads;
     }
-    Channels of_panel(int64_t unit, const Panels& panels, int64_t panel) const {
+    Channels of_panel(int64_t unit, int64_t panel) const {
         const int64_t begin = unit * out + panel * PANEL;
         return {begin, smaller(begin + PANEL, (unit + 1) * out)};
     }
@@ -180,7 +180,7 @@ struct ConvolutionForward {
                     packed, weight.panel(unit, panel), z);
             });
         });
-        const Channels range = of.of_panel(unit, weight.panels, panel);
+        const Channels range = of.of_panel(unit, panel);
         const Places<float> places{z, range.begin, width, of.line * width};
         passes.forward_row(row, range, places, pivot, writes);
         if (writes && of.call.z != nullptr) keep(row, range, places);
@@ -190,22 +190,24 @@ struct ConvolutionForward {
     void multiply(const float* packed, const float* panel, float* z) const {
         const int64_t places = of.call.height * of.line, step = of.padded_width * of.in_places;
         int64_t x = 0, skipped = 0;
-        for (int64_t place = 0; place < places; place += TILE_ROWS) {
-            TileRows a(packed + (place + skipped) * of.in_places, of.in_places, places - place);
+        each_tile<NV>(places, [&](int64_t place, auto rows) {
+            constexpr int ROWS = decltype(rows)::value;
+            TileRows<ROWS> a(packed + (place + skipped) * of.in_places, of.in_places,
+                             places - place);
             // Lines of places lie apart by their padding.
             if (!(ON_UNIT && KIND == BFLOAT16_PAIRS))
-                for (int m = 0; m < TILE_ROWS; m++) {
+                for (int m = 0; m < ROWS; m++) {
                     a.row[m] = packed + (smaller(place + m, places - 1) + skipped) * of.in_places;
                     if (++x == of.line && place + m + 1 < places)
                         x = 0, skipped += of.padded_width - of.line;
                 }
-            Tile<NV> tile;
+            Tile<NV, ROWS> tile;
             tile.clear();
             for (int64_t i = 0; i < of.call.kernel_height; i++)
                 tile.template multiply<KIND>(a, i * step, panel + i * weight.depth * NV * LANES,
                                              weight.depth);
             tile.write(z + place * NV * LANES, NV * LANES);
-        }
+        });
     }
 
     // The slope of an activation may be told by the product alone: as PyTorch's has it, with the
@@ -254,7 +256,7 @@ int convolution_forward(const ffk::MapsPass& call) {
             if (call.finds_pivot)
                 parallel(all, int(workers), [&](int64_t i, int worker) {
                     some(0, i, i + 1, worker, nullptr, false);
-                    passes.find_pivot(of.of_panel(i / panels, weight.panels, i % panels));
+                    passes.find_pivot(of.of_panel(i / panels, i % panels));
                 });
             parallel(call.rows * parts, int(workers), [&](int64_t task, int worker) {
                 const int64_t first = task % parts * each;
@@ -389,7 +391,7 @@ struct WeightGradient {
         using D = typename P::Made;
         for (int64_t p = first; p < end; p++) {
             const int64_t width = panels.vectors(p) * LANES;
-            const Channels range = of.of_panel(unit, panels, p);
+            const Channels range = of.of_panel(unit, p);
             float* into = dz + operand(p) + index * depth * width;
             // What no window writes, and what lies behind the last place.
             const bool has_gaps = of.call.has_gaps || line != of.call.width;
@@ -432,25 +434,27 @@ struct WeightGradient {
     void multiply(const TurnedImage& image, const float* packed, const float* dz, int64_t count,
                   int64_t begin, int64_t end, bool is_first, float* sums) const {
         const int64_t last = taps_at_once * of.in - 1, image_floats = image.floats();
-        for (int64_t r = begin; r < end; r += TILE_ROWS) {
+        each_tile<NV>(end - begin, [&](int64_t some, auto rows) {
+            constexpr int ROWS = decltype(rows)::value;
+            const int64_t r = begin + some;
             const int64_t tap = r / rows_at_once * taps_at_once;
             const auto row = [&](int64_t m) {
                 const int64_t i = smaller(r % rows_at_once + m, last);
                 return image.row(packed, i % of.in, tap + i / of.in);
             };
-            TileRows a(row(0), image.channel_floats, TILE_ROWS);
+            TileRows<ROWS> a(row(0), image.channel_floats, ROWS);
             if (!(ON_UNIT && KIND == BFLOAT16_PAIRS))
-                for (int m = 0; m < TILE_ROWS; m++) a.row[m] = row(m);
+                for (int m = 0; m < ROWS; m++) a.row[m] = row(m);
             float* c = sums + r * NV * LANES;
-            Tile<NV> tile;
+            Tile<NV, ROWS> tile;
             tile.clear();
-            if (!is_first) Tile<NV>::expect(c, NV * LANES);
+            if (!is_first) tile.expect(c, NV * LANES);
             for (int64_t i = 0; i < count; i++)
                 tile.template multiply<KIND>(a, i * image_floats, dz + i * depth * NV * LANES,
                                              depth);
             if (!is_first) tile.add(c, NV * LANES);
             tile.write(c, NV * LANES);
-        }
+        });
     }
 
     // The sum over the runs, always in their order, to the parameter's layout.

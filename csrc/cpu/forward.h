@@ -195,10 +195,11 @@ struct Forward {
             for (int64_t p = 0; p < panels.count(); p++)
                 with_vectors(panels.vectors(p), [&](auto vectors) {
                     constexpr int NV = decltype(vectors)::value;
-                    for (int64_t o = 0; o < out; o += TILE_ROWS) {
-                        const TileRows a(w.at + o * w.stride, w.stride, out - o);
+                    each_tile<NV>(out, [&](int64_t o, auto rows) {
+                        constexpr int ROWS = decltype(rows)::value;
+                        const TileRows<ROWS> a(w.at + o * w.stride, w.stride, out - o);
                         float* to = z_t + o * stride + p * PANEL;
-                        Tile<NV> tile;
+                        Tile<NV, ROWS> tile;
                         tile.expect(to, stride);
                         tile.clear();
                         for (const auto& [from, until] : runs)
@@ -211,14 +212,13 @@ struct Forward {
                         if (k > 0 || known) tile.add(to, stride);
                         if (!last) {
                             tile.write(to, stride);
-                            continue;
+                            return;
                         }
-                        float shared[TILE_ROWS * PANEL];
-                        if (block.field.copies) tile.write(shared, PANEL);
+                        const Tile<NV, ROWS> shared = tile;
                         for (int64_t g = 0; g <= block.field.copies; g++) {
                             // `finish` leaves the sum in the tile, with the group before's field in
                             // it: from anew.
-                            if (g > 0) tile.clear(), tile.add(shared, PANEL);
+                            if (g > 0) tile = shared;
                             if (field_depth)
                                 tile.template multiply<KIND>(a, field_first, field_of(block, g, p),
                                                              field_depth);
@@ -230,7 +230,7 @@ struct Forward {
                                 bend<NV>(a.valid, to + column, to + (y_t - z_t) + column,
                                          q + column + p * PANEL, o == 0);
                         }
-                    }
+                    });
                 });
         }
     }
@@ -251,8 +251,8 @@ struct Forward {
 
     // z = r acc + b, y = act(z), q += y^2; the accumulators stay as they are. Of a curve it writes
     // z in the place of y, and leaves q to `bend`.
-    template <int NV>
-    __attribute__((always_inline)) void finish(const Tile<NV>& tile, int valid, int64_t unit,
+    template <int NV, int ROWS>
+    __attribute__((always_inline)) void finish(const Tile<NV, ROWS>& tile, int valid, int64_t unit,
                                                int64_t column, float* y, float* q,
                                                bool first) const {
         const bool relu = call.layer.activation == ffk::RELU,
@@ -266,7 +266,7 @@ struct Forward {
             squares[v] = first ? vec{} : load(q + v * LANES);
         }
 #pragma GCC unroll 16
-        for (int m = 0; m < TILE_ROWS; m++) {
+        for (int m = 0; m < ROWS; m++) {
             if (m >= valid) break;
             const float bias = biases != nullptr ? biases[unit + m] : 0;
 #pragma GCC unroll 4

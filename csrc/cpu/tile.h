@@ -39,17 +39,28 @@ constexpr bool is_rest(Operands kind, int64_t place) {
     return place % places_at_once(kind) >= PAIRS_AT_ONCE && kind == SPLIT_PAIRS;
 }
 
+// How many rows a tile of so many vectors may have. Sums too few to hide what each waits for are a
+// tile's whose rows are few and whose panel is narrow: it takes more rows for the registers left.
+constexpr int most_rows([[maybe_unused]] int vectors) {
+#if defined(__AVX2__) && !defined(__AVX512F__) && !defined(FFK_ON_MATRIX_UNIT)
+    return TILE_ROWS * TILE_VECTORS / vectors;
+#else
+    return TILE_ROWS;
+#endif
+}
+
 // A's rows for one tile. A tile at the edge reads its last row several times, on AMX's unit
 // whatever lies behind it, and writes only `valid` rows.
+template <int ROWS = TILE_ROWS>
 struct TileRows {
-    const float* row[TILE_ROWS];
+    const float* row[ROWS];
     int64_t stride;
     int valid;
 
     TileRows(const float* a, int64_t row_stride, int64_t rows)
-        : stride(row_stride), valid(int(smaller(rows, TILE_ROWS))) {
-        // The product runs over TILE_ROWS rows always: its loop has no bound that varies.
-        for (int m = 0; m < TILE_ROWS; m++) row[m] = a + smaller(m, valid - 1) * stride;
+        : stride(row_stride), valid(int(smaller(rows, ROWS))) {
+        // The product runs over ROWS rows always: its loop has no bound that varies.
+        for (int m = 0; m < ROWS; m++) row[m] = a + smaller(m, valid - 1) * stride;
     }
 };
 
@@ -63,27 +74,27 @@ struct Coming {
     void fetch(int64_t i) const { __builtin_prefetch(line[i], 1); }
 };
 
-template <int NV>
+template <int NV, int ROWS = TILE_ROWS>
 struct Tile {
-    vec at[TILE_ROWS][NV];
+    vec at[ROWS][NV];
 
     __attribute__((always_inline)) void clear() {
 #pragma GCC unroll 16
-        for (int m = 0; m < TILE_ROWS; m++)
+        for (int m = 0; m < ROWS; m++)
 #pragma GCC unroll 4
             for (int v = 0; v < NV; v++) at[m][v] = vec{};
     }
 
-    // `c`: [TILE_ROWS, NV * LANES], to be read or written once the tile is multiplied; rows beyond
+    // `c`: [ROWS, NV * LANES], to be read or written once the tile is multiplied; rows beyond
     // the valid ones may hold anything.
     __attribute__((always_inline)) static void expect(const float* c, int64_t stride) {
-        for (int m = 0; m < TILE_ROWS; m++)
+        for (int m = 0; m < ROWS; m++)
             for (int v = 0; v < NV; v++) __builtin_prefetch(c + m * stride + v * LANES, 1);
     }
 
     __attribute__((always_inline)) void add(const float* c, int64_t stride) {
 #pragma GCC unroll 16
-        for (int m = 0; m < TILE_ROWS; m++)
+        for (int m = 0; m < ROWS; m++)
 #pragma GCC unroll 4
             for (int v = 0; v < NV; v++) at[m][v] += load(c + m * stride + v * LANES);
     }
@@ -91,22 +102,23 @@ struct Tile {
     // += column row^T.
     __attribute__((always_inline)) void add_outer(const float* column, const float* row) {
 #pragma GCC unroll 16
-        for (int m = 0; m < TILE_ROWS; m++)
+        for (int m = 0; m < ROWS; m++)
 #pragma GCC unroll 4
             for (int v = 0; v < NV; v++) at[m][v] += broadcast(column[m]) * load(row + v * LANES);
     }
 
     __attribute__((always_inline)) void write(float* c, int64_t stride) const {
 #pragma GCC unroll 16
-        for (int m = 0; m < TILE_ROWS; m++)
+        for (int m = 0; m < ROWS; m++)
 #pragma GCC unroll 4
             for (int v = 0; v < NV; v++) store(c + m * stride + v * LANES, at[m][v]);
     }
 
     // += A[:, first : first + depth] B; `b`: [depth, NV * LANES].
     template <Operands KIND>
-    __attribute__((always_inline)) void multiply(const TileRows& a, int64_t first, const float* b,
-                                                 int64_t depth, const Coming& coming = {}) {
+    __attribute__((always_inline)) void multiply(const TileRows<ROWS>& a, int64_t first,
+                                                 const float* b, int64_t depth,
+                                                 const Coming& coming = {}) {
 #if defined(FFK_ON_MATRIX_UNIT)
         if constexpr (KIND != FLOATS) return multiply_on_unit<KIND>(a, first, b, depth, coming);
 #endif
@@ -114,8 +126,8 @@ struct Tile {
         if constexpr (KIND != FLOATS) return multiply_blocks(a, first, b, depth, coming);
 #endif
         constexpr bool IN_PAIRS = KIND == BFLOAT16_PAIRS;
-        const float* row[TILE_ROWS];
-        for (int m = 0; m < TILE_ROWS; m++) row[m] = a.row[m] + first;
+        const float* row[ROWS];
+        for (int m = 0; m < ROWS; m++) row[m] = a.row[m] + first;
         for (int64_t k = 0; k < depth; k++, b += NV * LANES) {
             if (k < coming.count) coming.fetch(k);
             vec column[NV];
@@ -125,7 +137,7 @@ struct Tile {
                 __builtin_prefetch(b + (AHEAD * NV + v) * LANES);
             }
 #pragma GCC unroll 16
-            for (int m = 0; m < TILE_ROWS; m++) {
+            for (int m = 0; m < ROWS; m++) {
                 const vec element = IN_PAIRS ? vec{} : broadcast(row[m][k]);
 #pragma GCC unroll 4
                 for (int v = 0; v < NV; v++)
@@ -139,7 +151,7 @@ struct Tile {
 #if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
     // By BFMMLA, whose sums are blocks of two rows and two columns, and which takes two places at
     // once: a tile's vectors change places with those of the row beside them on the way in and out.
-    __attribute__((always_inline)) void multiply_blocks(const TileRows& a, int64_t first,
+    __attribute__((always_inline)) void multiply_blocks(const TileRows<ROWS>& a, int64_t first,
                                                         const float* b, int64_t depth,
                                                         const Coming& coming) {
         static_assert(LANES == 4 && TILE_ROWS % 2 == 0);
@@ -195,7 +207,7 @@ struct Tile {
 #if defined(FFK_ON_MATRIX_UNIT)
     // Tiles 0 to 3 are the sums: 0 and 1 of the upper 16 rows, 2 and 3 of the lower ones.
     template <Operands KIND>
-    void multiply_on_unit(const TileRows& a, int64_t first, const float* b, int64_t depth,
+    void multiply_on_unit(const TileRows<ROWS>& a, int64_t first, const float* b, int64_t depth,
                           const Coming& coming) {
         constexpr int64_t WIDTH = NV * LANES;
         float *upper = reinterpret_cast<float*>(at[0]), *lower = reinterpret_cast<float*>(at[16]);
@@ -238,6 +250,19 @@ struct Tile {
     }
 #endif
 };
+
+// Calls `f` with the first row of each tile of `rows`, and the tile's rows as a constant. Higher
+// ones come in runs of whole tiles of the usual height, so that what is left is such tiles again.
+template <int NV, class F>
+inline void each_tile(int64_t rows, F f) {
+    constexpr int ROWS = most_rows(NV), RUN = TILE_ROWS * TILE_VECTORS;
+    static_assert(RUN % ROWS == 0);
+    int64_t first = 0;
+    if constexpr (ROWS > TILE_ROWS)
+        for (; first + RUN <= rows; first += RUN)
+            for (int64_t i = 0; i < RUN; i += ROWS) f(first + i, Constant<ROWS>{});
+    for (; first < rows; first += TILE_ROWS) f(first, Constant<TILE_ROWS>{});
+}
 
 // Panels of B are PANEL columns wide; the last is as many vectors wide as the rest needs.
 struct Panels {

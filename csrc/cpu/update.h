@@ -306,10 +306,11 @@ struct Update {
                 with_vectors(panels.vectors(p), [&](auto vectors) {
                     constexpr int NV = decltype(vectors)::value;
                     const bool touched = touches_field(block, p);
-                    for (int64_t o = 0; o < size; o += TILE_ROWS) {
-                        TileRows a(left + o * depth_stride, depth_stride, size - o);
+                    each_tile<NV>(size, [&](int64_t o, auto rows) {
+                        constexpr int ROWS = decltype(rows)::value;
+                        TileRows<ROWS> a(left + o * depth_stride, depth_stride, size - o);
                         float* to = unfinished + o * sum_stride + p * PANEL;
-                        Tile<NV> tile;
+                        Tile<NV, ROWS> tile;
                         Coming coming;
                         if (last) expect<KIND>(first + o, a.valid, p * PANEL, NV, coming);
                         if (!last || k > 0 || index > 0) tile.expect(to, sum_stride);
@@ -319,8 +320,9 @@ struct Update {
                         for (int64_t g = 0; g <= (touched ? block.field.copies : 0); g++) {
                             if (touched && !moves[g]) continue;
                             if (touched)
-                                a = TileRows(left + ((1 + g) * chunks.rows + o) * depth_stride,
-                                             depth_stride, size - o);
+                                a = TileRows<ROWS>(
+                                    left + ((1 + g) * chunks.rows + o) * depth_stride, depth_stride,
+                                    size - o);
                             tile.template multiply<OPERANDS>(
                                 a, k, own_panel(block, g, panels, p) + k * NV * LANES, depth,
                                 coming);
@@ -330,15 +332,15 @@ struct Update {
                         if (k > 0 || index > 0) tile.add(to, sum_stride);
                         if (!last) {
                             tile.write(to, sum_stride);
-                            continue;
+                            return;
                         }
                         if (peers.straight())
                             tile.add_outer(peers.activity + first + o, peers.input + p * PANEL);
-                        float finished[TILE_ROWS * PANEL];
+                        float finished[ROWS * PANEL];
                         tile.write(finished, PANEL);
                         apply<KIND>(finished, first + o, a.valid, p * PANEL,
                                     smaller(NV * LANES, in_of(call) - p * PANEL));
-                    }
+                    });
                 });
         }
     }

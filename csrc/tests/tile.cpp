@@ -15,25 +15,25 @@ std::vector<float> packed(const std::vector<float>& numbers) {
 }
 
 // start + A[:, first:] B + column row^T, the product in two runs as where the depth is cut.
-template <int NV, Operands KIND>
+template <int NV, int ROWS, Operands KIND>
 void product(int valid, int64_t first, int64_t depth) {
     constexpr int64_t WIDTH = NV * LANES, EACH = KIND == FLOATS ? 1 : 2, GAP = 3;
     // AMX's unit reads whatever lies behind the last row; everywhere else that is out of bounds.
-    const int64_t a_stride = first + depth, a_rows = KIND != FLOATS ? TILE_ROWS : valid,
+    const int64_t a_stride = first + depth, a_rows = KIND != FLOATS ? ROWS : valid,
                   c_stride = WIDTH + GAP, cut = depth / 2 / PAIRS_AT_ONCE * PAIRS_AT_ONCE;
     const auto draw = [](int64_t n) {
         return KIND != FLOATS ? check::coarse(n) : check::numbers(n);
     };
     const std::vector<float> a = draw(a_rows * a_stride * EACH), b = draw(depth * WIDTH * EACH);
-    const std::vector<float> start = check::numbers(TILE_ROWS * c_stride),
-                             column = check::numbers(TILE_ROWS), row = check::numbers(WIDTH);
+    const std::vector<float> start = check::numbers(ROWS * c_stride), column = check::numbers(ROWS),
+                             row = check::numbers(WIDTH);
     const std::vector<float> a_places = packed<KIND>(a), b_places = packed<KIND>(b);
-    std::vector<float> c(size_t(TILE_ROWS * c_stride), NAN);
+    std::vector<float> c(size_t(ROWS * c_stride), NAN);
 
-    Tile<NV> tile;
+    Tile<NV, ROWS> tile;
     for (auto& vectors : tile.at)
         for (vec& v : vectors) v = broadcast(NAN);
-    const TileRows rows(a_places.data(), a_stride, valid);
+    const TileRows<ROWS> rows(a_places.data(), a_stride, valid);
     Coming coming;
     for (int i = 0; i < 5; i++) coming.add(c.data());
     tile.expect(c.data(), c_stride);
@@ -57,6 +57,31 @@ void product(int valid, int64_t first, int64_t depth) {
                         KIND != FLOATS ? "pairs" : "floats", (long long)depth, (long long)first,
                         valid, NV, (long long)m, (long long)j);
         }
+}
+
+template <int NV, int ROWS, Operands KIND>
+void products() {
+    for (int valid = 1; valid <= ROWS; valid++)
+        for (const int64_t depth : {1, 2, 5, 37, 400}) {
+            const int64_t whole = KIND != FLOATS ? up_to(depth, PAIRS_AT_ONCE) : depth;
+            product<NV, ROWS, KIND>(valid, 0, whole);
+            if (depth < 37) product<NV, ROWS, KIND>(valid, 3, whole);
+        }
+}
+
+// Each row is in one tile; beyond the last row lies what fills up a tile of the usual height.
+template <int NV>
+void covered() {
+    for (int64_t rows = 1; rows <= 3 * TILE_ROWS * TILE_VECTORS; rows++) {
+        int64_t next = 0;
+        each_tile<NV>(rows, [&](int64_t first, auto of_tile) {
+            check::same(first, next, "first row of a tile, %lld rows, %d vectors", (long long)rows,
+                        NV);
+            next = first + decltype(of_tile)::value;
+        });
+        check::same(next, up_to(rows, TILE_ROWS), "end of tiles, %lld rows, %d vectors",
+                    (long long)rows, NV);
+    }
 }
 
 // Panels lie one behind the other, and their vectors hold each column once.
@@ -83,19 +108,16 @@ int main() {
     check::ask_for_tiles();
     for (int pairs = 0; pairs <= int(MULTIPLIES_PAIRS); pairs++)
         for (int vectors = 1; vectors <= TILE_VECTORS; vectors++)
-            for (int valid = 1; valid <= TILE_ROWS; valid++)
-                for (const int64_t depth : {1, 2, 5, 37, 400})
-                    with_pairs(pairs, [&](auto operands) {
-                        with_vectors(vectors, [&](auto constant) {
-                            constexpr int NV = decltype(constant)::value;
-                            constexpr Operands KIND = decltype(operands)::value;
-                            const int64_t whole =
-                                KIND != FLOATS ? up_to(depth, PAIRS_AT_ONCE) : depth;
-                            check::same(NV, vectors, "vectors as a constant");
-                            product<NV, KIND>(valid, 0, whole);
-                            if (depth < 37) product<NV, KIND>(valid, 3, whole);
-                        });
-                    });
+            with_pairs(pairs, [&](auto operands) {
+                with_vectors(vectors, [&](auto constant) {
+                    constexpr int NV = decltype(constant)::value;
+                    constexpr Operands KIND = decltype(operands)::value;
+                    check::same(NV, vectors, "vectors as a constant");
+                    products<NV, TILE_ROWS, KIND>();
+                    if (most_rows(NV) > TILE_ROWS) products<NV, most_rows(NV), KIND>();
+                    covered<NV>();
+                });
+            });
     panels();
     return check::result();
 }

@@ -152,6 +152,8 @@ def _measure(options: argparse.Namespace, cases: list[Case]) -> int:
     about = machine.describe(cases[0].device) | {"freed_memory_kept": keep_freed_memory()}
     if about["load_before"] is not None and about["load_before"] > BUSY:
         say(f"This machine is busy (load {about['load_before']:.1f}): measure alone.")
+    if machine.waiting(about):
+        say(f"Small operations wait longer{machine.waiting(about)}: others have more of them. Leave it out.")
     path = options.output / f"{time.strftime('%Y%m%d-%H%M%S')}.json"
     result: report.Result = {"machine": about, "data": "noise", "quick": options.quick, "rows": []}
     problems = _run(jobs, _effort(options), result, path, options.within)

@@ -18,6 +18,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # Units that multiply bfloat16 in hardware, and how torch is asked for them.
 UNITS = {"AMX": "_is_amx_tile_supported", "AVX512-BF16": "_is_avx512_bf16_supported"}
 
+# What has OpenMP's threads wait for each other in another way than by default.
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+
 
 def describe(device: str) -> dict[str, Any]:
     """Device, processor, threads, backend if forced, versions, commit, load; and the date."""
@@ -31,6 +34,7 @@ def describe(device: str) -> dict[str, Any]:
         "backend_forced": os.environ.get(select.VARIABLE),
         "load_before": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "allocator": {k: v for k, v in os.environ.items() if k.startswith("MALLOC_") or k == "LD_PRELOAD"},
+        "openmp": {k: v for k, v in os.environ.items() if k.startswith(("OMP_", "GOMP_", "KMP_"))},
         "torch": torch.__version__,
         "cuda": torch.version.cuda if device == "cuda" else None,
         "packages": {name: _version(name) for name in ("triton", "fflib", "bioff")},
@@ -41,12 +45,17 @@ def describe(device: str) -> dict[str, Any]:
 
 
 def in_words(about: dict[str, Any]) -> str:
-    """What `describe` found, in a line: device, units for bfloat16, threads, torch."""
+    """What `describe` found, in a line: device, units for bfloat16, threads and how they wait, torch."""
     if about.get("device", "cpu") != "cpu":
         return f"{about['device']}, torch {about['torch']}"
     units = about.get("bfloat16_units", ())
     unit = (" and ".join(units) or "no bfloat16 unit") + ("" if "AMX" in units else ", no AMX")
-    return f"{about['cpu']} with {unit}, {about['threads']} threads, torch {about['torch']}"
+    return f"{about['cpu']} with {unit}, {about['threads']} threads{waiting(about)}, torch {about['torch']}"
+
+
+def waiting(about: dict[str, Any]) -> str:
+    """How threads wait for each other, if not by default: `, OMP_WAIT_POLICY=PASSIVE` say."""
+    return "".join(f", {name}={value}" for name, value in about.get("openmp", {}).items() if name in WAITING)
 
 
 def name_of(device: str) -> str:

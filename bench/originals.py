@@ -317,11 +317,12 @@ _ALL = [
         "grouped", _rms_forward, _group_loss, partial(Adam, lr=1e-3), _RMS, {"loss": "cross_entropy", "classes": 10},
         "pre",
     ),
+    # Adam's own eps would take the sign of gradients that are rounding alone, here of one in a head and below of more.
     Original(
-        "mono-forward", _plain_forward, _head_loss, partial(AdamW, lr=1e-3), _RMS | {"norm": "none"},
+        "mono-forward", _plain_forward, _head_loss, partial(AdamW, lr=1e-3, eps=1e-5), _RMS | {"norm": "none"},
         {"loss": "cross_entropy", "classes": 10}, "pre", has_head=True,
     ),
-    # Its layers are in convolutions.py. Adam's own eps would take the sign of gradients that are rounding alone.
+    # Its layers are in convolutions.py.
     Original(
         "cwc", _plain_forward, _group_loss, partial(Adam, lr=0.01, eps=1e-5), _RMS | {"norm": "none"},
         {"loss": "cross_entropy", "classes": 10}, "pre",

@@ -265,6 +265,17 @@ def test_the_machine_in_words_names_its_matrix_unit(units: list[str], words: str
     assert machine.in_words(about) == f"x with {words}, 2 threads, torch 2"
 
 
+def test_the_machine_in_words_says_how_threads_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in machine.WAITING:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert machine.waiting(machine.describe("cpu")) == ""
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    about = machine.describe("cpu")
+    assert about["openmp"].items() >= {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}.items()
+    assert ", OMP_WAIT_POLICY=PASSIVE, torch" in machine.in_words(about)
+
+
 def test_saved_results_are_the_same_when_loaded(tmp_path: Path) -> None:
     result = {"machine": {"cpu": "x"}, "quick": True, "rows": [{"case": "a", "block_ms": [1.0]}, {"case": "b"}]}
     report.save(result, tmp_path / "r.json")

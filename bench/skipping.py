@@ -93,7 +93,10 @@ def contenders(case: Case, trained: Any) -> dict[str, Callable[[Batch], object]]
             for block, of in zip(net.layers, trained.layers, strict=True):
                 # It would take the other's averages as its own.
                 block.optimizer.load_state_dict(deepcopy(of.optimizer.state_dict()))
-    backprop = BackpropBlocks(case, initial_of(case), autocast=case.low_precision is not None)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        initial = initial_of(case)
+    backprop = BackpropBlocks(case, initial, autocast=case.low_precision is not None)
     takes: dict[str, Callable[[Batch], object]] = {name: partial(step, net) for name, net in nets.items()}
     return takes | {BACKPROP: lambda batch: backprop.step(*batch[:2])}
 

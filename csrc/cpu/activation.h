@@ -56,8 +56,7 @@ inline Active silu(vec z) {
     return {z * share, share + z * (e * inverse) * inverse};
 }
 
-// Whether a slope is told by z alone, which is then what the forward pass keeps of a row; of the
-// other activations y tells it.
+// Whether a slope is told by z alone; of the other activations y tells it.
 inline bool is_curved(const ffk::Call& call) {
     return call.layer.activation == ffk::GELU || call.layer.activation == ffk::SILU;
 }

@@ -214,7 +214,8 @@ struct Forward {
                             tile.write(to, stride);
                             return;
                         }
-                        const Tile<NV, ROWS> shared = tile;
+                        Tile<NV, ROWS> shared;
+                        if (block.field.copies) shared = tile;
                         for (int64_t g = 0; g <= block.field.copies; g++) {
                             // `finish` leaves the sum in the tile, with the group before's field in
                             // it: from anew.

@@ -220,7 +220,7 @@ def conv2d_step_(
         optimizer: as in `linear_step_`.
         objective: as in `linear_step_`. Its units are channels: class groups are groups of consecutive ones, a mean
             goodness is over channels and places, a `ProjectionHead` reads the globally averaged map. A `GivenLoss`
-            reads the goodness, the moments, or, in PyTorch, the maps themselves.
+            reads the goodness, the moments, or the maps themselves.
         stride, padding, padding_mode, groups: as in `torch.nn.Conv2d`; padding is an integer or a pair, its mode
             "zeros" or "reflect". Kernels are not dilated.
         pool: None; a size or a pair, that of maximum pooling behind the activation; or an `nn.MaxPool2d` or

@@ -93,9 +93,9 @@ class Recipe:
             of classes.
         negatives: the wrong label is drawn "uniform"-ly, from the "classifier"'s softmax without the right label (hard
             negatives, Hinton 2022, section 3.3), or half of them from there and half "met": of those that the image has
-            had, the one whose goodness in the last layer came nearest to the right one's; or it comes with the batch's
-            labels "shuffled", some of which are right; or, without labels, "hybrid" images (section 3.2); "none" for a
-            loss of classes.
+            had, the one whose goodness came nearest to the right one's in the last layer with a loss, which with
+            overlapped updates is another one every other step; or it comes with the batch's labels "shuffled", some of
+            which are right; or, without labels, "hybrid" images (section 3.2); "none" for a loss of classes.
         negatives_temperature: what the logits of that softmax are divided by: lower, harder negatives.
         batch_size: images in a minibatch; each is one positive and one negative row, or one row alone.
         train_images: how many of the training images, the first ones; None for all.

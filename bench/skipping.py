@@ -29,7 +29,7 @@ from ffkernels.recipes import data as datasets
 from ffkernels.recipes.data import Dataset
 from ffkernels.recipes.progress import Progress
 
-from .blocks import ALPHA, SKIP_BELOW, BackpropBlocks, initial_of, program_of, settings
+from .blocks import ALPHA, SKIP_BELOW, BackpropBlocks, program_of, settings
 from .cases import CASES, NUM_CLASSES, Case
 from .contenders import OURS
 from .machine import describe, in_words
@@ -93,10 +93,7 @@ def contenders(case: Case, trained: Any) -> dict[str, Callable[[Batch], object]]
             for block, of in zip(net.layers, trained.layers, strict=True):
                 # It would take the other's averages as its own.
                 block.optimizer.load_state_dict(deepcopy(of.optimizer.state_dict()))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        initial = initial_of(case)
-    backprop = BackpropBlocks(case, initial, autocast=case.low_precision is not None)
+    backprop = BackpropBlocks(case, case.initial(), autocast=case.low_precision is not None)
     takes: dict[str, Callable[[Batch], object]] = {name: partial(step, net) for name, net in nets.items()}
     return takes | {BACKPROP: lambda batch: backprop.step(*batch[:2])}
 

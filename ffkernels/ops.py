@@ -7,7 +7,7 @@ Where nobody watches operators, a call goes to the backend at once, which saves 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from string import ascii_lowercase
 from types import NoneType
@@ -23,6 +23,7 @@ from .spec import (
     Geometry,
     Goal,
     Layer,
+    LayerStep,
     MapGradients,
     MapRows,
     Maps,
@@ -273,19 +274,17 @@ for _name, _schema, _convolution, _fake in (
     torch.library.register_fake(f"ffkernels::{_name}", _fake, lib=_library)
 
 _operators = torch.ops.ffkernels
-_PLAIN = (Tensor, Parameter)
+_PLAIN = frozenset({Tensor, Parameter})
 
 
-def _watched(layer: Layer, x: Tensor, x_neg: Tensor | None = None) -> bool:
+def are_followed(*tensors: Tensor) -> bool:
     """Whether somebody follows operators: a compiler, a mode, a kind of tensor, a profiler, a tracer."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch.autograd._profiler_enabled()
         or torch._C._get_tracing_state() is not None
-        or type(layer.weight) not in _PLAIN
-        or type(x) not in _PLAIN
-        or (x_neg is not None and type(x_neg) not in _PLAIN)
+        or not _PLAIN.issuperset(map(type, tensors))
     )
 
 
@@ -299,7 +298,7 @@ def linear_forward_(
     squares: bool = True,
 ) -> None:
     """Writes `y` and sums over class groups where they are given, and the sums of squares of `y`: `SCHEMAS`."""
-    if _watched(layer, rows.x_pos, rows.x_neg):
+    if are_followed(layer.weight, rows.x_pos, rows.x_neg):
         _operators.linear_forward_(*flatten(rows, layer), y, sumsq, class_sums, squares, backend)
     else:
         _forward_into(rows, layer, backend, y, sumsq, class_sums, squares)
@@ -307,7 +306,7 @@ def linear_forward_(
 
 def linear_forward(rows: Rows, layer: Layer, keep: bool, backend: str) -> tuple[Tensor, Tensor]:
     """`y`, `[0, out]` without `keep`, and its sums of squares."""
-    if _watched(layer, rows.x_pos, rows.x_neg):
+    if are_followed(layer.weight, rows.x_pos, rows.x_neg):
         return _operators.linear_forward(*flatten(rows, layer), keep, backend)
     y, sumsq = _results(rows, layer, keep)
     select.load(backend).linear_forward_(rows, layer, y if keep else None, sumsq)
@@ -325,17 +324,31 @@ def linear_step_(
     prepared: object = None,
 ) -> None:
     """Takes one whole step of a layer: `SCHEMAS`. `prepared`: for backends of `select.PREPARES`."""
-    if _watched(layer, rows.x_pos, rows.x_neg):
+    if are_followed(layer.weight, rows.x_pos, rows.x_neg):
         _operators.linear_step_(*flatten_step(rows, layer, goal, pull, update, outputs), backend)
     elif prepared is None:
         select.load(backend).linear_step_(rows, layer, goal, pull, update, outputs)
     else:
-        select.load(backend).linear_step_(rows, layer, goal, pull, update, outputs, prepared)
+        linear_steps_(rows, [LayerStep(layer, goal, pull, update, outputs, prepared)], backend)
+
+
+def linear_steps_(rows: Rows, steps: Sequence[LayerStep], backend: str) -> None:
+    """Takes a step of each of several layers on what the one below hands on, where nobody follows operators.
+
+    For backends of `select.PREPARES`.
+    """
+    select.load(backend).linear_steps_(rows, steps)
+
+
+def rows_above(rows: Rows, y: Tensor, sumsq: Tensor) -> Rows:
+    """The rows of the next layer: what a layer's step on `rows` hands on."""
+    n_pos = rows.x_pos.shape[0]
+    return Rows(y[:n_pos], y[n_pos:], None, sumsq, rows.sample_weight, None, 0, rows.labels)
 
 
 def linear_update_(rows: Rows, layer: Layer, slopes: Slopes, pull: PeerPull, update: Update, backend: str) -> None:
     """Updates a layer by given slopes: `SCHEMAS`."""
-    if _watched(layer, rows.x_pos, rows.x_neg):
+    if are_followed(layer.weight, rows.x_pos, rows.x_neg):
         _operators.linear_update_(*flatten(rows, layer, slopes, pull, *_slots(update)), backend)
     else:
         select.load(backend).linear_update_(rows, layer, slopes, pull, update)
@@ -346,7 +359,7 @@ def conv2d_forward(
 ) -> Maps:
     """Activities and moments of a convolutional layer; moments are about `pivot` if that is given, about one that is
     found among the activities with `is_centred`, else about zero."""
-    if _watched(layer, rows.x):
+    if are_followed(layer.weight, rows.x):
         return Maps(*_operators.conv2d_forward(*flatten(rows, layer, geometry), is_centred, pivot, backend))
     return select.load(backend).conv2d_forward(rows, layer, geometry, is_centred, pivot)
 
@@ -355,6 +368,6 @@ def conv2d_gradients_(
     rows: MapRows, layer: Layer, geometry: Geometry, maps: Maps, slopes: MapSlopes, backend: str
 ) -> MapGradients:
     """Gradients of weight and bias by the moments' slopes; what is handed on comes over `maps.p`."""
-    if _watched(layer, rows.x):
+    if are_followed(layer.weight, rows.x):
         return MapGradients(*_operators.conv2d_gradients_(*flatten(rows, layer, geometry, maps, slopes), backend))
     return select.load(backend).conv2d_gradients_(rows, layer, geometry, maps, slopes)

@@ -14,8 +14,9 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from operator import is_
-from types import MappingProxyType
+from itertools import chain
+from operator import attrgetter, is_
+from types import MappingProxyType, NoneType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -76,14 +77,12 @@ class Part(NamedTuple):
 
     Attributes:
         place: the parameter's group, and its place there.
-        given: what `slot.numbers` and `slot.lr` were read from.
         new_state: what its optimizer does not have yet.
     """
 
     parameter: Tensor
     slot: Slot
     place: tuple[int, int] = (0, 0)
-    given: tuple[Any, ...] = ()
     new_state: Mapping[str, Tensor] = MappingProxyType({})
 
 
@@ -94,6 +93,7 @@ class Plan(NamedTuple):
         record: the update as the operators take it.
         others: likewise, those of the objective's own parameters, one by one.
         held: how many parameters each group of the optimizer holds.
+        given: of each group that holds some of these parameters, what their slots' numbers and rates were read from.
     """
 
     rule: Rule
@@ -101,6 +101,7 @@ class Plan(NamedTuple):
     record: Update
     others: tuple[Update, ...]
     held: tuple[int, ...]
+    given: tuple[tuple[int, tuple[Any, ...]], ...]
 
     @property
     def makes_state(self) -> bool:
@@ -325,54 +326,86 @@ def _plan_of(rule: Rule, parts: tuple[Part, ...], optimizer: Optimizer | None, n
     own = len(slots) - n_others
     record = Update(rule, slots[0], slots[1] if own > 1 else NO_SLOT)
     others = tuple([Update(rule, slot, NO_SLOT) for slot in slots[own:]])
-    return Plan(rule, parts, record, others, () if optimizer is None else _held(optimizer))
-
-
-def _held(optimizer: Optimizer) -> tuple[int, ...]:
-    return tuple([len(group["params"]) for group in optimizer.param_groups])
+    if optimizer is None:
+        return Plan(rule, parts, record, others, (), ())
+    groups = optimizer.param_groups
+    held = tuple([len(group["params"]) for group in groups])
+    used = () if rule == "grad" else tuple({part.place[0] for part in parts})
+    return Plan(rule, parts, record, others, held, tuple([(at, _given(rule, groups[at])) for at in used]))
 
 
 class Reading:
-    """What an optimizer says at one moment of all its parameters; each group is read once."""
+    """What an optimizer says at one moment of all its parameters."""
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self.optimizer, self.held = optimizer, _held(optimizer)
         self.rule: Rule = "grad" if own_step_because(optimizer) else FUSED.get(type(optimizer), "grad")
-        self._given: dict[int, tuple[Any, ...] | None] = {}
+        self.groups = [*map(dict, optimizer.param_groups)]
+        every = [*chain.from_iterable([group["params"] for group in self.groups])]
+        self._hooked = any(map(any, map(_HOOKS, every)))
+        # Whether they are the same objects is what counts; a plan holds its own, so that none can take their place.
+        self._objects = [*map(id, chain(every, *map(dict.values, optimizer.state.values())))]
+
+    def is_as(self, before: Reading) -> bool:
+        """Whether the optimizer said just this before, and nothing that needs a closer look."""
+        return (
+            self._objects == before._objects
+            and self.rule == before.rule
+            and not self._hooked
+            and not before._hooked
+            and all([_NUMBERS.issuperset(map(type, chain(of.values(), of.get("betas", ())))) for of in self.groups])
+            and self.groups == before.groups
+        )
 
     def given(self, at: int) -> tuple[Any, ...] | None:
         """A group's numbers as `_given` has them; None where one is missing, or no rule has its settings."""
-        if at not in self._given:
-            group = self.optimizer.param_groups[at]
-            try:
-                self._given[at] = None if _unfused(group) else _given(self.rule, group)
-            except KeyError:
-                return None
-        return self._given[at]
+        group = self.groups[at]
+        try:
+            return None if self.rule == "grad" or _unfused(group) else _given(self.rule, group)
+        except KeyError:
+            return None
 
 
-def again(reading: Reading, plan: Plan) -> Plan | None:
+# What nobody can change in place, and the lists of parameters, which are compared one by one.
+_NUMBERS = frozenset({bool, int, float, tuple, NoneType, list})
+_HOOKS = attrgetter("_backward_hooks", "_post_accumulate_grad_hooks")
+_readings: WeakKeyDictionary[Optimizer, Reading] = WeakKeyDictionary()
+
+
+def read(optimizer: Optimizer) -> Reading:
+    """What an optimizer says; the last reading itself where it says the same."""
+    before, now = _readings.get(optimizer), Reading(optimizer)
+    if before is not None and now.is_as(before):
+        return before
+    _readings[optimizer] = now
+    return now
+
+
+def again(optimizer: Optimizer, reading: Reading, plan: Plan) -> Plan | None:
     """The plan of a further step on the same parameters; None where more has changed than a group's numbers."""
-    rule = plan.rule
-    if reading.rule != rule or reading.held != plan.held:
+    rule, groups, state = plan.rule, reading.groups, optimizer.state
+    if reading.rule != rule or tuple([len(group["params"]) for group in groups]) != plan.held:
         return None
-    optimizer, keys, changed = reading.optimizer, STATE[rule], {}
-    for i, (parameter, slot, (at, index), given, _) in enumerate(plan.parts):
-        now = reading.given(at)
-        if now is None or optimizer.param_groups[at]["params"][index] is not parameter or hooked(parameter):
+    for parameter, slot, (at, index), _ in plan.parts:
+        if groups[at]["params"][index] is not parameter or hooked(parameter):
             return None
-        kept = slot.state
-        if kept and not all(map(is_, map(optimizer.state.get(parameter, {}).get, keys), kept)):
+        if slot.state and not all(map(is_, map(state.get(parameter, {}).get, STATE[rule]), slot.state)):
             return None
-        if not _same_numbers(now, given):
-            if rule == "sgd" and (now[1] != 0) != bool(kept):
-                return None
-            numbers, lr = _numbers(rule, parameter, now)
-            changed[i] = Part(parameter, Slot(kept, numbers, lr), (at, index), now)
-    if not changed:
+    now: dict[int, tuple[Any, ...]] = {}
+    for at, _ in plan.given:
+        numbers = reading.given(at)
+        if numbers is None:
+            return None
+        now[at] = numbers
+    if all([_same_numbers(now[at], given) for at, given in plan.given]):
         return plan
-    parts = tuple([changed.get(i, part) for i, part in enumerate(plan.parts)])
-    return _plan_of(rule, parts, optimizer, len(plan.others))
+    parts = []
+    for part in plan.parts:
+        numbers = now[part.place[0]]
+        # Momentum that comes or goes brings or takes state.
+        if rule == "sgd" and (numbers[1] != 0) != bool(part.slot.state):
+            return None
+        parts.append(part._replace(slot=Slot(part.slot.state, *_numbers(rule, part.parameter, numbers))))
+    return _plan_of(rule, tuple(parts), optimizer, len(plan.others))
 
 
 def steps_on_gradients(optimizer: Optimizer) -> None:
@@ -437,7 +470,7 @@ def _part(rule: Rule, parameter: Tensor, optimizer: Optimizer, place: tuple[int,
     numbers, lr = _numbers(rule, parameter, given)
     if rule == "sgd" and new:
         numbers = numbers._replace(first_step=1.0)
-    return Part(parameter, Slot(kept, numbers, lr), place, given, new)
+    return Part(parameter, Slot(kept, numbers, lr), place, new)
 
 
 def _zeros_like(parameter: Tensor) -> Tensor:
@@ -461,10 +494,9 @@ def _given(rule: Rule, group: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _same_numbers(now: tuple[Any, ...], given: tuple[Any, ...]) -> bool:
-    lr, before = now[0], given[0]
-    if lr is not before and (isinstance(lr, Tensor) or isinstance(before, Tensor) or lr != before):
-        return False
-    return now[1:] == given[1:]
+    if isinstance(now[0], Tensor) or isinstance(given[0], Tensor):
+        return now[0] is given[0] and now[1:] == given[1:]
+    return now == given
 
 
 def _numbers(rule: Rule, parameter: Tensor, given: tuple[Any, ...]) -> tuple[Numbers, Tensor | None]:

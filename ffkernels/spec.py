@@ -6,7 +6,7 @@ and the C structures of the compiled library (`backends.native.records`) follow 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -277,6 +277,17 @@ class Outputs(NamedTuple):
     goodness_out: WrittenVector | None = None
     y_after: WrittenMatrix | None = None
     sumsq_after: WrittenVector | None = None
+
+
+class LayerStep(NamedTuple):
+    """One of the steps that layers on top of each other take; `prepared` as `select.PREPARES` says, or None."""
+
+    layer: Layer
+    goal: Goal
+    pull: PeerPull
+    update: Update
+    outputs: Outputs
+    prepared: Any
 
 
 class Slopes(NamedTuple):

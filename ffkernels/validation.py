@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping
+from itertools import pairwise
+from operator import attrgetter
 from typing import get_args
 
 import torch
@@ -458,6 +460,9 @@ def writable_here(written: list[Tensor]) -> None:
         )
 
 
+_BYTES = attrgetter("nbytes")
+
+
 def apart(
     weight: Tensor,
     bias: Tensor | None,
@@ -475,21 +480,10 @@ def apart(
         return
     tensors = (weight, bias, peer_mean, *others.values(), x_pos, x_neg, product)
     # The usual case costs little: tensors without gaps, none of which begins before another ends.
-    spans = []
-    for t in tensors:
-        if t is not None:
-            if not t.is_contiguous():
-                break
-            start = t.data_ptr()
-            spans.append((start, start + t.nbytes))
-    else:
-        spans.sort()
-        last = 0
-        for start, end in spans:
-            if start < last:
-                break
-            last = end
-        else:
+    given = [t for t in tensors if t is not None]
+    if all(map(Tensor.is_contiguous, given)):
+        spans = sorted(zip(map(Tensor.data_ptr, given), map(_BYTES, given), strict=True))
+        if all([start + size <= after for (start, size), (after, _) in pairwise(spans)]):
             return
     names = ("weight", "bias", "peer_mean", *others, "x_pos", "x_neg", "product")
     there = [(name, t, *_span(t)) for name, t in zip(names, tensors, strict=True) if t is not None and t.numel()]

@@ -101,6 +101,38 @@ def other_state(s: Steps) -> None:
     s.optimizer.state[s.layer().weight]["exp_avg"] = state(s) * -1
 
 
+def swapped(s: Steps) -> None:
+    of = s.optimizer.state[s.layer().bias]
+    of["exp_avg"], of["exp_avg_sq"] = of["exp_avg_sq"], of["exp_avg"].abs()
+
+
+def lr_in_place(s: Steps) -> None:
+    rate = torch.tensor(0.3)
+    group(s).update(lr=rate)
+    s.step()
+    rate.fill_(0.01)
+
+
+def betas_in_place(s: Steps) -> None:
+    first, second = torch.tensor(0.3), torch.tensor(0.4)
+    group(s).update(betas=(first, second))
+    s.step()
+    first.fill_(0.7)
+
+
+def other_group(s: Steps) -> None:
+    bias = s.layer().bias
+    group(s)["params"] = [p for p in group(s)["params"] if p is not bias]
+    s.optimizer.add_param_group({"params": [bias], "lr": 0.1})
+    for _ in range(2):
+        s.step()
+    s.optimizer.param_groups[1]["lr"] = 0.4
+
+
+def tripled(p: nn.Parameter) -> None:
+    p.grad.mul_(3)
+
+
 def own_method(s: Steps) -> None:
     layer, step = s.layer(), s.layer().step
     layer.step = lambda x_pos, x_neg, optimizer, **options: step(x_pos * 2, x_neg, optimizer, **options)
@@ -149,6 +181,13 @@ CHANGES: dict[str, tuple[Callable[[Steps], object], bool]] = {
     "state transposed": (set_data(state, lambda t: t.t()), False),
     "state in place": (lambda s: state(s).mul_(3), True),
     "other state": (other_state, False),
+    "state swapped": (swapped, False),
+    "an lr tensor in place": (lr_in_place, True),
+    "betas of tensors in place": (betas_in_place, True),
+    "another group's lr": (other_group, True),
+    "post hook": (
+        lambda s: s.layer().weight.register_post_accumulate_grad_hook(tripled), False,
+    ),
     "step in float64": (set_data(lambda s: state(s, "step"), lambda t: t.double()), False),
     "loaded": (lambda s: s.optimizer.load_state_dict(deepcopy(s.optimizer.state_dict())), False),
     "parameter": (other_parameter, False),
@@ -206,11 +245,12 @@ def test_a_change_is_heeded(name, ways):
                     assert ways == [False, False, True, True]
                 torch.manual_seed(9)
                 change(s)
+                before = len(ways)
             if not keeps:
                 forget(s)
             left.append(left_by(s.step()))
         if keeps:
-            assert (ways[CHANGE_AT] if len(ways) == STEPS else False) == stays
+            assert (ways[before] if len(ways) == before + STEPS - CHANGE_AT else False) == stays
         found.append(([t for of in left for t in of], [] if s.optimizer is None else s.numbers()))
     for ours, theirs in zip(*found, strict=True):
         assert len(ours) == len(theirs)
@@ -290,12 +330,28 @@ def test_pairs_of_unequal_numbers_are_refused():
         s.step()
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"outputs": "pre"}, {"peer": ff.PeerNormalisation()}, {"compute_dtype": torch.bfloat16}, {"dtype": torch.float64}],
-)
-def test_options_of_layers(options, ways):
+OF_LAYERS: list[dict] = [
+    {"outputs": "pre"},
+    {"peer": ff.PeerNormalisation()},
+    {"compute_dtype": torch.bfloat16},
+    {"compute_dtype": torch.float16, "outputs": "pre"},
+    {"dtype": torch.float64},
+    {"activation": "gelu", "bias": False},
+    {"objective": ff.Objective(goodness="norm")},
+    {"objective": ff.Objective(goodness="sum"), "outputs": "pre"},
+    {"objective": ff.Objective(loss="swish", alpha=0.7)},
+]
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("options", OF_LAYERS, ids=str)
+def test_options_of_layers(options, together, keep, ways, monkeypatch):
+    """All layers in one call, and a call for each, leave what layers that are checked anew leave."""
+    if not together:
+        monkeypatch.setattr(kept, "FEW_ACTIVITIES", 0)
     kept_ones, fresh = Steps(**options), Steps(**options)
+    kept_ones.options["keep"] = fresh.options["keep"] = keep
     for _ in range(CHANGE_AT):
         forget(fresh)
         theirs = left_by(fresh.step())
@@ -303,8 +359,34 @@ def test_options_of_layers(options, ways):
     for _ in range(CHANGE_AT):
         ours = left_by(kept_ones.step())
     assert ways[2:] == [True, True]
+    assert len(ours) == len(theirs)
     for a, b in zip([*ours, *kept_ones.numbers()], [*theirs, *fresh.numbers()], strict=True):
         assert torch.equal(a, b)
+
+
+def test_steps_with_many_activities_take_a_call_each(monkeypatch):
+    s, calls, native = Steps(), [], select.load("native")
+    for _ in range(CHANGE_AT):
+        s.step()
+    run = native.linear_steps_
+    monkeypatch.setattr(native, "linear_steps_", lambda rows, steps: calls.append(run(rows, steps)))
+    for few, expected in ((10 * 18, 1), (10 * 18 - 1, 3)):
+        monkeypatch.setattr(kept, "FEW_ACTIVITIES", few)
+        calls.clear()
+        s.step()
+        assert len(calls) == expected
+
+
+def test_a_layer_without_memory_is_named(monkeypatch):
+    s = Steps()
+    s.net.layers[1] = ff.FFLinear(6, 7)
+    s.net.layers[2] = ff.FFLinear(7, 6)
+    s.optimizer = Adam(s.net.parameters())
+    for _ in range(CHANGE_AT):
+        s.step()
+    monkeypatch.setattr(select.load("native").library.load().library, "ffk_linear_steps", lambda calls, count: 2)
+    with pytest.raises(MemoryError, match="layer step of 7 x 6 on 10 rows"):
+        s.step()
 
 
 def test_classes(ways):
@@ -401,23 +483,28 @@ def heeds_ctrl_c():
     signal.signal(signal.SIGINT, before)
 
 
-def test_ctrl_c_waits_for_all_layers(heeds_ctrl_c, monkeypatch):
+@pytest.mark.parametrize("together", [True, False])
+def test_ctrl_c_waits_for_all_layers(together, heeds_ctrl_c, monkeypatch):
     s, same = Steps(), Steps()
     for _ in range(CHANGE_AT):
         s.step()
         same.step()
-    run, calls = ops.linear_step_, []
+    if not together:
+        monkeypatch.setattr(kept, "FEW_ACTIVITIES", 0)
+    name = "linear_steps_" if together else "linear_step_"
+    run, calls = getattr(ops, name), []
 
     def interrupted(*args):
-        calls.append(signal.raise_signal(signal.SIGINT) if len(calls) == 1 else None)
+        calls.append(signal.raise_signal(signal.SIGINT) if not calls else None)
         run(*args)
 
-    monkeypatch.setattr(ops, "linear_step_", interrupted)
+    monkeypatch.setattr(ops, name, interrupted)
     with pytest.raises(KeyboardInterrupt):
         s.step()
     monkeypatch.undo()
     same.step()
     assert all(torch.equal(a, b) for a, b in zip(s.numbers(), same.numbers(), strict=True))
+    assert len(calls) == (1 if together else len(s.net))
     assert torch.is_grad_enabled()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 

@@ -216,4 +216,4 @@ def test_the_plan_is_kept():
     first = plan._kept[s.optimizer][id(s.weight)].plan
     s.step()
     assert plan._kept[s.optimizer][id(s.weight)].plan is first
-    assert optim.again(optim.Reading(s.optimizer), first.update) is first.update
+    assert optim.again(s.optimizer, optim.Reading(s.optimizer), first.update) is first.update

@@ -48,7 +48,8 @@ class Seen:
 
     def around(self, function):
         def call(*records, **options):
-            self.precisions += [r.precision for r in records if isinstance(r, Layer)]
+            layers = [step.layer for of in records if isinstance(of, list) for step in of]
+            self.precisions += [r.precision for r in (*layers, *records) if isinstance(r, Layer)]
             return function(*records, **options)
 
         return call
@@ -141,7 +142,9 @@ def test_a_step_reads_the_setting_when_it_is_called(monkeypatch, compute_dtype):
     optimizer = torch.optim.Adam([made.weight, made.bias])
     net = ff.FFNetwork([ff.FFLinear(5, 7, compute_dtype=compute_dtype), ff.FFLinear(7, 3, compute_dtype=compute_dtype)])
     optimizers = torch.optim.Adam(net.parameters())
-    monkeypatch.setattr(ops, "linear_step_", seen.around(ops.linear_step_))
+    for backend in map(select.load, ("native", "eager")):
+        for name in {"linear_step_", "linear_steps_"} & set(vars(backend)):
+            monkeypatch.setattr(backend, name, seen.around(getattr(backend, name)))
     for name in ("highest", "high", "medium", "highest", "high"):
         with precision(name):
             for _ in range(2):  # the second by the plan of the first

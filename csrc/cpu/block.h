@@ -10,16 +10,23 @@ namespace {
 constexpr int64_t BLOCK_ROWS = 1024, SINGLE_BLOCK = int64_t(1) << 22;
 // Tasks are runs of whole tiles; their size follows from the layer's shape alone, so that no sum
 // depends on the number of threads.
-constexpr int64_t TASKS = 16, MOST_TILES = 16;
+constexpr int64_t TASKS = 16, MOST_TILES = 16, FEW_TILES = 4, LARGE_BATCH = 512;
 // Fewer multiplications than this are not worth waking a second thread for.
-constexpr int64_t SMALL_WORK = int64_t(1) << 18;
+constexpr int64_t SMALL_WORK = int64_t(1) << 18, SMALL_TILES = 32;
+inline bool is_small(int64_t multiplications) { return multiplications < SMALL_WORK; }
 
 struct Chunks {
     int64_t out, rows;
 
-    explicit Chunks(int64_t out_features, int64_t batch) : out(out_features) {
-        const int64_t tiles = pieces(out, TILE_ROWS), most = batch > 512 ? MOST_TILES : 4;
-        rows = TILE_ROWS * larger(1, smaller(most, pieces(tiles, TASKS)));
+    // Of a batch of so many operands.
+    Chunks(const ffk::Call& call, int64_t batch) : out(out_of(call)) {
+        const int64_t tiles = pieces(out, TILE_ROWS),
+                      most = batch > LARGE_BATCH ? MOST_TILES : FEW_TILES;
+        // One thread works through a small step; its chunks need not be many.
+        rows = TILE_ROWS
+               * (is_small(batch * in_of(call) * out)
+                      ? smaller(tiles, SMALL_TILES)
+                      : larger(1, smaller(most, pieces(tiles, TASKS))));
     }
     int64_t count() const { return pieces(out, rows); }
     int64_t first(int64_t chunk) const { return chunk * rows; }
@@ -82,7 +89,7 @@ inline Block block_of(const ffk::Call& call, int64_t index, int64_t blocks, Fiel
 }
 
 inline int workers_for(const ffk::Call& call, int64_t multiplications) {
-    return multiplications < SMALL_WORK ? 1 : call.threads;
+    return is_small(multiplications) ? 1 : call.threads;
 }
 
 template <class F>

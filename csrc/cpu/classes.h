@@ -137,7 +137,7 @@ struct Classes {
         : call(c),
           objective(c),
           groups{out_of(c), c.goal.classes},
-          chunks(out_of(c), largest.operands()),
+          chunks(c, largest.operands()),
           width(largest.columns()),
           squares(c.goal.goodness != ffk::GOODNESS_ACTIVITY) {
         if (!there()) return;

@@ -147,6 +147,12 @@ int ffk_linear_step(const ffk::Call* call) { return kernels_for(*call).linear_st
 
 int ffk_linear_update(const ffk::Call* call) { return kernels_for(*call).linear_update(*call); }
 
+int ffk_linear_steps(const ffk::Call* calls, int count) {
+    for (int i = 0; i < count; i++)
+        if (ffk_linear_step(calls + i) != 0) return i + 1;
+    return 0;
+}
+
 void ffk_maps_forward(const ffk::MapsPass* call) { kernels_for(call->dtype).maps_forward(*call); }
 
 void ffk_maps_backward(const ffk::MapsPass* call) { kernels_for(call->dtype).maps_backward(*call); }

@@ -35,7 +35,7 @@ struct Forward {
         : call(c),
           leaves(left),
           shows(is_seen || c.outputs.y.at != nullptr),
-          chunks(out_of(c), largest.operands()),
+          chunks(c, largest.operands()),
           operands(operands_of(c)),
           depth(places(c, in_of(c))),
           stride(stride_for(largest.columns() + LANES)) {

@@ -23,7 +23,7 @@ struct Given {
     Given(const ffk::Call& c, const Peers& p, const Block& largest, Memory& memory)
         : call(c),
           peers(p),
-          chunks(out_of(c), largest.operands()),
+          chunks(c, largest.operands()),
           stride(stride_for(largest.columns() + LANES)),
           basis_stride(up_to(c.slopes.basis.rows, LANES)) {
         const bool keeps_y = peers.there();

@@ -20,6 +20,8 @@ void ffk_use_threads(void* gomp_parallel);
 int ffk_linear_forward(const ffk::Call* call);
 int ffk_linear_step(const ffk::Call* call);
 int ffk_linear_update(const ffk::Call* call);
+// Steps one after the other: 0, or the number from 1 of the one for which memory ran out.
+int ffk_linear_steps(const ffk::Call* calls, int count);
 // The passes over maps on both sides of a convolution (maps.h).
 void ffk_maps_forward(const ffk::MapsPass* call);
 void ffk_maps_backward(const ffk::MapsPass* call);

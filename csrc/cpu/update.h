@@ -35,7 +35,7 @@ struct Update {
            Memory& memory)
         : call(c),
           peers(p),
-          chunks(out_of(c), largest.operands()),
+          chunks(c, largest.operands()),
           weight_rule(c.update.rule, c.update.weight),
           bias_rule(c.layer.bias != nullptr ? c.update.rule : int32_t(ffk::GRAD), c.update.bias),
           operands(operands_of(c)),

@@ -31,7 +31,8 @@ TAKES_ROUNDED = ("triton",)
 FINDS_COPIES = ("native",)
 # Whose step also makes the goodness and the forward pass after it, which saves calls.
 HANDS_OUT_ALL = ("native",)
-# Whose step takes what `prepare(layer, goal, pull, update)` has made of these records, which saves making it again.
+# Which have `linear_steps_`, for layers on top of each other in one call: its steps bring what
+# `prepare(layer, goal, pull, update)` has made of these records, which saves making it again.
 PREPARES = ("native",)
 # Whose forward leaves the sums over class groups itself, where groups have so many units that they are few in a tile.
 SUMS_CLASSES = {"triton": 21}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from operator import attrgetter
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -22,7 +23,8 @@ from ..spec import Goal, Layer, PeerPull
 class Options(NamedTuple):
     """What a step of a layer is asked for besides its tensors: arguments of `linear_step_`.
 
-    `shares`: whether the product of what rows have in common is given.
+    The first ones are attributes of a layer, `OF_LAYER`. `shares`: whether the product of what rows have in common is
+    given.
     """
 
     objective: AnyObjective
@@ -30,13 +32,16 @@ class Options(NamedTuple):
     eps: float
     eps_mode: Any
     activation: Any
-    outputs: Any
     compute_dtype: torch.dtype | None
-    skip_below: float
     peer: PeerNormalisation | None
     backend: str | None
+    outputs: Any
+    skip_below: float
     shares: bool
     batch_norm: nn.BatchNorm1d | None = None
+
+
+OF_LAYER = Options._fields[: Options._fields.index("outputs")]
 
 
 class Plan(NamedTuple):
@@ -62,15 +67,17 @@ class Plan(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """A plan, the facts under which it was made, and how what it writes lies in memory.
+    """A plan, the facts under which it was made, and how the optimizer's state lies in memory.
 
-    `options` hold what the facts name by address.
+    `options` hold what the facts name by address. `reading`: what its optimizer said when the plan last held.
     """
 
     plan: Plan
     options: Options
-    facts: list[object]
+    facts: tuple[object, ...]
+    state: list[Tensor]
     layout: list[object]
+    reading: optim.Reading
 
 
 # What a forward pass takes of a layer.
@@ -90,39 +97,39 @@ def plan_for(
     """
     if optimizer is None or torch.compiler.is_compiling() or type(optimizer) not in optim.FUSED:
         return _plan(weight, bias, optimizer, peer_mean, options)
-    moment = Moment()
-    plan = kept_plan(weight, bias, optimizer, peer_mean, options, moment)
-    if plan is not None:
-        return plan
+    moment = Moment(weight.device)
+    kept = kept_plan(weight, bias, optimizer, peer_mean, options, moment)
+    if kept is not None:
+        return kept.plan
     plan = _plan(weight, bias, optimizer, peer_mean, options)
     if plan.update.rule != "grad" and not plan.update.makes_state:
-        facts = _facts(weight, bias, peer_mean, options, moment)
         plan = _prepared(plan)
-        _kept.setdefault(optimizer, {})[id(weight)] = Kept(plan, options, facts, _layout(plan))
+        state = [tensor for part in plan.update.parts for tensor in part.slot.state]
+        kept_ones, reading = moment.of(optimizer)
+        facts = _facts(weight, bias, peer_mean, options, moment)
+        kept_ones[id(weight)] = Kept(plan, options, facts, state, _layout(state), reading)
     return plan
 
 
 class Moment:
-    """What plans are made under besides a layer and its options, read once for all layers of one moment."""
+    """What plans are made under besides a layer and its options, read once for all layers of one moment.
 
-    def __init__(self) -> None:
-        self._modes: dict[str, tuple[object, ...]] = {}
-        self._optimizers: dict[int, optim.Reading] = {}
+    Attributes:
+        modes: PyTorch's, for layers of one device, and what the environment says.
+    """
 
-    def modes(self, device: torch.device) -> tuple[object, ...]:
-        """PyTorch's modes on a device, and what the environment says."""
-        kind = device.type
-        if kind not in self._modes:
-            autocast = check.autocast_is_on(device) and torch.get_autocast_dtype(kind)
-            precision = check.precision_of(torch.float32)
-            self._modes[kind] = autocast, torch.is_inference_mode_enabled(), select.forced_backend(None), precision
-        return self._modes[kind]
+    def __init__(self, device: torch.device) -> None:
+        anywhere = torch._C._is_any_autocast_enabled()
+        autocast = anywhere and check.autocast_is_on(device) and torch.get_autocast_dtype(device.type)
+        precision = check.precision_of(torch.float32)
+        self.modes = autocast, torch.is_inference_mode_enabled(), select.forced_backend(None), precision
+        self._of: dict[Optimizer, tuple[dict[int, Kept], optim.Reading]] = {}
 
-    def reading(self, optimizer: Optimizer) -> optim.Reading:
-        """What the optimizer says."""
-        if id(optimizer) not in self._optimizers:
-            self._optimizers[id(optimizer)] = optim.Reading(optimizer)
-        return self._optimizers[id(optimizer)]
+    def of(self, optimizer: Optimizer) -> tuple[dict[int, Kept], optim.Reading]:
+        """The plans that are kept for an optimizer, by the addresses of their weights, and what it says."""
+        if optimizer not in self._of:
+            self._of[optimizer] = _kept.setdefault(optimizer, {}), optim.read(optimizer)
+        return self._of[optimizer]
 
 
 def kept_plan(
@@ -130,23 +137,22 @@ def kept_plan(
     bias: Tensor | None,
     optimizer: Optimizer,
     peer_mean: Tensor | None,
-    options: Options,
+    options: tuple[Any, ...],
     moment: Moment,
-) -> Plan | None:
-    """The last plan of these tensors where all that was checked is as it was; else None."""
-    of_optimizer = _kept.get(optimizer)
-    kept = None if of_optimizer is None else of_optimizer.get(id(weight))
-    if of_optimizer is None or kept is None or not _same(kept.options, options):
+) -> Kept | None:
+    """The last plan of these tensors where all that was checked is as it was; else None. `options`: `Options`."""
+    kept_ones, reading = moment.of(optimizer)
+    kept = kept_ones.get(id(weight))
+    if kept is None or not _same(kept.options, options):
         return None
-    if _facts(weight, bias, peer_mean, options, moment) != kept.facts:
+    if _facts(weight, bias, peer_mean, kept.options, moment) != kept.facts or _layout(kept.state) != kept.layout:
         return None
-    plan, update = kept.plan, optim.again(moment.reading(optimizer), kept.plan.update)
-    if update is None or _layout(plan) != kept.layout:
-        return None
-    if update is not plan.update:
-        plan = plan._replace(update=update)
-        of_optimizer[id(weight)] = kept._replace(plan=plan)
-    return plan
+    if reading is not kept.reading:
+        update = optim.again(optimizer, reading, kept.plan.update)
+        if update is None:
+            return None
+        kept = kept_ones[id(weight)] = kept._replace(plan=kept.plan._replace(update=update), reading=reading)
+    return kept
 
 
 class Forward(NamedTuple):
@@ -166,7 +172,7 @@ def forward_plan(
         ValueError, TypeError: as `linear_forward` does for a layer and its options.
     """
     of_both = (_of(weight), None if bias is None else _of(bias))
-    facts = (moment.modes(weight.device), shares, type(options["eps"]), tuple(options.values()), *of_both)
+    facts = (moment.modes, shares, type(options["eps"]), tuple(options.values()), *of_both)
     if kept is not None and kept.facts == facts:
         return kept
     norm, eps, eps_mode, activation, compute_dtype, backend = (options[name] for name in FORWARD_OPTIONS)
@@ -184,27 +190,33 @@ def _prepared(plan: Plan) -> Plan:
     return plan._replace(prepared=prepared)
 
 
-def _same(kept: Options, options: Options) -> bool:
+def _same(kept: Options, options: tuple[Any, ...]) -> bool:
     try:
-        return kept == options
+        # Yes and 1.0 are equal, and only one of them is right.
+        return kept == options and [*map(type, kept)] == [*map(type, options)]
     except (RuntimeError, ValueError, TypeError):  # of several numbers where one belongs, as their check will say
         return False
 
 
 def _facts(
     weight: Tensor, bias: Tensor | None, peer_mean: Tensor | None, options: Options, moment: Moment
-) -> list[object]:
+) -> tuple[object, ...]:
     """What the checks have read of tensors and of PyTorch's modes."""
     objective, batch_norm = options.objective, options.batch_norm
-    facts = [moment.modes(weight.device), type(options.eps), type(options.skip_below)]
-    facts += [None if t is None else _of(t) for t in (weight, bias, peer_mean)]
-    if isinstance(objective.threshold, Tensor):
-        facts.append(_of(objective.threshold))
+    others: list[object] = []
     if batch_norm is not None or isinstance(objective, ProjectionHead):
-        facts += [(name, _of(p)) for name, p in others_of(objective, batch_norm).items()]
-        facts.append(isinstance(objective, ProjectionHead) and check.is_watched(objective))
-        facts.append(None if batch_norm is None else _of_norm(batch_norm))
-    return facts
+        others += [(name, _of(p)) for name, p in others_of(objective, batch_norm).items()]
+        others.append(isinstance(objective, ProjectionHead) and check.is_watched(objective))
+        others.append(None if batch_norm is None else _of_norm(batch_norm))
+    threshold = objective.threshold
+    return (
+        moment.modes,
+        _of(weight),
+        bias if bias is None else _of(bias),
+        peer_mean if peer_mean is None else _of(peer_mean),
+        _of(threshold) if isinstance(threshold, Tensor) else None,
+        others,
+    )
 
 
 def others_of(
@@ -226,18 +238,23 @@ def _of_norm(norm: nn.BatchNorm1d) -> tuple[object, ...]:
     return norm.momentum, norm.training, check.is_watched(norm), *[None if t is None else _of(t) for t in buffers]
 
 
+# The names come as one call of C each: a loop over them in Python takes several times as long.
+_OF_TENSOR = attrgetter("shape", "dtype", "device", "requires_grad", "is_leaf")
+_OF_STATE = attrgetter("nbytes", "dtype")
+
+
 def _of(t: Tensor) -> tuple[object, ...]:
-    return (id(t), type(t), t.shape, t.stride(), t.dtype, t.device, t.data_ptr(), t.requires_grad, t.is_leaf)
+    return id(t), type(t), t.data_ptr(), t.stride(), *_OF_TENSOR(t)
 
 
-def _layout(plan: Plan) -> list[object]:
-    return [(t.data_ptr(), t.nbytes, t.dtype, t.is_contiguous()) for t in plan.written]
+def _layout(state: list[Tensor]) -> list[object]:
+    return [*map(Tensor.data_ptr, state), *map(Tensor.is_contiguous, state), *map(_OF_STATE, state)]
 
 
 def _plan(
     weight: Tensor, bias: Tensor | None, optimizer: Optimizer | None, peer_mean: Tensor | None, options: Options
 ) -> Plan:
-    objective, norm, eps, eps_mode, activation, outputs, compute_dtype, skip_below, peer, backend, shares, _ = options
+    objective, norm, eps, eps_mode, activation, compute_dtype, peer, backend, outputs, skip_below, shares, _ = options
     compiling = torch.compiler.is_compiling()
     check.layer_options(norm, eps, eps_mode, activation)
     check.one_of("outputs", outputs, check.OUTPUTS)

@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import validation as check
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False)
 class StepResult:
     """What a layer step leaves behind; device tensors, none of them with a gradient.
 
@@ -30,6 +30,18 @@ class StepResult:
     loss: Tensor
     n_pos: int | None
     is_positive: Tensor | None = None
+
+    def __init__(
+        self,
+        y: Tensor | None,
+        sumsq: Tensor,
+        goodness: Tensor,
+        loss: Tensor,
+        n_pos: int | None,
+        is_positive: Tensor | None = None,
+    ) -> None:
+        # What a frozen class writes field by field takes longer than a small layer's product.
+        vars(self).update(y=y, sumsq=sumsq, goodness=goodness, loss=loss, n_pos=n_pos, is_positive=is_positive)
 
     def sides(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Positive and negative rows of `values` `[rows, ...]`. With `is_positive`, picking waits for the device."""

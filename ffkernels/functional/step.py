@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from ..autograd import is_transformed, without_autocast
 from ..compiling import never_compiled
 from ..objectives import DEFAULT_OBJECTIVE, AnyObjective, GivenLoss, ProjectionHead, any_objective, move
 from ..peer import PeerNormalisation
-from ..spec import Activation, EpsMode, Layer, Norm, Outputs, OutputsOf, Rows
+from ..spec import Activation, EpsMode, Layer, LayerStep, Norm, Outputs, OutputsOf, Rows
 from . import plan as plans
 from .loss import sides_in_order
 from .plan import Options, Plan
@@ -118,7 +118,7 @@ def linear_step_(
                 backend=backend, only_checks=only_checks,
             )  # fmt: skip
     options = Options(
-        objective, norm, eps, eps_mode, activation, outputs, compute_dtype, skip_below, peer, backend,
+        objective, norm, eps, eps_mode, activation, compute_dtype, peer, backend, outputs, skip_below,
         product is not None, batch_norm,
     )  # fmt: skip
     plan = plans.plan_for(weight, bias, optimizer, peer_mean, options)
@@ -149,65 +149,117 @@ def linear_step_(
     held = None if compiling else interrupts.hold()
     try:
         with torch.no_grad(), without_autocast(weight.device):
-            y, sumsq, goodness, loss = run(plan, rows, options, optimizer, back)
+            made = run(Planned(plan, options, optimizer), rows, back)
     finally:
         if held is not None:
             interrupts.release(held)
-    return StepResult(y, sumsq, goodness, loss, n_pos if is_positive is None else None, is_positive)
+    return made.result(n_pos if is_positive is None else None, is_positive)
 
 
-def run(
-    plan: Plan, rows: Rows, options: Options, optimizer: Optimizer | None, back: Tensor | None = None
-) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """Takes a step that is checked: `y`, `sumsq`, `goodness` and `loss` of its `StepResult`.
+class Planned(NamedTuple):
+    """A layer's step that is checked."""
+
+    plan: Plan
+    options: Options
+    optimizer: Optimizer | None
+
+
+class Made(NamedTuple):
+    """What a step writes, and what its `StepResult` takes of it."""
+
+    outputs: Outputs
+    y: Tensor | None
+    sumsq: Tensor
+    goodness: Tensor
+    loss: Tensor
+
+    def result(self, n_pos: int | None, is_positive: Tensor | None = None, *, keep: bool = True) -> StepResult:
+        """The step's result; `keep`: with its activities."""
+        return StepResult(self.y if keep else None, self.sumsq, self.goodness, self.loss, n_pos, is_positive)
+
+
+def run(planned: Planned, rows: Rows, back: Tensor | None = None) -> Made:
+    """Takes a step that is checked.
 
     Runs without autograd and autocast, with SIGINT held. `back`: indices that bring what belongs to rows into the order
     in which they came.
     """
-    layer, at_once = plan.layer, plan.hands_out_all
-    objective, outputs, weight = options.objective, options.outputs, layer.weight
-    width, total = weight.shape[0], rows.x_pos.shape[0] + rows.x_neg.shape[0]
-    y = weight.new_empty(total, width, dtype=layer.compute_dtype) if outputs != "none" else None
-    sumsq, loss = weight.new_empty(total), weight.new_empty(())
-    of_classes = objective.classes is not None
-    if objective.classes is not None:
-        goodness = weight.new_empty(total, objective.classes)
-    else:
-        # The sums before the update are nobody's where those after it are handed out.
-        goodness = sumsq if objective.goodness == "sum" or outputs == "post" else weight.new_empty(total)
-    after = weight.new_empty(total) if outputs == "post" else sumsq
-    # Roots are PyTorch's, as everywhere, and may differ from a correctly rounded one in the last bit.
-    goodness_out = goodness if of_classes or (at_once and objective.goodness != "norm") else None
-    if outputs != "post":
-        written = Outputs(y, sumsq, loss, None, goodness_out)
-    elif at_once:
-        written = Outputs(None, sumsq, loss, None, goodness_out, y, after)
-    else:
-        written = Outputs(None, sumsq, loss, plans.rounded(plan), goodness_out)
+    plan, options, _ = planned
+    layer, made = plan.layer, _made_for(planned, rows.x_pos.shape[0] + rows.x_neg.shape[0])
+    written, y, after, goodness, _ = made
     outcome = (after, goodness) if y is None else (after, goodness, y)
     in_order = [] if back is None else [torch.empty_like(t) for t in outcome]
     standardised = None
     if plan.is_whole:
-        ops.linear_step_(rows, layer, plan.goal, plan.pull, plan.update.record, written, plan.chosen, plan.prepared)
+        update = plan.update.record
+        ops.linear_step_(rows, layer, plan.goal, plan.pull, update, written, plan.chosen, plan.prepared)
     else:
         standardised = step_by_stages(
-            rows, layer, objective, plan.goal, plan.pull, plan.update.record, plan.update.others, written, plan.chosen,
-            options.batch_norm,
+            rows, layer, options.objective, plan.goal, plan.pull, plan.update.record, plan.update.others, written,
+            plan.chosen, options.batch_norm,
         )  # fmt: skip
     torch.autograd.graph.increment_version(plan.written)
-    plan.update.finish(optimizer)
+    _finish(planned, made)
     if options.batch_norm is not None and standardised is not None:
         move(options.batch_norm, standardised)
-    if goodness_out is None and not isinstance(objective, ProjectionHead):
-        objective.goodness_of(sumsq, width, out=goodness)
-    if y is not None and outputs == "post" and not at_once:
+    if y is not None and options.outputs == "post" and not plan.hands_out_all:
         now = layer if written.rounded is None else layer._replace(weight=written.rounded)
         _forward_after(rows, now, y, after, plan.chosen)
-    if back is not None:
-        for found, into in zip(outcome, in_order, strict=True):
-            torch.index_select(found, 0, back, out=into)
-        (after, goodness), y = in_order[:2], None if y is None else in_order[2]
-    return y, after, goodness, loss
+    if back is None:
+        return made
+    for found, into in zip(outcome, in_order, strict=True):
+        torch.index_select(found, 0, back, out=into)
+    return made._replace(sumsq=in_order[0], goodness=in_order[1], y=None if y is None else in_order[2])
+
+
+def run_together(stack: Sequence[Planned], rows: Rows) -> list[Made]:
+    """As `run`, a step of each of several layers, prepared ones of one backend, on what the one below hands on."""
+    made, steps, written = list[Made](), list[LayerStep](), list[Tensor]()
+    total = rows.x_pos.shape[0] + rows.x_neg.shape[0]
+    for planned in stack:
+        plan, left = planned.plan, _made_for(planned, total)
+        made.append(left)
+        steps.append(LayerStep(plan.layer, plan.goal, plan.pull, plan.update.record, left.outputs, plan.prepared))
+        written += plan.written
+    ops.linear_steps_(rows, steps, stack[0].plan.chosen)
+    torch.autograd.graph.increment_version(written)
+    for planned, left in zip(stack, made, strict=True):
+        _finish(planned, left)
+    return made
+
+
+def _made_for(planned: Planned, total: int) -> Made:
+    """Memory for what a step on so many rows leaves."""
+    plan, options, _ = planned
+    layer, objective, outputs = plan.layer, options.objective, options.outputs
+    at_once, weight, classes = plan.hands_out_all, layer.weight, objective.classes
+    new = weight.new_empty
+    y = new(total, weight.shape[0], dtype=layer.compute_dtype) if outputs != "none" else None
+    sumsq, loss = new(total), new(())
+    if classes is not None:
+        goodness = new(total, classes)
+    else:
+        # The sums before the update are nobody's where those after it are handed out.
+        goodness = sumsq if objective.goodness == "sum" or outputs == "post" else new(total)
+    # Roots are PyTorch's, as everywhere, and may differ from a correctly rounded one in the last bit.
+    goodness_out = goodness if classes is not None or (at_once and objective.goodness != "norm") else None
+    if outputs != "post":
+        return Made(Outputs(y, sumsq, loss, None, goodness_out), y, sumsq, goodness, loss)
+    after = new(total)
+    if at_once:
+        written = Outputs(None, sumsq, loss, None, goodness_out, y, after)
+    else:
+        written = Outputs(None, sumsq, loss, plans.rounded(plan), goodness_out)
+    return Made(written, y, after, goodness, loss)
+
+
+def _finish(planned: Planned, made: Made) -> None:
+    """What is left to do once the operator has run, but for a forward pass after the update."""
+    plan, options, optimizer = planned
+    plan.update.finish(optimizer)
+    objective, outputs = options.objective, made.outputs
+    if outputs.goodness_out is None and not isinstance(objective, ProjectionHead):
+        objective.goodness_of(outputs.sumsq, plan.layer.weight.shape[0], out=made.goodness)
 
 
 @never_compiled("a loss of your own runs in plain PyTorch, with a backward of its own in the middle of the step")

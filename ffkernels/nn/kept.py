@@ -6,20 +6,21 @@ Whatever is not so, or is wrong, makes of it a step or a pass that `FFNetwork` c
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from operator import itemgetter
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .. import interrupts, ops
+from .. import interrupts, ops, optim
 from .. import validation as check
 from ..autograd import is_transformed, without_autocast
 from ..functional import StepResult
-from ..functional.plan import Forward, Moment, Options, Plan, forward_plan, kept_plan
+from ..functional.plan import OF_LAYER, Forward, Moment, forward_plan, kept_plan
 from ..functional.rows import checked_rows
-from ..functional.step import run
+from ..functional.step import Planned, run, run_together
 from ..spec import Rows
 from .layer import FFLinear, watched
 from .stack import Layer
@@ -30,25 +31,18 @@ OWN_STEP, OWN_ACTIVITY, OWN_RUN = FFLinear.step, FFLinear.activity, FFLinear._ru
 REPLACED = frozenset({"step", "forward", "activity", "goodness", "__call__"})
 # Options of a network's step under which it may be one of these.
 OPTIONS = frozenset({"sample_weight", "skip_below", "labels"})
-
+_OPTIONS_OF = itemgetter(*OF_LAYER, "outputs")
+# Steps with more of them take so long that a call for each layer is nothing beside it.
+FEW_ACTIVITIES = 1 << 18
 
 _forward: WeakKeyDictionary[Layer, Forward] = WeakKeyDictionary()
 
 
-class Planned(NamedTuple):
-    """A layer that steps by its kept plan."""
-
-    plan: Plan
-    options: Options
-    optimizer: Optimizer
-
-
 def step(
-    layers: Iterable[Layer],
+    layers: Sequence[Layer],
     x_pos: Tensor,
     x_neg: Tensor | None,
     optimizers: Sequence[Optimizer | None],
-    outputs: Sequence[str],
     *,
     keep: bool,
     skip_below: float = 0.0,
@@ -56,14 +50,14 @@ def step(
     **of_rows: Any,
 ) -> list[StepResult] | None:
     """`FFNetwork.step` of linear layers with nothing between them, or None before anything is written."""
-    if torch.compiler.is_compiling() or "none" in outputs[:-1] or FFLinear.step is not OWN_STEP:
+    if torch.compiler.is_compiling() or not isinstance(x_pos, Tensor) or FFLinear.step is not OWN_STEP:
         return None
     stack: list[Planned] = []
-    moment = Moment()
+    moment = Moment(x_pos.device)
     try:
-        for layer, optimizer, of in zip(layers, optimizers, outputs, strict=True):
-            shares = product is not None and not stack
-            planned = _planned(layer, optimizer, of, skip_below, shares, moment)
+        for layer, optimizer in zip(layers, optimizers, strict=True):
+            ends, shares = not keep and layer is layers[-1], product is not None and not stack
+            planned = _planned(layer, optimizer, ends, skip_below, shares, moment)
             if planned is None:
                 return None
             stack.append(planned)
@@ -74,28 +68,30 @@ def step(
 
 
 def _planned(
-    layer: Layer, optimizer: Optimizer | None, outputs: str, skip_below: float, shares: bool, moment: Moment
+    layer: Layer, optimizer: Optimizer | None, ends: bool, skip_below: float, shares: bool, moment: Moment
 ) -> Planned | None:
-    if optimizer is None or type(layer) is not FFLinear:
+    """`ends`: whether nobody takes what the layer would hand on."""
+    if optimizer is None or type(optimizer) not in optim.FUSED or type(layer) is not FFLinear:
         return None
     plain = _plain(layer)
     if plain is None:
         return None
-    (weight, bias), peer = plain, layer.peer
-    peer_mean = None if peer is None else layer.peer_mean
-    options = Options(
-        layer.objective, layer.norm, layer.eps, layer.eps_mode, layer.activation, outputs, layer.compute_dtype,
-        skip_below, peer, layer.backend, shares,
-    )  # fmt: skip
-    plan = kept_plan(weight, bias, optimizer, peer_mean, options, moment)
-    return None if plan is None or not plan.is_whole else Planned(plan, options, optimizer)
+    weight, bias = plain
+    *of_layer, outputs = _OPTIONS_OF(vars(layer))
+    if outputs == "none" and not ends:
+        return None
+    options = (*of_layer, "none" if ends else outputs, skip_below, shares, None)
+    peer_mean = None if layer.peer is None else layer.peer_mean
+    kept = kept_plan(weight, bias, optimizer, peer_mean, options, moment)
+    return None if kept is None or not kept.plan.is_whole else Planned(kept.plan, kept.options, optimizer)
 
 
 def _plain(layer: FFLinear) -> tuple[Tensor, Tensor | None] | None:
     """Weight and bias of a layer that is nothing but its closed form, or None."""
-    parameters = layer._parameters
+    own = vars(layer)
+    parameters = own["_parameters"]
     weight = parameters.get("weight")
-    if watched(layer) or not REPLACED.isdisjoint(vars(layer)) or layer._modules or weight is None:
+    if own["_modules"] or watched(layer) or not own.keys().isdisjoint(REPLACED) or weight is None:
         return None
     return (weight, parameters["bias"]) if len(parameters) == 2 else None
 
@@ -111,9 +107,9 @@ def forward(
         None where a layer is something else, or something is wrong.
     """
     replaced = FFLinear.activity is not OWN_ACTIVITY or FFLinear._run is not OWN_RUN
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or replaced:
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or replaced or not isinstance(x, Tensor):
         return None
-    moment, found = Moment(), list[tuple[Tensor, Tensor]]()
+    moment, found = Moment(x.device), list[tuple[Tensor, Tensor]]()
     sumsq = None
     try:
         for layer in layers:
@@ -165,12 +161,12 @@ def _rows(
         labels,
     )
     n_pos, n_neg = x_pos.shape[0], rows.x_neg.shape[0]
+    if is_transformed(x_pos, rows.x_neg, *[p for of in stack for p in of.plan.layer[:2]]):
+        return None
     below = None
     for plan, options, _ in stack:
         layer, objective = plan.layer, options.objective
         if plan.goal.threshold is not None or (objective.paired and n_pos != n_neg):
-            return None
-        if is_transformed(x_pos, rows.x_neg, layer.weight, layer.bias):
             return None
         if below is not None:
             if layer.weight.shape[1] != below.weight.shape[0] or layer.weight.device != below.weight.device:
@@ -190,17 +186,30 @@ def _rows(
 
 
 def _climb(stack: Sequence[Planned], rows: Rows, keep: bool) -> list[StepResult]:
-    n_pos, one_side = rows.x_pos.shape[0], rows.labels is not None
+    n_pos = rows.x_pos.shape[0]
     results: list[StepResult] = []
     held = interrupts.hold()
     try:
+        if _fit_one_call(stack, rows):
+            return [made.result(n_pos, keep=keep) for made in run_together(stack, rows)]
         with torch.no_grad(), without_autocast(rows.x_pos.device):
-            for plan, options, optimizer in stack:
-                y, sumsq, goodness, loss = run(plan, rows, options, optimizer)
-                results.append(StepResult(y if keep else None, sumsq, goodness, loss, n_pos))
-                if y is not None:
-                    sides = (y, y[:0]) if one_side else (y[:n_pos], y[n_pos:])
-                    rows = Rows(*sides, None, sumsq, rows.sample_weight, None, 0, rows.labels)
+            for planned in stack:
+                made = run(planned, rows)
+                results.append(made.result(n_pos, keep=keep))
+                if made.y is not None and planned is not stack[-1]:
+                    rows = ops.rows_above(rows, made.y, made.sumsq)
     finally:
         interrupts.release(held)
     return results
+
+
+def _fit_one_call(stack: Sequence[Planned], rows: Rows) -> bool:
+    """Whether all activities are few enough to be in memory at once, and one call can take all steps."""
+    weights = []
+    for plan, _, _ in stack:
+        if plan.prepared is None:
+            return False
+        weights.append(plan.layer.weight)
+    units = sum([weight.shape[0] for weight in weights])
+    total = rows.x_pos.shape[0] + rows.x_neg.shape[0]
+    return total * units <= FEW_ACTIVITIES and not ops.are_followed(rows.x_pos, rows.x_neg, *weights)

@@ -121,11 +121,12 @@ class LayerByLayer(nn.Module):
         # The facts under which the last check of all layers found nothing.
         self._checked: object = None
 
+    # Past `Module.__getattr__`, which costs a small network's step more than a layer's product does.
     def __iter__(self) -> Iterator[Layer]:
-        return iter(cast("Iterable[Layer]", self.layers))
+        return iter(self._modules["layers"]._modules.values())  # type: ignore[union-attr, arg-type]
 
     def __len__(self) -> int:
-        return len(self.layers)
+        return len(self._modules["layers"]._modules)  # type: ignore[union-attr]
 
     def _outputs(self, keep: bool) -> list[str]:
         """What each layer hands on; the last one only to who keeps it."""
@@ -339,7 +340,7 @@ class LayerByLayer(nn.Module):
 
     def _optimizers(self, optimizers: Optimizer | Sequence[Optimizer | None] | None) -> Sequence[Optimizer | None]:
         if optimizers is None or isinstance(optimizers, Optimizer):
-            return [optimizers] * len(self.layers)
+            return [optimizers] * len(self)
         if not isinstance(optimizers, Sequence):
             raise TypeError(
                 f"optimizers is a {type(optimizers).__name__}; accepted: a torch.optim.Optimizer, a sequence of them, "

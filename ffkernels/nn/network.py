@@ -67,9 +67,8 @@ class FFNetwork(LayerByLayer):
             so that memory does not grow with depth; the last layer's are not computed.
         """
         if self.between is None and options.keys() <= kept.OPTIONS:
-            per_layer, outputs = self._optimizers(optimizers), self._outputs(keep)
-            shared: dict[str, Any] = {"label_field": label_field, "product": product}
-            results = kept.step(self, x_pos, x_neg, per_layer, outputs, keep=keep, **shared, **options)
+            per_layer, of_rows = self._optimizers(optimizers), {**options, "label_field": label_field}
+            results = kept.step([*iter(self)], x_pos, x_neg, per_layer, keep=keep, product=product, **of_rows)
             if results is not None:
                 return results
         ready = self._ready(x_pos, x_neg, optimizers, options, label_field=label_field, product=product, keep=keep)

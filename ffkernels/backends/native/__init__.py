@@ -5,9 +5,9 @@ weight gradient go to the optimizer's rule from there. Where the library was not
 """
 
 from .maps import conv2d_forward, conv2d_forward_like, conv2d_gradients_
-from .step import LOSSES, linear_forward_, linear_step_, linear_update_, prepare, unsupported
+from .step import LOSSES, linear_forward_, linear_step_, linear_steps_, linear_update_, prepare, unsupported
 
 __all__ = [
     "LOSSES", "conv2d_forward", "conv2d_forward_like", "conv2d_gradients_", "linear_forward_", "linear_step_",
-    "linear_update_", "prepare", "unsupported",
+    "linear_steps_", "linear_update_", "prepare", "unsupported",
 ]  # fmt: skip

@@ -115,6 +115,7 @@ def _open(path: Path) -> ctypes.CDLL:
         named = ("linear_forward", "linear_step", "linear_update", "convolution_forward", "convolution_gradient")
         for name in (f"ffk_{of}" for of in named):
             getattr(library, name).argtypes = [ctypes.c_char_p]
+        library.ffk_linear_steps.argtypes = [ctypes.c_char_p, ctypes.c_int]
         for name in ("ffk_maps_forward", "ffk_maps_backward", "ffk_maps_products"):
             getattr(library, name).argtypes, getattr(library, name).restype = [ctypes.c_char_p], None
         library.ffk_use_threads(_torchs_threads())

@@ -159,6 +159,12 @@ MEMBERS: dict[Any, tuple[Member, ...]] = {
 }
 FORMATS = {record: "".join(member.format for member in members) + "0q" for record, members in MEMBERS.items()}
 LAYOUT = struct.Struct("@" + "".join(FORMATS[record] for record in RECORDS.values()) + "i0q")
+# The same in parts: rows, what stands between them and the outputs, outputs, and the end.
+ROWS_LAYOUT = struct.Struct("@" + FORMATS[spec.Rows])
+STEP_LAYOUT = struct.Struct("@" + "".join(FORMATS[of] for of in (spec.Layer, spec.Goal, spec.PeerPull, spec.Update)))
+OUTPUTS_LAYOUT = struct.Struct("@" + FORMATS[spec.Outputs])
+END_LAYOUT = struct.Struct("@" + FORMATS[spec.Slopes] + "i0q")
+NUMBERS_LAYOUT = struct.Struct(f"@{len(spec.Numbers._fields)}d")
 PASS_LAYOUT = struct.Struct("@" + FORMATS[MapsPass].removesuffix("0q") + "i0q")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
@@ -9,10 +10,22 @@ import torch
 from torch import Tensor
 
 from ... import spec
-from ...spec import Goal, Layer, Outputs, PeerPull, Rows, Slopes, Slot, Update
+from ...spec import Goal, Layer, LayerStep, Outputs, PeerPull, Rows, Slopes, Slot, Update
 from . import maps
 from .library import load
-from .records import DTYPES, LAYOUT, MEMBERS, NO_MATRIX, NOTHING, STATES
+from .records import (
+    DTYPES,
+    END_LAYOUT,
+    LAYOUT,
+    MEMBERS,
+    NO_MATRIX,
+    NOTHING,
+    NUMBERS_LAYOUT,
+    OUTPUTS_LAYOUT,
+    ROWS_LAYOUT,
+    STATES,
+    STEP_LAYOUT,
+)
 
 if TYPE_CHECKING:
     from ..select import Request
@@ -64,26 +77,12 @@ def linear_forward_(rows: Rows, layer: Layer, y: Tensor | None, sumsq: Tensor) -
     call.run(rows, layer)
 
 
-def linear_step_(
-    rows: Rows,
-    layer: Layer,
-    goal: Goal,
-    pull: PeerPull,
-    update: Update,
-    outputs: Outputs,
-    prepared: Prepared | None = None,
-) -> None:
-    """See `ops.SCHEMAS`; `prepared`: what `prepare` has made of records that differ in the rule's numbers at most."""
+def linear_step_(rows: Rows, layer: Layer, goal: Goal, pull: PeerPull, update: Update, outputs: Outputs) -> None:
+    """See `ops.SCHEMAS`."""
     call = _Call("ffk_linear_step")
     call.take(rows)
-    if prepared is None:
-        _take_step(call, layer, goal, pull, update)
-    else:
-        call.values += prepared.before
-        call.values += _numbers(update.weight)
-        call.values += prepared.between
-        call.values += _numbers(update.bias)
-    call.take(outputs if outputs.rounded is None else outputs._replace(rounded=None))
+    _take_step(call, layer, goal, pull, update)
+    call.take(outputs._replace(rounded=None))
     call.values += _NO_SLOPES
     call.run(rows, layer)
     if outputs.rounded is not None:
@@ -91,10 +90,10 @@ def linear_step_(
 
 
 class Prepared(NamedTuple):
-    """What stands in front of the numbers of the weight's rule, and between them and those of the bias."""
+    """What a call says between its rows and its outputs, with the numbers of the update's rule as they were."""
 
-    before: tuple[Any, ...]
-    between: tuple[Any, ...]
+    update: Update
+    said: bytes
 
 
 def prepare(layer: Layer, goal: Goal, pull: PeerPull, update: Update) -> Prepared | None:
@@ -106,11 +105,58 @@ def prepare(layer: Layer, goal: Goal, pull: PeerPull, update: Update) -> Prepare
         return None
     call = _Call("")
     _take_step(call, layer, goal, pull, update)
-    if call.copies:
-        return None
-    count = len(_NO_NUMBERS)
-    own = STATES + count
-    return Prepared(tuple(call.values[: -own - count]), tuple(call.values[-own:-count]))
+    return None if call.copies else Prepared(update, STEP_LAYOUT.pack(*call.values))
+
+
+def linear_steps_(rows: Rows, steps: Sequence[LayerStep]) -> None:
+    """See `ops.linear_steps_`; all of them are prepared."""
+    library = load().library
+    assert library is not None
+    call = _Call("")
+    vector, matrix = call.vector, call.matrix
+    x_pos, x_neg, is_positive, input_sumsq, weights, product, field, labels = rows
+    of_rows = (
+        *matrix(x_pos), *matrix(x_neg), vector(is_positive, torch.bool), vector(input_sumsq, _FLOAT32),
+        sample_weight := vector(weights, _FLOAT32), *matrix(product), field,
+        classes := vector(labels, torch.int64),
+    )  # fmt: skip
+    n_pos, n_neg = x_pos.shape[0], x_neg.shape[0]
+    end = END_LAYOUT.pack(*_NO_SLOPES, torch.get_num_threads())
+    parts: list[bytes] = []
+    for _, _, _, update, (y, sumsq, loss, _, goodness, y_after, sumsq_after), prepared in steps:
+        of_outputs = (
+            *matrix(y), sumsq.data_ptr(), loss.data_ptr(), *NO_MATRIX, vector(goodness, _FLOAT32),
+            *matrix(y_after), vector(sumsq_after, _FLOAT32),
+        )  # fmt: skip
+        parts += ROWS_LAYOUT.pack(*of_rows), _said(prepared, update), OUTPUTS_LAYOUT.pack(*of_outputs), end
+        if sumsq_after is not None:
+            y, sumsq = y_after, sumsq_after
+        if y is not None:
+            at, width, number = y.data_ptr(), y.shape[1], _NUMBER_OF[y.dtype]
+            of_rows = (
+                at, n_pos, width, width, number, at + n_pos * width * y.itemsize, n_neg, width, width, number,
+                0, sumsq.data_ptr(), sample_weight, *NO_MATRIX, 0, classes,
+            )  # fmt: skip
+    failed = library.ffk_linear_steps(b"".join(parts), len(steps))
+    if failed != 0:
+        raise _no_memory(steps[failed - 1].layer, n_pos + n_neg)
+
+
+def _said(prepared: Prepared, update: Update) -> bytes:
+    """What was prepared, with the rule's numbers as they are now."""
+    said = prepared.said
+    if update is prepared.update and update.weight.lr is None:
+        return said
+    own = len(said) - NUMBERS_LAYOUT.size
+    weight = own - STATES * 8 - NUMBERS_LAYOUT.size
+    between = said[weight + NUMBERS_LAYOUT.size : own]
+    numbers = [NUMBERS_LAYOUT.pack(*_numbers(slot)) for slot in (update.weight, update.bias)]
+    return said[:weight] + numbers[0] + between + numbers[1]
+
+
+def _no_memory(layer: Layer, rows: int) -> MemoryError:
+    out, width = layer.weight.shape
+    return MemoryError(f"no memory for a layer step of {out} x {width} on {rows} rows")
 
 
 def _take_step(call: _Call, layer: Layer, goal: Goal, pull: PeerPull, update: Update) -> None:
@@ -177,14 +223,9 @@ class _Call:
             if value is None:
                 values += NO_MATRIX if kind == "matrix" else _ZERO
             elif kind == "vector":
-                if value.dtype != _FLOAT32 or not value.is_contiguous():
-                    value = self._copy(value, _FLOAT32, is_written and name not in read)
-                values.append(value.data_ptr())
+                values.append(self.vector(value, _FLOAT32, is_written and name not in read))
             elif kind == "matrix":
-                # Of one that nobody writes only the rows must be without gaps.
-                if not value.is_contiguous() and (is_written or (value.stride(1) != 1 and value.shape[1] > 1)):
-                    value = self._copy(value, value.dtype, is_written and name not in read)
-                values += value.data_ptr(), *value.shape, value.stride(0), _NUMBER_OF[value.dtype]
+                values += self.matrix(value, is_written, name not in read)
             elif kind is None:
                 values.append(value)
             elif type(kind) is dict:
@@ -192,9 +233,23 @@ class _Call:
             elif kind == "slot":
                 self._slot(value)
             else:
-                if value.dtype != _DTYPES[kind] or not value.is_contiguous():
-                    value = self._copy(value, _DTYPES[kind], False)
-                values.append(value.data_ptr())
+                values.append(self.vector(value, _DTYPES[kind]))
+
+    def vector(self, value: Tensor | None, dtype: torch.dtype, is_written: bool = False) -> int:
+        """The address of a vector's numbers in a dtype."""
+        if value is None:
+            return 0
+        if value.dtype != dtype or not value.is_contiguous():
+            value = self._copy(value, dtype, is_written)
+        return value.data_ptr()
+
+    def matrix(self, value: Tensor | None, is_written: bool = False, goes_back: bool = True) -> tuple[int, ...]:
+        """The values of a matrix; of one that nobody writes only the rows must be without gaps."""
+        if value is None:
+            return NO_MATRIX
+        if not value.is_contiguous() and (is_written or (value.stride(1) != 1 and value.shape[1] > 1)):
+            value = self._copy(value, value.dtype, is_written and goes_back)
+        return value.data_ptr(), *value.shape, value.stride(0), _NUMBER_OF[value.dtype]
 
     def _slot(self, slot: Slot) -> None:
         values = self.values
@@ -218,8 +273,6 @@ class _Call:
         library = load().library
         assert library is not None
         if getattr(library, self.name)(LAYOUT.pack(*self.values, torch.get_num_threads())) != 0:
-            out, width = layer.weight.shape
-            total = len(rows.x_pos) + len(rows.x_neg)
-            raise MemoryError(f"no memory for a layer step of {out} x {width} on {total} rows")
+            raise _no_memory(layer, len(rows.x_pos) + len(rows.x_neg))
         for tensor, copy in self.written:
             tensor.copy_(copy)

@@ -88,11 +88,13 @@ _WRITTEN = (
     Argument("sumsq", "Tensor", True),
     Argument("class_sums", "Tensor?", True),
     Argument("squares", "bool"),
+    Argument("product_out", "Tensor?", True),
 )
 # Each operator's records, and how a backend's function of that name takes them.
 SCHEMAS = {
     # Written: where given `y` [rows, out] in the compute dtype, or in the weight's; its sums of squares [rows]; and, by
-    # backends of `select.SUMS_CLASSES`, sums over class groups [rows, classes]: of `squares`, or of the activities.
+    # backends of `select.SUMS_CLASSES`, sums over class groups [rows, classes]: of `squares`, or of the activities;
+    # `product_out` by those of `select.LEAVES_PRODUCT`.
     "linear_forward_": (*arguments(Rows), *_READ_LAYER, *_WRITTEN),
     # One whole layer step on the joint batch. Written: weight and bias (or, under the rule "grad", their gradients),
     # optimizer state, the running mean, and the outputs.
@@ -144,10 +146,18 @@ def _forward_on_backend(*args: Any) -> None:
 
 
 def _forward_into(
-    rows: Rows, layer: Layer, backend: str, y: Tensor | None, sumsq: Tensor, class_sums: Tensor | None, squares: bool
+    rows: Rows,
+    layer: Layer,
+    backend: str,
+    y: Tensor | None,
+    sumsq: Tensor,
+    class_sums: Tensor | None,
+    squares: bool,
+    product_out: Tensor | None,
 ) -> None:
     sums = () if class_sums is None else (class_sums, squares)
-    select.load(backend).linear_forward_(rows, layer, y, sumsq, *sums)
+    product = {} if product_out is None else {"product_out": product_out}
+    select.load(backend).linear_forward_(rows, layer, y, sumsq, *sums, **product)
 
 
 def _step_on_backend(*args: Any) -> None:
@@ -187,7 +197,7 @@ def _linear_forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
 def _linear_forward(*args: Any) -> tuple[Tensor, Tensor]:
     *read, keep, backend = args
     y, sumsq = _linear_forward_fake(*args)
-    _forward_on_backend(*read, y if keep else None, sumsq, None, True, backend)
+    _forward_on_backend(*read, y if keep else None, sumsq, None, True, None, backend)
     return y, sumsq
 
 
@@ -296,12 +306,13 @@ def linear_forward_(
     backend: str,
     class_sums: Tensor | None = None,
     squares: bool = True,
+    product_out: Tensor | None = None,
 ) -> None:
-    """Writes `y` and sums over class groups where they are given, and the sums of squares of `y`: `SCHEMAS`."""
+    """Writes the sums of squares of `y`, and what else is given: `SCHEMAS`."""
     if are_followed(layer.weight, rows.x_pos, rows.x_neg):
-        _operators.linear_forward_(*flatten(rows, layer), y, sumsq, class_sums, squares, backend)
+        _operators.linear_forward_(*flatten(rows, layer), y, sumsq, class_sums, squares, product_out, backend)
     else:
-        _forward_into(rows, layer, backend, y, sumsq, class_sums, squares)
+        _forward_into(rows, layer, backend, y, sumsq, class_sums, squares, product_out)
 
 
 def linear_forward(rows: Rows, layer: Layer, keep: bool, backend: str) -> tuple[Tensor, Tensor]:

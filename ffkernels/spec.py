@@ -268,6 +268,8 @@ class Outputs(NamedTuple):
         goodness_out, y_after, sumsq_after: the goodness, `[rows]` or `[rows, classes]`, and activities with the updated
             parameters and their sums of squares `[rows]`, or None; those of rows only for backends of
             `select.HANDS_OUT_ALL`, which may lie in the place of sums that are nobody's.
+        product_out: `[n_pos, out]` what `Rows.product` is for these rows, or None; left by a forward pass alone, of a
+            backend of `select.LEAVES_PRODUCT`.
     """
 
     y: WrittenMatrix | None
@@ -277,6 +279,7 @@ class Outputs(NamedTuple):
     goodness_out: WrittenVector | None = None
     y_after: WrittenMatrix | None = None
     sumsq_after: WrittenVector | None = None
+    product_out: WrittenMatrix | None = None
 
 
 class LayerStep(NamedTuple):

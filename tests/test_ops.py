@@ -67,7 +67,7 @@ def test_opcheck_forward(compute_dtype, sumsq, keep):
         arguments = forward_arguments(compute_dtype, sumsq, keep)
         torch.library.opcheck(FORWARD, arguments, test_utils=checks)
         results = torch.zeros(12, 7, dtype=compute_dtype) if keep else None, torch.zeros(12)
-        torch.library.opcheck(FORWARD_, (*arguments[:-2], *results, None, True, "eager"), test_utils=checks)
+        torch.library.opcheck(FORWARD_, (*arguments[:-2], *results, None, True, None, "eager"), test_utils=checks)
 
 
 @pytest.mark.parametrize("rows", [7, 2600])

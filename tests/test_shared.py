@@ -220,6 +220,45 @@ def test_features_of_a_step_are_those_of_its_positive_rows(outputs):
         net.features_of(net.step(x_pos, x_neg, None))
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("backend", [pytest.param("native", marks=needs_library), "eager"])
+@pytest.mark.parametrize(("rows", "width", "units"), [(1, 4, 1), (5, 13, 7), (37, 700, 130), (600, 1100, 20)])
+def test_features_leave_the_product_on_the_way(rows, width, units, backend, activation, bias):
+    """With twice PyTorch's error at most, whatever the label field holds; and features are what they are alone."""
+    torch.manual_seed(4)
+    options = {"activation": activation, "bias": bias, "backend": backend}
+    net = ff.FFNetwork([ff.FFLinear(width, units, **options), ff.FFLinear(units, 6, **options)])
+    x = torch.rand(rows, width)
+    x[:, :3] = torch.nan
+    exact = x[:, 3:].double() @ net.layers[0].weight.detach()[:, 3:].double().t()
+    features, product = net.features_and_product(x, [0, 1], num_classes=3)
+    plain = (net.shared_product(x, 3) - exact).abs().max()
+    assert (product - exact).abs().max() <= 2 * plain + 1e-7
+    wide = ff.FFNetwork(copy.deepcopy(list(net.layers))).double()
+    for layer in wide:
+        layer.backend = "eager"
+    expected = wide.features(x.double(), [0, 1], num_classes=3)
+    error = (net.features(x, [0, 1], num_classes=3) - expected).abs().max()
+    assert (features - expected).abs().max() <= 2 * error + 1e-6
+
+
+def test_features_and_product_where_the_backend_leaves_none():
+    """Rounded operands and layers that somebody watches: what `features` and `shared_product` say."""
+    torch.manual_seed(4)
+    x = torch.rand(5, 13)
+    net = ff.FFNetwork([ff.FFLinear(*shape, compute_dtype=torch.bfloat16) for shape in ((13, 7), (7, 6))])
+    for _ in range(2):
+        features, product = net.features_and_product(x, num_classes=3)
+        assert torch.equal(product, net.shared_product(x, 3))
+        assert torch.equal(features, net.features(x, num_classes=3, product=product))
+        net = ff.FFNetwork([ff.FFLinear(13, 7), ff.FFLinear(7, 6)])
+        net.layers[0].register_forward_hook(lambda module, given, y: 2 * y)
+    with pytest.raises(ValueError, match="columns"):
+        net.features_and_product(x[:, :12], num_classes=3)
+    assert ff.FFNetwork([ff.FFLinear(13, 7, compute_dtype=torch.float16)]).features_and_product(x, None, 3)[1] is None
+
+
 def test_a_network_shares_its_first_layer_alone():
     net, (x_pos, x_neg) = network(), copies(5, 12)
     other = copy.deepcopy(net)

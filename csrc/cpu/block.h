@@ -151,8 +151,10 @@ inline Field found_field(const ffk::Call& call) {
 // ones within its label field alone, and for positive rows that are `alone`. Of others nothing is
 // known, and they are multiplied.
 inline Field label_field(const ffk::Call& call, bool alone) {
-    const Field found = found_field(call);
     const int64_t columns = call.rows.label_field;
+    // A product is to be left of all other columns.
+    if (call.outputs.product_out.at != nullptr) return {0, columns};
+    const Field found = found_field(call);
     if (call.rows.product.at == nullptr || rounds(call) || operands_of(call) != FLOATS)
         return found;
     if (found.copies ? found.first + found.count > columns : !alone || rows_of(call, 1) > 0)

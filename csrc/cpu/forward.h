@@ -25,8 +25,8 @@ struct Forward {
     float* sumsq;   // per column: of the results
     float* partial;  // [chunks, columns]: its parts
     float* scratch;  // per worker: rounded rows, a chunk's rounded weights, and, for the operator
-                     // alone, its y_t
-    int64_t scratch_size, weight_scratch, weight_stride, y_scratch;
+                     // alone, its y_t and the product it leaves
+    int64_t scratch_size, weight_scratch, weight_stride, y_scratch, product_scratch;
     bool copies_weights;
 
     // `is_seen`: whether somebody sees a chunk's activities besides the caller.
@@ -56,7 +56,8 @@ struct Forward {
         weight_stride = stride_for(depth);
         weight_scratch = copies_weights ? chunks.rows * weight_stride : 0;
         y_scratch = leaves && !(is_curved(call) && shows) ? 0 : chunks.rows * stride;
-        scratch_size = up_to(LANES * depth + weight_scratch + y_scratch, 16);
+        product_scratch = c.outputs.product_out.at != nullptr ? chunks.rows * stride : 0;
+        scratch_size = up_to(LANES * depth + weight_scratch + y_scratch + product_scratch, 16);
         scratch = memory.take(scratch_size * call.threads);
     }
 
@@ -76,11 +77,14 @@ struct Forward {
             // place.
             float *z_t =
                       kept != nullptr ? kept + chunks.first(chunk) * stride : own + weight_scratch,
-                  *y_t = is_curved(call) && shows ? own + weight_scratch : z_t;
+                  *y_t = is_curved(call) && shows ? own + weight_scratch : z_t,
+                  *product_t = product_scratch ? own + weight_scratch + y_scratch : nullptr;
             with_operands(operands, [&](auto constant) {
-                multiply<decltype(constant)::value>(block, chunk, weights(chunk, own), z_t, y_t);
+                multiply<decltype(constant)::value>(block, chunk, weights(chunk, own), z_t, y_t,
+                                                    product_t);
             });
-            if (call.outputs.y.at != nullptr) write_rows(block, chunk, y_t);
+            if (call.outputs.y.at != nullptr) write_rows(block, chunk, y_t, call.outputs.y);
+            if (product_t != nullptr) write_rows(block, chunk, product_t, call.outputs.product_out);
             see(chunk, y_t);
         });
         for (int64_t i = 0; i < block.columns(); i++) {
@@ -178,7 +182,8 @@ struct Forward {
     // A group's rows are those of the first in all places but the label field's: its sum is theirs
     // without the field, and its own part on top.
     template <Operands KIND>
-    void multiply(const Block& block, int64_t chunk, Weights w, float* z_t, float* y_t) const {
+    void multiply(const Block& block, int64_t chunk, Weights w, float* z_t, float* y_t,
+                  float* product_t) const {
         const Panels panels{block.operands(), depth};
         const int64_t out = chunks.size(chunk), field_end = field_first + field_depth;
         const bool known = block.field.known;
@@ -214,6 +219,8 @@ struct Forward {
                             tile.write(to, stride);
                             return;
                         }
+                        if (product_t != nullptr)
+                            tile.write(product_t + o * stride + p * PANEL, stride);
                         Tile<NV, ROWS> shared;
                         if (block.field.copies) shared = tile;
                         for (int64_t g = 0; g <= block.field.copies; g++) {
@@ -302,22 +309,23 @@ struct Forward {
         });
     }
 
-    // y_t [units, columns] to y [rows, out].
-    void write_rows(const Block& block, int64_t chunk, const float* y_t) const {
-        if (call.outputs.y.dtype == ffk::BFLOAT16)
-            write_rows<uint16_t, ffk::BFLOAT16>(block, chunk, y_t);
-        else if (call.outputs.y.dtype == ffk::FLOAT16)
-            write_rows<uint16_t, ffk::FLOAT16>(block, chunk, y_t);
+    // y_t [units, columns] to rows [rows, out].
+    void write_rows(const Block& block, int64_t chunk, const float* y_t,
+                    const ffk::Matrix& to) const {
+        if (to.dtype == ffk::BFLOAT16)
+            write_rows<uint16_t, ffk::BFLOAT16>(block, chunk, y_t, to.at);
+        else if (to.dtype == ffk::FLOAT16)
+            write_rows<uint16_t, ffk::FLOAT16>(block, chunk, y_t, to.at);
         else
-            write_rows<float, ffk::FLOAT32>(block, chunk, y_t);
+            write_rows<float, ffk::FLOAT32>(block, chunk, y_t, to.at);
     }
 
     template <class Number, ffk::Dtype DTYPE>
-    void write_rows(const Block& block, int64_t chunk, const float* y_t) const {
+    void write_rows(const Block& block, int64_t chunk, const float* y_t, void* to) const {
         const int64_t first = chunks.first(chunk), units = chunks.size(chunk), out = out_of(call),
                       width = stride;
         for (int64_t g = 0; g < block.groups; g++) {
-            Number* y = static_cast<Number*>(call.outputs.y.at) + block.row(g, 0) * out + first;
+            Number* y = static_cast<Number*>(to) + block.row(g, 0) * out + first;
             const int64_t count = block.count(g);
             for (int64_t i = 0; i < count; i += LANES)
                 for (int64_t o = 0; o < units; o += LANES) {

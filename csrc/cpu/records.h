@@ -5,7 +5,7 @@
 
 namespace ffk {
 
-constexpr int INTERFACE = 198636106;
+constexpr int INTERFACE = 201920201;
 
 enum Norm : int32_t { NORM_L2, NORM_RMS, NORM_NONE };
 enum EpsMode : int32_t { EPS_ADD, EPS_CLAMP, EPS_INSIDE };
@@ -104,6 +104,7 @@ struct Outputs {
     float* goodness_out;
     Matrix y_after;
     float* sumsq_after;
+    Matrix product_out;
 };
 
 struct Slopes {
@@ -265,6 +266,11 @@ constexpr size_t LAYOUT[] = {
     offsetof(Call, outputs.y_after.stride),
     offsetof(Call, outputs.y_after.dtype),
     offsetof(Call, outputs.sumsq_after),
+    offsetof(Call, outputs.product_out.at),
+    offsetof(Call, outputs.product_out.rows),
+    offsetof(Call, outputs.product_out.columns),
+    offsetof(Call, outputs.product_out.stride),
+    offsetof(Call, outputs.product_out.dtype),
     offsetof(Call, slopes.activity.at),
     offsetof(Call, slopes.activity.rows),
     offsetof(Call, slopes.activity.columns),

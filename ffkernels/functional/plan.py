@@ -180,7 +180,8 @@ def forward_plan(
     check.layer_tensors(weight, bias)
     compute = check.compute_dtype_of(compute_dtype, weight)
     chosen = select.choose(select.Request(weight.device, weight.dtype, compute, activation, shares=shares), backend)
-    return Forward(Layer(weight, bias, norm, float(eps), eps_mode, activation, compute), chosen, facts)
+    layer = Layer(weight, bias, norm, float(eps), eps_mode, activation, compute, check.precision_of(compute))
+    return Forward(layer, chosen, facts)
 
 
 def _prepared(plan: Plan) -> Plan:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from .. import interrupts, ops, optim
 from .. import validation as check
 from ..autograd import is_transformed, without_autocast
+from ..backends import select
 from ..functional import StepResult
 from ..functional.plan import OF_LAYER, Forward, Moment, forward_plan, kept_plan
 from ..functional.rows import checked_rows
@@ -96,12 +97,25 @@ def _plain(layer: FFLinear) -> tuple[Tensor, Tensor | None] | None:
     return (weight, parameters["bias"]) if len(parameters) == 2 else None
 
 
-def forward(
-    layers: Iterable[Layer], x: Tensor, product: Tensor | None, label_field: int
-) -> list[tuple[Tensor, Tensor]] | None:
-    """Activities `[rows, out]` and their sums of squares of every layer, linear ones with nothing between them.
+class Passed(NamedTuple):
+    """What a forward pass leaves.
 
-    Without autograd. `product`, `label_field`: as in `linear_forward`, of the first layer.
+    Attributes:
+        activities: of every layer `[rows, out]`, and their sums of squares `[rows]`.
+        product: `shared_product` of the first layer, or None.
+    """
+
+    activities: list[tuple[Tensor, Tensor]]
+    product: Tensor | None
+
+
+def forward(
+    layers: Iterable[Layer], x: Tensor, product: Tensor | None, label_field: int, leaves_product: bool = False
+) -> Passed | None:
+    """A forward pass of linear layers with nothing between them, without autograd.
+
+    `product`, `label_field`: as in `linear_forward`, of the first layer. `leaves_product`: makes the product on the way
+    where the backend can.
 
     Returns:
         None where a layer is something else, or something is wrong.
@@ -109,7 +123,7 @@ def forward(
     replaced = FFLinear.activity is not OWN_ACTIVITY or FFLinear._run is not OWN_RUN
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or replaced or not isinstance(x, Tensor):
         return None
-    moment, found = Moment(x.device), list[tuple[Tensor, Tensor]]()
+    moment, passed = Moment(x.device), Passed([], product)
     sumsq = None
     try:
         for layer in layers:
@@ -120,18 +134,31 @@ def forward(
             plan = forward_plan(_forward.get(layer), weight, bias, layer._options(), product is not None, moment)
             _forward[layer] = plan
             check.rows_of("x", x, weight, plan.layer.compute_dtype)
-            if product is not None:
-                check.shared_product(product, check.label_field(label_field, weight, x, None), len(x), weight)
+            leaves = leaves_product and sumsq is None and _leaves_product(plan)
+            field = check.label_field(label_field, weight, x, None) if product is not None or leaves else 0
+            check.shared_product(product, field, len(x), weight)
             if is_transformed(x, weight, bias) or (sumsq is not None and sumsq.dtype != weight.dtype):
                 return None
+            rows = Rows(x, x[:0], None, sumsq, None, product, field)
             with without_autocast(weight.device):
-                rows = Rows(x, x[:0], None, sumsq, None, product, label_field if product is not None else 0)
-                x, sumsq = ops.linear_forward(rows, plan.layer, True, plan.chosen)
-            found.append((x, sumsq))
+                if leaves:
+                    shape = len(x), len(weight)
+                    passed = passed._replace(product=weight.new_empty(shape))
+                    x, sumsq = weight.new_empty(shape), weight.new_empty(len(x))
+                    ops.linear_forward_(rows, plan.layer, x, sumsq, plan.chosen, product_out=passed.product)
+                else:
+                    x, sumsq = ops.linear_forward(rows, plan.layer, True, plan.chosen)
+            passed.activities.append((x, sumsq))
             product = None
     except (TypeError, ValueError):
         return None
-    return found
+    return passed
+
+
+def _leaves_product(plan: Forward) -> bool:
+    layer = plan.layer
+    is_float32 = layer.compute_dtype == layer.weight.dtype == torch.float32 and layer.precision == "highest"
+    return is_float32 and plan.chosen in select.LEAVES_PRODUCT
 
 
 def _rows(

@@ -348,8 +348,25 @@ class FFNetwork(LayerByLayer):
         x = negatives.neutral_label(x, num_classes) if num_classes else x
         passed = kept.forward(self, x, product, num_classes) if self.between is None else None
         if passed is None:
-            passed = [(ran.y, ran.sumsq) for _, ran in self._pass(x, **shared)]
-        return self._side_by_side(passed, layers)
+            return self._side_by_side([(ran.y, ran.sumsq) for _, ran in self._pass(x, **shared)], layers)
+        return self._side_by_side(passed.activities, layers)
+
+    @torch.no_grad()
+    def features_and_product(
+        self, x: Tensor, layers: Sequence[int] | None = None, num_classes: int = 10
+    ) -> tuple[Tensor, Tensor | None]:
+        """`features(x, layers, num_classes)`, and `shared_product(x, num_classes)` for a step on these rows.
+
+        The compiled CPU backend leaves a product of float32 operands on the way through the first layer.
+        """
+        passed = None
+        if self.between is None and is_matrix(x) and num_classes:
+            neutral = negatives.neutral_label(x, num_classes)
+            passed = kept.forward(self, neutral, None, num_classes, leaves_product=True)
+        if passed is None or passed.product is None:
+            product = self.shared_product(x, num_classes)
+            return self.features(x, layers, num_classes, product), product
+        return self._side_by_side(passed.activities, layers), passed.product
 
     @torch.no_grad()
     def features_of(self, results: Sequence[StepResult], layers: Sequence[int] | None = None) -> Tensor:

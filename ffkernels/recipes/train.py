@@ -129,7 +129,9 @@ class Trainer:
             self.classifier = nn.Linear(features.shape[1], data.num_classes, bias=False, device="meta")
             self.classifier.to_empty(device=device)
             nn.init.zeros_(self.classifier.weight)
-            self.classifier_optimizer = optimizer_of(recipe.classifier, self.classifier)
+            # On a GPU nobody has measured it.
+            fused = self.device.type == "cpu"
+            self.classifier_optimizer = optimizer_of(recipe.classifier, self.classifier, fused)
             self.rules.append((recipe.classifier, self.classifier_optimizer))
         self._learners = nn.ModuleList([self.net] if self.classifier is None else [self.net, self.classifier])
         self.averages: AveragedModel | None = None
@@ -391,8 +393,7 @@ class Trainer:
             features = logits = shared = None
             x, of_own = x[own], labels[own]
             if recipe.negatives in ("classifier", "met"):
-                shared = self._share(x) if self.overlapped is None else None
-                features = self._features(x, None if shared is None else shared.product)
+                features, shared = self._features_and_shared(x)
                 logits = self._logits(features)
                 cooled = logits if recipe.negatives_temperature == 1 else logits / recipe.negatives_temperature
                 wrong = hard_label(cooled, of_own, generator, len(labels), own)
@@ -452,18 +453,19 @@ class Trainer:
             last = [result for result in results if result is not None][-1]
             self.labels_met.add(batch.images, batch.wrong, last.goodness_pos, last.goodness_neg)
 
-    def _share(self, x: Tensor) -> Shared | None:
-        """What the neutral pass and the step have in common, where one process multiplies float32 numbers on a CPU.
+    def _features_and_shared(self, x: Tensor) -> tuple[Tensor, Shared | None]:
+        """The classifier's features, and what their pass has in common with the step, where that is shared.
 
-        Elsewhere nobody has measured whether that pays, and rounded operands are not parted at the label's end.
+        It is where one process multiplies float32 numbers on a CPU: elsewhere nobody has measured whether that pays,
+        and rounded operands are not parted at the label's end.
         """
-        weight = next(iter(self.net)).weight
-        if self.device.type != "cpu" or self.processes.size > 1 or self.compute_dtype not in (None, weight.dtype):
-            return None
-        if self.recipe.layerwise_steps or check.autocast_is_on(self.device):
-            return None
-        product = self.net.shared_product(x, self.label_field)
-        return None if product is None else Shared(product, weight._version)
+        weight, recipe = next(iter(self.net)).weight, self.recipe
+        is_float32 = self.compute_dtype in (None, weight.dtype) and not check.autocast_is_on(self.device)
+        is_alone = self.device.type == "cpu" and self.processes.size == 1
+        if self.overlapped is not None or recipe.layerwise_steps or not is_float32 or not is_alone:
+            return self._features(x), None
+        features, product = self.net.features_and_product(x, recipe.classifier_layers, self.label_field)
+        return features, None if product is None else Shared(product, weight._version)
 
     def _hybrid_images(self, x: Tensor, generator: torch.Generator) -> Tensor:
         _, height, width = self.data.shape
@@ -505,10 +507,10 @@ class Trainer:
             return x
         return x.view(-1, *self.data.shape).contiguous(memory_format=torch.channels_last)
 
-    def _features(self, x: Tensor, product: Tensor | None = None) -> Tensor:
+    def _features(self, x: Tensor) -> Tensor:
         if self.overlapped is not None:
             return x.flatten(1)
-        return self.net.features(x, self.recipe.classifier_layers, num_classes=self.label_field, product=product)
+        return self.net.features(x, self.recipe.classifier_layers, num_classes=self.label_field)
 
     @torch.no_grad()
     def classifier_error(self) -> float:

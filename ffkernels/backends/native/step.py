@@ -65,14 +65,16 @@ def unsupported(request: Request) -> str | None:
     return None
 
 
-def linear_forward_(rows: Rows, layer: Layer, y: Tensor | None, sumsq: Tensor) -> None:
+def linear_forward_(
+    rows: Rows, layer: Layer, y: Tensor | None, sumsq: Tensor, product_out: Tensor | None = None
+) -> None:
     """See `ops.SCHEMAS`."""
     call = _Call("ffk_linear_forward")
     call.take(rows)
     call.take(layer, read=_PARAMETERS)
     call.values += _NO_GOAL + _NO_PULL + _NO_UPDATE
     # Nobody writes a loss here.
-    call.take(Outputs(y, sumsq, sumsq))
+    call.take(Outputs(y, sumsq, sumsq, product_out=product_out))
     call.values += _NO_SLOPES
     call.run(rows, layer)
 
@@ -123,10 +125,10 @@ def linear_steps_(rows: Rows, steps: Sequence[LayerStep]) -> None:
     n_pos, n_neg = x_pos.shape[0], x_neg.shape[0]
     end = END_LAYOUT.pack(*_NO_SLOPES, torch.get_num_threads())
     parts: list[bytes] = []
-    for _, _, _, update, (y, sumsq, loss, _, goodness, y_after, sumsq_after), prepared in steps:
+    for _, _, _, update, (y, sumsq, loss, _, goodness, y_after, sumsq_after, _), prepared in steps:
         of_outputs = (
             *matrix(y), sumsq.data_ptr(), loss.data_ptr(), *NO_MATRIX, vector(goodness, _FLOAT32),
-            *matrix(y_after), vector(sumsq_after, _FLOAT32),
+            *matrix(y_after), vector(sumsq_after, _FLOAT32), *NO_MATRIX,
         )  # fmt: skip
         parts += ROWS_LAYOUT.pack(*of_rows), _said(prepared, update), OUTPUTS_LAYOUT.pack(*of_outputs), end
         if sumsq_after is not None:

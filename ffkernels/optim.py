@@ -339,7 +339,7 @@ class Reading:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.rule: Rule = "grad" if own_step_because(optimizer) else FUSED.get(type(optimizer), "grad")
-        self.groups = [*map(dict, optimizer.param_groups)]
+        self.groups = [{**group, "params": (*group["params"],)} for group in optimizer.param_groups]
         every = [*chain.from_iterable([group["params"] for group in self.groups])]
         self._hooked = any(map(any, map(_HOOKS, every)))
         # Whether they are the same objects is what counts; a plan holds its own, so that none can take their place.
@@ -365,8 +365,8 @@ class Reading:
             return None
 
 
-# What nobody can change in place, and the lists of parameters, which are compared one by one.
-_NUMBERS = frozenset({bool, int, float, tuple, NoneType, list})
+# What nobody can change in place.
+_NUMBERS = frozenset({bool, int, float, tuple, NoneType})
 _HOOKS = attrgetter("_backward_hooks", "_post_accumulate_grad_hooks")
 _readings: WeakKeyDictionary[Optimizer, Reading] = WeakKeyDictionary()
 

@@ -120,6 +120,14 @@ def betas_in_place(s: Steps) -> None:
     first.fill_(0.7)
 
 
+def a_list_in_place(s: Steps) -> None:
+    betas = [0.3, 0.4]
+    group(s).update(betas=betas)
+    s.step()
+    s.step()
+    betas[0] = 0.7
+
+
 def other_group(s: Steps) -> None:
     bias = s.layer().bias
     group(s)["params"] = [p for p in group(s)["params"] if p is not bias]
@@ -184,6 +192,7 @@ CHANGES: dict[str, tuple[Callable[[Steps], object], bool]] = {
     "state swapped": (swapped, False),
     "an lr tensor in place": (lr_in_place, True),
     "betas of tensors in place": (betas_in_place, True),
+    "a list of betas in place": (a_list_in_place, True),
     "another group's lr": (other_group, True),
     "post hook": (
         lambda s: s.layer().weight.register_post_accumulate_grad_hook(tripled), False,

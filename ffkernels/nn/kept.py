@@ -114,11 +114,10 @@ def forward(
 ) -> Passed | None:
     """A forward pass of linear layers with nothing between them, without autograd.
 
-    `product`, `label_field`: as in `linear_forward`, of the first layer. `leaves_product`: makes the product on the way
-    where the backend can.
+    `product`, `label_field`: as in `linear_forward`, of the first layer. `leaves_product`: makes the product on the way.
 
     Returns:
-        None where a layer is something else, or something is wrong.
+        None where a layer is something else, where no product can be left, or where something is wrong.
     """
     replaced = FFLinear.activity is not OWN_ACTIVITY or FFLinear._run is not OWN_RUN
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or replaced or not isinstance(x, Tensor):
@@ -134,7 +133,9 @@ def forward(
             plan = forward_plan(_forward.get(layer), weight, bias, layer._options(), product is not None, moment)
             _forward[layer] = plan
             check.rows_of("x", x, weight, plan.layer.compute_dtype)
-            leaves = leaves_product and sumsq is None and _leaves_product(plan)
+            leaves = leaves_product and sumsq is None
+            if leaves and not _leaves_product(plan):
+                return None
             field = check.label_field(label_field, weight, x, None) if product is not None or leaves else 0
             check.shared_product(product, field, len(x), weight)
             if is_transformed(x, weight, bias) or (sumsq is not None and sumsq.dtype != weight.dtype):

@@ -363,7 +363,7 @@ class FFNetwork(LayerByLayer):
         if self.between is None and is_matrix(x) and num_classes:
             neutral = negatives.neutral_label(x, num_classes)
             passed = kept.forward(self, neutral, None, num_classes, leaves_product=True)
-        if passed is None or passed.product is None:
+        if passed is None:
             product = self.shared_product(x, num_classes)
             return self.features(x, layers, num_classes, product), product
         return self._side_by_side(passed.activities, layers), passed.product

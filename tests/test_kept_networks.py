@@ -120,6 +120,16 @@ def betas_in_place(s: Steps) -> None:
     first.fill_(0.7)
 
 
+def rate_of_the_bias(s: Steps) -> None:
+    bias, rate = s.layer().bias, torch.tensor(0.2)
+    group(s)["params"] = [p for p in group(s)["params"] if p is not bias]
+    s.optimizer.add_param_group({"params": [bias], "lr": rate})
+    forget(s)
+    for _ in range(2):
+        s.step()
+    rate.fill_(0.9)
+
+
 def a_list_in_place(s: Steps) -> None:
     betas = [0.3, 0.4]
     group(s).update(betas=betas)
@@ -193,6 +203,7 @@ CHANGES: dict[str, tuple[Callable[[Steps], object], bool]] = {
     "an lr tensor in place": (lr_in_place, True),
     "betas of tensors in place": (betas_in_place, True),
     "a list of betas in place": (a_list_in_place, True),
+    "the bias's lr tensor in place": (rate_of_the_bias, True),
     "another group's lr": (other_group, True),
     "post hook": (
         lambda s: s.layer().weight.register_post_accumulate_grad_hook(tripled), False,

@@ -114,7 +114,8 @@ def forward(
 ) -> Passed | None:
     """A forward pass of linear layers with nothing between them, without autograd.
 
-    `product`, `label_field`: as in `linear_forward`, of the first layer. `leaves_product`: makes the product on the way.
+    `product`, `label_field`: as in `linear_forward`, of the first layer. `leaves_product`: the product is made on the
+    way.
 
     Returns:
         None where a layer is something else, where no product can be left, or where something is wrong.

@@ -147,7 +147,7 @@ def linear_steps_(rows: Rows, steps: Sequence[LayerStep]) -> None:
 def _said(prepared: Prepared, update: Update) -> bytes:
     """What was prepared, with the rule's numbers as they are now."""
     said = prepared.said
-    if update is prepared.update and update.weight.lr is None:
+    if update is prepared.update and update.weight.lr is None and update.bias.lr is None:
         return said
     own = len(said) - NUMBERS_LAYOUT.size
     weight = own - STATES * 8 - NUMBERS_LAYOUT.size

@@ -174,6 +174,26 @@ void products(Shape shape) {
            error(layer.gradient(NARROW), exact_gradient(layer, true)));
 }
 
+// A forward pass leaves the product without the label field, and its activities are the same.
+void leaves_product(Shape shape) {
+    Layer layer(shape, 1);
+    const auto& [pairs, copies, in, out] = shape;
+    for (const int64_t field : {int64_t(0), int64_t(1), smaller(in, 10), in}) {
+        vector<float> y(size_t(pairs * out)), product(y.size(), NAN), sumsq(size_t(pairs), 0);
+        ffk::Call call = layer.call(FLOAT, 2);
+        call.rows.label_field = field;
+        call.outputs.y = {y.data(), pairs, out, out, ffk::FLOAT32};
+        call.outputs.product_out = {product.data(), pairs, out, out, ffk::FLOAT32};
+        call.outputs.sumsq = sumsq.data();
+        check::same(ffk::FFK_SET.linear_forward(call), 0, "status of a forward pass");
+        within(y, exact_forward(layer, false), FLOAT, in, "y beside a product", shape);
+        Layer without = layer;
+        for (int64_t i = 0; i < pairs * in; i++)
+            if (i % in < field) without.x[size_t(i)] = 0;
+        within(product, exact_forward(without, false), FLOAT, in, "a product that is left", shape);
+    }
+}
+
 // Numbers at the ends of float32, each against each, at "high": infinities and NaN are where
 // float32 has them, and the rest is near float32's.
 void ends() {
@@ -259,8 +279,10 @@ int main() {
                                {130, 0, 800, 40},
                                {430, 0, 60, 35},
                                {300, 1, 820, 33},
-                               {2000, 1, 20, 2}})
+                               {2000, 1, 20, 2}}) {
         products(shape);
+        if (shape.copies == 0) leaves_product(shape);
+    }
     if (ffk::FFK_SET.splits_float32) ends();
     return check::result();
 }

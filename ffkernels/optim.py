@@ -14,9 +14,8 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from itertools import chain
-from operator import attrgetter, is_
-from types import MappingProxyType, NoneType
+from operator import is_
+from types import MappingProxyType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -335,68 +334,49 @@ def _plan_of(rule: Rule, parts: tuple[Part, ...], optimizer: Optimizer | None, n
 
 
 class Reading:
-    """What an optimizer says at one moment of all its parameters."""
+    """What an optimizer says at one moment of all its parameters; each group is read once.
+
+    Attributes:
+        parameters: of each group.
+        held: how many.
+    """
 
     def __init__(self, optimizer: Optimizer) -> None:
+        self._groups = optimizer.param_groups
         self.rule: Rule = "grad" if own_step_because(optimizer) else FUSED.get(type(optimizer), "grad")
-        self.groups = [{**group, "params": (*group["params"],)} for group in optimizer.param_groups]
-        every = [*chain.from_iterable([group["params"] for group in self.groups])]
-        self._hooked = any(map(any, map(_HOOKS, every)))
-        # Whether they are the same objects is what counts; a plan holds its own, so that none can take their place.
-        self._objects = [*map(id, chain(every, *map(dict.values, optimizer.state.values())))]
-
-    def is_as(self, before: Reading) -> bool:
-        """Whether the optimizer said just this before, and nothing that needs a closer look."""
-        return (
-            self._objects == before._objects
-            and self.rule == before.rule
-            and not self._hooked
-            and not before._hooked
-            and all([_NUMBERS.issuperset(map(type, chain(of.values(), of.get("betas", ())))) for of in self.groups])
-            and self.groups == before.groups
-        )
+        self.parameters: list[list[Tensor]] = [group["params"] for group in self._groups]
+        self.held = (*map(len, self.parameters),)
+        self._given: dict[int, tuple[Any, ...] | None] = {}
 
     def given(self, at: int) -> tuple[Any, ...] | None:
         """A group's numbers as `_given` has them; None where one is missing, or no rule has its settings."""
-        group = self.groups[at]
-        try:
-            return None if self.rule == "grad" or _unfused(group) else _given(self.rule, group)
-        except KeyError:
-            return None
-
-
-# What nobody can change in place.
-_NUMBERS = frozenset({bool, int, float, tuple, NoneType})
-_HOOKS = attrgetter("_backward_hooks", "_post_accumulate_grad_hooks")
-_readings: WeakKeyDictionary[Optimizer, Reading] = WeakKeyDictionary()
-
-
-def read(optimizer: Optimizer) -> Reading:
-    """What an optimizer says; the last reading itself where it says the same."""
-    before, now = _readings.get(optimizer), Reading(optimizer)
-    if before is not None and now.is_as(before):
-        return before
-    _readings[optimizer] = now
-    return now
+        if at not in self._given:
+            group = self._groups[at]
+            try:
+                self._given[at] = None if _unfused(group) else _given(self.rule, group)
+            except KeyError:
+                return None
+        return self._given[at]
 
 
 def again(optimizer: Optimizer, reading: Reading, plan: Plan) -> Plan | None:
     """The plan of a further step on the same parameters; None where more has changed than a group's numbers."""
-    rule, groups, state = plan.rule, reading.groups, optimizer.state
-    if reading.rule != rule or tuple([len(group["params"]) for group in groups]) != plan.held:
+    rule, parameters, state_of = plan.rule, reading.parameters, optimizer.state.get
+    if reading.rule != rule or reading.held != plan.held:
         return None
-    for parameter, slot, (at, index), _ in plan.parts:
-        if groups[at]["params"][index] is not parameter or hooked(parameter):
+    for parameter, (state, _, _), (at, index), _ in plan.parts:
+        if parameters[at][index] is not parameter or hooked(parameter):
             return None
-        if slot.state and not all(map(is_, map(state.get(parameter, {}).get, STATE[rule]), slot.state)):
+        if state and not all(map(is_, map(state_of(parameter, {}).get, STATE[rule]), state)):
             return None
-    now: dict[int, tuple[Any, ...]] = {}
-    for at, _ in plan.given:
+    is_same, now = True, {}
+    for at, given in plan.given:
         numbers = reading.given(at)
         if numbers is None:
             return None
         now[at] = numbers
-    if all([_same_numbers(now[at], given) for at, given in plan.given]):
+        is_same = is_same and _same_numbers(numbers, given)
+    if is_same:
         return plan
     parts = []
     for part in plan.parts:

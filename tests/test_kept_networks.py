@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import signal
+import weakref
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 
@@ -42,7 +44,8 @@ class Steps:
 
     def numbers(self) -> list[torch.Tensor]:
         optimizers = self.optimizer if isinstance(self.optimizer, list) else [self.optimizer]
-        state = [v for o in optimizers for of in o.state.values() for v in of.values() if isinstance(v, torch.Tensor)]
+        own = [of for o in optimizers for of in o.state.values() if isinstance(of, dict)]
+        state = [v for of in own for v in of.values() if isinstance(v, torch.Tensor)]
         return [t.detach().clone() for t in (*self.net.parameters(), *self.net.buffers(), *state)]
 
 
@@ -130,6 +133,23 @@ def rate_of_the_bias(s: Steps) -> None:
     rate.fill_(0.9)
 
 
+def no_longer_a_tensor(s: Steps) -> None:
+    beta = torch.tensor(0.25)
+    group(s).update(betas=(beta, 0.5))
+    for _ in range(2):
+        s.step()
+    beta.fill_(0.75)
+    group(s).update(betas=(0.75, 0.5))
+
+
+def other_owners(s: Steps) -> None:
+    one, other = (s.layer(i).weight for i in (1, 2))
+    kept_state = dict(s.optimizer.state)
+    s.optimizer.state.clear()
+    for p, of in kept_state.items():
+        s.optimizer.state[other if p is one else one if p is other else p] = of
+
+
 def a_list_in_place(s: Steps) -> None:
     betas = [0.3, 0.4]
     group(s).update(betas=betas)
@@ -204,6 +224,11 @@ CHANGES: dict[str, tuple[Callable[[Steps], object], bool]] = {
     "betas of tensors in place": (betas_in_place, True),
     "a list of betas in place": (a_list_in_place, True),
     "the bias's lr tensor in place": (rate_of_the_bias, True),
+    "a beta that was a tensor": (no_longer_a_tensor, True),
+    "state by another name": (
+        lambda s: s.optimizer.state.update({"epoch": 3}) or s.optimizer.param_groups[0].update(lr=0.1), True,
+    ),
+    "owners of state": (other_owners, False),
     "another group's lr": (other_group, True),
     "post hook": (
         lambda s: s.layer().weight.register_post_accumulate_grad_hook(tripled), False,
@@ -339,6 +364,37 @@ def test_what_became_wrong_is_refused(name):
             said.append((refused.type, str(refused.value).removeprefix("layers[1]: ")))
         assert all(torch.equal(p, old) for p, old in zip(s.net.parameters(), before, strict=True))
     assert len(set(said)) == 1
+
+
+def test_an_optimizer_that_was_refused_is_taken_when_it_is_mended():
+    s, same = Steps(), Steps()
+    for _ in range(CHANGE_AT):
+        s.step()
+        same.step()
+    group(s)["lr"] = torch.ones(2)
+    with pytest.raises(ValueError, match="lr"):
+        s.step()
+    group(s)["lr"] = 0.02
+    s.step()
+    same.step()
+    assert all(torch.equal(a, b) for a, b in zip(s.numbers(), same.numbers(), strict=True))
+
+
+def test_nothing_is_kept_of_parameters_that_are_gone():
+    s = Steps()
+    for _ in range(CHANGE_AT):
+        s.step()
+    old = weakref.ref(s.layer().weight)
+    for _ in range(3):
+        gone = s.layer().weight
+        s.layer().weight = nn.Parameter(gone.detach() * 2)
+        at = next(i for i, p in enumerate(group(s)["params"]) if p is gone)
+        group(s)["params"][at] = s.layer().weight
+        del s.optimizer.state[gone], gone
+        for _ in range(3):
+            s.step()
+    gc.collect()
+    assert old() is None
 
 
 def test_pairs_of_unequal_numbers_are_refused():

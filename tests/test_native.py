@@ -416,3 +416,27 @@ def test_without_the_library_the_reason_is_told(monkeypatch):
     finally:
         monkeypatch.undo()
         library.load.cache_clear()
+
+
+@pytest.mark.parametrize("shape", [(4, 4, 192), (4, 4, 385), (4, 4, 6000), (64, 16, 6000)])
+def test_sums_of_many_squares_keep_their_digits(shape):
+    """However many units there are: within twice the error of PyTorch's own sum."""
+    rows, width, units = shape
+    torch.manual_seed(3)
+    ours, torchs = [], []
+    for _ in range(30):
+        x, weight = torch.randn(rows, width), torch.randn(units, width)
+        _, found = ff.linear_forward(x, weight, norm="none", activation="identity", backend="native")
+        exact = (x.double() @ weight.double().t()).square().sum(1)
+        ours.append(found / exact - 1)
+        torchs.append((x @ weight.t()).square().sum(1) / exact - 1)
+    error, plain = (torch.cat(errors).square().mean().sqrt() for errors in (ours, torchs))
+    assert error <= 2 * plain
+
+
+def test_negative_views_have_their_sign():
+    x, weight = torch.rand(5, 8), torch.randn(6, 8)
+    negative = torch._neg_view(x)
+    expected = ff.linear_forward(-x, weight, activation="identity", backend="native")
+    found = ff.linear_forward(negative, weight, activation="identity", backend="native")
+    assert all(torch.equal(ours, plain) for ours, plain in zip(found, expected, strict=True))

@@ -243,6 +243,26 @@ def test_features_leave_the_product_on_the_way(rows, width, units, backend, acti
     assert (features - expected).abs().max() <= 2 * error + 1e-6
 
 
+@needs_library
+@pytest.mark.parametrize(("width", "field"), [(784, 10), (1024, 128), (1024, 129), (1024, 468), (2048, 1000), (5000, 4518)])
+def test_wide_label_fields_keep_their_digits(width, field):
+    """Beside a product that is known or left, and of copies: within twice the error of PyTorch's one product."""
+    torch.manual_seed(4)
+    layer = ff.FFLinear(width, 128, norm="none", activation="identity")
+    net, x = ff.FFNetwork([layer]), torch.randn(256, width)
+    neutral = x.clone()
+    neutral[:, :field] = 1 / field
+    with torch.no_grad():
+        exact = nn.functional.linear(neutral.double(), layer.weight.double(), layer.bias.double())
+        plain = (nn.functional.linear(neutral, layer.weight, layer.bias) - exact).norm()
+        given = {"label_field": field, "product": net.shared_product(x, field)}
+        known, _ = ff.linear_forward(neutral, layer.weight, layer.bias, norm="none", activation="identity", **given)
+        features, _ = net.features_and_product(x, num_classes=field)
+    assert (known - exact).norm() <= 2 * plain
+    scale = exact.square().mean(1, keepdim=True).sqrt() + layer.eps
+    assert ((features - exact / scale) * scale).norm() <= 2 * plain + 1e-6 * exact.norm()
+
+
 def test_features_and_product_where_the_backend_leaves_none():
     """Rounded operands and layers that somebody watches: what `features` and `shared_product` say."""
     torch.manual_seed(4)

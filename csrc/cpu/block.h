@@ -12,7 +12,9 @@ constexpr int64_t BLOCK_ROWS = 1024, SINGLE_BLOCK = int64_t(1) << 22;
 // depends on the number of threads.
 constexpr int64_t TASKS = 16, MOST_TILES = 16, FEW_TILES = 4, LARGE_BATCH = 512;
 // Fewer multiplications than this are not worth waking a second thread for.
-constexpr int64_t SMALL_WORK = int64_t(1) << 18, SMALL_TILES = 32;
+constexpr int64_t SMALL_WORK = int64_t(1) << 18, SMALL_TILES = 128 / TILE_ROWS;
+// A label field's part of a sum is added in one piece, number by number: a wide one loses digits.
+constexpr int64_t WIDEST_FIELD = 128;
 inline bool is_small(int64_t multiplications) { return multiplications < SMALL_WORK; }
 
 struct Chunks {
@@ -106,7 +108,8 @@ void parallel(int64_t tasks, int workers, const F& f) {
 // over again, in all but one short run of columns: then they share their products.
 inline Field found_field(const ffk::Call& call) {
     const int64_t pairs = rows_of(call, 0), others = rows_of(call, 1),
-                  bytes = bytes_of(call.rows.x_pos.dtype), most = in_of(call) / 8;
+                  bytes = bytes_of(call.rows.x_pos.dtype),
+                  most = smaller(in_of(call) / 8, WIDEST_FIELD);
     if (pairs == 0 || others == 0 || others % pairs != 0 || call.rows.is_positive != nullptr)
         return {};
     const auto numbers = [&](int64_t row) {
@@ -155,7 +158,8 @@ inline Field label_field(const ffk::Call& call, bool alone) {
     // A product is to be left of all other columns.
     if (call.outputs.product_out.at != nullptr) return {0, columns};
     const Field found = found_field(call);
-    if (call.rows.product.at == nullptr || rounds(call) || operands_of(call) != FLOATS)
+    if (call.rows.product.at == nullptr || rounds(call) || operands_of(call) != FLOATS
+        || columns > WIDEST_FIELD)
         return found;
     if (found.copies ? found.first + found.count > columns : !alone || rows_of(call, 1) > 0)
         return found;

@@ -88,11 +88,12 @@ struct Forward {
             see(chunk, y_t);
         });
         for (int64_t i = 0; i < block.columns(); i++) {
-            // In the order of the chunks, whichever thread had them.
-            float total = 0;
+            // In the order of the chunks, whichever thread had them; of many, a sum in float32
+            // would lose digits.
+            double total = 0;
             for (int64_t chunk = 0; chunk < chunks.count(); chunk++)
-                total += partial[chunk * block.columns() + i];
-            sumsq[i] = total;
+                total += double(partial[chunk * block.columns() + i]);
+            sumsq[i] = float(total);
         }
         for (int64_t g = 0; g < block.groups; g++)
             if (block.count(g))
@@ -267,12 +268,8 @@ struct Forward {
                    leaky = call.layer.activation == ffk::LEAKY_RELU;
         const float* biases = call.layer.bias;
         const int64_t y_stride = stride;
-        vec r[NV], squares[NV];
-        for (int v = 0; v < NV; v++) {
-            r[v] = load(scale + column + v * LANES);
-            // The chunk's first tile starts its sums, those below go on.
-            squares[v] = first ? vec{} : load(q + v * LANES);
-        }
+        vec r[NV], squares[NV] = {};
+        for (int v = 0; v < NV; v++) r[v] = load(scale + column + v * LANES);
 #pragma GCC unroll 16
         for (int m = 0; m < ROWS; m++) {
             if (m >= valid) break;
@@ -286,8 +283,14 @@ struct Forward {
                 squares[v] += z * z;
             }
         }
-        if (is_curved(call)) return;
-        for (int v = 0; v < NV; v++) store(q + v * LANES, squares[v]);
+        if (!is_curved(call)) add_squares(squares, q, first);
+    }
+
+    // The chunk's first tile starts its sums; each tile below adds its own.
+    template <int NV>
+    static void add_squares(const vec (&squares)[NV], float* q, bool first) {
+        for (int v = 0; v < NV; v++)
+            store(q + v * LANES, first ? squares[v] : load(q + v * LANES) + squares[v]);
     }
 
     // y = act(z), q += y^2 of a tile, whose registers a curve would need for itself; y act'(z) in
@@ -295,8 +298,7 @@ struct Forward {
     template <int NV>
     __attribute__((noinline)) void bend(int valid, float* z, float* y, float* q, bool first) const {
         with_activation(call, [&](auto act) {
-            vec squares[NV];
-            for (int v = 0; v < NV; v++) squares[v] = first ? vec{} : load(q + v * LANES);
+            vec squares[NV] = {};
             for (int m = 0; m < valid; m++)
                 for (int v = 0; v < NV; v++) {
                     const int64_t at = m * stride + v * LANES;
@@ -305,7 +307,7 @@ struct Forward {
                     if (shows) store(y + at, a.y);
                     squares[v] += a.y * a.y;
                 }
-            for (int v = 0; v < NV; v++) store(q + v * LANES, squares[v]);
+            add_squares(squares, q, first);
         });
     }
 

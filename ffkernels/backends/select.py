@@ -31,8 +31,8 @@ TAKES_ROUNDED = ("triton",)
 FINDS_COPIES = ("native",)
 # Whose step also makes the goodness and the forward pass after it, which saves calls.
 HANDS_OUT_ALL = ("native",)
-# Whose forward also leaves the product of what rows share, of float32 operands.
-LEAVES_PRODUCT = ("native",)
+# Whose forward also leaves the product of what rows share, of float32 operands and beside label fields up to a width.
+LEAVES_PRODUCT = {"native": 128}
 # Which have `linear_steps_`, for layers on top of each other in one call: its steps bring what
 # `prepare(layer, goal, pull, update)` has made of these records, which saves making it again.
 PREPARES = ("native",)

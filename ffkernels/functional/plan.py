@@ -69,7 +69,7 @@ class Plan(NamedTuple):
 class Kept(NamedTuple):
     """A plan, the facts under which it was made, and how the optimizer's state lies in memory.
 
-    `options` hold what the facts name by address. `reading`: what its optimizer said when the plan last held.
+    `options` hold what the facts name by address.
     """
 
     plan: Plan
@@ -77,7 +77,6 @@ class Kept(NamedTuple):
     facts: tuple[object, ...]
     state: list[Tensor]
     layout: list[object]
-    reading: optim.Reading
 
 
 # What a forward pass takes of a layer.
@@ -106,8 +105,12 @@ def plan_for(
         plan = _prepared(plan)
         state = [tensor for part in plan.update.parts for tensor in part.slot.state]
         kept_ones, reading = moment.of(optimizer)
+        # Of parameters that the optimizer no longer holds nothing is kept.
+        held = {id(p) for of_group in reading.parameters for p in of_group}
+        for gone in kept_ones.keys() - held:
+            kept_ones.pop(gone, None)
         facts = _facts(weight, bias, peer_mean, options, moment)
-        kept_ones[id(weight)] = Kept(plan, options, facts, state, _layout(state), reading)
+        kept_ones[id(weight)] = Kept(plan, options, facts, state, _layout(state))
     return plan
 
 
@@ -128,7 +131,7 @@ class Moment:
     def of(self, optimizer: Optimizer) -> tuple[dict[int, Kept], optim.Reading]:
         """The plans that are kept for an optimizer, by the addresses of their weights, and what it says."""
         if optimizer not in self._of:
-            self._of[optimizer] = _kept.setdefault(optimizer, {}), optim.read(optimizer)
+            self._of[optimizer] = _kept.setdefault(optimizer, {}), optim.Reading(optimizer)
         return self._of[optimizer]
 
 
@@ -147,11 +150,11 @@ def kept_plan(
         return None
     if _facts(weight, bias, peer_mean, kept.options, moment) != kept.facts or _layout(kept.state) != kept.layout:
         return None
-    if reading is not kept.reading:
-        update = optim.again(optimizer, reading, kept.plan.update)
-        if update is None:
-            return None
-        kept = kept_ones[id(weight)] = kept._replace(plan=kept.plan._replace(update=update), reading=reading)
+    update = optim.again(optimizer, reading, kept.plan.update)
+    if update is None:
+        return None
+    if update is not kept.plan.update:
+        kept = kept_ones[id(weight)] = kept._replace(plan=kept.plan._replace(update=update))
     return kept
 
 

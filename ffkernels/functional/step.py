@@ -221,8 +221,9 @@ def run_together(stack: Sequence[Planned], rows: Rows) -> list[Made]:
         made.append(left)
         steps.append(LayerStep(plan.layer, plan.goal, plan.pull, plan.update.record, left.outputs, plan.prepared))
         written += plan.written
-    ops.linear_steps_(rows, steps, stack[0].plan.chosen)
+    # Before: without memory for one of them, those below it are written.
     torch.autograd.graph.increment_version(written)
+    ops.linear_steps_(rows, steps, stack[0].plan.chosen)
     for planned, left in zip(stack, made, strict=True):
         _finish(planned, left)
     return made

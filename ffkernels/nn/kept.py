@@ -63,7 +63,7 @@ def step(
                 return None
             stack.append(planned)
         rows = _rows(stack, x_pos, x_neg, product=product, **of_rows)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, KeyError):
         return None
     return None if rows is None else _climb(stack, rows, keep)
 
@@ -92,7 +92,7 @@ def _plain(layer: FFLinear) -> tuple[Tensor, Tensor | None] | None:
     own = vars(layer)
     parameters = own["_parameters"]
     weight = parameters.get("weight")
-    if own["_modules"] or watched(layer) or not own.keys().isdisjoint(REPLACED) or weight is None:
+    if any(own["_modules"].values()) or watched(layer) or not own.keys().isdisjoint(REPLACED) or weight is None:
         return None
     return (weight, parameters["bias"]) if len(parameters) == 2 else None
 
@@ -135,7 +135,7 @@ def forward(
             _forward[layer] = plan
             check.rows_of("x", x, weight, plan.layer.compute_dtype)
             leaves = leaves_product and sumsq is None
-            if leaves and not _leaves_product(plan):
+            if leaves and not _leaves_product(plan, label_field):
                 return None
             field = check.label_field(label_field, weight, x, None) if product is not None or leaves else 0
             check.shared_product(product, field, len(x), weight)
@@ -157,10 +157,10 @@ def forward(
     return passed
 
 
-def _leaves_product(plan: Forward) -> bool:
+def _leaves_product(plan: Forward, label_field: int) -> bool:
     layer = plan.layer
     is_float32 = layer.compute_dtype == layer.weight.dtype == torch.float32 and layer.precision == "highest"
-    return is_float32 and plan.chosen in select.LEAVES_PRODUCT
+    return is_float32 and label_field <= select.LEAVES_PRODUCT.get(plan.chosen, -1)
 
 
 def _rows(

@@ -241,7 +241,7 @@ class _Call:
         """The address of a vector's numbers in a dtype."""
         if value is None:
             return 0
-        if value.dtype != dtype or not value.is_contiguous():
+        if value.dtype != dtype or not value.is_contiguous() or value.is_neg():
             value = self._copy(value, dtype, is_written)
         return value.data_ptr()
 
@@ -249,7 +249,8 @@ class _Call:
         """The values of a matrix; of one that nobody writes only the rows must be without gaps."""
         if value is None:
             return NO_MATRIX
-        if not value.is_contiguous() and (is_written or (value.stride(1) != 1 and value.shape[1] > 1)):
+        has_gaps = not value.is_contiguous() and (is_written or (value.stride(1) != 1 and value.shape[1] > 1))
+        if has_gaps or value.is_neg():
             value = self._copy(value, value.dtype, is_written and goes_back)
         return value.data_ptr(), *value.shape, value.stride(0), _NUMBER_OF[value.dtype]
 

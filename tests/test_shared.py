@@ -244,7 +244,9 @@ def test_features_leave_the_product_on_the_way(rows, width, units, backend, acti
 
 
 @needs_library
-@pytest.mark.parametrize(("width", "field"), [(784, 10), (1024, 128), (1024, 129), (1024, 468), (2048, 1000), (5000, 4518)])
+@pytest.mark.parametrize(
+    ("width", "field"), [(784, 10), (1024, 128), (1024, 129), (1024, 468), (2048, 1000), (5000, 4518)]
+)
 def test_wide_label_fields_keep_their_digits(width, field):
     """Beside a product that is known or left: within twice the error of PyTorch's one product."""
     torch.manual_seed(4)

@@ -69,7 +69,7 @@ def stop_after(trainer: Trainer, steps: int):
     ],
 )
 def test_it_learns(recipe: Recipe, by_classifier: float, by_goodness: float, data, tmp_path) -> None:
-    trainer = Trainer(recipe, data, epochs=8)
+    trainer = Trainer(recipe, data, epochs=16)
     assert trainer.classifier_error() > 0.8
     assert train(trainer, tmp_path)
     last = trainer.rows[-1]

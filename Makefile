@@ -51,7 +51,7 @@ sanitize-library: $(VENV)/test
 	env ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 FFKERNELS_LIBRARY=$(SANITIZED)/$(LIBRARY) FFKERNELS_SANITIZE=address,undefined \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  $(VENV)/bin/python -m pytest -p no:faulthandler tests/test_native.py tests/test_native_conv.py tests/test_large_labels.py \
-	  tests/test_shared.py tests/test_kept_networks.py \
+	  tests/test_shared.py tests/test_kept_networks.py tests/test_kept_passes.py \
 	  -k "not 4200 and not 4300 and not profiler"
 
 # Minutes each: narrower instruction sets and the library under sanitizers, tests of random cases with others than
